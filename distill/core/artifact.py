@@ -1,0 +1,147 @@
+"""What a stage leaves behind: a model folder in plain Hugging Face layout, and ``distill.json`` with its lineage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distill.core.errors import InputError, MachineError
+
+LINEAGE = "distill.json"
+
+
+@dataclass
+class Lineage:
+    """Where a model folder comes from.
+
+    Attributes:
+        stage: name of the stage that wrote it.
+        kind: the stage's kind.
+        parent: the model that it was made from, as the recipe names it.
+        teacher: the model that it learned from, if any.
+        base_model: Hub id or folder at the root of the line.
+        licence: the base model's licence as its own folder states it; None when it states none.
+        input_hash: hash of everything that the stage read.
+        figures: what the stage measured while it made the model (tokens, parameters, ...).
+    """
+
+    stage: str
+    kind: str
+    parent: str
+    teacher: str | None
+    base_model: str
+    licence: str | None
+    input_hash: str
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model that can be loaded: a local folder or a Hub id, under the name by which the recipe knows it."""
+
+    name: str
+    location: str
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder, or None when the model lives on the Hub."""
+        return Path(self.location) if Path(self.location).is_dir() else None
+
+    def lineage(self) -> Lineage | None:
+        """The lineage that a stage wrote, or None for a model from outside."""
+        file = Path(self.location) / LINEAGE
+        return Lineage(**json.loads(file.read_text())) if file.is_file() else None
+
+
+def write_lineage(folder: Path, lineage: Lineage) -> None:
+    """Write ``distill.json`` into a model folder."""
+    (folder / LINEAGE).write_text(json.dumps(asdict(lineage), indent=2) + "\n")
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that takes its place, synced, when the block ends well.
+
+    A kill at any moment leaves the old folder or the new one, never a mixture.
+
+    Raises:
+        MachineError: the disk is full or not writable.
+    """
+    temporary = folder.with_name(f".{folder.name}.writing")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                sync(file)
+        sync(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        sync(folder.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise MachineError(f"{folder}: cannot be written ({error.strerror or error}); nothing was changed") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a small file whole or not at all.
+
+    Raises:
+        MachineError: the disk is full or not writable.
+    """
+    temporary = file.with_name(f".{file.name}.writing")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, file)
+        sync(file.parent)
+    except OSError as error:
+        raise MachineError(f"{file}: cannot be written ({error.strerror or error})") from error
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk (``fsync``)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_of(*parts: Any) -> str:
+    """A short, stable hash of JSON-like values (16 hex digits)."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def fingerprint(location: str) -> str:
+    """What identifies a model's content without reading all of it: names, sizes and, up to 64 MiB a file, bytes.
+
+    A Hub id is its own fingerprint.
+
+    Raises:
+        InputError: a folder without ``config.json``.
+    """
+    folder = Path(location)
+    if not folder.is_dir():
+        return location
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{location}: not a model folder (no config.json in it)")
+    rows: list[Any] = []
+    for file in sorted(folder.iterdir()):
+        if file.suffix in {".json", ".safetensors"} and file.name != LINEAGE:
+            with file.open("rb") as stream:
+                rows.append((file.name, file.stat().st_size, hashlib.sha256(stream.read(64 << 20)).hexdigest()))
+    return hash_of(*rows)

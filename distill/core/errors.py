@@ -1,0 +1,37 @@
+"""What can go wrong, by whose hand: each error is one clear line for the user and carries its exit code."""
+
+from __future__ import annotations
+
+
+class DistillError(Exception):
+    """Base of every error that the command line prints as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class InputError(DistillError):
+    """The user's files, models or arguments are wrong: say what, where, what was expected and the mend."""
+
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    """A recipe has mistakes; all of them are reported at once.
+
+    Attributes:
+        mistakes: one finished line each, ``file:line: key: what (got ..., expected ...)``.
+    """
+
+    def __init__(self, mistakes: list[str]):
+        self.mistakes = mistakes
+        super().__init__("\n".join(mistakes))
+
+
+class MachineError(DistillError):
+    """The machine, not the user, is at fault: a full disk, no memory, a device that is not there."""
+
+
+class Interrupted(DistillError):
+    """The user asked to stop; what was done is saved and the same command goes on."""
+
+    exit_code = 130

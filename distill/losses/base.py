@@ -1,0 +1,81 @@
+"""The contract of a loss: sums over tokens and their count, in fp32 log-space, never a mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from distill.core.spec import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A loss summed over the tokens that count, and how many they are.
+
+    Sums add up over chunks, micro-batches and ranks; means do not. So every loss returns this, and only
+    :meth:`per_token` divides.
+
+    Attributes:
+        sum: scalar, fp32, nats.
+        count: scalar, number of tokens in the sum.
+    """
+
+    sum: Tensor
+    count: Tensor
+
+    def __add__(self, other: LossTerm) -> LossTerm:
+        return LossTerm(self.sum + other.sum, self.count + other.count)
+
+    def detach(self) -> LossTerm:
+        """The same term without a graph, to be logged."""
+        return LossTerm(self.sum.detach(), self.count.detach())
+
+    def per_token(self) -> Tensor:
+        """Nats per token; 0 when no token counts. The one line in the project that divides a loss."""
+        return self.sum / self.count.clamp(min=1)
+
+
+class LossSpec(Spec):
+    """What every loss has: a kind and a weight. A loss is on when it is named."""
+
+    needs_teacher: ClassVar[bool] = True
+
+    kind: str
+    weight: float = Field(1.0, gt=0)
+    """Factor of this loss in the sum that is trained on; every loss is logged unweighted."""
+
+    def __call__(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor) -> LossTerm:
+        """The loss of one batch or chunk.
+
+        Args:
+            student_logits: [..., student vocabulary].
+            teacher_logits: [..., teacher vocabulary], or None for a loss that needs no teacher.
+            targets: [...], the next tokens.
+            mask: [...], True where a prediction counts.
+        """
+        raise NotImplementedError
+
+
+def shared_log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities in fp32 over the tokens that both heads have.
+
+    Heads of one tokenizer may be padded to different widths; the padding carries no token, so it is cut off, not
+    filled with zeros (a zero logit is a real probability).
+
+    Returns:
+        student and teacher log-probabilities, [..., shared vocabulary].
+    """
+    shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    student = (student_logits[..., :shared].float() / temperature).log_softmax(-1)
+    teacher = (teacher_logits[..., :shared].float() / temperature).log_softmax(-1)
+    return student, teacher
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> LossTerm:
+    """Sum ``values`` [...] where ``mask`` [...] is True; still joined to the graph when nothing is."""
+    return LossTerm(values.masked_fill(~mask, 0.0).sum(), mask.sum())

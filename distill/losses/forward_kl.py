@@ -1,0 +1,46 @@
+"""Forward KL: the student covers all that the teacher thinks possible.
+
+    loss = T^2 * sum_v p_v (log p_v - log q_v),   p = softmax(teacher / T),  q = softmax(student / T)
+
+The default, and the only loss of Minitron's recipes. It spreads the student over the teacher's modes; a student much
+too small to do so may read better with :mod:`reverse_kl <distill.losses.reverse_kl>`.
+
+Source: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2 (with T^2, so that the gradient keeps its size when T
+changes); Muralidharan et al. 2024, arXiv 2407.14679, section 3.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from distill.losses.base import LossSpec, LossTerm, masked_sum, shared_log_probs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ForwardKL(LossSpec):
+    """Kullback-Leibler divergence from teacher to student, KL(teacher || student)."""
+
+    kind: Literal["forward_kl"] = "forward_kl"
+    temperature: float = Field(1.0, gt=0)
+    """Softens both distributions; 1 is off. The gradient is scaled by its square."""
+
+    def __call__(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor) -> LossTerm:
+        assert teacher_logits is not None
+        return forward_kl(student_logits, teacher_logits, mask, temperature=self.temperature)
+
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, temperature: float = 1.0) -> LossTerm:
+    """KL(teacher || student) summed over the masked-in tokens, in nats, times temperature squared.
+
+    Args:
+        student_logits: [..., student vocabulary].
+        teacher_logits: [..., teacher vocabulary]; compared over the tokens that both have.
+        mask: [...], True where a prediction counts.
+        temperature: divides both logits; 1 is off.
+    """
+    log_q, log_p = shared_log_probs(student_logits, teacher_logits, temperature)
+    return masked_sum(temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1), mask)

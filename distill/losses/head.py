@@ -1,0 +1,131 @@
+"""The output head and the losses, a chunk of tokens at a time, so that tokens x vocabulary never exists at once.
+
+The heads are called as modules: LoRA, fake-quant, tied weights and soft-caps on them act and get their gradient. Each
+chunk's gradient is taken as soon as its loss is known, so memory is O(chunk x vocabulary) and nothing is recomputed.
+Masked positions are dropped before a head is paid for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.losses.base import LossSpec, LossTerm
+from distill.losses.forward_kl import forward_kl
+
+KL = "kl"
+"""Name under which KL(teacher || student) at T = 1 is always reported, so that runs compare."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a model turns hidden states into logits.
+
+    Attributes:
+        logits: [tokens, hidden] -> [tokens, vocabulary]; calls the model's own head module.
+        parameters: what of the head may be trained (a frozen head costs no gradient).
+    """
+
+    logits: Callable[[Tensor], Tensor]
+    parameters: tuple[torch.nn.Parameter, ...] = ()
+
+
+@dataclass(frozen=True)
+class Signal:
+    """The teacher's side of a batch: its final hidden states [batch, sequence, hidden] and its head."""
+
+    hidden: Tensor
+    head: Head
+
+
+def head_losses(
+    hidden: Tensor,
+    head: Head,
+    signal: Signal | None,
+    targets: Tensor,
+    mask: Tensor,
+    losses: Sequence[tuple[str, LossSpec]],
+    *,
+    chunk_tokens: int = 512,
+) -> tuple[Tensor, dict[str, LossTerm]]:
+    """The weighted sum of all losses over a batch, ready for backward, and every term apart.
+
+    Args:
+        hidden: the student's final hidden states, [batch, sequence, hidden].
+        head: the student's head.
+        signal: the teacher's side, or None when there is no teacher.
+        targets: the next tokens, [batch, sequence].
+        mask: True where a prediction counts, [batch, sequence].
+        losses: (name, loss) pairs; the weight is the loss's own.
+        chunk_tokens: tokens whose logits exist at once.
+
+    Returns:
+        The weighted sum over tokens (scalar, fp32, differentiable in ``hidden`` and the head's parameters) and the
+        unweighted terms by name, without graph, with ``kl`` at T = 1 among them when there is a teacher.
+    """
+    # index_select by positions, not a boolean mask, so that hidden states and targets share one lookup
+    keep = mask.flatten().nonzero().squeeze(1)
+    student_hidden = hidden.flatten(0, 1).index_select(0, keep)
+    teacher_hidden = signal.hidden.flatten(0, 1).index_select(0, keep) if signal is not None else None
+    wanted = targets.flatten().index_select(0, keep)
+
+    def chunk_terms(rows: Tensor, start: int, end: int) -> dict[str, LossTerm]:
+        student_logits = head.logits(rows)
+        teacher_logits = None
+        if signal is not None and teacher_hidden is not None:
+            with torch.no_grad():
+                teacher_logits = signal.head.logits(teacher_hidden[start:end])
+        on = torch.ones_like(wanted[start:end], dtype=torch.bool)
+        terms = {name: loss(student_logits, teacher_logits, wanted[start:end], on) for name, loss in losses}
+        if teacher_logits is not None:
+            with torch.no_grad():
+                terms[KL] = forward_kl(student_logits, teacher_logits, on)
+        return terms
+
+    weights = {name: loss.weight for name, loss in losses}
+    names = [*weights, *([KL] if signal is not None else [])]
+    out = _Chunked.apply(chunk_terms, weights, names, chunk_tokens, student_hidden, *head.parameters)
+    count = torch.tensor(len(keep), device=hidden.device)
+    return out[0], {name: LossTerm(value, count) for name, value in zip(names, out[1:], strict=True)}
+
+
+class _Chunked(torch.autograd.Function):
+    """Loss and gradient in the same pass; backward only scales what forward has kept."""
+
+    @staticmethod
+    def forward(ctx: Any, chunk_terms: Any, weights: Any, names: Any, chunk: int, hidden: Tensor, *parameters: Tensor) -> Any:
+        wanted = [p for p in (hidden, *parameters) if p.requires_grad]
+        sums = {name: hidden.new_zeros((), dtype=torch.float32) for name in names}
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.zeros_like(hidden) if hidden.requires_grad else None
+        grad_parameters = [torch.zeros_like(p) if p.requires_grad else None for p in parameters]
+        for start in range(0, hidden.shape[0], chunk):
+            end = min(start + chunk, hidden.shape[0])
+            rows = hidden[start:end].detach().requires_grad_(hidden.requires_grad)
+            with torch.set_grad_enabled(bool(wanted)):
+                terms = chunk_terms(rows, start, end)
+                loss = sum((weight * terms[name].sum for name, weight in weights.items()), start=hidden.new_zeros((), dtype=torch.float32))
+            for name in names:
+                sums[name] += terms[name].sum.detach()
+            total += loss.detach()
+            leaves = [leaf for leaf in (rows, *parameters) if leaf.requires_grad]
+            if leaves:
+                grads = iter(torch.autograd.grad(loss, leaves, allow_unused=True))
+                if grad_hidden is not None:
+                    grad_hidden[start:end] = next(grads)
+                for slot in grad_parameters:
+                    if slot is not None and (grad := next(grads)) is not None:
+                        slot += grad
+        ctx.grads = (grad_hidden, *grad_parameters)
+        values = tuple(sums[name] for name in names)
+        ctx.mark_non_differentiable(*values)
+        return (total, *values)
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:
+        scaled = tuple(None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.grads)
+        return (None, None, None, None, *scaled)

@@ -1,0 +1,45 @@
+"""Reverse KL: the student keeps to what the teacher thinks likely.
+
+    loss = T^2 * sum_v q_v (log q_v - log p_v),   p = softmax(teacher / T),  q = softmax(student / T)
+
+It seeks modes: better samples from a student that cannot cover the teacher, at the price of diversity and usually of
+perplexity. Needs the teacher's whole distribution; on a truncated one it collapses.
+
+Source: Gu et al. 2023, arXiv 2306.08543 (MiniLLM), equation 1; T^2 as in arXiv 1503.02531, section 2.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from distill.losses.base import LossSpec, LossTerm, masked_sum, shared_log_probs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ReverseKL(LossSpec):
+    """Kullback-Leibler divergence from student to teacher, KL(student || teacher)."""
+
+    kind: Literal["reverse_kl"] = "reverse_kl"
+    temperature: float = Field(1.0, gt=0)
+    """Softens both distributions; 1 is off. The gradient is scaled by its square."""
+
+    def __call__(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor) -> LossTerm:
+        assert teacher_logits is not None
+        return reverse_kl(student_logits, teacher_logits, mask, temperature=self.temperature)
+
+
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, temperature: float = 1.0) -> LossTerm:
+    """KL(student || teacher) summed over the masked-in tokens, in nats, times temperature squared.
+
+    Args:
+        student_logits: [..., student vocabulary].
+        teacher_logits: [..., teacher vocabulary]; compared over the tokens that both have.
+        mask: [...], True where a prediction counts.
+        temperature: divides both logits; 1 is off.
+    """
+    log_q, log_p = shared_log_probs(student_logits, teacher_logits, temperature)
+    return masked_sum(temperature**2 * (log_q.exp() * (log_q - log_p)).sum(-1), mask)
