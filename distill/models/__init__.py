@@ -1,0 +1,1 @@
+"""Everything that knows transformers: loading, the layouts of architectures, LoRA, sizes."""

@@ -1,0 +1,133 @@
+"""Models from a folder, the Hub or a config, with every doubt turned into one clear line."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.core.errors import InputError
+from distill.core.source import suggest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+BUILTIN = "builtin:"
+
+
+def locate(reference: str) -> str:
+    """Where a model lives: a folder stays itself, ``builtin:NAME`` is the folder inside the package, else a Hub id.
+
+    Raises:
+        InputError: no builtin of that name.
+    """
+    if not reference.startswith(BUILTIN):
+        return str(Path(reference).expanduser()) if Path(reference).expanduser().is_dir() else reference
+    folder = Path(str(resources.files("distill"))) / "assets"
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    name = reference.removeprefix(BUILTIN)
+    if name not in names:
+        raise InputError(
+            f"{reference}: no such builtin model (there is: {', '.join(names) or 'none'}){suggest(name, names)}"
+        )
+    return str(folder / name)
+
+
+def _from_pretrained(loader: Any, location: str, what: str, **arguments: Any) -> Any:
+    """Call a transformers loader; its many ways to fail become one line each."""
+    folder = Path(location)
+    if (folder.is_absolute() or location.startswith((".", "~"))) and not folder.exists():
+        raise InputError(f"{location}: no such folder")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"{location}: not a model folder (no config.json in it)")
+    try:
+        return loader.from_pretrained(location, trust_remote_code=False, **arguments)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(f"{location}: cannot load the {what} ({first.strip()})") from error
+
+
+def load_config(location: str) -> PretrainedConfig:
+    """The config of a model folder or Hub id.
+
+    Raises:
+        InputError: there is none, or it is no config.
+    """
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, location, "config")
+
+
+def load_model(location: str, *, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """A causal language model, whole, from safetensors only, in evaluation mode on the CPU.
+
+    Args:
+        location: folder or Hub id.
+        dtype: of the weights in memory; "auto" is that of the file.
+
+    Raises:
+        InputError: it cannot be loaded, or weights are missing or of the wrong shape (transformers would fill them with
+            random numbers).
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, report = _from_pretrained(
+        AutoModelForCausalLM, location, "model", dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    lacking = sorted(report["missing_keys"]) + sorted(str(item) for item in report.get("mismatched_keys", []))
+    if lacking:
+        raise InputError(
+            f"{location}: the weights do not fit the config: {len(lacking)} missing or of another shape, first {lacking[0]}"
+        )
+    return model.eval()
+
+
+def new_model(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
+    """A causal language model of this config with random weights, the same for the same seed; fp32, on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval()
+
+
+def new_config(keys: dict[str, Any]) -> PretrainedConfig:
+    """A config from ``model_type`` and its keys; a key that the architecture does not know is a mistake.
+
+    Raises:
+        InputError: unknown ``model_type`` or key, or values that the architecture refuses.
+    """
+    from transformers import AutoConfig
+
+    rest = dict(keys)
+    model_type = rest.pop("model_type", None)
+    if model_type is None:
+        raise InputError("config: model_type is missing (for example: model_type: llama)")
+    try:
+        known = AutoConfig.for_model(model_type)
+    except ValueError:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        raise InputError(f"config: no model_type {model_type!r}{suggest(model_type, CONFIG_MAPPING)}") from None
+    names = set(known.to_dict()) | set(type(known).__annotations__)
+    for key in rest:
+        if key not in names:
+            raise InputError(f"config: {model_type} has no key {key!r}{suggest(key, names)}")
+    try:
+        return AutoConfig.for_model(model_type, **rest)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"config: {model_type} refuses these values ({' '.join(str(error).split())})") from error
+
+
+def licence_of(location: str) -> str | None:
+    """The licence that a model folder states in its card (``license:`` of README.md), or None."""
+    from huggingface_hub import ModelCard
+
+    card = Path(location) / "README.md"
+    if not card.is_file():
+        return None
+    licence = ModelCard.load(card).data.to_dict().get("license")
+    return str(licence) if licence else None

@@ -1,0 +1,67 @@
+"""The ONE order in which a student is wrapped, and unwrapped.
+
+    weights -> fake-quant layers -> LoRA on top of them -> adapters drawn into the fake-quant      (assemble)
+    adapters merged into the weights -> fake-quant layers, ready to convert                         (disassemble)
+
+With both, the fake-quant sees the *merged* weight, because that is what will be rounded when the model is shipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from distill.models.lora import LoraSpec, add_lora, merge_lora
+from distill.quantization.base import QuantizerSpec
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class Student:
+    """A student that is ready to be trained.
+
+    Attributes:
+        model: the causal model whose parameters are trained (with whatever wraps its layers).
+        adapted: the peft wrapper around it, or None without LoRA.
+    """
+
+    model: PreTrainedModel
+    adapted: PeftModel | None = None
+
+
+def assemble(
+    model: PreTrainedModel,
+    *,
+    quantizer: QuantizerSpec | None = None,
+    lora: LoraSpec | None = None,
+    gradient_checkpointing: bool = False,
+) -> Student:
+    """Wrap a plain model for training, in place."""
+    model.requires_grad_(True)
+    if quantizer is not None:
+        from distill.quantization.prepare import prepare
+
+        prepare(model, quantizer)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if lora is not None:  # the frozen embeddings give no gradient to the first checkpointed block
+            model.enable_input_require_grads()
+    if lora is None:
+        return Student(model)
+    adapted = add_lora(model, lora)
+    if quantizer is not None:
+        from distill.quantization.fake_quant import absorb_lora
+
+        absorb_lora(adapted)
+    return Student(cast("PreTrainedModel", adapted.get_base_model()), adapted)
+
+
+def disassemble(student: Student) -> PreTrainedModel:
+    """Fold adapters into the weights; fake-quant layers stay, for the quantizer to convert."""
+    model = student.model if student.adapted is None else merge_lora(student.adapted)
+    if getattr(model, "is_gradient_checkpointing", False):
+        model.gradient_checkpointing_disable()
+    return model.eval()

@@ -1,0 +1,189 @@
+"""What happens around the training steps: rows of metrics, progress for people, checkpoints and Ctrl-C."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import pytorch_lightning as pl
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from distill.core.errors import DistillError, Interrupted
+from distill.training.checkpoint import checkpoint_path, rotate
+from distill.training.metrics import MetricsLog
+from distill.training.module import DistillationModule
+
+
+class StepEnd(pl.Callback):
+    """Calls :meth:`step_end` once an optimizer step, not once a micro-batch."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Note where training begins."""
+        self._seen = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
+        """Find out whether a step has just been made."""
+        if trainer.global_step != self._seen:
+            self._seen = trainer.global_step
+            self.step_end(trainer, module, trainer.global_step)
+
+    def step_end(self, trainer: pl.Trainer, module: DistillationModule, step: int) -> None:
+        """An optimizer step has been made; ``step`` counts from 1."""
+
+
+class Record(StepEnd):
+    """Rows of metrics to disk and, through Lightning's logger, to W&B.
+
+    The losses are read from the device only every ``every`` steps; nothing else synchronises.
+    """
+
+    def __init__(self, metrics: MetricsLog, name: str, *, every: int, tokens_per_step: int):
+        super().__init__()
+        self.name = name
+        self.metrics, self.every, self.tokens_per_step = metrics, every, tokens_per_step
+        self.latest: dict[str, float] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Start the clock."""
+        super().on_train_start(trainer, module)
+        self._since, self._at = time.perf_counter(), trainer.global_step
+
+    def step_end(self, trainer: pl.Trainer, module: DistillationModule, step: int) -> None:
+        """Write a row when it is due."""
+        if step % self.every and step != trainer.max_steps:
+            return
+        terms = module.drain_terms()
+        for name, value in terms.items():
+            if not math.isfinite(value):
+                raise DistillError(
+                    f"{name} is {value} at step {step}: lower optimizer.lr or raise its warmup_steps; "
+                    "the last good checkpoint is kept"
+                )
+        now = time.perf_counter()
+        row = {f"train/{name}": value for name, value in terms.items()} | {
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "perf/tokens_per_s": (step - self._at) * self.tokens_per_step / max(now - self._since, 1e-9),
+            "memory/peak_bytes": _memory_bytes(),
+        }
+        self._since, self._at = now, step
+        self._write(trainer, step, row)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+        """A row of validation losses."""
+        started = time.perf_counter()
+        self._write(trainer, trainer.global_step, {f"val/{k}": v for k, v in module.validation_means().items()})
+        self._since = getattr(self, "_since", started)
+
+    def on_validation_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Stop the training clock while validating."""
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
+        """Let the training clock go on."""
+        if hasattr(self, "_since"):
+            self._since += time.perf_counter() - self._paused
+
+    def _write(self, trainer: pl.Trainer, step: int, row: dict[str, float]) -> None:
+        self.latest |= row
+        row = {"step": step, "tokens": step * self.tokens_per_step, **row}
+        self.metrics.write(row)
+        if trainer.logger is not None:
+            trainer.logger.log_metrics({f"{self.name}/{key}": value for key, value in row.items()}, step=step)
+
+
+class Checkpoints(StepEnd):
+    """A checkpoint every so many steps, and one at Ctrl-C; both at the end of a step, never within one."""
+
+    def __init__(self, folder: Path, *, every: int, keep: int):
+        super().__init__()
+        self.folder, self.every, self.keep = folder, every, keep
+        self._stop = False
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Take over Ctrl-C: the first asks to stop after the step, the second stops at once."""
+        self._before = signal.signal(signal.SIGINT, self._asked)
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Give Ctrl-C back."""
+        if hasattr(self, "_before"):
+            signal.signal(signal.SIGINT, self._before)
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        self._stop = True
+        signal.signal(signal.SIGINT, self._before)
+
+    def step_end(self, trainer: pl.Trainer, module: DistillationModule, step: int) -> None:
+        """Save when it is due or when we are asked to stop."""
+        if step % self.every == 0 or self._stop:
+            trainer.save_checkpoint(checkpoint_path(self.folder, step))
+            rotate(self.folder, self.keep)
+        if self._stop:
+            raise Interrupted(f"stopped at step {step} of {trainer.max_steps}, which is saved")
+
+
+class ShowProgress(StepEnd):
+    """A bar with the time left on a terminal; a plain line now and then in a log file."""
+
+    def __init__(self, record: Record, name: str, *, seconds_between_lines: float = 15.0):
+        super().__init__()
+        self.record, self.name, self.seconds = record, name, seconds_between_lines
+        self._bar: Progress | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Open the bar, or start the clock of the lines."""
+        super().on_train_start(trainer, module)
+        self._started, self._first, self._line = time.perf_counter(), trainer.global_step, time.perf_counter()
+        if sys.stderr.isatty():
+            columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
+            from rich.console import Console
+
+            self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(self.name, total=trainer.max_steps, completed=trainer.global_step, numbers="")
+            self._bar.start()
+
+    def step_end(self, trainer: pl.Trainer, module: DistillationModule, step: int) -> None:
+        """Move on."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=self._numbers())
+        elif time.perf_counter() - self._line >= self.seconds or step == trainer.max_steps:
+            self._line = time.perf_counter()
+            left = (self._line - self._started) / max(1, step - self._first) * (trainer.max_steps - step)
+            print(f"  {self.name} step {step}/{trainer.max_steps}  {self._numbers()}  {_clock(left)} left", flush=True)
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Take the bar away, however training ended."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _numbers(self) -> str:
+        latest = self.record.latest
+        shown = [f"{key.split('/')[1]} {value:.3f}" for key, value in latest.items() if key.startswith("train/")]
+        if "val/cross_entropy" in latest:
+            shown.append(f"val {latest['val/cross_entropy']:.3f}")
+        if "perf/tokens_per_s" in latest:
+            shown.append(f"{latest['perf/tokens_per_s']:,.0f} tokens/s")
+        return "  ".join(shown)
+
+
+def _memory_bytes() -> int:
+    """Peak of the GPU's allocated memory, or this process's resident memory now on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,163 @@
+"""The one training module: a student, maybe a teacher, and losses. Every training stage uses it.
+
+Normalisation is exact per token: a step returns the *sum* of its losses, and the gradients are divided once, before they
+are clipped, by the number of tokens of the whole step - over all micro-batches and ranks. Lightning's own mean over
+micro-batches would weight short ones more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from distill.losses import CrossEntropy, LossSpec, LossTerm
+from distill.losses.head import Signal, head_losses
+from distill.models.head import check_head, hidden_states, output_head
+from distill.training.spec import OptimizerSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Batch = dict[str, Tensor]
+
+
+class DistillationModule(pl.LightningModule):
+    """Trains ``student`` on ``losses``; works with any Lightning Trainer.
+
+    Args:
+        student: causal language model; its parameters that require gradients are trained.
+        losses: at least one; those that need a teacher need ``teacher``.
+        teacher: frozen model over the same tokens. It is held outside the module tree: never in a checkpoint, an
+            optimizer or ``train()``.
+        optimizer: AdamW and its schedule.
+        num_steps: length of the schedule in optimizer steps; unset: the Trainer's ``max_steps``.
+
+    Batches are dicts with ``input_ids`` int64 [batch, sequence] and ``mask`` bool [batch, sequence], True where the
+    prediction made at a position (of the next token) counts; the last position never does.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        losses: Sequence[LossSpec],
+        teacher: PreTrainedModel | None = None,
+        *,
+        optimizer: OptimizerSpec | None = None,
+        num_steps: int | None = None,
+    ):
+        super().__init__()
+        if teacher is None and any(loss.needs_teacher for loss in losses):
+            raise ValueError(f"{[loss.kind for loss in losses if loss.needs_teacher]} need a teacher")
+        self.student = student
+        self.losses = [(loss.kind, loss) for loss in losses]
+        self.optimizer_spec = optimizer or OptimizerSpec()
+        self.num_steps = num_steps
+        self._teacher = (teacher,)  # a tuple, so that nn.Module does not adopt it
+        self._step_tokens = torch.zeros((), dtype=torch.int64)
+        self._terms: dict[str, LossTerm] = {}
+        self._rng: dict[str, Any] | None = None
+        check_head(student)
+        if teacher is not None:
+            check_head(teacher)
+            teacher.eval().requires_grad_(False)
+
+    @property
+    def teacher(self) -> PreTrainedModel | None:
+        """The frozen teacher."""
+        return self._teacher[0]
+
+    def on_fit_start(self) -> None:
+        """Bring the teacher to the student's device."""
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+        self._step_tokens = self._step_tokens.to(self.device)
+
+    def batch_losses(self, batch: Batch, losses: Sequence[tuple[str, LossSpec]]) -> tuple[Tensor, dict[str, LossTerm]]:
+        """Weighted sum of the losses over a batch, and each term; see :func:`distill.losses.head.head_losses`."""
+        input_ids, mask = batch["input_ids"], batch["mask"]
+        signal = None
+        if self.teacher is not None:
+            with torch.inference_mode():
+                signal = Signal(hidden_states(self.teacher, input_ids), output_head(self.teacher))
+        hidden = hidden_states(self.student, input_ids)
+        return head_losses(hidden, output_head(self.student), signal, input_ids.roll(-1, dims=1), mask, losses)
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """One micro-batch: the sum of its losses over its tokens (not their mean)."""
+        total, terms = self.batch_losses(batch, self.losses)
+        self._step_tokens += batch["mask"].sum()
+        for name, term in terms.items():
+            self._terms[name] = self._terms[name] + term if name in self._terms else term
+        return total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the step's tokens, undoing Lightning's and DDP's means; clipping comes after."""
+        tokens = self._step_tokens
+        if self.trainer.world_size > 1:
+            tokens = self.trainer.strategy.reduce(tokens, reduce_op="sum")
+        factor = LossTerm(torch.ones_like(tokens) * self.trainer.accumulate_grad_batches * self.trainer.world_size, tokens)
+        scale = factor.per_token()
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, scale)
+        self._step_tokens.zero_()
+
+    def drain_terms(self) -> dict[str, float]:
+        """Mean of each loss per token since the last call (this synchronises with the device)."""
+        means = {name: float(term.per_token()) for name, term in self._terms.items()}
+        self._terms = {}
+        return means
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Add a batch to the validation's terms: always cross-entropy, and KL where there is a teacher."""
+        _, terms = self.batch_losses(batch, [("cross_entropy", CrossEntropy())])
+        for name, term in terms.items():
+            self._validation[name] = self._validation[name] + term if name in self._validation else term
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation."""
+        self._validation: dict[str, LossTerm] = {}
+
+    def validation_means(self) -> dict[str, float]:
+        """Nats per token over the validation split that has just been read."""
+        return {name: float(term.per_token()) for name, term in self._validation.items()}
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, without decay on vectors, and the schedule per step."""
+        spec = self.optimizer_spec
+        num_steps = self.num_steps or self.trainer.max_steps
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": spec.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=spec.lr, betas=spec.betas, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.factor(step, num_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what is frozen (it is in its artifact already) and add the random state."""
+        frozen = {f"student.{name}" for name, p in self.student.named_parameters() if not p.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        checkpoint["rng"] = {"torch": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the frozen weights back beside the saved ones, so that loading stays strict."""
+        for name, p in self.student.named_parameters():
+            if not p.requires_grad:
+                checkpoint["state_dict"].setdefault(f"student.{name}", p.detach())
+        self._rng = checkpoint["rng"]
+
+    def on_train_start(self) -> None:
+        """Restore the random state last, after everything that may draw from it."""
+        if self._rng is not None:
+            torch.set_rng_state(self._rng["torch"].cpu())
+            if "cuda" in self._rng and torch.cuda.is_available():
+                torch.cuda.set_rng_state(self._rng["cuda"].cpu())
+
+
