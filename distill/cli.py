@@ -1,0 +1,138 @@
+"""The command line: verbs, exit codes and printing. Nothing here imports torch before a verb needs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from distill import __version__
+from distill.core.errors import DistillError
+
+app = typer.Typer(
+    help="From a big language model to a small one that is ready to ship, by one recipe.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that comes with distill.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value, such as stages.distill.optimizer.lr=5e-5.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    set: Set = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; unset: runs/<name of the recipe>.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run this stage alone.")] = None,
+    from_: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and those after it again.")] = None,
+) -> None:
+    """Run a recipe. The same command again goes on where it was left."""
+    from distill.recipe import Recipe
+    from distill.recipes import find
+
+    loaded = Recipe.load(find(recipe), set or [])
+    from distill.runner import run as run_recipe
+
+    run_recipe(loaded, run_dir, only=only, start=from_)
+
+
+@app.command()
+def resume(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    set: Annotated[list[str] | None, typer.Option("--set", metavar="compute.KEY=VALUE", help="Only compute may change.")] = None,
+) -> None:
+    """Go on with a run; only its compute settings may change."""
+    from distill.core.errors import InputError
+    from distill.core.run import RECIPE
+    from distill.recipe import Recipe
+
+    if not (run_dir / RECIPE).is_file():
+        raise InputError(f"{run_dir}: not a run folder (no {RECIPE} in it)")
+    for override in set or []:
+        if not override.startswith("compute."):
+            raise InputError(f"--set {override}: only compute may change on resume; start a new run for anything else")
+    loaded = Recipe.load(run_dir / RECIPE, set or [])
+    from distill.runner import run as run_recipe
+
+    run_recipe(loaded, run_dir)
+
+
+@app.command()
+def check(recipe: RecipeFile, set: Set = None) -> None:
+    """Validate a recipe and print its plan; needs no GPU, no download and no torch."""
+    from distill.forecast import describe
+    from distill.recipe import Recipe
+    from distill.recipes import find
+
+    print(describe(Recipe.load(find(recipe), set or [])))
+
+
+@app.command("list")
+def list_members(
+    family: Annotated[str | None, typer.Argument(help="recipes, stages, losses, criteria, quantizers, sources, exporters; unset: all.")] = None,
+) -> None:
+    """List every member of a family with its fields, or the recipes that come with distill."""
+    from distill.listing import listing
+
+    print(listing(family))
+
+
+@app.command()
+def schema(
+    file: Annotated[Path | None, typer.Argument(help="Where to write it; unset: print it.")] = None,
+) -> None:
+    """Write the JSON schema of a recipe, with which editors complete and check."""
+    from distill.listing import schema_text
+
+    if file is None:
+        print(schema_text(), end="")
+    else:
+        from distill.core.artifact import write_text
+
+        write_text(file, schema_text())
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices and what can be reached; paste it into a bug report."""
+    from distill.doctor import examine
+
+    print(examine())
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"distill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def main() -> NoReturn:
+    """Entry point: an error of the user's or the machine's is one clear line and an exit code, never a traceback."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except DistillError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        print("stopped; the same command goes on where this one was left", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a mistake in the arguments, found by the parser
+            error.show()
+            sys.exit(2)
+        raise
+    sys.exit(0)

@@ -1,0 +1,114 @@
+"""Walks the stages of a recipe: skips what is finished, goes on with what was interrupted."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distill.core.artifact import fingerprint, hash_of, write_text
+from distill.core.errors import InputError
+from distill.core.run import RECIPE, Done, Run
+from distill.recipe import Recipe
+from distill.stages.base import Session, StageContext, StageSpec
+
+
+def run(
+    recipe: Recipe,
+    run_dir: str | Path | None = None,
+    *,
+    only: str | None = None,
+    start: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Run:
+    """Run a recipe, or go on with it.
+
+    Args:
+        recipe: what to do.
+        run_dir: the run's folder; unset: ``runs/<recipe name>``.
+        only: run this stage alone; those before it must be finished.
+        start: run this stage and those after it again, whether finished or not.
+        say: prints one line for people.
+
+    Returns:
+        The run, whose folder holds every stage's result.
+
+    Raises:
+        InputError: the recipe, the models or the data are wrong; nothing is lost.
+        MachineError: the machine is at fault.
+        Interrupted: the user asked to stop; the same call goes on.
+    """
+    folder = Path(run_dir) if run_dir is not None else Path("runs") / recipe.name
+    names = list(recipe.stages)
+    for flag, name in (("--only", only), ("--from", start)):
+        if name is not None and name not in names:
+            raise InputError(f"{flag} {name}: no such stage (stages: {', '.join(names)})")
+    the_run = Run(folder)
+    with the_run.lock():
+        write_text(folder / RECIPE, recipe.dump())
+        session = _session(recipe, the_run, say)
+        hashes: dict[str, str] = {}
+        say(f"{recipe.name}: {len(names)} stages into {folder}")
+        try:
+            for number, name in enumerate(names, 1):
+                hashes[name] = _input_hash(session, name, hashes)
+                if only is not None and name != only:
+                    _require_done(the_run, name, hashes[name], only, before=number <= names.index(only))
+                    continue
+                again = only == name or (start is not None and number > names.index(start))
+                _run_stage(session, name, hashes[name], f"[{number}/{len(names)}]", again=again)
+        finally:
+            session.close()
+    return the_run
+
+
+def _session(recipe: Recipe, the_run: Run, say: Callable[[str], None]) -> Session:
+    return Session(
+        run=the_run,
+        recipe=recipe.name,
+        text=recipe.dump(),
+        teacher=recipe.teacher,
+        data=recipe.data,
+        compute=recipe.compute,
+        logging=recipe.logging,
+        seed=recipe.seed,
+        stages=dict(recipe.stages),
+        command=shlex.join(["distill", *sys.argv[1:]]) if sys.argv[1:] else "distill.run(...)",
+        say=say,
+    )
+
+
+def _run_stage(session: Session, name: str, input_hash: str, number: str, *, again: bool) -> None:
+    """One stage: skipped when its marker fits, else run and marked."""
+    stage, done = session.stages[name], session.run.done(name)
+    title = f"{number} {name}" + (f" ({stage.kind})" if stage.kind != name else "")
+    if done is not None and done.input_hash == input_hash and not again:
+        session.say(f"{title}: finished before, {done.seconds:.0f} s")
+        return
+    session.say(title)
+    folder = session.run.begin(name, input_hash)
+    (folder / "DONE").unlink(missing_ok=True)
+    started = time.perf_counter()
+    figures = stage.run(StageContext(session, name, folder, input_hash))
+    seconds = time.perf_counter() - started
+    session.run.finish(name, Done(input_hash, seconds, figures))
+    session.say(f"  done in {seconds:.0f} s")
+
+
+def _require_done(the_run: Run, name: str, input_hash: str, only: str, *, before: bool) -> None:
+    done = the_run.done(name)
+    if before and (done is None or done.input_hash != input_hash):
+        raise InputError(f"--only {only}: stage {name!r} before it is not finished in {the_run.folder}; run it first")
+
+
+def _input_hash(session: Session, name: str, hashes: dict[str, str]) -> str:
+    """Hash of all that a stage's result depends on; machine settings are not among it."""
+    stage: StageSpec = session.stages[name]
+    read: list[Any] = []
+    for reference in stage.reads(list(hashes)):
+        read.append(hashes.get(reference) or fingerprint(session.artifact(reference).location))
+    common = [session.data.model_dump(mode="json"), session.seed] if stage.uses_data else []
+    return hash_of(stage.model_dump(mode="json"), read, common)

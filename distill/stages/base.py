@@ -1,0 +1,200 @@
+"""The contract of a stage: what it reads, what it leaves, and what the runner hands it."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import yaml
+
+from distill.core.artifact import Artifact, Lineage, replacing, write_lineage, write_text
+from distill.core.run import Run
+from distill.core.spec import Spec
+from distill.data.spec import DataSpec
+from distill.tracking.spec import LoggingSpec
+from distill.training.spec import ComputeSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from distill.data.corpus import Corpus
+    from distill.tracking.wandb import SafeLogger
+
+
+class StageSpec(Spec):
+    """One step of a run. Its name in the recipe is its address; its kind defaults to the name."""
+
+    makes_model: ClassVar[bool] = False
+    """Whether later stages may name it as a model."""
+    uses_data: ClassVar[bool] = True
+    """Whether its result depends on the recipe's data."""
+
+    kind: str
+
+    def references(self) -> list[tuple[tuple[str | int, ...], str]]:
+        """The models that it reads: (key path inside the stage, reference).
+
+        A reference is "teacher", an earlier stage, a folder or a Hub id.
+        """
+        return []
+
+    def reads(self, earlier: list[str]) -> list[str]:
+        """References of all models that the result depends on.
+
+        Args:
+            earlier: names of the stages before it.
+        """
+        return [reference for _, reference in self.references()]
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Do the work inside ``context.folder``.
+
+        Returns:
+            Figures for the ``DONE`` marker.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class Session:
+    """What the stages of one process share: the recipe's common settings and the corpora that are open.
+
+    Attributes:
+        run: the run folder.
+        recipe: the recipe's name.
+        text: the recipe as resolved YAML.
+        teacher: the teacher's reference, or None.
+        seed: of everything random.
+        stages: all stages of the recipe, in order.
+        say: prints one line for people.
+    """
+
+    run: Run
+    recipe: str
+    text: str
+    teacher: str | None
+    data: DataSpec
+    compute: ComputeSpec
+    logging: LoggingSpec
+    seed: int
+    stages: dict[str, StageSpec]
+    command: str
+    say: Callable[[str], None] = print
+    _tokenizer: PreTrainedTokenizerBase | None = None
+    _corpus: Corpus | None = None
+    _logger: SafeLogger | None = None
+
+    def artifact(self, reference: str) -> Artifact:
+        """The model behind a reference of the recipe."""
+        from distill.models.load import locate
+
+        if reference in self.stages:
+            return self.run.model(reference)
+        if reference == "teacher":
+            assert self.teacher is not None
+            return Artifact("teacher", locate(self.teacher))
+        return Artifact(reference, locate(reference))
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one tokenizer of the run: the teacher's, another model's, or one trained on the corpus."""
+        from distill.data.corpus import open_tokenizer
+
+        if self._tokenizer is None:
+            teacher = self.artifact("teacher").location if self.teacher else ""
+            self._tokenizer = open_tokenizer(self.data, teacher, self.run.folder / "data")
+        return self._tokenizer
+
+    def corpus(self) -> Corpus:
+        """The run's data, tokenised and packed; opened once."""
+        from distill.data.corpus import Corpus
+
+        if self._corpus is None:
+            tokenizer = self.tokenizer()
+            self._corpus = Corpus.open(self.data, tokenizer, self.run.folder / "data", self.seed, len(tokenizer))
+            self.say(f"  {self._corpus.summary()}")
+        return self._corpus
+
+
+    def logger(self) -> SafeLogger | None:
+        """The W&B run that all stages log to, opened once; its id stays with the run folder, so that curves go on."""
+        from distill.tracking.wandb import make_logger
+
+        if self._logger is None and self.logging.wandb != "disabled":
+            file = self.run.folder / "wandb-id"
+            if not file.is_file():
+                write_text(file, uuid.uuid4().hex[:8])
+            config = yaml.safe_load(self.text)
+            self._logger = make_logger(self.logging, self.run.folder, file.read_text(), self.recipe, config)
+        return self._logger
+
+    def close(self) -> None:
+        """Close what is open; says how to send an offline W&B run."""
+        if self._logger is not None:
+            from distill.tracking.wandb import finish
+
+            if line := finish(self._logger):
+                self.say(f"W&B is offline; to send this run: {line}")
+
+
+@dataclass
+class StageContext:
+    """What the runner hands to one stage.
+
+    Attributes:
+        session: shared with the other stages.
+        name: the stage's name in the recipe.
+        folder: its folder; all that it writes goes here.
+        input_hash: hash of everything that it reads.
+    """
+
+    session: Session
+    name: str
+    folder: Path
+    input_hash: str
+    started: float = field(default_factory=time.perf_counter)
+
+    def say(self, line: str) -> None:
+        """Print one line for people."""
+        self.session.say(f"  {line}")
+
+    def write_model(
+        self, save: Callable[[Path], None], *, kind: str, parent: str, teacher: str | None, figures: dict[str, Any]
+    ) -> Artifact:
+        """Write the stage's model folder, whole or not at all, with tokenizer and lineage.
+
+        Args:
+            save: writes weights and config into the folder it is given.
+            kind: the stage's kind.
+            parent: reference of the model that this one was made from.
+            teacher: reference of the model that it learned from.
+            figures: go into the lineage.
+        """
+        from distill.models.load import licence_of
+
+        artifact = self.session.run.model(self.name)
+        above = self.session.artifact(parent)
+        line = above.lineage()
+        with replacing(Path(artifact.location)) as folder:
+            save(folder)
+            self.session.tokenizer().save_pretrained(folder)
+            write_lineage(
+                folder,
+                Lineage(
+                    stage=self.name,
+                    kind=kind,
+                    parent=parent,
+                    teacher=teacher,
+                    base_model=line.base_model if line else self._base_model(parent),
+                    licence=line.licence if line else licence_of(above.location),
+                    input_hash=self.input_hash,
+                    figures=figures,
+                ),
+            )
+        return artifact
+
+    def _base_model(self, parent: str) -> str:
+        return str(self.session.teacher) if parent == "teacher" else parent

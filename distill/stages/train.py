@@ -1,0 +1,122 @@
+"""The training that finetune, distill and quantize share: they differ by data, not by copied loops."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from distill.core.errors import InputError
+from distill.losses.base import LossSpec
+from distill.stages.base import StageContext
+from distill.training.spec import BudgetSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from distill.training.assemble import Student
+
+
+def train(
+    context: StageContext, student: Student, losses: list[LossSpec], budget: BudgetSpec, *, teacher: str | None
+) -> dict[str, Any]:
+    """Train an assembled student in place, from the stage's last checkpoint if there is one.
+
+    Args:
+        context: of the stage.
+        student: what to train.
+        losses: at least one.
+        budget: how long; a budget of 0 does nothing.
+        teacher: reference of the frozen teacher, or None.
+
+    Returns:
+        Figures: steps, tokens, seconds of training, tokens a second.
+    """
+    from distill.training.module import DistillationModule
+    from distill.training.trainer import fit
+
+    session = context.session
+    corpus = session.corpus()
+    length = session.data.sequence_length
+    num_steps = budget.steps(length)
+    if num_steps == 0:
+        return {"training_steps": 0, "training_tokens": 0, "training_seconds": 0.0}
+    check_context_length(student.model, length)
+    module = DistillationModule(
+        student.model,
+        losses,
+        load_teacher(context, teacher, student.model) if teacher else None,
+        optimizer=budget.optimizer,
+        num_steps=num_steps,
+    )
+    started = time.perf_counter()
+    fit(
+        module,
+        budget,
+        session.compute,
+        name=context.name,
+        folder=context.folder,
+        sequence_length=length,
+        train_loader=lambda micro, consumed: corpus.train_loader(
+            micro, consumed_sequences=consumed, num_workers=session.compute.num_workers
+        ),
+        validation_loader=corpus.validation_loader(session.compute.micro_batch_size or budget.batch_size),
+        logger=session.logger(),
+        say=session.say,
+    )
+    student.model.to("cpu")
+    seconds = time.perf_counter() - started
+    tokens = num_steps * budget.batch_size * length
+    return {"training_steps": num_steps, "training_tokens": tokens, "training_seconds": round(seconds, 1)}
+
+
+def load_teacher(context: StageContext, reference: str, student: PreTrainedModel) -> PreTrainedModel:
+    """The frozen teacher in its own precision (fp32 on a CPU, which is slow in bf16), over the student's tokens.
+
+    Raises:
+        InputError: teacher and student speak different vocabularies.
+    """
+    from distill.data.tokenizer import check_same_vocabulary, load_tokenizer
+    from distill.models.load import load_model
+    from distill.training.trainer import resolve_device
+
+    location = context.session.artifact(reference).location
+    check_same_vocabulary(context.session.tokenizer(), load_tokenizer(location))
+    dtype = "auto" if resolve_device(context.session.compute) == "cuda" else "float32"
+    teacher = load_model(location, dtype=dtype)
+    tokens = len(context.session.tokenizer())
+    for name, model in (("teacher", teacher), ("student", student)):
+        rows = model.get_input_embeddings().num_embeddings
+        if rows < tokens:
+            raise InputError(f"{name} {reference if name == 'teacher' else ''}: {rows} embeddings for {tokens} tokens of the tokenizer")
+    return teacher
+
+
+def check_context_length(model: PreTrainedModel, sequence_length: int) -> None:
+    """Refuse sequences that are longer than the positions the model was made for.
+
+    Raises:
+        InputError: they are.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and sequence_length > limit:
+        raise InputError(f"data.sequence_length ({sequence_length}) is longer than the model's {limit} positions; lower it")
+
+
+def save_plain(model: PreTrainedModel, stored_dtype: str) -> Any:
+    """A writer of a plain Hugging Face folder for :meth:`StageContext.write_model`; weights rounded to ``stored_dtype``."""
+    import torch
+
+    def save(folder: Any) -> None:
+        model.to(getattr(torch, stored_dtype)).save_pretrained(folder)
+
+    return save
+
+
+def stored_dtype_of(location: str, wanted: str) -> str:
+    """The dtype in which a student is stored: as asked, or as its parent is."""
+    if wanted != "auto":
+        return wanted
+    from distill.models.load import load_config
+
+    dtype = load_config(location).dtype
+    return str(dtype).removeprefix("torch.") if dtype is not None else "float32"
