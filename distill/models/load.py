@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import warnings
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +51,19 @@ def _from_pretrained(loader: Any, location: str, what: str, **arguments: Any) ->
         raise InputError(f"{location}: cannot load the {what} ({first.strip()})") from error
 
 
+def _quiet_transformers() -> None:
+    """No bars for loading and writing shards and no renaming notices; they would run across our own progress."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+
+
+def without_bars(location: str) -> AbstractContextManager[Any]:
+    """Swallow what libraries draw on stderr while a local folder loads (a download keeps its bar); errors still raise."""
+    return redirect_stderr(io.StringIO()) if Path(location).is_dir() else nullcontext()
+
+
 def load_config(location: str) -> PretrainedConfig:
     """The config of a model folder or Hub id.
 
@@ -62,6 +78,8 @@ def load_config(location: str) -> PretrainedConfig:
 def load_model(location: str, *, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """A causal language model, whole, from safetensors only, in evaluation mode on the CPU.
 
+    Low-bit weights are widened to plain linear layers of the same values.
+
     Args:
         location: folder or Hub id.
         dtype: of the weights in memory; "auto" is that of the file.
@@ -72,15 +90,27 @@ def load_model(location: str, *, dtype: str | torch.dtype = "auto") -> PreTraine
     """
     from transformers import AutoModelForCausalLM
 
-    model, report = _from_pretrained(
-        AutoModelForCausalLM, location, "model", dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
+    _quiet_transformers()
+    with without_bars(location):
+        model, report = _from_pretrained(
+            AutoModelForCausalLM, location, "model", dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
     lacking = sorted(report["missing_keys"]) + sorted(str(item) for item in report.get("mismatched_keys", []))
     if lacking:
         raise InputError(
             f"{location}: the weights do not fit the config: {len(lacking)} missing or of another shape, first {lacking[0]}"
         )
+    if low_bit_scheme(model.config):
+        from distill.quantization.unpack import unpack
+
+        with without_bars(location):
+            unpack(model)
     return model.eval()
+
+
+def low_bit_scheme(config: PretrainedConfig) -> bool:
+    """Whether a model's file holds low-bit weights, which transformers can only run after widening them."""
+    return getattr(config, "quantization_config", None) is not None
 
 
 def new_model(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:

@@ -1,0 +1,41 @@
+"""Random: every unit is worth a throw of the dice. The control that a criterion has to beat.
+
+Source: none needed; uniform in [0, 1), the same for the same seed and sizes on every machine.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from distill.pruning.base import CriterionSpec, Scores
+from distill.pruning.layout import WIDTH_AXES, Layout, config_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from distill.pruning.base import Batches
+
+
+class Random(CriterionSpec):
+    """Uniform random scores of width, from a seed; reads neither data nor weights."""
+
+    axes: ClassVar[tuple[str, ...]] = WIDTH_AXES
+
+    kind: Literal["random"] = "random"
+    seed: int = Field(0, ge=0)
+    """Seed of the scores; no off-value."""
+
+    def score(self, model: nn.Module, layout: Layout, batches: Batches) -> Scores:
+        """See :meth:`CriterionSpec.score`; ``batches`` is not read."""
+        return random(layout.sizes(config_of(model)), self.seed)
+
+
+def random(sizes: dict[str, int], seed: int) -> Scores:
+    """Uniform width scores for axis sizes as :meth:`Layout.sizes` gives them."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    rows = {axis: torch.rand(sizes["layers"], sizes[axis], generator=generator) for axis in WIDTH_AXES}
+    return Scores(**{**rows, "hidden_channels": rows["hidden_channels"][0]})

@@ -1,0 +1,97 @@
+"""Activation scores against a computation with explicit loops over samples, tokens and channels."""
+
+import math
+
+import pytest
+import torch
+
+from distill.core.errors import InputError
+from distill.pruning.activation import ChannelNorm, activation
+from distill.pruning.base import Scores
+
+
+def naive(model, batches):
+    """Minitron's width scores from a hand-written forward pass of one sample at a time."""
+    layers = model.config.num_hidden_layers
+    neurons, queries = [[0.0] * 24 for _ in range(layers)], [[0.0] * 32 for _ in range(layers)]
+    norms = [[0.0] * 32 for _ in range(2 * layers)]
+
+    def add(target, values, mask):
+        count = sum(mask.tolist())
+        for channel in range(values.shape[-1]):
+            total = sum(abs(values[t, channel].item()) for t in range(len(mask)) if mask[t])
+            target[channel] += (total / count) ** 2 if count else 0.0
+
+    for ids, mask in ((b["input_ids"][i], b["mask"][i]) for b in batches for i in range(len(b["input_ids"]))):
+        x = model.model.embed_tokens(ids[None])
+        positions = torch.arange(len(ids))[None]
+        rotary = model.model.rotary_emb(x, positions)
+        causal = torch.full((1, 1, len(ids), len(ids)), -torch.inf).triu(1)
+        for index, layer in enumerate(model.model.layers):
+            normed = layer.input_layernorm(x)
+            add(norms[2 * index], normed[0], mask)
+            attention = layer.self_attn
+            seen = []
+            handle = attention.o_proj.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+            x = x + attention(normed, position_embeddings=rotary, attention_mask=causal)[0]
+            handle.remove()
+            add(queries[index], seen[0][0], mask)
+            normed = layer.post_attention_layernorm(x)
+            add(norms[2 * index + 1], normed[0], mask)
+            mlp = layer.mlp
+            active = torch.nn.functional.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed)
+            add(neurons[index], active[0], mask)
+            x = x + mlp.down_proj(active)
+    heads = [[math.sqrt(sum(row[8 * h : 8 * h + 8])) for h in range(4)] for row in queries]
+    groups = [[math.sqrt(sum(row[16 * g : 16 * g + 16])) for g in range(2)] for row in queries]
+    hidden = [sum(math.sqrt(row[c]) for row in norms) for c in range(32)]
+    return [[math.sqrt(v) for v in row] for row in neurons], heads, groups, hidden
+
+
+@torch.no_grad()
+def test_activation_equals_the_naive_computation(model, layout, batches):
+    scores = activation(model, layout, batches)
+    expected = naive(model, batches)
+    got = (scores.mlp_neurons, scores.attention_heads, scores.kv_groups, scores.hidden_channels)
+    for mine, reference in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, torch.tensor(reference), rtol=1e-4, atol=1e-6)
+
+
+def test_activation_does_not_depend_on_batching_or_masked_tokens(model, layout, batches):
+    reference = activation(model, layout, batches)
+    singles = [{k: v[i : i + 1] for k, v in b.items()} for b in batches for i in range(len(b["mask"]))]
+    padded = [
+        {
+            "input_ids": torch.cat([b["input_ids"], torch.full((len(b["mask"]), 4), 7)], 1),
+            "mask": torch.cat([b["mask"], torch.zeros(len(b["mask"]), 4, dtype=torch.bool)], 1),
+        }
+        for b in batches
+    ]
+    for other in (activation(model, layout, singles), activation(model, layout, padded)):
+        for axis, tensor in reference.tensors().items():
+            torch.testing.assert_close(other.tensors()[axis], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_sums_are_kept_in_fp32():
+    norm, mask = ChannelNorm(), torch.ones(1, 4, dtype=torch.bool)
+    for _ in range(1000):
+        norm.add(torch.full((1, 4, 1), 300.0, dtype=torch.float16), mask)  # its square is no float16
+    assert norm().item() == pytest.approx(300 * math.sqrt(1000), rel=1e-4)
+
+
+def test_nothing_to_read_is_refused(model, layout, batches):
+    empty = [{"input_ids": b["input_ids"], "mask": torch.zeros_like(b["mask"])} for b in batches]
+    for data in (empty, []):
+        with pytest.raises(InputError, match="no token of the calibration data counts"):
+            activation(model, layout, data)
+    with pytest.raises(InputError, match="expected bool"):
+        activation(model, layout, [{"input_ids": batches[0]["input_ids"], "mask": batches[0]["mask"].long()}])
+
+
+def test_scores_merge_and_refuse_what_is_not_finite():
+    one, two = Scores(hidden_channels=torch.ones(3)), Scores(layers=torch.ones(2))
+    assert set(one.merge(two).tensors()) == {"hidden_channels", "layers"}
+    with pytest.raises(InputError, match="two criteria score layers"):
+        one.merge(two).merge(two)
+    with pytest.raises(InputError, match="scores of layers are not finite"):
+        Scores(layers=torch.tensor([1.0, float("nan")]))
