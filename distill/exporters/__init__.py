@@ -1,0 +1,9 @@
+"""Deliverables: a model written for one engine and held against the trained model in that engine."""
+
+from distill.core.spec import Family
+from distill.exporters.base import ExporterSpec, VerifyResult
+from distill.exporters.huggingface import HuggingFace
+
+EXPORTERS = Family("exporter", HuggingFace)
+
+__all__ = ["EXPORTERS", "ExporterSpec", "HuggingFace", "VerifyResult"]

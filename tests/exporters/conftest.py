@@ -1,0 +1,95 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from distill.core.artifact import Lineage, write_lineage
+from distill.exporters.compressed_tensors import save
+from distill.quantization import Int4Group
+from distill.quantization.convert import round_unquantized
+from distill.quantization.prepare import prepare
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture
+def make() -> Callable[[str], PreTrainedModel]:
+    """Tiny models with weights wide enough for rounding to show: llama (untied), qwen3 (tied head), qwen3_bias."""
+
+    def build(name: str) -> PreTrainedModel:
+        torch.manual_seed(0)
+        if name == "llama":
+            model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**SIZES))
+        else:
+            bias = name == "qwen3_bias"
+            config = Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True, attention_bias=bias)
+            model = Qwen3ForCausalLM(config)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "norm" in key or "bias" in key:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.3)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1")
+
+
+@pytest.fixture
+def batches() -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, -1] = False
+    return [{"input_ids": ids, "mask": mask}]
+
+
+@pytest.fixture
+def trained(make: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
+    """A tied model that was trained under int4, rounded as it will be stored."""
+    model = make("qwen3")
+    prepare(model, Int4Group())
+    round_unquantized(model, torch.bfloat16)
+    return model
+
+
+@pytest.fixture
+def artifact(tmp_path: Path, trained: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """What a quantize stage leaves of it."""
+    folder = tmp_path / "artifact"
+    save(trained, Int4Group(), folder, tokenizer)
+    write_lineage(
+        folder,
+        Lineage(
+            stage="small",
+            kind="quantize",
+            parent="/home/someone/pruned",
+            teacher="teacher",
+            base_model="some-team/Base-1B",
+            licence="apache-2.0",
+            input_hash="0123456789abcdef",
+        ),
+    )
+    return folder

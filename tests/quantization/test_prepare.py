@@ -1,0 +1,71 @@
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from distill.core.errors import InputError
+from distill.quantization import Int4Group, Int8Channel
+from distill.quantization.fake_quant import FakeQuantLinear
+from distill.quantization.prepare import prepare, unprepare
+
+
+def test_prepare_wraps_all_but_the_head_and_keeps_the_state_dict(llama: nn.Module) -> None:
+    before = llama.state_dict()
+    names = prepare(llama, Int4Group())
+    assert len(names) == 2 * 7
+    assert names[0] == "model.layers.0.self_attn.q_proj"
+    assert all(isinstance(llama.get_submodule(name), FakeQuantLinear) for name in names)
+    assert type(llama.lm_head) is nn.Linear
+    after = llama.state_dict()
+    assert list(after) == list(before)
+    assert all(after[key].data_ptr() == before[key].data_ptr() for key in before)
+
+
+def test_unprepare_gives_the_model_back(llama: nn.Module, ids: torch.Tensor) -> None:
+    logits, layer = llama(ids).logits, llama.model.layers[0].mlp.up_proj
+    handle = layer.register_forward_hook(lambda *_: calls.append(1))
+    calls: list[int] = []
+    names = prepare(llama, Int8Channel())
+    llama(ids)
+    assert calls == [1]  # hooks outlive the preparation
+    assert unprepare(llama) == names
+    handle.remove()
+    assert torch.equal(llama(ids).logits, logits)
+    assert llama.model.layers[0].mlp.up_proj is layer
+    assert type(layer) is nn.Linear
+    assert not hasattr(layer, "spec")
+
+
+@pytest.mark.parametrize(
+    ("skip", "left"), [(("lm_head", "*_proj"), 0), (("lm_head", "down_proj"), 12), (("model.layers.0.*",), 8), ((), 15)]
+)
+def test_skip_patterns(llama: nn.Module, skip: tuple[str, ...], left: int) -> None:
+    if left:
+        assert len(prepare(llama, Int4Group(skip=skip))) == left
+    else:
+        with pytest.raises(InputError, match="nothing to quantize"):
+            prepare(llama, Int4Group(skip=skip))
+
+
+def test_mistakes_change_nothing(llama: nn.Module) -> None:
+    with pytest.raises(InputError, match=r"'upproj' fits no linear layer.*up_proj"):
+        prepare(llama, Int4Group(skip=("upproj",)))
+    with pytest.raises(InputError, match=r"down_proj: group_size \(64\) must divide in_features \(96\); try 32"):
+        prepare(llama, Int4Group(group_size=64))
+    assert not any(isinstance(module, FakeQuantLinear) for module in llama.modules())
+    with pytest.raises(InputError, match="0 linear layers"):
+        prepare(nn.Sequential(nn.ReLU()), Int4Group())
+    prepare(llama, Int4Group())
+    with pytest.raises(InputError, match="already"):
+        prepare(llama, Int4Group())
+
+
+def test_a_tied_head_cannot_be_quantized_alone() -> None:
+    config = Qwen3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    with pytest.raises(InputError, match=r"lm_head shares its weight with model\.embed_tokens"):
+        prepare(model, Int4Group(skip=()))
+    assert "lm_head" not in prepare(model, Int4Group())
