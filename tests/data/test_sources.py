@@ -1,0 +1,176 @@
+"""The sources: what they yield, in which order, and what they refuse."""
+
+import gzip
+import json
+import subprocess
+import sys
+from typing import Annotated
+
+import pytest
+from pydantic import TypeAdapter
+
+from distill.core.errors import InputError
+from distill.data import SOURCES
+from distill.data.base import SourceSpec
+from distill.data.hub import Hub
+from distill.data.jsonl import Jsonl
+from distill.data.python_docs import PythonDocs
+from distill.data.text_files import TextFiles
+
+
+def texts(source):
+    return [document.text for document in source.documents()]
+
+
+def test_specs_import_nothing_heavy():
+    code = (
+        "import sys, distill.data.spec, distill.data.split; "
+        "print(sorted({'torch', 'numpy', 'tokenizers', 'transformers', 'datasets', 'rich'} & set(sys.modules)))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+def test_every_source_has_its_kind_and_documented_fields():
+    assert list(SOURCES) == ["python_docs", "text_files", "jsonl", "hub"]
+    for kind, member in SOURCES.items():
+        assert member.__module__ == f"distill.data.{kind}"
+        assert all(field.description for name, field in member.model_fields.items() if name != "kind"), kind
+    parsed = TypeAdapter(Annotated[SourceSpec, SOURCES]).validate_python("python_docs")
+    assert isinstance(parsed, PythonDocs)
+
+
+def test_python_docs_are_many_sorted_and_always_the_same():
+    documents = list(PythonDocs().documents())
+    names = [document.id for document in documents]
+    assert len(documents) > 300
+    assert sum(len(document.text) for document in documents) > 4_000_000
+    assert len({document.text for document in documents}) == len(documents)
+    assert {"module:json.decoder", "module:pathlib", "topic:lambda"} <= set(names)
+    unwanted = ("site-packages", ".test", "encodings", "idlelib", "_sysconfigdata", "distutils")
+    assert not [name for name in names if any(word in name for word in unwanted)]
+    for part in ("topic:", "module:"):
+        names_of_part = [name for name in names if name.startswith(part)]
+        assert names_of_part == sorted(names_of_part)
+    assert list(PythonDocs().documents()) == documents
+    assert PythonDocs().fingerprint() == PythonDocs().fingerprint() != PythonDocs(parts="topics").fingerprint()
+
+
+def test_python_docs_parts_and_size():
+    assert all(document.id.startswith("topic:") for document in PythonDocs(parts="topics").documents())
+    assert all(document.id.startswith("module:") for document in PythonDocs(parts="sources").documents())
+    few = PythonDocs(max_bytes=300_000)
+    assert 200_000 < few.num_bytes() <= 300_000
+    assert len({document.id[:8] for document in few.documents()}) > 5  # not one corner of the alphabet
+
+
+def test_text_files_reads_folders_globs_files_and_gzip_in_the_order_of_names(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_text("two\r\nlines\n", encoding="utf-8", newline="")
+    (tmp_path / "sub" / "a.md").write_text("naïve", encoding="utf-8")
+    (tmp_path / "c.bin").write_bytes(b"\xff")
+    (tmp_path / "empty.txt").write_text("\n")
+    with gzip.open(tmp_path / "a.txt.gz", "wt", encoding="utf-8") as stream:
+        stream.write("packed")
+    assert texts(TextFiles(path=str(tmp_path))) == ["packed", "two\r\nlines\n", "naïve"]
+    assert texts(TextFiles(path=f"{tmp_path}/**/*.md")) == ["naïve"]
+    assert texts(TextFiles(path=[f"{tmp_path}/b.txt", f"{tmp_path}/*.txt"])) == ["two\r\nlines\n"]
+
+
+def test_text_files_fingerprint_follows_content_not_time(tmp_path):
+    import os
+
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    source = TextFiles(path=str(file))
+    before = source.fingerprint()
+    os.utime(file, (1, 1))
+    assert source.fingerprint() == before
+    file.write_text("two")
+    assert source.fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no such file or folder"),
+        (lambda path: path.mkdir(), "no file in this folder ends in"),
+        (lambda path: path.write_bytes(b"abc\xff"), "not UTF-8 text (byte 3 is 0xff)"),
+    ],
+)
+def test_text_files_refuses_what_it_cannot_read(tmp_path, make, message):
+    path = tmp_path / "x.txt"
+    make(path)
+    with pytest.raises(InputError) as error:
+        list(TextFiles(path=str(path)).documents())
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cut_gzip_file_is_a_mistake_of_one_line(tmp_path):
+    whole = gzip.compress(b"text " * 1000)
+    (tmp_path / "x.txt.gz").write_bytes(whole[:-20])
+    with pytest.raises(InputError, match="not a whole gzip file"):
+        list(TextFiles(path=f"{tmp_path}/x.txt.gz").documents())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_jsonl_keeps_unicode_line_separators(tmp_path, packed):
+    written = ["a\u2028b\u2029c\x85d", "e\r\nf\n\ng\x0b", "plain"]
+    data = "\n".join(json.dumps({"body": text}, ensure_ascii=False) for text in written).encode()
+    path = tmp_path / ("x.jsonl.gz" if packed else "x.jsonl")
+    path.write_bytes(gzip.compress(data) if packed else data)
+    source = Jsonl(path=str(tmp_path), text="body")
+    assert texts(source) == written
+    assert [document.id for document in source.documents()] == [f"{path.as_posix()}:{line}" for line in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"text": "a"', "not a row of JSON"),
+        ('["a"]', "a row must be a JSON object (got list)"),
+        ('{"body": "a", "id": 1}', "no column 'text' (it has 'body', 'id')"),
+        ('{"text": 3}', "must hold a string (got int)"),
+        ('{"text": "\\ud800"}', "half"),
+    ],
+)
+def test_jsonl_names_the_line_of_a_bad_row(tmp_path, row, message):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "fine"}\n\n' + row + "\n")
+    with pytest.raises(InputError) as error:
+        list(Jsonl(path=str(path)).documents())
+    assert str(error.value).startswith(f"{path}:3: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    import datasets
+
+    folder = tmp_path / "set"
+    folder.mkdir()
+    datasets.Dataset.from_dict({"text": ["one", "", "drei ß"], "n": [1, 2, 3]}).to_parquet(folder / "train.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_reads_a_local_folder(parquet, streaming, monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    source = Hub(path=str(parquet), streaming=streaming)
+    assert texts(source) == texts(source) == ["one", "drei ß"]
+    assert source.is_stream() == streaming
+    with pytest.raises(InputError, match=r"no column 'body' \(it has text, n\)"):
+        texts(Hub(path=str(parquet), text="body", streaming=streaming))
+    with pytest.raises(InputError, match="must hold strings"):
+        texts(Hub(path=str(parquet), text="n", streaming=streaming))
+
+
+def test_hub_says_in_one_line_what_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="cannot be loaded") as error:
+        texts(Hub(path=str(tmp_path / "none")))
+    assert "\n" not in str(error.value)
