@@ -47,12 +47,12 @@ def resume(
     set: Annotated[list[str] | None, typer.Option("--set", metavar="compute.KEY=VALUE", help="Only compute may change.")] = None,
 ) -> None:
     """Go on with a run; only its compute settings may change."""
+    from distill.compare import load_run
     from distill.core.errors import InputError
     from distill.core.run import RECIPE
     from distill.recipe import Recipe
 
-    if not (run_dir / RECIPE).is_file():
-        raise InputError(f"{run_dir}: not a run folder (no {RECIPE} in it)")
+    load_run(run_dir)
     for override in set or []:
         if not override.startswith("compute."):
             raise InputError(f"--set {override}: only compute may change on resume; start a new run for anything else")
@@ -80,6 +80,41 @@ def list_members(
     from distill.listing import listing
 
     print(listing(family))
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of runs.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the report; unset: comparison/ in the first run.")] = None,
+) -> None:
+    """Compare runs: print their table and write one page over all of them."""
+    from distill.compare import report_runs
+
+    table, page = report_runs(run_dirs, out or run_dirs[0] / "comparison")
+    print(table)
+    print(f"report: {page}")
+
+
+@app.command()
+def compare(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A text to continue; may be given more than once.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File with a text a line.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 48,
+) -> None:
+    """Let every model of a run continue the same texts, side by side."""
+    from distill.compare import answer_prompts
+    from distill.core.errors import InputError
+
+    if prompts is not None and not prompts.is_file():
+        raise InputError(f"--prompts {prompts}: no such file")
+    texts = [*(prompt or []), *(line for line in prompts.read_text().split("\n") if line.strip())] if prompts else prompt
+    if not texts:
+        raise InputError("nothing to continue; give --prompt TEXT or --prompts FILE")
+    for item in answer_prompts(run_dir, texts, new_tokens=new_tokens):
+        print(f"\n> {item['prompt']}")
+        for name, answer in item["answers"].items():
+            print(f"  {name:<24} {answer['text']!r}")
 
 
 @app.command()

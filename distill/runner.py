@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.core.artifact import fingerprint, hash_of, write_text
-from distill.core.errors import InputError
+from distill.core.errors import DistillError, InputError
 from distill.core.run import RECIPE, Done, Run
 from distill.recipe import Recipe
 from distill.stages.base import Session, StageContext, StageSpec
@@ -92,7 +92,11 @@ def _run_stage(session: Session, name: str, input_hash: str, number: str, *, aga
     folder = session.run.begin(name, input_hash)
     (folder / "DONE").unlink(missing_ok=True)
     started = time.perf_counter()
-    figures = stage.run(StageContext(session, name, folder, input_hash))
+    try:
+        figures = stage.run(StageContext(session, name, folder, input_hash))
+    except DistillError as error:
+        error.args = (f"stages.{name}: {error}",)
+        raise
     seconds = time.perf_counter() - started
     session.run.finish(name, Done(input_hash, seconds, figures))
     session.say(f"  done in {seconds:.0f} s")

@@ -156,10 +156,10 @@ def _apply(source: Source, override: str, mistakes: list[str]) -> None:
     path: KeyPath = ()
     for part in parents:
         step = _step(target, part)
-        if step is None and isinstance(target, dict) and path[:1] != ("stages",) and path + (part,) != ("stages",):
-            target[part] = {}
-            step = part
-        if step is None or (isinstance(target, dict) and path == ("stages",) and part not in target):
+        if step is None and isinstance(target, dict) and path != ("stages",):
+            target[part], step = {}, part
+            source.places[(*path, part)] = place
+        if step is None:
             mistakes.append(f"{place}: there is no {dotted((*path, part))} to set" + suggest(part, _keys(target)))
             return
         if isinstance(target, dict) and target[step] is None:

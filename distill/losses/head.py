@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from distill.losses.base import LossSpec, LossTerm
 from distill.losses.forward_kl import forward_kl
@@ -88,7 +89,8 @@ def head_losses(
 
     weights = {name: loss.weight for name, loss in losses}
     names = [*weights, *([KL] if signal is not None else [])]
-    out = _Chunked.apply(chunk_terms, weights, names, chunk_tokens, student_hidden, *head.parameters)
+    learn = torch.is_grad_enabled()  # inside the Function it is always off
+    out = _Chunked.apply(chunk_terms, weights, names, chunk_tokens, learn, student_hidden, *head.parameters)
     count = torch.tensor(len(keep), device=hidden.device)
     return out[0], {name: LossTerm(value, count) for name, value in zip(names, out[1:], strict=True)}
 
@@ -97,22 +99,27 @@ class _Chunked(torch.autograd.Function):
     """Loss and gradient in the same pass; backward only scales what forward has kept."""
 
     @staticmethod
-    def forward(ctx: Any, chunk_terms: Any, weights: Any, names: Any, chunk: int, hidden: Tensor, *parameters: Tensor) -> Any:
-        wanted = [p for p in (hidden, *parameters) if p.requires_grad]
+    def forward(
+        ctx: Any, chunk_terms: Any, weights: Any, names: Any, chunk: int, learn: bool, hidden: Tensor, *parameters: Tensor
+    ) -> Any:
+        wanted = [learn and p.requires_grad for p in (hidden, *parameters)]
         sums = {name: hidden.new_zeros((), dtype=torch.float32) for name in names}
         total = hidden.new_zeros((), dtype=torch.float32)
-        grad_hidden = torch.zeros_like(hidden) if hidden.requires_grad else None
-        grad_parameters = [torch.zeros_like(p) if p.requires_grad else None for p in parameters]
+        grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
+        # fp32, because in bf16 a sum over many chunks loses the small ones
+        grad_parameters = [
+            torch.zeros_like(p, dtype=torch.float32) if on else None for p, on in zip(parameters, wanted[1:], strict=True)
+        ]
         for start in range(0, hidden.shape[0], chunk):
             end = min(start + chunk, hidden.shape[0])
-            rows = hidden[start:end].detach().requires_grad_(hidden.requires_grad)
-            with torch.set_grad_enabled(bool(wanted)):
+            rows = hidden[start:end].detach().requires_grad_(wanted[0])
+            with torch.set_grad_enabled(any(wanted)):
                 terms = chunk_terms(rows, start, end)
                 loss = sum((weight * terms[name].sum for name, weight in weights.items()), start=hidden.new_zeros((), dtype=torch.float32))
             for name in names:
                 sums[name] += terms[name].sum.detach()
             total += loss.detach()
-            leaves = [leaf for leaf in (rows, *parameters) if leaf.requires_grad]
+            leaves = [leaf for leaf, on in zip((rows, *parameters), wanted, strict=True) if on]
             if leaves:
                 grads = iter(torch.autograd.grad(loss, leaves, allow_unused=True))
                 if grad_hidden is not None:
@@ -121,11 +128,15 @@ class _Chunked(torch.autograd.Function):
                     if slot is not None and (grad := next(grads)) is not None:
                         slot += grad
         ctx.grads = (grad_hidden, *grad_parameters)
+        ctx.dtypes = [leaf.dtype for leaf in (hidden, *parameters)]
         values = tuple(sums[name] for name in names)
         ctx.mark_non_differentiable(*values)
         return (total, *values)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:
-        scaled = tuple(None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.grads)
-        return (None, None, None, None, *scaled)
+        scaled = [
+            None if grad is None else (grad * grad_total).to(dtype) for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
+        ]
+        return (None, None, None, None, None, *scaled)

@@ -119,7 +119,7 @@ def new_model(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the GPU's as well
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model.eval()
 

@@ -34,7 +34,7 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
     """Wrap a model with fresh adapters; only they require gradients.
 
     Raises:
-        InputError: no layer matches ``target_modules``.
+        InputError: no layer matches ``target_modules``, or one shares its weight with another layer.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -46,12 +46,29 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
+    shared = _shared_weights(model)
     try:
-        return cast("PeftModel", get_peft_model(model, config))
+        adapted = cast("PeftModel", get_peft_model(model, config))
     except ValueError as error:
         raise InputError(f"lora.target_modules: {str(error).splitlines()[0]}") from error
+    for name, module in adapted.get_base_model().named_modules():
+        if hasattr(module, "lora_A") and id(module.base_layer.weight) in shared:
+            raise InputError(
+                f"lora.target_modules: {name} shares its weight with {shared[id(module.base_layer.weight)]}, so merging "
+                "its adapter would change both; leave it out"
+            )
+    return adapted
 
 
 def merge_lora(model: PeftModel) -> PreTrainedModel:
     """Fold the adapters into the weights and take the wrapping off."""
     return cast("PreTrainedModel", model.merge_and_unload())
+
+
+def _shared_weights(model: PreTrainedModel) -> dict[int, str]:
+    """id of each weight with several owners -> their names."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if getattr(module, "weight", None) is not None:
+            owners.setdefault(id(module.weight), []).append(name)
+    return {weight: " and ".join(names) for weight, names in owners.items() if len(names) > 1}

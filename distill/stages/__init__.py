@@ -3,8 +3,12 @@
 from distill.core.spec import Family
 from distill.stages.base import StageSpec
 from distill.stages.distill import Distill
+from distill.stages.evaluate import Evaluate
+from distill.stages.export import Export
 from distill.stages.finetune import Finetune
+from distill.stages.prune import Prune
+from distill.stages.quantize import Quantize
 
-STAGES = Family("stage", Finetune, Distill)
+STAGES = Family("stage", Finetune, Prune, Distill, Quantize, Evaluate, Export)
 
 __all__ = ["STAGES", "StageSpec"]

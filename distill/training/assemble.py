@@ -9,7 +9,7 @@ With both, the fake-quant sees the *merged* weight, because that is what will be
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from distill.models.lora import LoraSpec, add_lora, merge_lora
 from distill.quantization.base import QuantizerSpec
@@ -46,14 +46,14 @@ def assemble(
 
         prepare(model, quantizer)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpointing(model, "enable", gradient_checkpointing_kwargs={"use_reentrant": False})
         if lora is not None:  # the frozen embeddings give no gradient to the first checkpointed block
             model.enable_input_require_grads()
     if lora is None:
         return Student(model)
     adapted = add_lora(model, lora)
     if quantizer is not None:
-        from distill.quantization.fake_quant import absorb_lora
+        from distill.quantization.lora import absorb_lora
 
         absorb_lora(adapted)
     return Student(cast("PreTrainedModel", adapted.get_base_model()), adapted)
@@ -62,6 +62,15 @@ def assemble(
 def disassemble(student: Student) -> PreTrainedModel:
     """Fold adapters into the weights; fake-quant layers stay, for the quantizer to convert."""
     model = student.model if student.adapted is None else merge_lora(student.adapted)
-    if getattr(model, "is_gradient_checkpointing", False):
-        model.gradient_checkpointing_disable()
+    _checkpointing(model, "disable")
     return model.eval()
+
+
+def _checkpointing(model: PreTrainedModel, verb: str, **arguments: Any) -> None:
+    """transformers is renaming gradient checkpointing to activation checkpointing; both names are met."""
+    name = f"activation_checkpointing_{verb}"
+    if hasattr(model, name):
+        arguments = {key.replace("gradient", "activation"): value for key, value in arguments.items()}
+        getattr(model, name)(**arguments)
+    else:
+        getattr(model, f"gradient_checkpointing_{verb}")(**arguments)

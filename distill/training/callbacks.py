@@ -65,10 +65,7 @@ class Record(StepEnd):
         terms = module.drain_terms()
         for name, value in terms.items():
             if not math.isfinite(value):
-                raise DistillError(
-                    f"{name} is {value} at step {step}: lower optimizer.lr or raise its warmup_steps; "
-                    "the last good checkpoint is kept"
-                )
+                raise diverged(f"{name} is {value}", step)
         now = time.perf_counter()
         row = {f"train/{name}": value for name, value in terms.items()} | {
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
@@ -102,7 +99,8 @@ class Record(StepEnd):
 
 
 class Checkpoints(StepEnd):
-    """A checkpoint every so many steps, and one at Ctrl-C; both at the end of a step, never within one."""
+    """A checkpoint every so many steps, and one at Ctrl-C; both at the end of a step, never within one, and never of
+    weights that have diverged."""
 
     def __init__(self, folder: Path, *, every: int, keep: int):
         super().__init__()
@@ -118,13 +116,28 @@ class Checkpoints(StepEnd):
         if hasattr(self, "_before"):
             signal.signal(signal.SIGINT, self._before)
 
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Give Ctrl-C back; Lightning calls no teardown when training ends by an error."""
+        self.teardown(trainer, module, "fit")
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Count micro-batches anew: Lightning finds the ends of steps by them, and their size may have changed."""
+        done = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        for progress in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
+            if isinstance(progress, dict):
+                # one micro-batch is not completed yet, because we save in its last hook
+                progress.update(ready=done, started=done, processed=done, completed=done - 1)
+
     def _asked(self, number: int, frame: FrameType | None) -> None:
+        if self._stop:
+            raise Interrupted("stopped within a step; the last checkpoint stands")
         self._stop = True
-        signal.signal(signal.SIGINT, self._before)
 
     def step_end(self, trainer: pl.Trainer, module: DistillationModule, step: int) -> None:
         """Save when it is due or when we are asked to stop."""
         if step % self.every == 0 or self._stop:
+            if not all(p.isfinite().all() for p in module.student.parameters() if p.requires_grad):
+                raise diverged("a trained weight is not finite", step)
             trainer.save_checkpoint(checkpoint_path(self.folder, step))
             rotate(self.folder, self.keep)
         if self._stop:
@@ -166,6 +179,10 @@ class ShowProgress(StepEnd):
             self._bar.stop()
             self._bar = None
 
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Lightning calls no teardown when training ends by an error."""
+        self.teardown(trainer, module, "fit")
+
     def _numbers(self) -> str:
         latest = self.record.latest
         shown = [f"{key.split('/')[1]} {value:.3f}" for key, value in latest.items() if key.startswith("train/")]
@@ -174,6 +191,13 @@ class ShowProgress(StepEnd):
         if "perf/tokens_per_s" in latest:
             shown.append(f"{latest['perf/tokens_per_s']:,.0f} tokens/s")
         return "  ".join(shown)
+
+
+def diverged(what: str, step: int) -> DistillError:
+    """The one line for a training that has left the finite numbers."""
+    return DistillError(
+        f"{what} at step {step}: lower optimizer.lr or raise its warmup_steps; the last good checkpoint is kept"
+    )
 
 
 def _memory_bytes() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -51,13 +52,17 @@ def checkpoints(folder: Path) -> list[Path]:
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that can be read, and a line about each that cannot.
 
-    Read with ``weights_only=True``: a checkpoint is data, never code.
+    Read with ``weights_only=True``: a checkpoint is data, never code. Every byte is held against the file's checksums,
+    which ``torch.load`` does not do.
     """
     complaints = []
     for path in checkpoints(folder):
         try:
+            with zipfile.ZipFile(path) as archive:
+                if spoilt := archive.testzip():
+                    raise zipfile.BadZipFile(f"wrong checksum of {spoilt}")
             torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError, zipfile.BadZipFile) as error:
             complaints.append(f"{path}: damaged ({str(error).splitlines()[0]}); taking the one before it")
             continue
         return path, complaints

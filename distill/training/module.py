@@ -7,7 +7,9 @@ micro-batches would weight short ones more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -34,7 +36,7 @@ class DistillationModule(pl.LightningModule):
         teacher: frozen model over the same tokens. It is held outside the module tree: never in a checkpoint, an
             optimizer or ``train()``.
         optimizer: AdamW and its schedule.
-        num_steps: length of the schedule in optimizer steps; unset: the Trainer's ``max_steps``.
+        num_steps: length of the schedule in optimizer steps; unset: as many as the Trainer will make.
 
     Batches are dicts with ``input_ids`` int64 [batch, sequence] and ``mask`` bool [batch, sequence], True where the
     prediction made at a position (of the next token) counts; the last position never does.
@@ -71,10 +73,14 @@ class DistillationModule(pl.LightningModule):
         return self._teacher[0]
 
     def on_fit_start(self) -> None:
+        """Bring the teacher to the student's device, and forget a step that was broken off."""
+        self.on_validation_start()
+        self._step_tokens = torch.zeros_like(self._step_tokens, device=self.device)
+
+    def on_validation_start(self) -> None:
         """Bring the teacher to the student's device."""
         if self.teacher is not None:
             self.teacher.to(self.device)
-        self._step_tokens = self._step_tokens.to(self.device)
 
     def batch_losses(self, batch: Batch, losses: Sequence[tuple[str, LossSpec]]) -> tuple[Tensor, dict[str, LossTerm]]:
         """Weighted sum of the losses over a batch, and each term; see :func:`distill.losses.head.head_losses`."""
@@ -128,29 +134,35 @@ class DistillationModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW, without decay on vectors, and the schedule per step."""
         spec = self.optimizer_spec
-        num_steps = self.num_steps or self.trainer.max_steps
+        num_steps = self.num_steps or self.trainer.estimated_stepping_batches
+        if math.isinf(num_steps):
+            raise ValueError("the learning rate needs an end: give num_steps here, or max_steps or max_epochs to the Trainer")
         trained = [p for p in self.student.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": spec.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=spec.lr, betas=spec.betas, fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.factor(step, num_steps))
+        # else Lightning refuses to clip under mixed precision, fearing a loss scale; bf16 has none, and it undoes fp16's itself
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.factor(step, int(num_steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what is frozen (it is in its artifact already) and add the random state."""
-        frozen = {f"student.{name}" for name, p in self.student.named_parameters() if not p.requires_grad}
+        """Leave out what is frozen (it is in its artifact already); add the random state and the terms not yet logged."""
+        frozen = {f"student.{name}" for name, p in self._named_parameters() if not p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        checkpoint["terms"] = {name: asdict(term) for name, term in self._terms.items()}
         checkpoint["rng"] = {"torch": torch.get_rng_state()}
         if torch.cuda.is_available():
             checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the frozen weights back beside the saved ones, so that loading stays strict."""
-        for name, p in self.student.named_parameters():
+        for name, p in self._named_parameters():
             if not p.requires_grad:
                 checkpoint["state_dict"].setdefault(f"student.{name}", p.detach())
+        self._terms = {name: LossTerm(**term) for name, term in checkpoint["terms"].items()}
         self._rng = checkpoint["rng"]
 
     def on_train_start(self) -> None:
@@ -159,5 +171,8 @@ class DistillationModule(pl.LightningModule):
             torch.set_rng_state(self._rng["torch"].cpu())
             if "cuda" in self._rng and torch.cuda.is_available():
                 torch.cuda.set_rng_state(self._rng["cuda"].cpu())
+            self._rng = None
 
-
+    def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The student's parameters under every name that they have in a ``state_dict`` (tied ones have two)."""
+        return self.student.named_parameters(remove_duplicate=False)

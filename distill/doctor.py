@@ -1,0 +1,59 @@
+"""The state of a machine in a few lines that can be pasted into a bug report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("torch", "transformers", "pytorch-lightning", "peft", "datasets", "wandb", "torchmetrics", "compressed-tensors")
+
+
+def examine() -> str:
+    """Versions, devices, memory, disk, and whether the Hub and W&B can be used from here."""
+    import psutil
+    import torch
+
+    from distill import __version__
+
+    lines = [f"distill {__version__}  python {platform.python_version()}  {platform.platform()}"]
+    lines.append("  ".join(f"{name} {number}" for name, number in versions().items()))
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            lines.append(f"GPU {index}: {properties.name}, {properties.total_memory / 1e9:.0f} GB")
+    else:
+        lines.append("no GPU: fine for the quickstart")
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(os.getcwd())
+    lines.append(
+        f"{os.cpu_count()} CPU cores, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB memory free, "
+        f"{disk.free / 1e9:.0f} GB disk free here"
+    )
+    lines.append(f"Hugging Face Hub: {'reachable' if _reachable('huggingface.co') else 'not reachable: folders, caches and builtin models only'}")
+    from distill.tracking.wandb import resolve_mode
+    from distill.tracking.spec import LoggingSpec
+
+    lines.append(f"W&B with wandb: auto would be {resolve_mode(LoggingSpec())}")
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """Package -> version of what a run's figures depend on."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _reachable(host: str) -> bool:
+    try:
+        socket.create_connection((host, 443), timeout=3).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,151 @@
+"""What a recipe will do, before it does anything: the plan stage by stage, with tokens, parameters and memory.
+
+Reads configs that are on this machine already; a model that is not is named as unknown, never downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distill.core.errors import RecipeError
+from distill.models.layouts import LAYOUTS, layout_for
+from distill.models.load import locate
+from distill.pruning.select import target_sizes
+from distill.recipe import Recipe
+from distill.stages.base import StageSpec
+from distill.stages.distill import Distill
+from distill.stages.finetune import Finetune, NewModel
+from distill.stages.prune import Prune
+from distill.stages.quantize import Quantize
+from distill.training.spec import BudgetSpec
+
+TRAINED_BYTES = 16
+"""Bytes a trained parameter: fp32 weight, gradient and AdamW's two moments."""
+FROZEN_BYTES = 4
+"""Bytes a frozen parameter at most (fp32, as on a CPU; half of it in bf16 on a GPU)."""
+
+Config = dict[str, Any]
+
+
+def describe(recipe: Recipe) -> str:
+    """The resolved recipe as a plan for people.
+
+    Raises:
+        RecipeError: a stage asks of a model what its config cannot give.
+    """
+    lines = [f"{recipe.name}: {len(recipe.stages)} stages, seed {recipe.seed}"]
+    known: dict[str, Config | None] = {}
+    if recipe.teacher is not None:
+        known["teacher"] = _config(recipe.teacher)
+        lines.append(f"  teacher {recipe.teacher}: {_size(known['teacher'])}")
+    lines.append(
+        f"  data {recipe.data.train.kind}, blocks of {recipe.data.sequence_length} tokens, "
+        + (f"validation from {recipe.data.validation.kind}" if recipe.data.validation else f"{recipe.data.held_out:.0%} held out")
+    )
+    mistakes = []
+    for number, (name, stage) in enumerate(recipe.stages.items(), 1):
+        try:
+            known[name] = _after(stage, known)
+        except Exception as error:
+            if not hasattr(error, "exit_code"):
+                raise
+            mistakes.append(f"{recipe.name}: stages.{name}: {error}")
+            known[name] = None
+        lines.append(f"  [{number}/{len(recipe.stages)}] " + _line(name, stage, recipe, known))
+    if mistakes:
+        raise RecipeError(mistakes)
+    compute = recipe.compute
+    lines.append(f"  compute {compute.accelerator}, precision {compute.precision}, {recipe.logging.wandb} W&B")
+    return "\n".join(lines)
+
+
+def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config | None]) -> str:
+    title = name if stage.kind == name else f"{name} ({stage.kind})"
+    parts = [f"{title}:"]
+    read = [reference for _, reference in stage.references()]
+    if read:
+        parts.append("reads " + ", ".join(dict.fromkeys(read)) + ";")
+    if isinstance(stage, Prune):
+        parts.append(f"keeps {_kept(stage)};")
+    if isinstance(stage, BudgetSpec):
+        parts.append(_budget(stage, recipe))
+    if stage.makes_model:
+        parts.append(f"makes {_size(known[name])}")
+    if isinstance(stage, BudgetSpec) and stage.steps(recipe.data.sequence_length) and (memory := _memory(name, stage, known)):
+        parts.append(f"({memory})")
+    return " ".join(parts).rstrip(";")
+
+
+def _kept(stage: Prune) -> str:
+    sizes = stage.keep.model_dump(exclude_none=True, exclude_defaults=True)
+    return ", ".join(f"{key} {value}" for key, value in sizes.items()) or "everything"
+
+
+def _budget(stage: BudgetSpec, recipe: Recipe) -> str:
+    length = recipe.data.sequence_length
+    steps = stage.steps(length)
+    if steps == 0:
+        return "no training;"
+    return f"{steps * stage.batch_size * length:,} tokens = {steps:,} steps of {stage.batch_size} x {length};"
+
+
+def _config(reference: str) -> Config | None:
+    """A model's config, if it is on this machine."""
+    location = locate(reference)
+    file: Path | None = Path(location) / "config.json"
+    if file is None or not file.is_file():
+        if Path(location).is_dir():
+            return None
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(location, "config.json")
+        file = Path(cached) if isinstance(cached, str) else None
+    return json.loads(file.read_text()) if file is not None else None
+
+
+def _after(stage: StageSpec, known: dict[str, Config | None]) -> Config | None:
+    """The config of the model that a stage makes, as far as it can be known."""
+    if isinstance(stage, Finetune) and isinstance(stage.model, NewModel):
+        return dict(stage.model.config)
+    source = {Prune: "model", Finetune: "model", Distill: "student", Quantize: "student"}.get(type(stage))
+    if source is None:
+        return None
+    reference = getattr(stage, source)
+    config = known[reference] if reference in known else _config(reference)
+    if config is None or not isinstance(stage, Prune):
+        return config
+    layout = layout_for(str(config.get("model_type")))
+    sizes = target_sizes(stage.keep, layout.sizes(config), layout)
+    return config | {layout.size_keys[axis]: size for axis, size in sizes.items()}
+
+
+def _count(config: Config | None) -> int | None:
+    layout = LAYOUTS.get(str(config.get("model_type"))) if config else None
+    if layout is None or config is None or "vocab_size" not in config:
+        return None
+    return layout.count(config)
+
+
+def _size(config: Config | None) -> str:
+    count = _count(config)
+    return "a model of unknown size (its config is not on this machine)" if count is None else f"{_short(count)} parameters"
+
+
+def _memory(name: str, stage: BudgetSpec, known: dict[str, Config | None]) -> str | None:
+    """Bytes of weights, gradients and optimizer; activations come on top."""
+    student = _count(known[name])
+    if student is None:
+        return None
+    trained = TRAINED_BYTES if getattr(stage, "lora", None) is None else FROZEN_BYTES
+    total = student * trained
+    teacher = getattr(stage, "teacher", None)
+    if teacher is not None:
+        config = known[teacher] if teacher in known else _config(teacher)
+        total += (_count(config) or 0) * FROZEN_BYTES
+    return f"{total / 1e9:,.2f} GB for weights, gradients and optimizer; activations come on top"
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"

@@ -1,0 +1,91 @@
+"""What there is to choose from: the members of every family with their fields, and the JSON schema of a recipe."""
+
+from __future__ import annotations
+
+import json
+import typing
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from distill.core.errors import InputError
+from distill.core.source import suggest
+from distill.core.spec import Spec
+from distill.recipe import FAMILIES, Recipe
+from distill.recipes import shipped
+
+
+def listing(wanted: str | None = None) -> str:
+    """Every member of a family, one line and its fields each; of all families when none is named.
+
+    Raises:
+        InputError: there is no such family.
+    """
+    names = ["recipes", *FAMILIES]
+    if wanted is not None and wanted not in names:
+        raise InputError(f"list {wanted}: no such family (expected one of {', '.join(names)}){suggest(wanted, names)}")
+    blocks = []
+    if wanted in (None, "recipes"):
+        rows = [f"  {name:<28} {_command(file.read_text())}" for name, file in shipped().items()]
+        blocks.append("\n".join(["recipes", *rows]))
+    for plural, family in FAMILIES.items():
+        if wanted in (None, plural):
+            blocks.append("\n".join([plural, *(line for _, spec in family.items() for line in _member(spec))]))
+    return "\n\n".join(blocks)
+
+
+def _command(text: str) -> str:
+    """The second comment line of a recipe says what it is for."""
+    comments = [line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#")]
+    return comments[1] if len(comments) > 1 else ""
+
+
+def _member(spec: type[Spec]) -> list[str]:
+    kind = spec.model_fields["kind"].default
+    lines = [f"  {kind:<20} {(spec.__doc__ or '').strip().splitlines()[0]}"]
+    for name, field in spec.model_fields.items():
+        if name != "kind":
+            default = "required" if field.is_required() else _shown(field)
+            lines.append(f"      {name:<24} {default:<14} {' '.join((field.description or '').split())}")
+    return lines
+
+
+def _shown(field: Any) -> str:
+    value = field.get_default(call_default_factory=True)
+    if value is PydanticUndefined:
+        return ""
+    if isinstance(value, Spec):
+        return str(getattr(value, "kind", "{...}"))
+    if isinstance(value, list | tuple) and value and isinstance(value[0], Spec):
+        return "[" + ", ".join(str(getattr(item, "kind", "{...}")) for item in value) + "]"
+    return "unset" if value is None else str(value).replace("True", "true").replace("False", "false")
+
+
+def schema_text() -> str:
+    """The JSON schema of a recipe, as it stands in ``recipes/recipe.schema.json``."""
+    schema = Recipe.model_json_schema()
+    _let_kind_be_name(schema)
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
+
+
+def _let_kind_be_name(schema: dict[str, Any]) -> None:
+    """A stage may leave its kind out and a member without settings may be a bare word; the schema must allow both."""
+    for plural, family in FAMILIES.items():
+        kinds = list(family)
+        for definition in _walk(schema):
+            choices = definition.get("oneOf", [])
+            mapping = definition.get("discriminator", {}).get("mapping", {})
+            if choices and set(mapping) == set(kinds):
+                definition.pop("discriminator")
+                definition["anyOf"] = definition.pop("oneOf") + ([] if plural == "stages" else [{"enum": kinds}])
+
+
+def _walk(node: Any) -> typing.Iterator[dict[str, Any]]:
+    if isinstance(node, dict):
+        yield node
+        for value in list(node.values()):
+            yield from _walk(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _walk(value)

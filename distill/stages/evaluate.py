@@ -1,0 +1,178 @@
+"""Size, speed, memory and quality of every model of a run, measured from the artifacts on disk."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from distill.core.artifact import Artifact, write_text
+from distill.core.spec import Spec
+from distill.stages.base import StageContext, StageSpec
+from distill.tracking.tradeoff import Role, Row, from_json, to_json
+
+ROWS = "rows.json"
+
+
+class SpeedSpec(Spec):
+    """How speed is measured; the same for every model."""
+
+    prompt_tokens: int = Field(128, ge=1)
+    """Tokens of the prompt (prefill)."""
+    new_tokens: int = Field(64, ge=1)
+    """Tokens made one by one (decode)."""
+    repeats: int = Field(5, ge=1)
+    """Measurements, after a warm-up; the report shows their median."""
+    batch_size: int = Field(1, ge=1)
+    """Sequences answered at once."""
+
+
+class Evaluate(StageSpec):
+    """Measure models: quality on the validation text, size on disk, speed and memory each in its own process."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    models: tuple[str, ...] = ()
+    """Models to measure, by reference; empty: the teacher and every model of the stages before."""
+    controls: tuple[str, ...] = ()
+    """Those of them that were trained only to be compared with."""
+    batch_size: int = Field(8, ge=1)
+    """Validation sequences a forward pass."""
+    speed: SpeedSpec | None = SpeedSpec()
+    """null: measure no speed."""
+
+    def references(self) -> list[tuple[tuple[str | int, ...], str]]:
+        """The models that are named."""
+        named = [(("models", i), reference) for i, reference in enumerate(self.models)]
+        return [*named, *((("controls", i), reference) for i, reference in enumerate(self.controls))]
+
+    def reads(self, earlier: list[str]) -> list[str]:
+        """Those that are named, or all."""
+        return list(dict.fromkeys([*(self.models or ["teacher", *earlier]), *self.controls]))
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Measure one model after the other."""
+        rows = []
+        for reference in self._measured(context):
+            row = self._measure(context, reference)
+            rows.append(row)
+            context.say(_line(row))
+        write_text(context.folder / ROWS, to_json(rows))
+        return {"models": [row.name for row in rows]}
+
+    def _measured(self, context: StageContext) -> list[str]:
+        if self.models:
+            return list(dict.fromkeys([*self.models, *self.controls]))
+        stages = context.session.stages
+        before = list(stages)[: list(stages).index(context.name)]
+        teacher = ["teacher"] if context.session.teacher else []
+        return [*teacher, *(name for name in before if stages[name].makes_model)]
+
+    def _measure(self, context: StageContext, reference: str) -> Row:
+        from distill.evaluation.quality import measure_quality
+        from distill.evaluation.size import measure_size
+        from distill.evaluation.speed import measure_speed
+        from distill.models.load import load_config, load_model, low_bit_scheme
+        from distill.training.trainer import resolve_device
+
+        session = context.session
+        artifact = session.artifact(reference)
+        device = resolve_device(session.compute)
+        dtype = "auto" if device == "cuda" else "float32"
+        corpus = session.corpus()
+        teacher = None
+        if session.teacher is not None:
+            teacher = load_model(session.artifact("teacher").location, dtype=dtype).to(device)
+        model = load_model(artifact.location, dtype=dtype).to(device)
+        quality = measure_quality(model, teacher, corpus.validation_loader(self.batch_size), corpus.validation_bytes)
+        simulated = low_bit_scheme(load_config(artifact.location))
+        size = measure_size(local_folder(artifact))
+        speed: dict[str, Any] = {}
+        if self.speed is not None:
+            measured = measure_speed(
+                artifact.location,
+                kernel="simulated" if simulated else "real",
+                prompt_tokens=self.speed.prompt_tokens,
+                new_tokens=self.speed.new_tokens,
+                repeats=self.speed.repeats,
+                batch=self.speed.batch_size,
+                device=device,
+                dtype=dtype,
+            )
+            speed = {
+                "prefill_ms": measured.prefill_ms_p50,
+                "decode_tokens_per_s": measured.decode_tokens_per_s_p50,
+                "decode_tokens_per_s_p90": measured.decode_tokens_per_s_p90,
+                "peak_memory_bytes": measured.peak_memory_bytes,
+                "memory_above_start_bytes": measured.memory_above_start_bytes,
+                "engine": measured.engine,
+                "device": measured.device,
+                "dtype": measured.dtype,
+            }
+        return Row(
+            name=reference,
+            role=self._role(reference),
+            kernel="simulated" if simulated else "real",
+            parameters=size.parameters,
+            non_embedding_parameters=size.non_embedding_parameters,
+            weight_bytes=size.weight_bytes,
+            bits_per_parameter=size.bits_per_parameter,
+            perplexity=quality.perplexity,
+            loss_nats=quality.loss_nats,
+            bits_per_byte=quality.bits_per_byte,
+            kl_to_teacher=quality.kl_to_teacher,
+            top1_agreement=quality.top1_agreement,
+            **speed,
+            **_history(context, reference, artifact),
+        )
+
+    def _role(self, reference: str) -> Role:
+        if reference == "teacher":
+            return "teacher"
+        return "control" if reference in self.controls else "student"
+
+
+def _history(context: StageContext, reference: str, artifact: Artifact) -> dict[str, Any]:
+    """What the lineage says: how the model came about."""
+    lineage = artifact.lineage() if reference in context.session.stages else None
+    if lineage is None:
+        return {}
+    figures = lineage.figures
+    return {
+        "kind": lineage.kind,
+        "parent": lineage.parent if getattr(context.session.stages[reference], "weights", "") != "random" else None,
+        "scheme": figures.get("scheme"),
+        "training_tokens": figures.get("training_tokens", 0),
+        "training_seconds": figures.get("training_seconds", 0.0),
+    }
+
+
+def local_folder(artifact: Artifact) -> str:
+    """The folder of a model, fetched from the Hub's cache when it lives there."""
+    if artifact.folder is not None:
+        return str(artifact.folder)
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(artifact.location, allow_patterns=["*.safetensors", "*.json"])
+
+
+def _line(row: Row) -> str:
+    parts = [f"{row.name:<24} perplexity {row.perplexity:8.2f}"]
+    if row.kl_to_teacher is not None:
+        parts.append(f"KL {row.kl_to_teacher:.4f}")
+    if row.weight_bytes is not None:
+        parts.append(f"{row.weight_bytes / 1e6:.2f} MB")
+    if row.decode_tokens_per_s is not None:
+        parts.append(f"decode {row.decode_tokens_per_s:.0f} tokens/s")
+    return "  ".join(parts)
+
+
+def measured_rows(context: StageContext) -> list[Row]:
+    """The rows of the evaluate stages before this one; a model that was measured twice counts once, the last time."""
+    found: dict[str, Row] = {}
+    for name, stage in context.session.stages.items():
+        if name == context.name:
+            break
+        file = context.session.run.stage(name) / ROWS
+        if stage.kind == "evaluate" and file.is_file():
+            found |= {row.name: row for row in from_json(file.read_text())}
+    return list(found.values())

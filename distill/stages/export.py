@@ -1,0 +1,66 @@
+"""A model as a deliverable: exported, reloaded in its engine, and held against the trained one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from distill.core.artifact import Artifact, replacing
+from distill.exporters import EXPORTERS, HuggingFace
+from distill.exporters.base import ExporterSpec
+from distill.stages.base import StageContext, StageSpec
+from distill.stages.evaluate import local_folder, measured_rows
+
+
+class Export(StageSpec):
+    """Write a model for others: weights, tokenizer, model card with the measured table; then verify it."""
+
+    kind: Literal["export"] = "export"
+    model: str
+    """What to export: an earlier stage, a folder or a Hub id."""
+    target: Annotated[ExporterSpec, EXPORTERS] = HuggingFace()
+    """The format."""
+    title: str | None = None
+    """What the model is called; unset: <recipe>-<model>."""
+    verify_sequences: int = Field(8, ge=1)
+    """Calibration sequences on which the export is held against the trained model."""
+
+    makes_model: ClassVar[bool] = False
+
+    def references(self) -> list[tuple[tuple[str | int, ...], str]]:
+        """The model that is exported."""
+        return [(("model",), self.model)]
+
+    def reads(self, earlier: list[str]) -> list[str]:
+        """The model, and whatever was measured before, since the card shows it."""
+        return [self.model, *earlier]
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Export, reload, compare; only an export that was verified takes its place."""
+        from distill.exporters.model_card import write_card
+        from distill.models.load import load_model
+
+        session = context.session
+        source = Path(local_folder(session.artifact(self.model)))
+        title = self.title or f"{session.recipe}-{self.model}"
+        batches = list(session.corpus().calibration_loader(num_sequences=self.verify_sequences, batch_size=4))
+        place = context.folder / title
+        with replacing(place) as folder:
+            self.target.export(source, folder, title=title)
+            verified = self.target.verify(load_model(str(source), dtype="float32"), folder, batches)
+            lineage = Artifact(self.model, str(source)).lineage()
+            write_card(folder, title=title, lineage=lineage, rows=_card_rows(measured_rows(context)), verified=verified)
+        context.say(
+            f"{place}: {verified.weight_bytes / 1e6:.2f} MB; reloaded, largest logit difference "
+            f"{verified.max_abs_logit:.1e}, worst KL {verified.worst_kl:.1e}, same first token {verified.top1_agreement:.1%}"
+        )
+        return {"folder": place.name, **asdict(verified)}
+
+
+def _card_rows(rows: list[Any]) -> list[dict[str, str]]:
+    from distill.tracking.tables import cell, shown
+
+    return [{"model": row.name, **{c.header: cell(row, c) for c in shown(rows)}, "kernel": row.kernel} for row in rows]
