@@ -8,7 +8,8 @@ from distill.stages.export import Export
 from distill.stages.finetune import Finetune
 from distill.stages.prune import Prune
 from distill.stages.quantize import Quantize
+from distill.stages.report import Report
 
-STAGES = Family("stage", Finetune, Prune, Distill, Quantize, Evaluate, Export)
+STAGES = Family("stage", Finetune, Prune, Distill, Quantize, Evaluate, Export, Report)
 
 __all__ = ["STAGES", "StageSpec"]

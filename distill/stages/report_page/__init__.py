@@ -1,0 +1,1 @@
+"""The report: what it says, how it is drawn, its template and style sheet, and the files that it becomes."""

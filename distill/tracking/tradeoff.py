@@ -1,0 +1,145 @@
+"""What was won and what it cost: a row of measured figures a model, the Pareto set, and how much of a gap was closed.
+
+A figure that was not measured is None, and nothing is claimed from it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+from distill.core.errors import InputError
+
+Role = Literal["teacher", "student", "control"]
+SPEED = (
+    "prefill_ms",
+    "decode_tokens_per_s",
+    "decode_tokens_per_s_p90",
+    "peak_memory_bytes",
+    "memory_above_start_bytes",
+)
+"""Figures that a simulated kernel must leave empty."""
+HIGHER_IS_BETTER = frozenset({"top1_agreement", "decode_tokens_per_s", "decode_tokens_per_s_p90"})
+EQUAL_SPEED = 0.05
+"""Speeds whose ratio is this close to 1 are called equal: repeated measurements differ by as much."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of a run and all that was measured of it; None: not measured.
+
+    Attributes:
+        name: the stage's name, or "teacher".
+        role: teacher, student, or control (trained only to be compared with).
+        kind: kind of the stage that made it.
+        parent: name of the row that it was made from; None for a model from outside or from scratch.
+        scheme: how the weights are rounded, such as "int4, group 32"; None: they are not.
+        notes: a few words for the table.
+        parameters: logical parameters; non_embedding_parameters: without embedding and head.
+        weight_bytes: weight files on disk; bits_per_parameter: their mean width.
+        perplexity, loss_nats, bits_per_byte, kl_to_teacher, top1_agreement: as in ``evaluation.quality``.
+        prefill_ms, decode_tokens_per_s: medians; decode_tokens_per_s_p90: at the slow 90th percentile.
+        peak_memory_bytes: of the whole process or device; memory_above_start_bytes: what the model added to it.
+        kernel: "simulated" when the engine at hand undoes the rounding before it multiplies.
+        engine, device, dtype: what ran it.
+        training_tokens: tokens that this stage trained on, 0 for none; training_seconds: how long that took.
+    """
+
+    name: str
+    role: Role = "student"
+    kind: str = ""
+    parent: str | None = None
+    scheme: str | None = None
+    notes: str = ""
+    parameters: int | None = None
+    non_embedding_parameters: int | None = None
+    weight_bytes: int | None = None
+    bits_per_parameter: float | None = None
+    perplexity: float | None = None
+    loss_nats: float | None = None
+    bits_per_byte: float | None = None
+    kl_to_teacher: float | None = None
+    top1_agreement: float | None = None
+    prefill_ms: float | None = None
+    decode_tokens_per_s: float | None = None
+    decode_tokens_per_s_p90: float | None = None
+    peak_memory_bytes: int | None = None
+    memory_above_start_bytes: int | None = None
+    kernel: Literal["real", "simulated"] = "real"
+    engine: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    training_tokens: int | None = None
+    training_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        filled = [name for name in SPEED if getattr(self, name) is not None]
+        if self.kernel == "simulated" and filled:
+            raise ValueError(f"{self.name}: a simulated kernel has no {', '.join(filled)}")
+
+
+def to_json(rows: Iterable[Row]) -> str:
+    """Rows as JSON text."""
+    return json.dumps([asdict(row) for row in rows], indent=2) + "\n"
+
+
+def from_json(text: str) -> list[Row]:
+    """Rows from :func:`to_json`.
+
+    Raises:
+        InputError: not a list of rows, or a row with a field that this version does not know.
+    """
+    known = {field.name for field in fields(Row)}
+    try:
+        items = json.loads(text)
+        unknown = sorted({key for item in items for key in item} - known)
+        if unknown:
+            raise InputError(f"rows: unknown field {unknown[0]!r}; they were written by another version of distill")
+        return [Row(**item) for item in items]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"rows: not a list of measured rows ({error}); measure again") from None
+
+
+def figure(row: Row, name: str) -> float | None:
+    """A measured, comparable number of a row, or None."""
+    value = getattr(row, name)
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def pareto(rows: Sequence[Row], quality: str = "perplexity", cost: str = "weight_bytes") -> set[str]:
+    """Names of the rows that no other row beats: none is at least as good in both and better in one.
+
+    Args:
+        rows: those without one of the two figures are left out.
+        quality: a field of :class:`Row`.
+        cost: another; for both the better direction is known (``HIGHER_IS_BETTER``, else lower).
+    """
+    points: list[tuple[str, float, float]] = []
+    for row in rows:
+        q, c = figure(row, quality), figure(row, cost)
+        if q is not None and c is not None:
+            points.append((row.name, _lower(quality, q), _lower(cost, c)))
+    return {
+        name
+        for name, q, c in points
+        if not any(other_q <= q and other_c <= c and (other_q < q or other_c < c) for _, other_q, other_c in points)
+    }
+
+
+def _lower(name: str, value: float) -> float:
+    """The value, turned round if need be so that lower is better."""
+    return -value if name in HIGHER_IS_BETTER else value
+
+
+def gap_closed(before: float | None, after: float | None, target: float | None) -> float | None:
+    """Share of the loss gap to ``target`` that was closed: 1 all of it, 0 none, negative when it grew.
+
+    None when a loss is missing or there was no gap (``before`` no worse than ``target``).
+    """
+    if before is None or after is None or target is None or not before > target:
+        return None
+    share = (before - after) / (before - target)
+    return share if math.isfinite(share) else None

@@ -1,0 +1,30 @@
+"""Tiny models on disk, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two model folders, 2 layers and 1 layer, with the same byte-level tokenizer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    folders = []
+    for layers in (2, 1):
+        torch.manual_seed(layers)
+        config = LlamaConfig(
+            vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=2,
+            num_key_value_heads=1, tie_word_embeddings=layers == 1, eos_token_id=None, bos_token_id=None,
+        )  # fmt: skip
+        folder = tmp_path_factory.mktemp(f"layers_{layers}")
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+        folders.append(folder)
+    return folders

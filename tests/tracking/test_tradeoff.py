@@ -1,0 +1,149 @@
+"""The Pareto set, the gaps and the verdict: right, and honest where the student is worse."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from distill.core.errors import InputError
+from distill.tracking.tables import percent, significant
+from distill.tracking.tradeoff import Row, from_json, gap_closed, pareto, to_json
+from distill.tracking.verdict import controls, gaps, main_student, verdict
+
+TEACHER = Row("teacher", "teacher", non_embedding_parameters=100, weight_bytes=400, loss_nats=4.0, perplexity=54.6,
+              decode_tokens_per_s=100.0)  # fmt: skip
+PRUNED = Row("prune", kind="prune", parent="teacher", loss_nats=6.0, perplexity=403.0, training_tokens=0)
+STUDENT = Row("distill", kind="distill", parent="prune", non_embedding_parameters=54, weight_bytes=220, loss_nats=4.5,
+              perplexity=90.0, decode_tokens_per_s=160.0, training_tokens=1000)  # fmt: skip
+
+
+@pytest.mark.parametrize("cost", ["weight_bytes", "decode_tokens_per_s"])
+@pytest.mark.parametrize("seed", range(5))
+def test_pareto_against_brute_force(cost: str, seed: int) -> None:
+    draw = random.Random(seed)
+    rows = [Row(str(i), perplexity=draw.randint(1, 6), **{cost: draw.randint(1, 6)}) for i in range(12)]
+    sign = -1 if cost == "decode_tokens_per_s" else 1
+    points = {row.name: (row.perplexity, sign * getattr(row, cost)) for row in rows}
+    beaten = {
+        a for a, b in itertools.permutations(points, 2)
+        if points[b] != points[a] and all(x <= y for x, y in zip(points[b], points[a], strict=True))
+    }  # fmt: skip
+    assert pareto(rows, "perplexity", cost) == set(points) - beaten
+
+
+def test_pareto_leaves_out_what_was_not_measured() -> None:
+    rows = [
+        Row("a", perplexity=1.0),
+        Row("b", perplexity=float("nan"), weight_bytes=1),
+        Row("c", perplexity=9.0, weight_bytes=9),
+    ]
+    assert pareto(rows) == {"c"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "target", "share"),
+    [
+        (6.0, 4.5, 4.0, 0.75), (6.0, 4.0, 4.0, 1.0), (6.0, 3.5, 4.0, 1.25), (6.0, 6.5, 4.0, -0.25),
+        (4.0, 3.9, 4.0, None), (4.0, 3.9, 4.5, None), (None, 1.0, 1.0, None), (6.0, float("nan"), 4.0, None),
+    ],
+)  # fmt: skip
+def test_gap_closed(before: float | None, after: float | None, target: float | None, share: float | None) -> None:
+    assert gap_closed(before, after, target) == (None if share is None else pytest.approx(share))
+
+
+def test_training_gaps_in_words() -> None:
+    (gap,) = gaps([PRUNED, STUDENT, TEACHER])
+    assert (gap.kind, gap.before.name, gap.share) == ("training", "prune", pytest.approx(0.75))
+    assert "closed 75 % of the loss gap between prune and teacher" in gap.text
+    worse = gaps([PRUNED, Row("d", parent="prune", loss_nats=6.2, training_tokens=1), TEACHER])[0].text
+    assert "10 % larger" in worse
+    none = gaps([Row("p", loss_nats=3.0), Row("d", parent="p", loss_nats=2.9, training_tokens=1), TEACHER])[0].text
+    assert "no gap to close" in none
+    beyond = gaps([PRUNED, Row("d", parent="prune", loss_nats=3.9, training_tokens=1), TEACHER])[0].text
+    assert "better than teacher" in beyond
+
+
+def test_rounding_gap_follows_the_line_of_parents() -> None:
+    rows = [
+        TEACHER, PRUNED, STUDENT,
+        Row("ptq", parent="distill", scheme="int4", loss_nats=4.9, training_tokens=0),
+        Row("ptq8", parent="distill", scheme="int8", loss_nats=4.51, training_tokens=0),
+        Row("tune", parent="distill", loss_nats=4.48, training_tokens=10),
+        Row("qat", parent="tune", scheme="int4", loss_nats=4.6, training_tokens=0),
+    ]  # fmt: skip
+    (gap,) = [gap for gap in gaps(rows) if gap.kind == "rounding"]
+    assert (gap.before.name, gap.after.name, gap.target.name) == ("ptq", "qat", "distill")
+    assert gap.share == pytest.approx(0.75)
+    looped = [Row("a", parent="b", scheme="s", loss_nats=1.0), Row("b", parent="a", scheme="s", loss_nats=1.0)]
+    assert gaps(looped) == []
+
+
+def test_controls_say_when_distillation_did_not_pay() -> None:
+    def said(loss: float, tokens: int = 1000) -> str:
+        control = Row("labels", "control", parent="prune", loss_nats=loss, training_tokens=tokens)
+        return controls([TEACHER, PRUNED, STUDENT, control])[0]
+
+    assert "distill is 0.100 better than labels after the same number of training tokens" in said(4.6)
+    assert "labels is 0.100 better than distill, so distillation did not pay here" in said(4.4)
+    assert "no difference worth the name" in said(4.505)
+    assert "2 times the training tokens" in said(4.6, 2000)
+
+
+def test_verdict_is_made_of_the_figures() -> None:
+    low = Row(
+        "int4", parent="distill", scheme="int4", kernel="simulated", weight_bytes=64, loss_nats=4.9, perplexity=134.0
+    )
+    text = verdict([PRUNED, STUDENT, low, TEACHER])
+    assert (
+        "54 % of the teacher's non-embedding parameters, 1.60x its decode speed, perplexity 90.0 against 54.6" in text
+    )
+    assert "training closed 75 % of the loss gap to the teacher" in text
+    assert "int4: 16 % of the teacher's bytes, speed not measured (its kernel is simulated here)" in text
+
+
+def test_verdict_does_not_hide_a_bad_student() -> None:
+    bad = Row("distill", parent="prune", non_embedding_parameters=54, loss_nats=6.5, perplexity=665.0,
+              decode_tokens_per_s=80.0, training_tokens=9)  # fmt: skip
+    text = verdict([TEACHER, PRUNED, bad])
+    assert "0.80x its decode speed (slower)" in text
+    assert "25 % larger" in text
+    same = verdict([TEACHER, Row("s", decode_tokens_per_s=103.0)])
+    assert "no faster" in same
+    assert "quality not measured" in same
+    assert verdict([TEACHER]) == "No student was measured."
+    assert "no teacher was measured" in verdict([STUDENT])
+
+
+def test_main_student_prefers_exact_weights() -> None:
+    low = Row("int4", scheme="int4")
+    assert main_student([PRUNED, STUDENT, low, Row("c", "control")]) is STUDENT
+    assert main_student([low]) is low
+    assert main_student([TEACHER]) is None
+
+
+def test_json_round_trip_and_strangers() -> None:
+    rows = [TEACHER, STUDENT, Row("x", perplexity=float("inf"))]
+    assert from_json(to_json(rows)) == rows
+    with pytest.raises(InputError, match="unknown field 'speed'"):
+        from_json('[{"name": "a", "speed": 1}]')
+    with pytest.raises(InputError, match="not a list"):
+        from_json("{")
+
+
+def test_a_simulated_row_cannot_hold_speed() -> None:
+    with pytest.raises(ValueError, match="decode_tokens_per_s"):
+        Row("int4", kernel="simulated", decode_tokens_per_s=1.0)
+
+
+def test_numbers_in_words() -> None:
+    assert [percent(x) for x in (0.543, 0.0312, 1.2, 0.9999, 0.0)] == ["54 %", "3.1 %", "120 %", "99 %", "0 %"]
+    assert [significant(x) for x in (58.0, 4.213, 1240.4, 0.0123, 0, float("inf"))] == [
+        "58.0",
+        "4.21",
+        "1,240",
+        "0.0123",
+        "0",
+        "inf",
+    ]

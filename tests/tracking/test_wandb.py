@@ -1,0 +1,132 @@
+"""W&B offline really writes, and W&B broken never stops a run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+
+from distill.tracking import wandb as tracking
+from distill.tracking.spec import LoggingSpec
+from distill.tracking.tradeoff import Row
+
+KEY = "a" * 40
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A run folder, and a machine on which nobody has ever used wandb."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_SERVICE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.chdir(tmp_path)
+    wandb.teardown()
+    yield tmp_path / "run"
+    wandb.teardown()
+
+
+def use(logger: tracking.SafeLogger | None, folder: Path) -> str | None:
+    """All that a run does with its logger."""
+    folder.mkdir(exist_ok=True)
+    page = folder / "index.html"
+    page.write_text("<p>report</p>")
+    if logger is not None:
+        logger.log_hyperparams({"lr": 0.1})
+        for step in range(3):
+            logger.log_metrics({"train/loss": 1.0 / (1 + step)}, step=step)
+    rows = [Row("teacher", "teacher", perplexity=3.0), Row("int4", kernel="simulated", perplexity=4.0)]
+    prompts = [{"prompt": "p", "answers": {"teacher": {"text": "x"}}}]
+    tracking.log_tradeoff(logger, rows, html=page, prompts=prompts)
+    return tracking.finish(logger)
+
+
+def make(mode: str, folder: Path) -> tracking.SafeLogger | None:
+    spec = LoggingSpec.model_validate({"wandb": mode, "tags": ["test"]})
+    return tracking.make_logger(spec, folder, "run1", "name", {"stages": {"a": 1}, "path": folder})
+
+
+@pytest.mark.parametrize("mode", ["offline", "auto"])
+def test_offline_writes_a_run_and_says_how_to_sync(
+    mode: str, folder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    line = use(make(mode, folder), folder)
+    (written,) = (folder / "wandb").glob("offline-run-*-run1")
+    assert line == f"wandb sync {written}"
+    assert (written / "run-run1.wandb").stat().st_size > 1000
+    assert {file.name.split("_")[0] for file in (written / "files/media").rglob("*.json")} == {"tradeoff", "prompts"}
+    assert list((written / "files/media").rglob("*.html"))
+    assert capfd.readouterr().err == ""  # no banner, no advertisement
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(("mode", "wish"), [("auto", "online"), ("auto", None), ("online", None)])
+def test_an_unreachable_host_costs_one_line(
+    mode: str, wish: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    if wish:
+        monkeypatch.setenv("WANDB_MODE", wish)
+    started = time.monotonic()
+    assert "wandb sync" in str(use(make(mode, folder), folder))
+    assert time.monotonic() - started < 30  # a guard against wandb's own minutes of retries, not a measurement
+    assert caplog.messages == ["W&B: http://127.0.0.1:9 does not answer, so the run is logged offline"]
+
+
+def test_online_that_fails_to_open_falls_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(tracking, "answers", lambda *_: True)
+    real = wandb.init
+
+    def refuse(**settings: Any) -> Any:
+        if settings["mode"] == "online":
+            raise wandb.errors.CommError("401\nmore")
+        return real(**settings)
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    assert "offline-run" in str(use(make("online", folder), folder))
+    assert caplog.messages == ["W&B cannot be opened online, the run goes on (CommError: 401)"]
+
+
+def test_not_even_offline_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    def refuse(**_: Any) -> Any:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    assert make("offline", folder) is None
+    assert caplog.messages == ["W&B cannot be opened offline, the run goes on (OSError: disk full)"]
+
+
+def test_disabled_is_none(folder: Path) -> None:
+    assert make("disabled", folder) is None
+    assert use(None, folder) is None
+    assert not (folder / "wandb").exists()
+
+
+def test_a_failure_in_the_middle_is_said_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = make("offline", folder)
+    assert logger is not None
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("pipe broke\nsecond line")
+
+    monkeypatch.setattr(logger.experiment, "log", fail)
+    with caplog.at_level(logging.WARNING):
+        assert "wandb sync" in str(use(logger, folder))
+    assert caplog.messages == ["W&B logging stopped, the run goes on (OSError: pipe broke)"]
+    assert logger.broken
+
+
+def test_whether_a_host_answers() -> None:
+    assert not tracking.answers("http://127.0.0.1:9", 2)
+    assert not tracking.answers("", 1)
