@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -165,9 +166,15 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         print("stopped; the same command goes on where this one was left", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"the disk is full ({error.filename or 'while writing'}); make room, then the same command goes on", file=sys.stderr)
+        sys.exit(1)
     except Exception as error:
-        if hasattr(error, "format_message"):  # a mistake in the arguments, found by the parser
-            error.show()
-            sys.exit(2)
-        raise
+        show = getattr(error, "show", None)  # a mistake in the arguments, found by typer, which carries its own click
+        if show is None:
+            raise
+        show()
+        sys.exit(2)
     sys.exit(0)

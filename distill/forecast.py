@@ -16,6 +16,7 @@ from distill.pruning.select import target_sizes
 from distill.recipe import Recipe
 from distill.stages.base import StageSpec
 from distill.stages.distill import Distill
+from distill.stages.evaluate import Evaluate
 from distill.stages.finetune import Finetune, NewModel
 from distill.stages.prune import Prune
 from distill.stages.quantize import Quantize
@@ -65,7 +66,9 @@ def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config |
     title = name if stage.kind == name else f"{name} ({stage.kind})"
     parts = [f"{title}:"]
     read = [reference for _, reference in stage.references()]
-    if read:
+    if isinstance(stage, Evaluate) and not stage.models:
+        parts.append("measures every model before it;")
+    elif read:
         parts.append("reads " + ", ".join(dict.fromkeys(read)) + ";")
     if isinstance(stage, Prune):
         parts.append(f"keeps {_kept(stage)};")

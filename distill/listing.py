@@ -13,6 +13,7 @@ from distill.core.source import suggest
 from distill.core.spec import Spec
 from distill.recipe import FAMILIES, Recipe
 from distill.recipes import shipped
+from distill.stages import STAGES
 
 
 def listing(wanted: str | None = None) -> str:
@@ -70,15 +71,24 @@ def schema_text() -> str:
 
 
 def _let_kind_be_name(schema: dict[str, Any]) -> None:
-    """A stage may leave its kind out and a member without settings may be a bare word; the schema must allow both."""
-    for plural, family in FAMILIES.items():
-        kinds = list(family)
+    """A member without settings may be a bare word, and a stage's kind may be its name; pydantic's schema knows neither."""
+    for family in FAMILIES.values():
+        references = [{"$ref": f"#/$defs/{spec.__name__}"} for _, spec in family.items()]
         for definition in _walk(schema):
-            choices = definition.get("oneOf", [])
-            mapping = definition.get("discriminator", {}).get("mapping", {})
-            if choices and set(mapping) == set(kinds):
-                definition.pop("discriminator")
-                definition["anyOf"] = definition.pop("oneOf") + ([] if plural == "stages" else [{"enum": kinds}])
+            if definition.get("oneOf") == references:
+                choice = {"required": ["kind"], "anyOf": definition.pop("oneOf")}
+                bare = {"enum": [kind for kind, spec in family.items() if _may_be_empty(spec)]}
+                definition |= choice if family is STAGES else {"anyOf": [choice, bare]}
+    stages = schema["properties"]["stages"]
+    any_kind = stages["additionalProperties"]
+    stages["properties"] = {
+        kind: {"anyOf": [{"$ref": f"#/$defs/{spec.__name__}"}, any_kind, *([{"type": "null"}] if _may_be_empty(spec) else [])]}
+        for kind, spec in STAGES.items()
+    }
+
+
+def _may_be_empty(spec: type[Spec]) -> bool:
+    return not any(field.is_required() for field in spec.model_fields.values())
 
 
 def _walk(node: Any) -> typing.Iterator[dict[str, Any]]:

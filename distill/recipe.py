@@ -151,13 +151,15 @@ def _fields_at(data: Any, path: KeyPath) -> list[str]:
         else:
             annotation = spec
             spec = None
-        data = data[part] if isinstance(data, dict | list) and _has(data, part) else None
+        data = _item(data, part)
         spec = _narrow(annotation, data, part)
     return list(spec.model_fields) if isinstance(spec, type) and issubclass(spec, Spec) else []
 
 
-def _has(data: Any, part: str | int) -> bool:
-    return part in data if isinstance(data, dict) else isinstance(part, int) and part < len(data)
+def _item(data: Any, part: str | int) -> Any:
+    if isinstance(data, dict):
+        return data.get(part)
+    return data[part] if isinstance(data, list) and isinstance(part, int) and part < len(data) else None
 
 
 def _narrow(annotation: Any, data: Any, part: str | int) -> Any:

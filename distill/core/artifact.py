@@ -69,29 +69,47 @@ def write_lineage(folder: Path, lineage: Lineage) -> None:
 def replacing(folder: Path) -> Iterator[Path]:
     """A temporary folder beside ``folder`` that takes its place, synced, when the block ends well.
 
-    A kill at any moment leaves the old folder or the new one, never a mixture.
+    A kill at any moment leaves the old folder or the new one, never a mixture; in the instant between the two renames
+    the old one is ``.<name>.old``, from where the next call puts it back.
 
     Raises:
         MachineError: the disk is full or not writable.
     """
-    temporary = folder.with_name(f".{folder.name}.writing")
+    temporary, aside = folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.old")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
+        _put_back(aside, folder)
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 sync(file)
         sync(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, aside)
         os.replace(temporary, folder)
         sync(folder.parent)
-    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise MachineError(f"{folder}: cannot be written ({error.strerror or error}); nothing was changed") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _put_back(aside, folder)
+        if why := _disk_trouble(error):
+            raise MachineError(f"{folder}: cannot be written ({why}); nothing was changed") from error
         raise
+
+
+def _put_back(aside: Path, folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    elif aside.exists():
+        os.replace(aside, folder)
+
+
+def _disk_trouble(error: BaseException) -> str | None:
+    """What the system said, if it was the system. Safetensors' own error is no OSError but bears its number."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return str(error) if "(os error " in str(error) else None
 
 
 def write_text(file: Path, text: str) -> None:

@@ -20,6 +20,9 @@ from distill.core.errors import InputError, RecipeError
 
 KeyPath = tuple[str | int, ...]
 
+MOST_VALUES = 10_000
+"""Values that a recipe may hold, with every alias written out."""
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 scalars: true/false only, and floats such as 1e-4."""
@@ -106,14 +109,18 @@ def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Source:
 
 
 def _plain(node: yaml.Node, path: KeyPath, source: Source, mistakes: list[str], depth: int = 0) -> Any:
-    """Node -> plain data, noting lines and duplicate keys. Aliases are refused by depth, not expanded for ever."""
+    """Node -> plain data, noting lines and duplicate keys. Aliases are expanded, but not for ever."""
     if depth > 50:
         raise ValueError("nested more than 50 deep")
+    if len(source.places) > MOST_VALUES:  # a few lines of aliases of aliases stand for billions
+        raise ValueError(f"more than {MOST_VALUES:,} values")
     place = f"{source.name}:{node.start_mark.line + 1}"
     source.places[path] = place
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be plain text", problem_mark=key_node.start_mark)
             key = str(key_node.value)
             if key in result:
                 mistakes.append(f"{source.name}:{key_node.start_mark.line + 1}: {dotted((*path, key))}: written twice")
@@ -149,7 +156,8 @@ def _apply(source: Source, override: str, mistakes: list[str]) -> None:
         inner = Source({}, place)
         value = _plain(node, (), inner, mistakes) if node is not None else None
     except (yaml.YAMLError, ValueError) as error:
-        mistakes.append(f"{place}: the value {text!r} is not valid YAML ({' '.join(str(error).split())})")
+        why = getattr(error, "problem", None) or " ".join(str(error).split())
+        mistakes.append(f"{place}: the value {text!r} is not valid YAML ({why})")
         return
     *parents, last = key.strip().split(".")
     target: Any = source.data
@@ -225,6 +233,8 @@ def mistakes_of(error: ValidationError, source: Source, fields_at: Callable[[Key
             what = "unknown key" + (suggest(path[-1], fields_at(path[:-1])) or f" (expected one of {', '.join(fields_at(path[:-1]))})")
         elif kind == "missing":
             what = "is missing"
+        elif kind in {"model_type", "dict_type"}:
+            what = f"needs a mapping of keys to values (got {'a list' if isinstance(got, list) else repr(got)})"
         elif kind.startswith("no_such_"):
             noun = kind.removeprefix("no_such_")
             wrong = got.get("kind") if isinstance(got, dict) else got
@@ -248,7 +258,9 @@ def _written(loc: tuple[str | int, ...], data: Any) -> KeyPath:
             data = data[part]
         elif isinstance(data, list) and isinstance(part, int) and part < len(data):
             data = data[part]
-        elif isinstance(data, dict) and data.get("kind") == part or isinstance(data, str) and data == part:
+        elif isinstance(data, dict) and data.get("kind", path[-1] if path else None) == part:
+            continue  # a stage's kind defaults to its name
+        elif isinstance(data, str) and data == part:
             continue
         elif i < len(loc) - 1:
             continue

@@ -25,6 +25,8 @@ class Document:
 class SourceSpec(Spec):
     """Where text comes from. The order of its documents is always the same."""
 
+    kind: str
+
     def documents(self) -> Iterator[Document]:
         """Every document, in a fixed order; each call begins again.
 

@@ -58,16 +58,17 @@ def side_by_side(
     Raises:
         InputError: a model cannot be loaded, or a prompt is empty.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from distill.models.load import load_model
 
     answers: dict[str, list[Answer]] = {}
     for name, location in models.items():
         try:
             tokenizer = AutoTokenizer.from_pretrained(location)
-            model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
-            model = model.to(device).eval()
         except (OSError, ValueError, ImportError) as error:
             raise InputError(f"{name}: {location} cannot be loaded: {str(error).splitlines()[0]}") from None
+        model = load_model(str(location), dtype=dtype, device=device)
         answers[name] = [answer(model, tokenizer, prompt, new_tokens) for prompt in prompts]
         del model
     return align(prompts, answers, simulated)

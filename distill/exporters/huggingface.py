@@ -99,14 +99,16 @@ def verify(
         DistillError: the folder does not load whole, or a token's KL is above the bound.
     """
     from distill.exporters.compare import compare
+    from distill.models.load import without_bars
 
     exported = _reload(folder).to(source_model.device)  # type: ignore[arg-type]
     training = source_model.training
     source_model.eval()
     try:
-        result = compare(
-            lambda batch: _logits(source_model, batch), lambda batch: _logits(exported, batch), batches, folder
-        )
+        with without_bars(str(folder)):  # packed weights are unpacked at the first forward
+            result = compare(
+                lambda batch: _logits(source_model, batch), lambda batch: _logits(exported, batch), batches, folder
+            )
     finally:
         source_model.train(training)
     return require_close(result, max_kl, folder)

@@ -49,7 +49,9 @@ class LossSpec(Spec):
     weight: float = Field(1.0, gt=0)
     """Factor of this loss in the sum that is trained on; every loss is logged unweighted."""
 
-    def __call__(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor) -> LossTerm:
+    def __call__(
+        self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor
+    ) -> LossTerm:
         """The loss of one batch or chunk.
 
         Args:

@@ -2,8 +2,8 @@
 
     loss = -log q_y,   q = softmax(student),  y the next token
 
-Alone it needs no teacher. Beside a divergence it ties the student to the data; it helps most where the teacher knows the
-data badly.
+Alone it needs no teacher. Beside a divergence it ties the student to the data; it helps most where the teacher knows
+the data badly.
 
 Source: the negative log-likelihood of a language model; as the hard-label term of distillation, arXiv 1503.02531,
 section 2.
@@ -26,7 +26,9 @@ class CrossEntropy(LossSpec):
 
     kind: Literal["cross_entropy"] = "cross_entropy"
 
-    def __call__(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor) -> LossTerm:
+    def __call__(
+        self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor
+    ) -> LossTerm:
         return cross_entropy(student_logits, targets, mask)
 
 

@@ -28,7 +28,9 @@ class ForwardKL(LossSpec):
     temperature: float = Field(1.0, gt=0)
     """Softens both distributions; 1 is off. The gradient is scaled by its square."""
 
-    def __call__(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor) -> LossTerm:
+    def __call__(
+        self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor
+    ) -> LossTerm:
         assert teacher_logits is not None
         return forward_kl(student_logits, teacher_logits, mask, temperature=self.temperature)
 

@@ -74,7 +74,7 @@ def head_losses(
     teacher_hidden = signal.hidden.flatten(0, 1).index_select(0, keep) if signal is not None else None
     wanted = targets.flatten().index_select(0, keep)
 
-    def chunk_terms(rows: Tensor, start: int, end: int) -> dict[str, LossTerm]:
+    def chunk_terms(rows: Tensor, start: int, end: int) -> tuple[Tensor, dict[str, LossTerm]]:
         student_logits = head.logits(rows)
         teacher_logits = None
         if signal is not None and teacher_hidden is not None:
@@ -82,15 +82,15 @@ def head_losses(
                 teacher_logits = signal.head.logits(teacher_hidden[start:end])
         on = torch.ones_like(wanted[start:end], dtype=torch.bool)
         terms = {name: loss(student_logits, teacher_logits, wanted[start:end], on) for name, loss in losses}
+        total = torch.stack([loss.weight * terms[name].sum for name, loss in losses]).sum()
         if teacher_logits is not None:
             with torch.no_grad():
                 terms[KL] = forward_kl(student_logits, teacher_logits, on)
-        return terms
+        return total, terms
 
-    weights = {name: loss.weight for name, loss in losses}
-    names = [*weights, *([KL] if signal is not None else [])]
+    names = [*(name for name, _ in losses), *([KL] if signal is not None else [])]
     learn = torch.is_grad_enabled()  # inside the Function it is always off
-    out = _Chunked.apply(chunk_terms, weights, names, chunk_tokens, learn, student_hidden, *head.parameters)
+    out = _Chunked.apply(chunk_terms, names, chunk_tokens, learn, student_hidden, *head.parameters)
     count = torch.tensor(len(keep), device=hidden.device)
     return out[0], {name: LossTerm(value, count) for name, value in zip(names, out[1:], strict=True)}
 
@@ -100,22 +100,21 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, chunk_terms: Any, weights: Any, names: Any, chunk: int, learn: bool, hidden: Tensor, *parameters: Tensor
+        ctx: Any, chunk_terms: Any, names: Any, chunk: int, learn: bool, hidden: Tensor, *parameters: Tensor
     ) -> Any:
         wanted = [learn and p.requires_grad for p in (hidden, *parameters)]
         sums = {name: hidden.new_zeros((), dtype=torch.float32) for name in names}
         total = hidden.new_zeros((), dtype=torch.float32)
-        grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
         # fp32, because in bf16 a sum over many chunks loses the small ones
-        grad_parameters = [
-            torch.zeros_like(p, dtype=torch.float32) if on else None for p, on in zip(parameters, wanted[1:], strict=True)
-        ]
+        grad_hidden, *grad_parameters = (
+            torch.zeros_like(p, dtype=torch.float32) if on else None
+            for p, on in zip((hidden, *parameters), wanted, strict=True)
+        )
         for start in range(0, hidden.shape[0], chunk):
             end = min(start + chunk, hidden.shape[0])
             rows = hidden[start:end].detach().requires_grad_(wanted[0])
             with torch.set_grad_enabled(any(wanted)):
-                terms = chunk_terms(rows, start, end)
-                loss = sum((weight * terms[name].sum for name, weight in weights.items()), start=hidden.new_zeros((), dtype=torch.float32))
+                loss, terms = chunk_terms(rows, start, end)
             for name in names:
                 sums[name] += terms[name].sum.detach()
             total += loss.detach()
@@ -128,7 +127,7 @@ class _Chunked(torch.autograd.Function):
                     if slot is not None and (grad := next(grads)) is not None:
                         slot += grad
         ctx.grads = (grad_hidden, *grad_parameters)
-        ctx.dtypes = [leaf.dtype for leaf in (hidden, *parameters)]
+        ctx.dtypes = [p.dtype for p in (hidden, *parameters)]
         values = tuple(sums[name] for name in names)
         ctx.mark_non_differentiable(*values)
         return (total, *values)
@@ -136,7 +135,5 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:
-        scaled = [
-            None if grad is None else (grad * grad_total).to(dtype) for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
-        ]
-        return (None, None, None, None, None, *scaled)
+        pairs = zip(ctx.grads, ctx.dtypes, strict=True)
+        return (None,) * 4 + tuple(None if grad is None else (grad * grad_total).to(dtype) for grad, dtype in pairs)

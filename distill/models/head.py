@@ -68,6 +68,6 @@ def check_head(model: PreTrainedModel) -> None:
     difference = (ours - theirs).abs().max().item()
     if not difference <= 1e-3 * max(1.0, theirs.abs().max().item()):
         raise InputError(
-            f"{type(model).__name__} does something between its hidden states and its logits that distill does not know "
-            f"(they differ by {difference:.3g}); this architecture cannot be trained here yet"
+            f"{type(model).__name__} does something between its hidden states and its logits that distill does not "
+            f"know (they differ by {difference:.3g}); this architecture cannot be trained here yet"
         )

@@ -75,14 +75,15 @@ def load_config(location: str) -> PretrainedConfig:
     return _from_pretrained(AutoConfig, location, "config")
 
 
-def load_model(location: str, *, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
-    """A causal language model, whole, from safetensors only, in evaluation mode on the CPU.
+def load_model(location: str, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
+    """A causal language model, whole, from safetensors only, in evaluation mode.
 
     Low-bit weights are widened to plain linear layers of the same values.
 
     Args:
         location: folder or Hub id.
         dtype: of the weights in memory; "auto" is that of the file.
+        device: where to.
 
     Raises:
         InputError: it cannot be loaded, or weights are missing or of the wrong shape (transformers would fill them with
@@ -105,7 +106,12 @@ def load_model(location: str, *, dtype: str | torch.dtype = "auto") -> PreTraine
 
         with without_bars(location):
             unpack(model)
-    return model.eval()
+    return move(model, device).eval()
+
+
+def move(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
+    """``model.to(device)``, whose type transformers hides from type checkers."""
+    return model.to(device)  # type: ignore[arg-type]
 
 
 def low_bit_scheme(config: PretrainedConfig) -> bool:

@@ -52,10 +52,9 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
     except ValueError as error:
         raise InputError(f"lora.target_modules: {str(error).splitlines()[0]}") from error
     for name, module in adapted.get_base_model().named_modules():
-        if hasattr(module, "lora_A") and id(module.base_layer.weight) in shared:
+        if hasattr(module, "lora_A") and (owners := shared.get(id(module.base_layer.weight))):
             raise InputError(
-                f"lora.target_modules: {name} shares its weight with {shared[id(module.base_layer.weight)]}, so merging "
-                "its adapter would change both; leave it out"
+                f"lora.target_modules: {owners} share a weight, so an adapter on {name} cannot be merged; leave it out"
             )
     return adapted
 

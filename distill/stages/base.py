@@ -19,7 +19,7 @@ from distill.tracking.spec import LoggingSpec
 from distill.training.spec import ComputeSpec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
     from distill.data.corpus import Corpus
     from distill.tracking.wandb import SafeLogger
@@ -84,7 +84,7 @@ class Session:
     stages: dict[str, StageSpec]
     command: str
     say: Callable[[str], None] = print
-    _tokenizer: PreTrainedTokenizerBase | None = None
+    _tokenizer: PreTrainedTokenizerFast | None = None
     _corpus: Corpus | None = None
     _logger: SafeLogger | None = None
 
@@ -99,7 +99,7 @@ class Session:
             return Artifact("teacher", locate(self.teacher))
         return Artifact(reference, locate(reference))
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> PreTrainedTokenizerFast:
         """The one tokenizer of the run: the teacher's, another model's, or one trained on the corpus."""
         from distill.data.corpus import open_tokenizer
 

@@ -81,8 +81,8 @@ class Evaluate(StageSpec):
         corpus = session.corpus()
         teacher = None
         if session.teacher is not None:
-            teacher = load_model(session.artifact("teacher").location, dtype=dtype).to(device)
-        model = load_model(artifact.location, dtype=dtype).to(device)
+            teacher = load_model(session.artifact("teacher").location, dtype=dtype, device=device)
+        model = load_model(artifact.location, dtype=dtype, device=device)
         quality = measure_quality(model, teacher, corpus.validation_loader(self.batch_size), corpus.validation_bytes)
         simulated = low_bit_scheme(load_config(artifact.location))
         size = measure_size(local_folder(artifact))

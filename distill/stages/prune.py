@@ -68,7 +68,7 @@ class Prune(StageSpec):
         from safetensors.torch import save_file
 
         from distill.models.layouts import layout_for
-        from distill.models.load import load_model
+        from distill.models.load import load_config, load_model, move
         from distill.pruning.layout import config_of
         from distill.pruning.plan import plan
         from distill.pruning.surgery import apply
@@ -76,15 +76,13 @@ class Prune(StageSpec):
 
         location = context.session.artifact(self.model).location
         dtype = stored_dtype_of(location, self.save_dtype)
-        from distill.models.load import load_config
-
         layout = layout_for(load_config(location).model_type)
         model = load_model(location, dtype="float32" if self._device(context) == "cpu" else "auto")
         scores = self._scores(context, model, layout)
         the_plan = plan(scores, self.keep, layout, config_of(model))
         for line in the_plan.summary():
             context.say(line)
-        pruned = apply(model.to("cpu"), the_plan, layout)
+        pruned = apply(move(model, "cpu"), the_plan, layout)
         save_file({axis: tensor.contiguous() for axis, tensor in scores.tensors().items()}, context.folder / SCORES)
         write_text(context.folder / PLAN, json.dumps(the_plan.to_dict()))
         figures = {
@@ -104,12 +102,14 @@ class Prune(StageSpec):
 
     def _scores(self, context: StageContext, model: Any, layout: Any) -> Scores:
         """Forward passes over the calibration set, for the axes that are cut and no others."""
+        from distill.models.load import move
+
         corpus = context.session.corpus()
         wanted = [c for c, axes in ((self.criterion, self._width_axes()), (self.depth_criterion, self._depth_axes())) if axes]
         scores = Scores()
         if not wanted:
             return scores
-        model.to(self._device(context))
+        move(model, self._device(context))
         batches = list(corpus.calibration_loader(batch_size=self.calibration_batch_size))
         for criterion in wanted:
             found = criterion.score(model, layout, batches).tensors()

@@ -80,7 +80,7 @@ class Report(StageSpec):
 
         session = context.session
         speeds = [s.speed for s in session.stages.values() if isinstance(s, Evaluate) and s.speed is not None]
-        speed = {
+        speed: dict[str, Any] = {
             key: getattr(speeds[-1], name) if speeds else None
             for key, name in (("batch", "batch_size"), ("prompt_tokens",) * 2, ("new_tokens",) * 2, ("repeats",) * 2)
         }

@@ -31,6 +31,7 @@ def train(
     Returns:
         Figures: steps, tokens, seconds of training, tokens a second.
     """
+    from distill.models.load import move
     from distill.training.module import DistillationModule
     from distill.training.trainer import fit
 
@@ -63,7 +64,7 @@ def train(
         logger=session.logger(),
         say=session.say,
     )
-    student.model.to("cpu")
+    move(student.model, "cpu")
     seconds = time.perf_counter() - started
     tokens = num_steps * budget.batch_size * length
     return {"training_steps": num_steps, "training_tokens": tokens, "training_seconds": round(seconds, 1)}
@@ -85,9 +86,9 @@ def load_teacher(context: StageContext, reference: str, student: PreTrainedModel
     teacher = load_model(location, dtype=dtype)
     tokens = len(context.session.tokenizer())
     for name, model in (("teacher", teacher), ("student", student)):
-        rows = model.get_input_embeddings().num_embeddings
+        rows = model.config.get_text_config().vocab_size
         if rows < tokens:
-            raise InputError(f"{name} {reference if name == 'teacher' else ''}: {rows} embeddings for {tokens} tokens of the tokenizer")
+            raise InputError(f"the {name} has {rows} embeddings for {tokens} tokens of the tokenizer; they do not fit")
     return teacher
 
 

@@ -216,7 +216,8 @@ def log_tradeoff(
     html: Path | None = None,
     prompts: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Send the table, the plots (PNG), the report page and the prompts side by side.
+    """Send the table, the plots (PNG), the prompts side by side, and the report: as a page and, with all its files, as an
+    artifact.
 
     Args:
         logger: None does nothing.
@@ -243,6 +244,9 @@ def log_tradeoff(
             found["report/prompts"] = wandb.Table(["prompt", *names], answered)
         if html is not None:
             found["report/page"] = wandb.Html(html.read_text(encoding="utf-8"), inject=False)
+            report = wandb.Artifact(f"{logger.experiment.id}-report", type="report")
+            report.add_dir(str(html.parent))
+            logger.experiment.log_artifact(report)
         logger.experiment.log(found)
         for row in ordered:
             for column in COLUMNS:

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytorch_lightning as pl
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from distill.core.errors import DistillError, Interrupted
@@ -129,8 +130,9 @@ class Checkpoints(StepEnd):
                 progress.update(ready=done, started=done, processed=done, completed=done - 1)
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
+        # not KeyboardInterrupt: Lightning turns that into exit code 1
         if self._stop:
-            raise Interrupted("stopped within a step; the last checkpoint stands")
+            raise Interrupted("stopped at once; the same command goes on from the last checkpoint")
         self._stop = True
 
     def step_end(self, trainer: pl.Trainer, module: DistillationModule, step: int) -> None:
@@ -157,11 +159,10 @@ class ShowProgress(StepEnd):
         super().on_train_start(trainer, module)
         self._started, self._first, self._line = time.perf_counter(), trainer.global_step, time.perf_counter()
         if sys.stderr.isatty():
-            columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
-            from rich.console import Console
-
-            self._bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task(self.name, total=trainer.max_steps, completed=trainer.global_step, numbers="")
+            left = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn())
+            right = (TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TimeRemainingColumn())
+            self._bar = Progress(*left, *right, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(self.name, total=trainer.max_steps, completed=self._first, numbers="")
             self._bar.start()
 
     def step_end(self, trainer: pl.Trainer, module: DistillationModule, step: int) -> None:

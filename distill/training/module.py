@@ -1,8 +1,8 @@
 """The one training module: a student, maybe a teacher, and losses. Every training stage uses it.
 
-Normalisation is exact per token: a step returns the *sum* of its losses, and the gradients are divided once, before they
-are clipped, by the number of tokens of the whole step - over all micro-batches and ranks. Lightning's own mean over
-micro-batches would weight short ones more.
+Normalisation is exact per token: a step returns the *sum* of its losses, and the gradients are divided once, before
+they are clipped, by the number of tokens of the whole step - over all micro-batches and ranks. Lightning's own mean
+over micro-batches would weight short ones more.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from distill.losses import CrossEntropy, LossSpec, LossTerm
 from distill.losses.head import Signal, head_losses
 from distill.models.head import check_head, hidden_states, output_head
+from distill.models.load import move
 from distill.training.spec import OptimizerSpec
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class DistillationModule(pl.LightningModule):
     def on_validation_start(self) -> None:
         """Bring the teacher to the student's device."""
         if self.teacher is not None:
-            self.teacher.to(self.device)
+            move(self.teacher, self.device)
 
     def batch_losses(self, batch: Batch, losses: Sequence[tuple[str, LossSpec]]) -> tuple[Tensor, dict[str, LossTerm]]:
         """Weighted sum of the losses over a batch, and each term; see :func:`distill.losses.head.head_losses`."""
@@ -105,8 +106,8 @@ class DistillationModule(pl.LightningModule):
         tokens = self._step_tokens
         if self.trainer.world_size > 1:
             tokens = self.trainer.strategy.reduce(tokens, reduce_op="sum")
-        factor = LossTerm(torch.ones_like(tokens) * self.trainer.accumulate_grad_batches * self.trainer.world_size, tokens)
-        scale = factor.per_token()
+        means = torch.full_like(tokens, self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        scale = LossTerm(means, tokens).per_token()
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, scale)
         self._step_tokens.zero_()
@@ -136,20 +137,23 @@ class DistillationModule(pl.LightningModule):
         spec = self.optimizer_spec
         num_steps = self.num_steps or self.trainer.estimated_stepping_batches
         if math.isinf(num_steps):
-            raise ValueError("the learning rate needs an end: give num_steps here, or max_steps or max_epochs to the Trainer")
+            raise ValueError(
+                "the schedule needs an end: give num_steps here, or max_steps or max_epochs to the Trainer"
+            )
         trained = [p for p in self.student.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": spec.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=spec.lr, betas=spec.betas, fused=True)
-        # else Lightning refuses to clip under mixed precision, fearing a loss scale; bf16 has none, and it undoes fp16's itself
+        # else Lightning refuses to clip under mixed precision for fear of a loss scale; bf16 has none, and fp16's it
+        # then undoes itself
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.factor(step, int(num_steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what is frozen (it is in its artifact already); add the random state and the terms not yet logged."""
+        """Leave out what is frozen (it is in its artifact already); add random state and terms not yet logged."""
         frozen = {f"student.{name}" for name, p in self._named_parameters() if not p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
         checkpoint["terms"] = {name: asdict(term) for name, term in self._terms.items()}

@@ -127,7 +127,8 @@ def fit(
         )
     except torch.OutOfMemoryError as error:
         raise MachineError(
-            f"{name}: out of GPU memory; lower compute.micro_batch_size ({micro}) or set compute.gradient_checkpointing: true"
+            f"{name}: out of GPU memory; lower compute.micro_batch_size ({micro}) "
+            "or set compute.gradient_checkpointing: true"
         ) from error
     finally:
         log.close()
@@ -138,5 +139,11 @@ def _quiet_lightning() -> None:
     """Keep Lightning's adverts and its advice about things we do on purpose out of people's way."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for advice in (".*does not have many workers.*", ".*IterableDataset.*", ".*isn't supported.*mid-epoch.*", ".*litlogger.*", ".*LeafSpec.*"):
-        warnings.filterwarnings("ignore", message=advice)
+    for advice in (
+        "does not have many workers",
+        "IterableDataset",
+        "isn't supported.*mid-epoch",
+        "litlogger",
+        "LeafSpec",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{advice}")

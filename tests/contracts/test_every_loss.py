@@ -1,0 +1,302 @@
+"""Every loss through the same tests. A new loss is tested by standing in LOSSES; it owes one reference formula below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distill.losses import LOSSES, LossSpec, LossTerm
+from distill.losses.head import KL, Head, Signal, head_losses
+
+VOCABULARY, TOKENS = 11, 24
+
+
+def _softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
+    powers = np.exp(logits / temperature)
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def _forward_kl(student: np.ndarray, teacher: np.ndarray, targets: np.ndarray, temperature: float) -> np.ndarray:
+    q, p = _softmax(student, temperature), _softmax(teacher, temperature)
+    return temperature**2 * (p * np.log(p / q)).sum(-1)
+
+
+def _reverse_kl(student: np.ndarray, teacher: np.ndarray, targets: np.ndarray, temperature: float) -> np.ndarray:
+    q, p = _softmax(student, temperature), _softmax(teacher, temperature)
+    return temperature**2 * (q * np.log(q / p)).sum(-1)
+
+
+def _cross_entropy(student: np.ndarray, teacher: np.ndarray, targets: np.ndarray, temperature: float) -> np.ndarray:
+    return -np.log(np.take_along_axis(_softmax(student, 1.0), targets[..., None], -1)[..., 0])
+
+
+REFERENCES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, float], np.ndarray]] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "cross_entropy": _cross_entropy,
+}
+"""Loss of each token in float64, from probabilities, as the papers write it."""
+
+
+def _cases() -> list[LossSpec]:
+    specs = []
+    for kind, member in LOSSES.items():
+        specs.append(member(kind=kind))
+        if "temperature" in member.model_fields:
+            specs += [member(kind=kind, temperature=0.5), member(kind=kind, temperature=3.0)]
+    return specs  # type: ignore[return-value]
+
+
+def _name(spec: LossSpec) -> str:
+    return "-".join(str(value) for key, value in spec.model_dump().items() if key != "weight")
+
+
+every_loss = pytest.mark.parametrize("loss", _cases(), ids=_name)
+every_divergence = pytest.mark.parametrize("loss", [s for s in _cases() if s.needs_teacher], ids=_name)
+
+
+class Data:
+    """Random logits, targets and a mask of [2, TOKENS / 2], and a linear head over random hidden states."""
+
+    def __init__(self) -> None:
+        random = torch.Generator().manual_seed(0)
+        shape = (2, TOKENS // 2)
+        self.student = 2 * torch.randn(*shape, VOCABULARY, generator=random)
+        self.teacher = 2 * torch.randn(*shape, VOCABULARY, generator=random)
+        self.targets = torch.randint(0, VOCABULARY, shape, generator=random)
+        self.mask = torch.rand(shape, generator=random) < 0.7
+        self.hidden = torch.randn(*shape, 8, generator=random)
+        self.teacher_hidden = torch.randn(*shape, 6, generator=random)
+        self.head, self.teacher_head = nn.Linear(8, VOCABULARY), nn.Linear(6, VOCABULARY, bias=False)
+        for parameter in (*self.head.parameters(), *self.teacher_head.parameters()):
+            parameter.data = torch.randn(parameter.shape, generator=random)
+
+    def signal(self) -> Signal:
+        return Signal(self.teacher_hidden, Head(self.teacher_head, tuple(self.teacher_head.parameters())))
+
+    def chunked(
+        self, loss: LossSpec, chunk_tokens: int, mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, LossTerm], list[Tensor]]:
+        """head_losses with its gradients: of the hidden states, the head's weight and its bias."""
+        hidden = self.hidden.clone().requires_grad_()
+        self.head.zero_grad()
+        total, terms = head_losses(
+            hidden,
+            Head(self.head, tuple(self.head.parameters())),
+            self.signal(),
+            self.targets,
+            self.mask if mask is None else mask,
+            [(loss.kind, loss)],
+            chunk_tokens=chunk_tokens,
+        )
+        total.backward()
+        return total.detach(), terms, [hidden.grad, self.head.weight.grad, self.head.bias.grad]  # type: ignore[list-item]
+
+
+@pytest.fixture
+def data() -> Data:
+    return Data()
+
+
+def reference(loss: LossSpec, data: Data, student: Tensor | None = None) -> np.ndarray:
+    """Loss a token, [2, TOKENS / 2], float64."""
+    student = data.student if student is None else student
+    return REFERENCES[loss.kind](
+        student.double().numpy(), data.teacher.double().numpy(), data.targets.numpy(), getattr(loss, "temperature", 1.0)
+    )
+
+
+def test_every_loss_has_a_reference() -> None:
+    assert set(REFERENCES) == set(LOSSES)
+
+
+@every_loss
+def test_value_is_the_papers(loss: LossSpec, data: Data) -> None:
+    term = loss(data.student, data.teacher, data.targets, data.mask)
+    expected = reference(loss, data)[data.mask.numpy()]
+    assert term.sum.dtype == torch.float32
+    assert term.sum.shape == term.count.shape == ()
+    assert term.count.item() == len(expected) == data.mask.sum().item()
+    assert term.sum.item() == pytest.approx(expected.sum(), rel=1e-5)
+    assert term.per_token().item() == pytest.approx(expected.mean(), rel=1e-5)
+
+
+@every_loss
+def test_gradient_is_that_of_the_float64_reference(loss: LossSpec, data: Data) -> None:
+    student = data.student.clone().requires_grad_()
+    loss(student, data.teacher, data.targets, data.mask).sum.backward()
+    step = 1e-5
+    expected = torch.zeros_like(data.student, dtype=torch.float64)
+    for v in range(VOCABULARY):  # tokens do not touch each other, so one vocabulary entry of all of them at once
+        shift = torch.zeros(VOCABULARY, dtype=torch.float64)
+        shift[v] = step
+        up, down = (reference(loss, data, data.student.double() + sign * shift) for sign in (1, -1))
+        expected[..., v] = torch.from_numpy((up - down) / (2 * step))
+    expected[~data.mask] = 0
+    torch.testing.assert_close(student.grad.double(), expected, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+
+
+@every_divergence
+def test_zero_at_agreement_and_nowhere_less(loss: LossSpec, data: Data) -> None:
+    shifted = (data.teacher + torch.randn(2, TOKENS // 2, 1)).requires_grad_()  # the same distribution
+    term = loss(shifted, data.teacher, data.targets, data.mask)
+    term.sum.backward()
+    assert abs(term.sum.item()) < 1e-4
+    assert shifted.grad.abs().max() < 1e-5  # type: ignore[union-attr]
+    for size in (1e-2, 1.0, 30.0):
+        other = data.teacher + size * torch.randn(data.teacher.shape)
+        for t in range(TOKENS // 2):
+            one = torch.zeros_like(data.mask)
+            one[0, t] = True
+            assert loss(other, data.teacher, data.targets, one).sum.item() > -1e-5
+
+
+@pytest.mark.parametrize("loss", [s for s in _cases() if not s.needs_teacher], ids=_name)
+def test_a_loss_without_teacher_is_least_when_sure_of_the_text(loss: LossSpec, data: Data) -> None:
+    sure = 40.0 * nn.functional.one_hot(data.targets, VOCABULARY).float()
+    assert loss(sure, None, data.targets, data.mask).sum.item() == pytest.approx(0, abs=1e-6)
+    assert torch.equal(
+        loss(data.student, None, data.targets, data.mask).sum,
+        loss(data.student, data.teacher, data.targets, data.mask).sum,
+    )
+
+
+@pytest.mark.parametrize("loss", [s for s in _cases() if hasattr(s, "temperature")], ids=_name)
+def test_temperature_squared_is_on_the_gradient(loss: LossSpec, data: Data) -> None:
+    """The closed form of the derivative, and Hinton's limit: at a high temperature it no longer depends on it."""
+    t = loss.temperature  # type: ignore[attr-defined]
+    student = data.student.clone().requires_grad_()
+    loss(student, data.teacher, data.targets, torch.ones_like(data.mask)).sum.backward()
+    q, p = (_softmax(x.double().numpy(), t) for x in (data.student, data.teacher))
+    if loss.kind == "forward_kl":
+        expected = t * (q - p)
+    else:
+        ratio = np.log(q / p)
+        expected = t * q * (ratio - (q * ratio).sum(-1, keepdims=True))
+    torch.testing.assert_close(student.grad.double(), torch.from_numpy(expected), rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+
+    hot = loss.model_copy(update={"temperature": 200.0})
+    student.grad = None
+    hot(student, data.teacher, data.targets, torch.ones_like(data.mask)).sum.backward()
+    difference = data.student - data.teacher
+    limit = (difference - difference.mean(-1, keepdim=True)) / VOCABULARY
+    torch.testing.assert_close(student.grad, limit, rtol=0.05, atol=5e-3)
+
+
+@every_loss
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 7, 10_000])
+def test_chunked_is_plain(loss: LossSpec, chunk_tokens: int, data: Data) -> None:
+    """Whole logits and autograd on one side, chunks on the other."""
+    total, terms, gradients = data.chunked(loss, chunk_tokens)
+    hidden = data.hidden.clone().requires_grad_()
+    data.head.zero_grad()
+    logits, teacher_logits = data.head(hidden), data.teacher_head(data.teacher_hidden).detach()
+    plain = loss(logits, teacher_logits, data.targets, data.mask)
+    plain.sum.backward()
+    torch.testing.assert_close(total, plain.sum.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(terms[loss.kind].sum, total)
+    assert terms[loss.kind].count == plain.count
+    for ours, theirs in zip(gradients, (hidden.grad, data.head.weight.grad, data.head.bias.grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    kl = LOSSES["forward_kl"]()(logits.detach(), teacher_logits, data.targets, data.mask)  # type: ignore[call-arg, operator]
+    torch.testing.assert_close(terms[KL].sum, kl.sum, rtol=1e-5, atol=1e-5)
+
+
+@every_loss
+@pytest.mark.parametrize("parts", [2, 3, 24])
+def test_sums_add_up_over_any_split(loss: LossSpec, parts: int, data: Data) -> None:
+    def flat(x: Tensor) -> Tensor:
+        return x.flatten(0, 1)
+
+    whole = data.student.clone().requires_grad_()
+    expected = loss(whole, data.teacher, data.targets, data.mask)
+    expected.sum.backward()
+    split = data.student.clone().requires_grad_()
+    pieces = zip(*(flat(x).chunk(parts) for x in (split, data.teacher, data.targets, data.mask)), strict=True)
+    first, *others = [loss(*piece) for piece in pieces]
+    total = sum(others, start=first)
+    total.sum.backward()
+    torch.testing.assert_close(total.sum, expected.sum, rtol=1e-5, atol=1e-5)
+    assert total.count == expected.count
+    torch.testing.assert_close(split.grad, whole.grad, rtol=1e-6, atol=1e-7)
+
+
+@every_loss
+def test_masked_tokens_count_for_nothing(loss: LossSpec, data: Data) -> None:
+    student = data.student.clone().requires_grad_()
+    term = loss(student, data.teacher, data.targets, data.mask)
+    term.sum.backward()
+    assert not student.grad[~data.mask].any()  # type: ignore[index]
+    assert student.grad[data.mask].any(-1).all()  # type: ignore[index]
+    other = data.student.masked_fill(~data.mask.unsqueeze(-1), 77.0)
+    assert torch.equal(loss(other, data.teacher, data.targets.masked_fill(~data.mask, 0), data.mask).sum, term.sum)
+
+    expected, _, gradients = data.chunked(loss, 5)
+    assert not gradients[0][~data.mask].any()
+    data.hidden[~data.mask] = data.teacher_hidden[~data.mask] = float("nan")  # never shown to a head
+    total, _, again = data.chunked(loss, 5)
+    assert torch.equal(total, expected)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+
+
+@every_loss
+def test_a_batch_without_tokens_is_zero_and_runs_backward(loss: LossSpec, data: Data) -> None:
+    nothing = torch.zeros_like(data.mask)
+    student = data.student.clone().requires_grad_()
+    term = loss(student, data.teacher, data.targets, nothing)
+    term.sum.backward()
+    assert (term.sum.item(), term.count.item(), term.per_token().item()) == (0, 0, 0)
+    assert not student.grad.any()  # type: ignore[union-attr]
+    total, terms, gradients = data.chunked(loss, 5, nothing)
+    assert total.item() == 0
+    assert {name: (term.sum.item(), term.count.item()) for name, term in terms.items()} == {loss.kind: (0, 0), KL: (0, 0)}
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@every_loss
+def test_bf16_logits_are_computed_in_fp32(loss: LossSpec, data: Data) -> None:
+    student, teacher = data.student.bfloat16().requires_grad_(), data.teacher.bfloat16()
+    term = loss(student, teacher, data.targets, data.mask)
+    term.sum.backward()
+    wide = student.detach().float().requires_grad_()
+    expected = loss(wide, teacher.float(), data.targets, data.mask)
+    expected.sum.backward()
+    assert term.sum.dtype == torch.float32
+    assert torch.equal(term.sum, expected.sum)
+    assert torch.equal(student.grad, wide.grad.bfloat16())  # type: ignore[union-attr, arg-type]
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_far_apart_stay_finite(loss: LossSpec, dtype: torch.dtype, data: Data) -> None:
+    """Probabilities underflow here; log-space does not."""
+    student = (500 * data.student).to(dtype).requires_grad_()
+    term = loss(student, (-500 * data.teacher).to(dtype), data.targets, data.mask)
+    term.sum.backward()
+    assert term.sum.isfinite()
+    assert term.sum > 0
+    assert student.grad.isfinite().all()  # type: ignore[union-attr]
+
+
+@every_divergence
+@pytest.mark.parametrize(("student_extra", "teacher_extra"), [(5, 0), (0, 5), (3, 2)])
+def test_padded_vocabularies_are_compared_over_shared_tokens(
+    loss: LossSpec, student_extra: int, teacher_extra: int, data: Data
+) -> None:
+    def padded(logits: Tensor, extra: int) -> Tensor:
+        return torch.cat([logits, 50 + torch.zeros(*logits.shape[:-1], extra)], -1)
+
+    # where both are padded, the narrower padding is indistinguishable from tokens
+    both = min(student_extra, teacher_extra)
+    expected = loss(padded(data.student, both), padded(data.teacher, both), data.targets, data.mask)
+    student = padded(data.student, student_extra).requires_grad_()
+    term = loss(student, padded(data.teacher, teacher_extra), data.targets, data.mask)
+    term.sum.backward()
+    assert torch.equal(term.sum, expected.sum)
+    assert not student.grad[..., VOCABULARY + both :].any()  # type: ignore[index]
+    agreed = loss(padded(data.teacher, student_extra), padded(data.teacher, teacher_extra), data.targets, data.mask)
+    assert abs(agreed.sum.item()) < 1e-4

@@ -1,0 +1,88 @@
+"""A run folder: markers, work that is moved aside, and the lock."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill.core.errors import InputError
+from distill.core.run import Done, Run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "run")
+
+
+def test_a_stage_is_done_when_it_says_so(run: Run) -> None:
+    run.begin("prune", "aa")
+    assert run.done("prune") is None
+    run.finish("prune", Done("aa", 1.23456, {"parameters": 3}))
+    assert run.done("prune") == Done("aa", 1.235, {"parameters": 3})
+    assert run.model("prune").location == str(run.folder / "prune" / "model")
+
+
+def test_begin_goes_on_with_work_of_the_same_inputs(run: Run) -> None:
+    (run.begin("distill", "aa") / "checkpoint").write_text("half")
+    assert (run.begin("distill", "aa") / "checkpoint").read_text() == "half"
+    assert [path.name for path in run.folder.iterdir()] == ["distill"]
+
+
+def test_begin_moves_work_of_other_inputs_aside(run: Run) -> None:
+    for number, inputs in enumerate(("aa", "bb", "cc")):
+        folder = run.begin("distill", inputs)
+        assert [path.name for path in folder.iterdir()] == ["INPUT"]
+        (folder / "result").write_text(str(number))
+    aside = [(run.folder / f"distill.old-{number}" / "result").read_text() for number in (1, 2)]
+    assert aside == ["0", "1"]
+
+
+def test_begin_moves_a_folder_without_a_marker_aside(run: Run) -> None:
+    (run.folder / "distill").mkdir(parents=True)
+    (run.folder / "distill" / "mine").write_text("precious")
+    run.begin("distill", "aa")
+    assert (run.folder / "distill.old-1" / "mine").read_text() == "precious"
+
+
+def test_the_lock_keeps_a_second_process_out_and_names_the_first(run: Run) -> None:
+    code = (
+        "import sys, pathlib\n"
+        "from distill.core.errors import InputError\n"
+        "from distill.core.run import Run\n"
+        "try:\n"
+        "    with Run(pathlib.Path(sys.argv[1])).lock(): print('got it')\n"
+        "except InputError as error: print(error)\n"
+    )
+
+    def other() -> str:
+        return subprocess.run([sys.executable, "-c", code, str(run.folder)], capture_output=True, text=True).stdout
+
+    with run.lock():
+        assert f"in use by process {os.getpid()} on " in other()
+    assert other() == "got it\n"
+
+
+def test_the_lock_of_a_process_that_was_killed_is_free(run: Run) -> None:
+    code = (
+        "import os, sys, pathlib\n"
+        "from distill.core.run import Run\n"
+        "with Run(pathlib.Path(sys.argv[1])).lock(): os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(run.folder)]).returncode == -9
+    with run.lock():
+        pass
+
+
+def test_the_lock_holds_within_a_process_too(run: Run) -> None:
+    with run.lock(), pytest.raises(InputError, match="in use by"), run.lock():
+        pass
+
+
+def test_a_run_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(InputError, match="cannot be used as a run folder"), Run(tmp_path / "run").lock():
+        pass

@@ -1,0 +1,207 @@
+"""Teachers of the recipes, twice: with the real sizes as a config alone, and tiny with random weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.core.spec import Spec
+from distill.recipe import Recipe
+from distill.training.spec import BudgetSpec
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+}
+TEACHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "meta-llama/Llama-3.1-8B": (
+        {
+            "model_type": "llama",
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+        SIZES,
+    ),
+    "mistralai/Mistral-Nemo-Base-2407": (
+        {
+            "model_type": "mistral",
+            "vocab_size": 131072,
+            "hidden_size": 5120,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,  # not hidden size over heads
+            "sliding_window": None,
+        },
+        SIZES | {"hidden_size": 80, "head_dim": 16},
+    ),
+    "HuggingFaceTB/SmolLM2-1.7B": (
+        {
+            "model_type": "llama",
+            "vocab_size": 49152,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "tie_word_embeddings": True,
+        },
+        SIZES | {"intermediate_size": 96, "num_key_value_heads": 4},
+    ),
+    "HuggingFaceTB/SmolLM2-360M": (
+        {
+            "model_type": "llama",
+            "vocab_size": 49152,
+            "hidden_size": 960,
+            "intermediate_size": 2560,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 15,
+            "num_key_value_heads": 5,
+            "tie_word_embeddings": True,
+        },
+        SIZES | {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 3},
+    ),
+    "Qwen/Qwen3-8B": (
+        {
+            "model_type": "qwen3",
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+        },
+        SIZES | {"intermediate_size": 96, "head_dim": 16},
+    ),
+    "builtin:quickstart-teacher": (
+        {
+            "model_type": "llama",
+            "vocab_size": 2048,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+        },
+        {"hidden_size": 64, "num_hidden_layers": 2},
+    ),
+}
+"""Reference -> (the real config's sizes, what the tiny twin has in their place: the same shape, the same grouping)."""
+
+WORDS = "the a small model learns from its teacher what large models know and forgets nothing of import def return".split()
+
+
+def _text(number: int) -> str:
+    return " ".join(WORDS[(number * 5 + i * (number % 7 + 1)) % len(WORDS)] for i in range(30)) + f" {number}."
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A training and a validation file, JSON Lines."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, numbers in (("train", range(120)), ("validation", range(120, 140))):
+        rows = "".join(json.dumps({"text": _text(number)}) + "\n" for number in numbers)
+        (folder / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    return folder / "train.jsonl", folder / "validation.jsonl"
+
+
+@pytest.fixture(scope="session")
+def real_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Reference -> a folder that holds a config with the teacher's real sizes, and nothing else."""
+
+    def write(reference: str) -> Path:
+        folder = tmp_path_factory.mktemp("config")
+        (folder / "config.json").write_text(json.dumps(TEACHERS[reference][0]), encoding="utf-8")
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Reference -> a tiny model of the teacher's architecture with random weights and a tokenizer; made once each."""
+    from distill.data.tokenizer import train_tokenizer
+    from distill.models.load import new_config, new_model
+
+    made: dict[str, Path] = {}
+
+    def make(reference: str) -> Path:
+        if reference not in made:
+            folder = made[reference] = tmp_path_factory.mktemp("teacher")
+            tokenizer = train_tokenizer(map(_text, range(120)), 300, folder)
+            real, tiny = TEACHERS[reference]
+            keys = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "eos_token_id": tokenizer.eos_token_id}
+            new_model(new_config(real | keys | tiny), seed=0).bfloat16().save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        return made[reference]
+
+    return make
+
+
+@pytest.fixture
+def shrink(tiny_teacher: Callable[[str], Path], texts: tuple[Path, Path]) -> Callable[[Path], list[str]]:
+    """Recipe file -> the ``set`` that makes it run offline in seconds, and leaves its stages and their order alone."""
+
+    def overrides(file: Path) -> list[str]:
+        recipe = Recipe.load(file)
+        train, validation = (f"{{kind: jsonl, path: {path}}}" for path in texts)
+        found = [f"data.train={train}", "data.sequence_length=16", "data.validation_tokens=200"]
+        found += ["data.calibration_sequences=8", "logging.wandb=disabled", "compute.micro_batch_size=1"]
+        if recipe.data.validation is not None:
+            found.append(f"data.validation={validation}")
+        if not isinstance(recipe.data.tokenizer, str):
+            found.append("data.tokenizer.vocab_size=300")
+        real, tiny = TEACHERS.get(recipe.teacher or "", ({}, {}))
+        if recipe.teacher is not None:
+            found.append(f"teacher={tiny_teacher(recipe.teacher)}")
+        for name, stage in recipe.stages.items():
+            at = f"stages.{name}"
+            if isinstance(stage, BudgetSpec) and stage.steps(recipe.data.sequence_length):
+                found += [f"{at}.num_tokens=null", f"{at}.num_steps=2", f"{at}.batch_size=2"]
+            if getattr(stage, "lora", None):
+                found += [f"{at}.lora.r=2", f"{at}.lora.alpha=2"]
+            if stage.kind == "prune":
+                found.append(f"{at}.keep={json.dumps(_scaled(stage.keep, real, real | tiny))}")
+            if isinstance(getattr(stage, "model", None), Spec):
+                sizes = SIZES | {"vocab_size": 300, "max_position_embeddings": 64}
+                found += [f"{at}.model.config.{key}={size}" for key, size in sizes.items()]
+            if stage.kind == "evaluate":
+                # Speed takes a process a model, so it is measured where there are few.
+                few = sum(stage.makes_model for stage in recipe.stages.values()) < 3 and stage.speed is not None
+                speed = "{prompt_tokens: 4, new_tokens: 2, repeats: 1}" if few else "null"
+                found.append(f"{at}.speed={speed}")
+            if stage.kind == "report":
+                found.append(f"{at}.new_tokens=4")
+        return found
+
+    return overrides
+
+
+def _scaled(keep: Any, real: dict[str, int], tiny: dict[str, int]) -> dict[str, Any]:
+    """The same shares of the tiny model as the recipe keeps of the real one."""
+    if keep.layers is not None:
+        return {"layers": [0, tiny["num_hidden_layers"] - 1]}
+    sizes = keep.model_dump(exclude_defaults=True)
+    return {k: v * tiny[k] // real[k] if isinstance(v, int) else v for k, v in sizes.items()}

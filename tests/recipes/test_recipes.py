@@ -1,0 +1,122 @@
+"""Every recipe that is shipped: it reads well, means what it says, and runs from end to end on a tiny twin."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distill.forecast import describe
+from distill.models.layouts import layout_for
+from distill.recipe import Recipe
+from distill.runner import run
+
+FOLDER = Path(__file__).parents[2] / "recipes"
+FILES = sorted(FOLDER.rglob("*.yaml"))
+HEAVY = ("torch", "transformers", "datasets", "lightning", "pytorch_lightning", "peft", "wandb")
+
+each = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+
+
+def test_there_are_recipes_and_the_readme_lists_each() -> None:
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert len(FILES) >= 8
+    assert [file.name for file in FILES if f"({file.name})" not in readme] == []
+
+
+@each
+def test_fits_a_page_and_says_how_to_run_it(file: Path) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 40
+    assert max(map(len, lines)) <= 120
+    assert lines[0] == f"# distill run recipes/{file.relative_to(FOLDER).as_posix()}"
+    assert lines[1].startswith("# ")
+    assert lines[1].endswith(".")
+    assert f"name: {file.stem}" in lines
+
+
+@each
+def test_the_resolved_recipe_is_the_same_recipe(file: Path) -> None:
+    recipe = Recipe.load(file)
+    again = Recipe.from_text(recipe.dump())
+    assert again == recipe
+    assert again.dump() == recipe.dump()
+
+
+def test_check_passes_and_imports_nothing_heavy() -> None:
+    code = (
+        "import json, sys\n"
+        "from distill.cli import main\n"
+        "codes = {}\n"
+        "for file in sys.argv[1:]:\n"
+        "    sys.argv = ['distill', 'check', file]\n"
+        "    try:\n"
+        "        main()\n"
+        "    except SystemExit as exit_:\n"
+        "        codes[file] = exit_.code\n"
+        f"print(json.dumps([codes, [name for name in {HEAVY} if name in sys.modules]]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *map(str, FILES)], capture_output=True, text=True, check=True)
+    codes, imported = json.loads(done.stdout.splitlines()[-1])
+    assert codes == {str(file): 0 for file in FILES}
+    assert imported == []
+
+
+PUBLISHED = {
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "mistralai/Mistral-Nemo-Base-2407": 12_247_782_400,
+    "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384,
+    "HuggingFaceTB/SmolLM2-360M": 361_821_120,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+}
+"""Parameters as the models' own pages on the Hub count them; they vouch for the configs of these tests."""
+
+STUDENTS = {
+    "llama-3.1-8b-to-4b-width": "4.51B",
+    "llama-3.1-8b-to-4b-depth": "4.54B",
+    "mistral-nemo-12b-to-8b": "8.41B",
+    "smollm2-1.7b-to-1b": "1.00B",
+    "cross-entropy-control": "243.86M",
+}
+
+
+@pytest.mark.parametrize("reference", PUBLISHED)
+def test_the_real_teachers_have_the_published_size(reference: str, real_config: Callable[[str], Path]) -> None:
+    config = json.loads((real_config(reference) / "config.json").read_text())
+    assert layout_for(config["model_type"]).count(config) == PUBLISHED[reference]
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_real_student_is_as_large_as_the_recipe_says(name: str, real_config: Callable[[str], Path]) -> None:
+    file = FOLDER / f"{name}.yaml"
+    teacher = Recipe.load(file).teacher
+    plan = describe(Recipe.load(file, set=[f"teacher={real_config(str(teacher))}"]))
+    line = next(line for line in plan.splitlines() if "] prune:" in line)
+    assert line.endswith(f"makes {STUDENTS[name]} parameters")
+
+
+@each
+def test_runs_from_end_to_end(file: Path, shrink: Callable[[Path], list[str]], tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    recipe = Recipe.load(file, set=shrink(file))
+    said: list[str] = []
+    the_run = run(recipe, tmp_path / "run", say=said.append)
+    assert [name for name in recipe.stages if the_run.done(name) is None] == []
+    for name, stage in recipe.stages.items():
+        if stage.kind == "export":
+            folder = the_run.stage(name) / the_run.done(name).figures["folder"]  # type: ignore[union-attr]
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            with torch.no_grad():
+                assert model(input_ids=torch.arange(8)[None]).logits.isfinite().all()
+        elif stage.makes_model:
+            assert (the_run.stage(name) / "model" / "model.safetensors").is_file()
+
+    said.clear()
+    run(recipe, tmp_path / "run", say=said.append)
+    assert len([line for line in said if "finished before" in line]) == len(recipe.stages)

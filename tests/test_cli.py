@@ -1,0 +1,331 @@
+"""The command line: every verb, every exit code, and one clear line for every mistake of a user."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from distill import __version__
+from distill.core.run import Run
+
+RECIPE = """\
+name: tiny
+teacher: {teacher}
+data:
+  train: {{kind: jsonl, path: {text}}}
+  sequence_length: 16
+  validation_tokens: 100
+  calibration_sequences: 4
+stages:
+  prune:
+    keep: {{intermediate_size: 32}}
+  distill:
+    student: prune
+    num_steps: 1
+    batch_size: 2
+  quantize:
+    student: distill
+    num_tokens: 0
+compute: {{accelerator: cpu}}
+logging: {{wandb: disabled}}
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left on the terminal."""
+
+    code: int
+    out: str
+    err: str
+
+
+Distill = Callable[..., Result]
+
+
+@pytest.fixture
+def distill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Distill:
+    """The command line in this process, in a folder of its own; nothing that it says is ever a traceback."""
+    from distill.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str | Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["distill", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return Result(int(caught.value.code or 0), out, err)
+
+    return call
+
+
+def text_file(file: Path, rows: int) -> Path:
+    file.write_text("".join(json.dumps({"text": f"row {i} of the text that a small model reads"}) + "\n" for i in range(rows)))
+    return file
+
+
+def make_model(folder: Path, words: str) -> Path:
+    """A tiny llama with random weights whose tokenizer was trained on ``words``."""
+    from distill.data.tokenizer import train_tokenizer
+    from distill.models.load import new_config, new_model
+
+    tokenizer = train_tokenizer([words] * 5, 270, folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    keys = {"model_type": "llama", "num_key_value_heads": 2, "max_position_embeddings": 32, "vocab_size": len(tokenizer)}
+    new_model(new_config(keys | sizes), seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("teacher") / "model", "row of the text that a small model reads")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, teacher: Path) -> Path:
+    """A recipe that runs in a second or two."""
+    text = text_file(tmp_path / "text.jsonl", 60)
+    (tmp_path / "tiny.yaml").write_text(RECIPE.format(teacher=teacher, text=text))
+    return tmp_path / "tiny.yaml"
+
+
+def edited(recipe: Path, *pairs: tuple[str, str]) -> Path:
+    text = recipe.read_text()
+    for old, new in pairs:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    recipe.write_text(text)
+    return recipe
+
+
+# ---------------------------------------------------------------------------------------------- verbs that are quick
+
+
+def test_what_is_quick_imports_nothing_heavy(recipe: Path, tmp_path: Path) -> None:
+    commands = [["--help"], ["--version"], ["run", "--help"], ["list"], ["list", "losses"], ["check", str(recipe)]]
+    commands += [["schema"], ["schema", str(tmp_path / "s.json")], ["check", "no-such-recipe"], ["rnu"]]
+    code = (
+        "import json, sys\n"
+        "from distill.cli import main\n"
+        "codes = []\n"
+        "for command in json.loads(sys.argv[1]):\n"
+        "    sys.argv = ['distill', *command]\n"
+        "    try: main()\n"
+        "    except SystemExit as exit_: codes.append(exit_.code)\n"
+        "heavy = 'torch transformers datasets pytorch_lightning peft wandb numpy matplotlib'.split()\n"
+        "print(json.dumps([codes, [name for name in heavy if name in sys.modules]]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(commands)], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == [[0] * 8 + [2, 2], []]
+
+
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "distill", "--version"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"distill {__version__}\n")
+
+
+def test_help_names_every_verb(distill: Distill) -> None:
+    result = distill("--help")
+    assert [v for v in ("run", "resume", "check", "list", "report", "compare", "schema", "doctor") if v not in result.out] == []
+    assert distill().code == 2
+
+
+def test_list_shows_members_with_their_fields(distill: Distill) -> None:
+    everything = distill("list").out
+    assert [w for w in ("quickstart", "forward_kl", "int4_group", "group_size", "activation", "hub") if w not in everything] == []
+    assert "int4_group" not in distill("list", "losses").out
+    result = distill("list", "loses")
+    assert (result.code, result.out) == (2, "")
+    assert "did you mean 'losses'?" in result.err
+
+
+def test_list_recipes_says_what_each_makes(distill: Distill) -> None:
+    lines = distill("list", "recipes").out.splitlines()[1:]
+    assert len(lines) >= 8
+    assert all(line.endswith(".") for line in lines)
+
+
+def test_schema_to_a_file_is_what_is_printed(distill: Distill, tmp_path: Path) -> None:
+    assert distill("schema", tmp_path / "schema.json").code == 0
+    assert (tmp_path / "schema.json").read_text() == distill("schema").out
+
+
+def test_check_prints_the_plan(distill: Distill, recipe: Path) -> None:
+    result = distill("check", recipe, "--set", "stages.distill.num_steps=7")
+    assert result.code == 0
+    assert "[2/3] distill: reads prune, teacher; 224 tokens = 7 steps of 2 x 16;" in result.out
+    assert "keeps intermediate_size 32" in result.out
+
+
+def test_check_finds_a_size_that_the_teacher_does_not_have(distill: Distill, recipe: Path) -> None:
+    result = distill("check", recipe, "--set", "stages.prune.keep.intermediate_size=65")
+    assert result.code == 2
+    assert "keep.intermediate_size (65) is more than the model has (expected 1 to 64)" in result.err
+
+
+# ----------------------------------------------------------------------------------------- mistakes in the recipe
+
+
+def test_no_such_recipe(distill: Distill) -> None:
+    for verb in ("run", "check"):
+        result = distill(verb, "quickstrat")
+        assert result.code == 2
+        assert result.err.startswith("quickstrat: no such recipe")
+        assert "did you mean 'quickstart'?" in result.err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ("num_steps: 1", "num_stps: 1", 13, "stages.distill.num_stps: unknown key; did you mean 'num_steps'?"),
+        ("num_steps: 1", "num_steps: one", 13, "stages.distill.num_steps: input should be a valid integer"),
+        ("num_steps: 1", "num_steps: 1\n    num_steps: 2", 14, "stages.distill.num_steps: written twice"),
+        ("num_steps: 1", "num_steps: 1\n    num_tokens: 2", 11, "stages.distill: give the budget once"),
+        ("student: prune", "student: purne", 12, "no earlier stage, folder or Hub id 'purne'"),
+        ("  prune:", "  prun:", 9, "stages.prun: no stage called 'prun'"),
+        ("{intermediate_size: 32}", "32", 10, "stages.prune.keep: needs a mapping of keys to values (got 32)"),
+        ("name: tiny", "name: !!python/name:os.system x", 1, "not valid YAML"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_place(
+    distill: Distill, recipe: Path, old: str, new: str, line: int, message: str
+) -> None:
+    edited(recipe, (old, new))
+    for verb in ("check", "run"):
+        result = distill(verb, recipe)
+        assert (result.code, result.out) == (2, "")
+        first, *rest = result.err.splitlines()
+        assert first.startswith(f"{recipe}:{line}: ")
+        assert message in first
+        assert rest == []
+
+
+def test_several_mistakes_come_at_once(distill: Distill, recipe: Path) -> None:
+    edited(recipe, ("sequence_length: 16", "sequence_length: long"), ("batch_size: 2", "batch_sise: 2"))
+    lines = distill("check", recipe, "--set", "seed=x").err.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [f"{recipe}:5", "--set seed", f"{recipe}:14"]
+
+
+def test_arguments_that_do_not_exist(distill: Distill, recipe: Path) -> None:
+    for arguments in (["rnu"], ["run"], ["run", str(recipe), "--onyl", "prune"], ["check", str(recipe), "--set"]):
+        assert distill(*arguments).code == 2
+
+
+# ------------------------------------------------------------------------------------ mistakes that a run meets
+
+
+def test_unknown_stage(distill: Distill, recipe: Path) -> None:
+    for flag in ("--only", "--from"):
+        result = distill("run", recipe, flag, "distil")
+        assert result.code == 2
+        assert result.err == f"{flag} distil: no such stage (stages: prune, distill, quantize)\n"
+
+
+def test_only_needs_what_stands_before(distill: Distill, recipe: Path) -> None:
+    result = distill("run", recipe, "--only", "distill")
+    assert result.code == 2
+    assert "stage 'prune' before it is not finished" in result.err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("teacher=./no/such/folder", "./no/such/folder: no such folder"),
+        ("teacher=.", "not a model folder (no config.json in it)"),
+        ("teacher=builtin:quickstrat-teacher", "no such builtin model"),
+        ("data.train.path=missing.jsonl", "missing.jsonl: no such file or folder"),
+        ("data.train.path=empty.jsonl", "empty corpus"),
+        ("data.train.text=body", "no column 'body'"),
+        ("data.sequence_length=64", "longer than the model's 32 positions"),
+        ("stages.quantize.quantizer={kind: int4_group, group_size: 24}", "group_size (24) must divide in_features (32)"),
+        ("compute.micro_batch_size=3", None),
+        ("stages.distill.batch_size=4", None),
+        ("{both}", "batch_size (4) must be a multiple of compute.micro_batch_size (3)"),
+        ("compute.accelerator=gpu", "no GPU"),
+    ],
+)
+def test_what_is_wrong_with_the_users_things_is_one_line(
+    distill: Distill, recipe: Path, tmp_path: Path, change: str, message: str | None
+) -> None:
+    import torch
+
+    if change.endswith("=gpu") and torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    (tmp_path / "empty.jsonl").write_text("")
+    changes = ["compute.micro_batch_size=3", "stages.distill.batch_size=4"] if change == "{both}" else [change]
+    result = distill("run", recipe, *(part for each in changes for part in ("--set", each)))
+    if message is None:
+        assert result.code == 0
+        return
+    assert result.code == (1 if "GPU" in message else 2)
+    assert len(result.err.strip().splitlines()) == 1
+    assert message in result.err
+
+
+def test_teacher_and_student_of_two_vocabularies(distill: Distill, recipe: Path, tmp_path: Path) -> None:
+    stranger = make_model(tmp_path / "stranger", "wholly other letters: zyx wvu tsr qpo")
+    result = distill("run", recipe, "--set", f"stages.distill.teacher={stranger}")
+    assert result.code == 2
+    assert "vocabulary: student has " in result.err
+    assert "the first that differs is " in result.err
+
+
+def test_a_run_folder_in_use(distill: Distill, recipe: Path, tmp_path: Path) -> None:
+    with Run(tmp_path / "mine").lock():
+        result = distill("run", recipe, "--run-dir", tmp_path / "mine")
+    assert result.code == 2
+    assert "in use by process" in result.err
+    assert "choose another --run-dir" in result.err
+
+
+# ------------------------------------------------------------------------------------------------- runs that go well
+
+
+def test_run_then_run_again_then_parts_of_it(distill: Distill, recipe: Path, tmp_path: Path) -> None:
+    first = distill("run", recipe)
+    assert first.code == 0, first.err
+    folder = tmp_path / "runs" / "tiny"
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["data", "distill", "prune", "quantize"]
+
+    assert distill("run", recipe).out.count("finished before") == 3
+    assert distill("run", recipe, "--from", "distill").out.count("finished before") == 1
+    assert distill("run", recipe, "--only", "distill").out.count("finished before") == 0
+    assert distill("resume", folder).out.count("finished before") == 3
+    assert distill("resume", folder, "--set", "compute.num_workers=0").code == 0
+
+    changed = distill("run", recipe, "--set", "stages.distill.num_steps=2")
+    assert changed.out.count("finished before") == 1
+    assert (folder / "distill.old-1").is_dir()
+
+
+def test_resume_changes_nothing_but_compute(distill: Distill, recipe: Path, tmp_path: Path) -> None:
+    result = distill("resume", tmp_path)
+    assert result.code == 2
+    assert "not a run folder" in result.err
+    (tmp_path / "recipe.yaml").write_text(recipe.read_text())
+    result = distill("resume", tmp_path, "--set", "seed=1")
+    assert result.code == 2
+    assert "only compute may change on resume" in result.err
+
+
+def test_report_and_compare_of_what_is_no_run(distill: Distill, tmp_path: Path) -> None:
+    for arguments in (["report", str(tmp_path)], ["compare", str(tmp_path), "--prompt", "x"], ["compare", str(tmp_path)]):
+        result = distill(*arguments)
+        assert result.code == 2
+        assert len(result.err.strip().splitlines()) == 1
+
+
+def test_doctor(distill: Distill) -> None:
+    result = distill("doctor")
+    assert result.code == 0
+    assert f"distill {__version__}" in result.out

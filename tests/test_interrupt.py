@@ -1,0 +1,119 @@
+"""A run that is killed or stopped in the middle ends, when it is run again, in the very weights of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distill.recipe import Recipe
+from distill.runner import run
+
+RECIPE = """\
+name: tiny
+data:
+  train: {{kind: jsonl, path: {text}}}
+  sequence_length: 16
+  validation_tokens: 100
+  tokenizer: {{vocab_size: 270}}
+stages:
+  first:
+    kind: finetune
+    num_steps: 2
+    batch_size: 2
+    model:
+      config:
+        model_type: llama
+        hidden_size: 32
+        intermediate_size: 64
+        num_hidden_layers: 2
+        num_attention_heads: 4
+        num_key_value_heads: 2
+        max_position_embeddings: 32
+        attention_dropout: 0.2         # so that the random state matters
+  second: {{kind: distill, student: first, teacher: first, num_steps: 60, batch_size: 4, losses: [cross_entropy, forward_kl]}}
+compute: {{accelerator: cpu, micro_batch_size: 2, checkpoint_every_steps: 3}}
+logging: {{wandb: disabled}}
+"""
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    rows = [{"text": f"row {i} of the text that a small model reads, and {i * i} more words"} for i in range(80)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tiny.yaml").write_text(RECIPE.format(text=folder / "text.jsonl"))
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The weights of a run that nothing happened to."""
+    return weights(run(Recipe.load(recipe), tmp_path_factory.mktemp("undisturbed") / "run").folder)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "second" / "model" / "model.safetensors").read_bytes()
+
+
+def disturbed(recipe: Path, folder: Path, number: signal.Signals) -> subprocess.CompletedProcess[str]:
+    """Run the command and send it a signal as soon as its second stage has a checkpoint."""
+    command = [sys.executable, "-m", "distill", "run", str(recipe), "--run-dir", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    until = time.monotonic() + 120
+    while not any((folder / "second" / "checkpoints").glob("step=*.ckpt")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until, "no checkpoint in two minutes"
+        time.sleep(0.001)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def finish(recipe: Path, folder: Path) -> list[str]:
+    said: list[str] = []
+    run(Recipe.load(recipe), folder, say=said.append)
+    return said
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "stopped"])
+def test_goes_on_to_the_same_weights(recipe: Path, undisturbed: bytes, tmp_path: Path, number: signal.Signals) -> None:
+    folder = tmp_path / "run"
+    done = disturbed(recipe, folder, number)
+    assert not (folder / "second" / "DONE").exists(), "the signal came too late to test anything"
+    if number == signal.SIGKILL:
+        assert done.returncode == -signal.SIGKILL
+    else:
+        assert done.returncode == 130
+        assert "Traceback" not in done.stderr
+        assert f"of {STEPS}, which is saved" in done.stderr
+
+    said = finish(recipe, folder)
+    assert [line for line in said if "first" in line and "finished before" in line]
+    going_on = next(line for line in said if "going on from step" in line)
+    assert 0 < int(going_on.split("step ")[1].split()[0]) < STEPS
+    assert weights(folder) == undisturbed
+
+    rows = [json.loads(line) for line in (folder / "second" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "lr" in row]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == STEPS
+    assert not list((folder / "second" / "checkpoints").glob("*.ckpt"))
+
+
+def test_a_damaged_checkpoint_is_passed_over(recipe: Path, undisturbed: bytes, tmp_path: Path) -> None:
+    """As a disk or a foreign hand may leave it; ours are written whole."""
+    folder = tmp_path / "run"
+    disturbed(recipe, folder, signal.SIGINT)
+    newest = max((folder / "second" / "checkpoints").glob("step=*.ckpt"))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    said = finish(recipe, folder)
+    assert [line for line in said if "damaged" in line and newest.name in line]
+    assert weights(folder) == undisturbed

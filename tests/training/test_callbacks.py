@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+from rich.progress import Progress
+
+from distill.training.callbacks import StepEnd
+
+
+class Steps(StepEnd):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def step_end(self, trainer: pl.Trainer, module: Any, step: int) -> None:
+        self.seen.append(step)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_step_end_comes_once_an_optimizer_step(accumulate: int, module: Any, loader: Any) -> None:
+    steps = Steps()
+    pl.Trainer(
+        accelerator="cpu",
+        max_steps=3,
+        accumulate_grad_batches=accumulate,
+        callbacks=[steps],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module(), loader(9))
+    assert steps.seen == [1, 2, 3]
+
+
+def test_a_log_file_gets_plain_lines(module: Any, train: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    train(module())
+    out, err = capsys.readouterr()
+    (line,) = out.splitlines()
+    assert line.startswith("  distill step 6/6  forward_kl ")
+    for part in ("cross_entropy ", "kl ", "val ", " tokens/s", "0:00 left"):
+        assert part in line
+    assert "\x1b" not in out + err
+    assert "step" not in err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_a_terminal_gets_a_bar_that_is_taken_away(
+    ends: str, module: Any, train: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    started, stopped = [], []
+    start, stop = Progress.start, Progress.stop
+    monkeypatch.setattr(Progress, "start", lambda bar: (started.append(bar), start(bar)))
+    monkeypatch.setattr(Progress, "stop", lambda bar: (stopped.append(bar), stop(bar)))
+
+    def fail() -> None:
+        raise RuntimeError("pulled the plug")
+
+    if ends == "badly":
+        with pytest.raises(RuntimeError, match="plug"):
+            train(module(), at={8: fail})
+    else:
+        train(module())
+        assert started[0].tasks[0].completed == 6
+    assert len(started) == 1
+    assert stopped == started
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,202 @@
+"""Stopping and going on gives, bit for bit, what an undisturbed training gives."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distill.core.errors import DistillError, Interrupted
+from distill.training.checkpoint import checkpoint_path, checkpoints
+from distill.training.metrics import read_rows
+
+BATCH = 4
+
+
+class PulledPlug(Exception):
+    """Stands for a kill: nothing of ours may react to it."""
+
+
+def pull() -> None:
+    raise PulledPlug
+
+
+def ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def left_by(folder: Path) -> dict[str, Any]:
+    """What the last checkpoint holds, and the rows of the metrics without the clock and the memory."""
+    kept = torch.load(checkpoint_path(folder / "checkpoints", 6), weights_only=True)
+    measured = ("perf/", "memory/")
+    rows = [{k: v for k, v in row.items() if not k.startswith(measured)} for row in read_rows(folder)]
+    return {key: kept[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "rng", "global_step")} | {"rows": rows}
+
+
+def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
+    """Equal to the last bit, all the way down."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert list(ours) == list(theirs), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}/{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), where
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(*pair, f"{where}/{i}")
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    else:
+        assert ours == theirs, where
+
+
+@pytest.mark.parametrize(
+    ("way", "compute"),
+    [
+        ("full", {}),
+        ("tied", {}),
+        ("lora", {}),
+        ("quant", {}),
+        ("quant lora head", {"precision": "bf16-mixed"}),
+        ("full", {"gradient_checkpointing": True}),
+    ],
+)
+def test_a_kill_changes_no_bit(way: str, compute: Any, module: Any, train: Any, tmp_path: Path) -> None:
+    """Checkpoints are made at steps 3 and 6, validation at 2, 4 and 6, rows of metrics at 2, 4 and 6."""
+    settings = {"attention_dropout": 0.1, "tie_word_embeddings": way == "tied"}
+    torch.manual_seed(3)
+    train(module(way, **settings), "straight", **compute)
+    torch.manual_seed(3)
+    with pytest.raises(PulledPlug):
+        train(module(way, **settings), "resumed", at={4 * BATCH: pull}, **compute)
+    assert [p.name for p in checkpoints(tmp_path / "resumed" / "checkpoints")] == ["step=00000003.ckpt"]
+    torch.manual_seed(4)  # the process that goes on is another one
+    said = train(module(way, **settings), "resumed", **compute)
+    assert said == ["  going on from step 3 of 6 (step=00000003.ckpt)"]
+    straight, resumed = left_by(tmp_path / "straight"), left_by(tmp_path / "resumed")
+    assert len(straight["rows"]) == 6
+    assert_same(resumed, straight)
+
+
+def test_dropout_does_act(module: Any, train: Any, tmp_path: Path) -> None:
+    """Else the test above would say nothing about the random state."""
+    for folder, seed in (("one", 3), ("two", 4)):
+        torch.manual_seed(seed)
+        train(module(attention_dropout=0.1), folder)
+    with pytest.raises(AssertionError):
+        assert_same(left_by(tmp_path / "one")["state_dict"], left_by(tmp_path / "two")["state_dict"])
+
+
+@pytest.mark.parametrize(("first", "then"), [(4, 1), (1, 4), (2, 1)])
+def test_another_micro_batch_size_takes_the_same_steps(
+    first: int, then: int, module: Any, train: Any, tmp_path: Path
+) -> None:
+    train(module(), "straight")
+    with pytest.raises(PulledPlug):
+        train(module(), "resumed", micro=first, at={4 * BATCH: pull})
+    train(module(), "resumed", micro=then)
+    straight, resumed = left_by(tmp_path / "straight"), left_by(tmp_path / "resumed")
+    for name, weight in straight["state_dict"].items():
+        torch.testing.assert_close(resumed["state_dict"][name], weight, rtol=1e-4, atol=1e-5)
+    assert [row["step"] for row in resumed["rows"]] == [row["step"] for row in straight["rows"]]
+
+
+def test_ctrl_c_saves_the_step_and_gives_the_handler_back(module: Any, train: Any, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    train(module(), "straight")
+    torch.manual_seed(3)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match=r"stopped at step 2 of 6, which is saved") as stopped:
+        train(module(), "resumed", at={2 * BATCH - 2: ctrl_c})  # within the second step
+    assert stopped.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [p.name for p in checkpoints(tmp_path / "resumed" / "checkpoints")] == ["step=00000002.ckpt"]
+    train(module(), "resumed")
+    ours, theirs = left_by(tmp_path / "resumed"), left_by(tmp_path / "straight")
+    # the look at the validation split after step 2 was not waited for
+    assert_same(ours | {"rows": None}, theirs | {"rows": None})
+
+
+def test_the_second_ctrl_c_stops_at_once(module: Any, train: Any, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def twice() -> None:
+        ctrl_c()
+        ctrl_c()
+
+    with pytest.raises(Interrupted, match="stopped at once") as stopped:
+        train(module(), at={4 * BATCH - 2: twice})
+    assert stopped.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [p.name for p in checkpoints(tmp_path / "stage" / "checkpoints")] == ["step=00000003.ckpt"]
+
+
+def test_any_error_gives_the_handler_back(module: Any, train: Any) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(PulledPlug):
+        train(module(), at={BATCH: pull})
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_finished_training_is_taken_up_as_it_is(module: Any, train: Any, tmp_path: Path) -> None:
+    trained = module()
+    train(trained)
+    again = module()
+    assert train(again) == ["  going on from step 6 of 6 (step=00000006.ckpt)"]
+    assert_same(dict(again.student.state_dict()), dict(trained.student.state_dict()))
+
+
+@pytest.mark.parametrize("way", ["full", "tied", "lora", "quant lora head"])
+def test_a_checkpoint_holds_what_is_trained_and_loads_as_data(way: str, module: Any, train: Any, tmp_path: Path) -> None:
+    trained = module(way, tie_word_embeddings=way == "tied")
+    train(trained)
+    path = checkpoint_path(tmp_path / "stage" / "checkpoints", 6)
+    held = torch.load(path, weights_only=True)  # refuses all that is not data
+    names = {name for name, p in trained.student.named_parameters(remove_duplicate=False) if p.requires_grad}
+    assert set(held["state_dict"]) == {f"student.{name}" for name in names}
+    assert names
+    if "lora" in way:
+        assert all("lora_" in name for name in names)
+    shapes = [p.shape for p in trained.student.parameters() if p.requires_grad]
+    moments = [state["exp_avg"].shape for state in held["optimizer_states"][0]["state"].values()]
+    assert sorted(moments) == sorted(shapes)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(module: Any, train: Any, tmp_path: Path) -> None:
+    for folder in ("straight", "resumed"):
+        torch.manual_seed(3)
+        train(module(), folder)
+    newest = checkpoint_path(tmp_path / "resumed" / "checkpoints", 6)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    warning, going_on = train(module(), "resumed")
+    assert "warning" in warning
+    assert f"{newest}: damaged" in warning
+    assert going_on == "  going on from step 3 of 6 (step=00000003.ckpt)"
+    assert_same(left_by(tmp_path / "resumed"), left_by(tmp_path / "straight"))
+
+
+def test_a_diverged_loss_is_one_line(module: Any, train: Any, tmp_path: Path) -> None:
+    with pytest.raises(DistillError) as raised:
+        train(module(lr=1e38), log_every_steps=1, checkpoint_every_steps=100)
+    assert str(raised.value).count("\n") == 0
+    assert "forward_kl is" in str(raised.value)
+    assert "lower optimizer.lr" in str(raised.value)
+
+
+def test_diverged_weights_are_never_saved(module: Any, train: Any, tmp_path: Path) -> None:
+    """Also between two rows of metrics, where the loss is not looked at."""
+    broken = module()
+
+    def spoil() -> None:
+        with torch.no_grad():
+            broken.student.model.norm.weight[0] = float("inf")
+
+    with pytest.raises(DistillError, match="not finite at step 4.*last good checkpoint is kept"):
+        train(broken, at={3 * BATCH + 2: spoil}, checkpoint_every_steps=1, log_every_steps=100, keep_checkpoints=1)
+    (kept,) = checkpoints(tmp_path / "stage" / "checkpoints")
+    assert kept.name == "step=00000003.ckpt"
+    assert all(w.isfinite().all() for w in torch.load(kept, weights_only=True)["state_dict"].values())

@@ -1,0 +1,75 @@
+"""Run by test_distributed: trains over two processes and leaves what their optimizers saw.
+
+A script, not a function of the test, so that the processes fork from one that has imported everything and run nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from distill.losses import CrossEntropy, ForwardKL
+from distill.training.module import DistillationModule
+
+
+class Watched(DistillationModule):
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        self.seen = getattr(self, "seen", [])
+        self.seen.append({name: p.grad.clone() for name, p in self.student.named_parameters() if p.grad is not None})
+
+
+class Ranks(pl.LightningDataModule):
+    def __init__(self, per_rank: list[list[Any]]):
+        super().__init__()
+        self.per_rank = per_rank
+
+    def train_dataloader(self) -> Any:
+        assert self.trainer is not None
+        return DataLoader(self.per_rank[self.trainer.global_rank], batch_size=None)  # type: ignore[arg-type]
+
+
+def model(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> LlamaForCausalLM:
+    made = LlamaForCausalLM(LlamaConfig(**config))
+    made.load_state_dict(weights)
+    return made
+
+
+def main(folder: Path) -> None:
+    given = torch.load(folder / "given.pt", weights_only=True)
+    student, teacher = (model(given["config"], given[name]) for name in ("student", "teacher"))
+    losses = [ForwardKL(temperature=2.0), CrossEntropy(weight=0.5)]
+    module = Watched(student, losses, teacher)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_fork",
+        max_steps=2,
+        accumulate_grad_batches=given["accumulate"],
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Keep(folder)],
+    )
+    trainer.fit(module, datamodule=Ranks(given["batches"]))
+
+
+class Keep(pl.Callback):
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
+        left = {"seen": module.seen, "weights": module.student.state_dict()}
+        torch.save(left, self.folder / f"rank{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
