@@ -20,8 +20,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that comes with distill.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value, such as stages.distill.optimizer.lr=5e-5.")]
+RecipeFile = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that comes with distill.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value, such as stages.distill.optimizer.lr=5e-5."),
+]
 
 
 @app.command()
@@ -30,7 +35,9 @@ def run(
     set: Set = None,
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; unset: runs/<name of the recipe>.")] = None,
     only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run this stage alone.")] = None,
-    from_: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and those after it again.")] = None,
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and those after it again.")
+    ] = None,
 ) -> None:
     """Run a recipe. The same command again goes on where it was left."""
     from distill.recipe import Recipe
@@ -45,7 +52,9 @@ def run(
 @app.command()
 def resume(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    set: Annotated[list[str] | None, typer.Option("--set", metavar="compute.KEY=VALUE", help="Only compute may change.")] = None,
+    set: Annotated[
+        list[str] | None, typer.Option("--set", metavar="compute.KEY=VALUE", help="Only compute may change.")
+    ] = None,
 ) -> None:
     """Go on with a run; only its compute settings may change."""
     from distill.compare import load_run
@@ -75,7 +84,10 @@ def check(recipe: RecipeFile, set: Set = None) -> None:
 
 @app.command("list")
 def list_members(
-    family: Annotated[str | None, typer.Argument(help="recipes, stages, losses, criteria, quantizers, sources, exporters; unset: all.")] = None,
+    family: Annotated[
+        str | None,
+        typer.Argument(help="recipes, stages, losses, criteria, quantizers, sources, exporters; unset: all."),
+    ] = None,
 ) -> None:
     """List every member of a family with its fields, or the recipes that come with distill."""
     from distill.listing import listing
@@ -109,7 +121,9 @@ def compare(
 
     if prompts is not None and not prompts.is_file():
         raise InputError(f"--prompts {prompts}: no such file")
-    texts = [*(prompt or []), *(line for line in prompts.read_text().split("\n") if line.strip())] if prompts else prompt
+    texts = (
+        [*(prompt or []), *(line for line in prompts.read_text().split("\n") if line.strip())] if prompts else prompt
+    )
     if not texts:
         raise InputError("nothing to continue; give --prompt TEXT or --prompts FILE")
     for item in answer_prompts(run_dir, texts, new_tokens=new_tokens):
@@ -149,7 +163,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -169,7 +185,10 @@ def main() -> NoReturn:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"the disk is full ({error.filename or 'while writing'}); make room, then the same command goes on", file=sys.stderr)
+        print(
+            f"the disk is full ({error.filename or 'while writing'}); make room, then the same command goes on",
+            file=sys.stderr,
+        )
         sys.exit(1)
     except Exception as error:
         show = getattr(error, "show", None)  # a mistake in the arguments, found by typer, which carries its own click

@@ -8,7 +8,16 @@ import shutil
 import socket
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("torch", "transformers", "pytorch-lightning", "peft", "datasets", "wandb", "torchmetrics", "compressed-tensors")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "pytorch-lightning",
+    "peft",
+    "datasets",
+    "wandb",
+    "torchmetrics",
+    "compressed-tensors",
+)
 
 
 def examine() -> str:
@@ -31,9 +40,10 @@ def examine() -> str:
         f"{os.cpu_count()} CPU cores, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB memory free, "
         f"{disk.free / 1e9:.0f} GB disk free here"
     )
-    lines.append(f"Hugging Face Hub: {'reachable' if _reachable('huggingface.co') else 'not reachable: folders, caches and builtin models only'}")
-    from distill.tracking.wandb import resolve_mode
+    reachable = _reachable("huggingface.co")
+    lines.append(f"Hugging Face Hub: {'reachable' if reachable else 'not reachable: folders and caches only'}")
     from distill.tracking.spec import LoggingSpec
+    from distill.tracking.wandb import resolve_mode
 
     lines.append(f"W&B with wandb: auto would be {resolve_mode(LoggingSpec())}")
     return "\n".join(lines)

@@ -43,7 +43,11 @@ def describe(recipe: Recipe) -> str:
         lines.append(f"  teacher {recipe.teacher}: {_size(known['teacher'])}")
     lines.append(
         f"  data {recipe.data.train.kind}, blocks of {recipe.data.sequence_length} tokens, "
-        + (f"validation from {recipe.data.validation.kind}" if recipe.data.validation else f"{recipe.data.held_out:.0%} held out")
+        + (
+            f"validation from {recipe.data.validation.kind}"
+            if recipe.data.validation
+            else f"{recipe.data.held_out:.0%} held out"
+        )
     )
     mistakes = []
     for number, (name, stage) in enumerate(recipe.stages.items(), 1):
@@ -76,7 +80,11 @@ def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config |
         parts.append(_budget(stage, recipe))
     if stage.makes_model:
         parts.append(f"makes {_size(known[name])}")
-    if isinstance(stage, BudgetSpec) and stage.steps(recipe.data.sequence_length) and (memory := _memory(name, stage, known)):
+    if (
+        isinstance(stage, BudgetSpec)
+        and stage.steps(recipe.data.sequence_length)
+        and (memory := _memory(name, stage, known))
+    ):
         parts.append(f"({memory})")
     return " ".join(parts).rstrip(";")
 
@@ -133,7 +141,11 @@ def _count(config: Config | None) -> int | None:
 
 def _size(config: Config | None) -> str:
     count = _count(config)
-    return "a model of unknown size (its config is not on this machine)" if count is None else f"{_short(count)} parameters"
+    return (
+        "a model of unknown size (its config is not on this machine)"
+        if count is None
+        else f"{_short(count)} parameters"
+    )
 
 
 def _memory(name: str, stage: BudgetSpec, known: dict[str, Config | None]) -> str | None:

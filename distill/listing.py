@@ -82,7 +82,13 @@ def _let_kind_be_name(schema: dict[str, Any]) -> None:
     stages = schema["properties"]["stages"]
     any_kind = stages["additionalProperties"]
     stages["properties"] = {
-        kind: {"anyOf": [{"$ref": f"#/$defs/{spec.__name__}"}, any_kind, *([{"type": "null"}] if _may_be_empty(spec) else [])]}
+        kind: {
+            "anyOf": [
+                {"$ref": f"#/$defs/{spec.__name__}"},
+                any_kind,
+                *([{"type": "null"}] if _may_be_empty(spec) else []),
+            ]
+        }
         for kind, spec in STAGES.items()
     }
 

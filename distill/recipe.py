@@ -115,8 +115,10 @@ class Recipe(Spec):
                 f"{place}: data.tokenizer: there is no teacher to take it from; name a model or write "
                 "tokenizer: {vocab_size: 2048} to train one"
             )
-        if self.teacher is not None and self.data.tokenizer != "teacher" and not any(
-            reference == "teacher" for stage in self.stages.values() for _, reference in stage.references()
+        if (
+            self.teacher is not None
+            and self.data.tokenizer != "teacher"
+            and not any(reference == "teacher" for stage in self.stages.values() for _, reference in stage.references())
         ):
             yield f"{source.place(('teacher',))}: teacher: no stage uses it; remove it"
 
@@ -132,8 +134,10 @@ class Recipe(Spec):
                 yield at + f"{reference!r} is a {self.stages[reference].kind} stage, which makes no model"
         elif "/" not in reference and ":" not in reference and not Path(reference).is_dir():
             models = ["teacher", *(name for name in earlier if self.stages[name].makes_model)]
-            yield at + f"no earlier stage, folder or Hub id {reference!r} (models here: {', '.join(models)})" + suggest(
-                reference, models
+            yield (
+                at
+                + f"no earlier stage, folder or Hub id {reference!r} (models here: {', '.join(models)})"
+                + suggest(reference, models)
             )
 
 

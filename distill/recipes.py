@@ -30,4 +30,6 @@ def find(recipe: str) -> Path:
     name = path.name.removesuffix(".yaml")
     if name in names and (recipe == name or path.parts[:-1] == ("recipes",)):
         return names[name]
-    raise InputError(f"{recipe}: no such recipe (those that come with distill: {', '.join(names)}){suggest(name, names)}")
+    raise InputError(
+        f"{recipe}: no such recipe (those that come with distill: {', '.join(names)}){suggest(name, names)}"
+    )

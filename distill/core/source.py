@@ -34,9 +34,17 @@ for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", r"~|null|Null|NULL|", "~nN\0"),
     ("int", r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.nan|\.NaN", "-+.0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.nan|\.NaN",
+        "-+.0123456789",
+    ),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first.replace("\0", "")) + ([""] if "\0" in _first else []))
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}",
+        re.compile(f"^(?:{_pattern})$"),
+        list(_first.replace("\0", "")) + ([""] if "\0" in _first else []),
+    )
 
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
@@ -194,7 +202,9 @@ def _step(target: Any, part: str) -> str | int | None:
     if isinstance(target, list):
         if part.isdigit() and int(part) < len(target):
             return int(part)
-        hits = [i for i, item in enumerate(target) if item == part or isinstance(item, dict) and item.get("kind") == part]
+        hits = [
+            i for i, item in enumerate(target) if item == part or (isinstance(item, dict) and item.get("kind") == part)
+        ]
         return hits[0] if len(hits) == 1 else None
     return None
 
@@ -202,7 +212,11 @@ def _step(target: Any, part: str) -> str | int | None:
 def _keys(target: Any) -> list[str]:
     if isinstance(target, dict):
         return list(target)
-    return [str(item.get("kind", i)) if isinstance(item, dict) else str(i) for i, item in enumerate(target)] if isinstance(target, list) else []
+    return (
+        [str(item.get("kind", i)) if isinstance(item, dict) else str(i) for i, item in enumerate(target)]
+        if isinstance(target, list)
+        else []
+    )
 
 
 def dotted(path: Iterable[str | int]) -> str:
@@ -216,7 +230,9 @@ def suggest(word: object, choices: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def mistakes_of(error: ValidationError, source: Source, fields_at: Callable[[KeyPath], list[str]], kinds: dict[str, list[str]]) -> list[str]:
+def mistakes_of(
+    error: ValidationError, source: Source, fields_at: Callable[[KeyPath], list[str]], kinds: dict[str, list[str]]
+) -> list[str]:
     """Pydantic's errors as the project's lines ``file:line: key: what (got ..., expected ...)``.
 
     Args:
@@ -230,7 +246,9 @@ def mistakes_of(error: ValidationError, source: Source, fields_at: Callable[[Key
         path = _written(item["loc"], source.data)
         got, kind = item.get("input"), item["type"]
         if kind == "extra_forbidden":
-            what = "unknown key" + (suggest(path[-1], fields_at(path[:-1])) or f" (expected one of {', '.join(fields_at(path[:-1]))})")
+            what = "unknown key" + (
+                suggest(path[-1], fields_at(path[:-1])) or f" (expected one of {', '.join(fields_at(path[:-1]))})"
+            )
         elif kind == "missing":
             what = "is missing"
         elif kind in {"model_type", "dict_type"}:
@@ -238,7 +256,11 @@ def mistakes_of(error: ValidationError, source: Source, fields_at: Callable[[Key
         elif kind.startswith("no_such_"):
             noun = kind.removeprefix("no_such_")
             wrong = got.get("kind") if isinstance(got, dict) else got
-            what = f"needs a kind (one of {', '.join(kinds[noun])})" if wrong is None else f"no {noun} called {wrong!r} (one of {', '.join(kinds[noun])})" + suggest(wrong, kinds[noun])
+            what = (
+                f"needs a kind (one of {', '.join(kinds[noun])})"
+                if wrong is None
+                else f"no {noun} called {wrong!r} (one of {', '.join(kinds[noun])})" + suggest(wrong, kinds[noun])
+            )
         else:
             what = item["msg"].removeprefix("Value error, ")
             what = what[0].lower() + what[1:]
@@ -254,15 +276,13 @@ def _written(loc: tuple[str | int, ...], data: Any) -> KeyPath:
     """Drop from a pydantic location the tags that stand for a union's choice, not for a key of the file."""
     path: list[str | int] = []
     for i, part in enumerate(loc):
-        if isinstance(data, dict) and part in data:
-            data = data[part]
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+        if (isinstance(data, dict) and part in data) or (
+            isinstance(data, list) and isinstance(part, int) and part < len(data)
+        ):
             data = data[part]
         elif isinstance(data, dict) and data.get("kind", path[-1] if path else None) == part:
             continue  # a stage's kind defaults to its name
-        elif isinstance(data, str) and data == part:
-            continue
-        elif i < len(loc) - 1:
+        elif (isinstance(data, str) and data == part) or i < len(loc) - 1:
             continue
         path.append(part)
     return tuple(path)

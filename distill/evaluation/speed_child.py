@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from distill.evaluation.speed import SpeedSettings
+    from distill.evaluation.speed_settings import SpeedSettings
 
 
 def measure(folder: str, settings: SpeedSettings) -> dict[str, Any]:

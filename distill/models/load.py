@@ -60,7 +60,7 @@ def _quiet_transformers() -> None:
 
 
 def without_bars(location: str) -> AbstractContextManager[Any]:
-    """Swallow what libraries draw on stderr while a local folder loads (a download keeps its bar); errors still raise."""
+    """Swallow what libraries draw on stderr while a local folder loads; a download keeps its bar, errors raise."""
     return redirect_stderr(io.StringIO()) if Path(location).is_dir() else nullcontext()
 
 
@@ -99,7 +99,8 @@ def load_model(location: str, *, dtype: str | torch.dtype = "auto", device: str 
     lacking = sorted(report["missing_keys"]) + sorted(str(item) for item in report.get("mismatched_keys", []))
     if lacking:
         raise InputError(
-            f"{location}: the weights do not fit the config: {len(lacking)} missing or of another shape, first {lacking[0]}"
+            f"{location}: the weights do not fit the config: {len(lacking)} missing or of another shape, "
+            f"first {lacking[0]}"
         )
     if low_bit_scheme(model.config):
         from distill.quantization.unpack import unpack

@@ -11,7 +11,7 @@ from distill.pruning.layout import Layout
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distill.pruning.plan import KeepSpec
+    from distill.pruning.keep import KeepSpec
 
 Rows = tuple[tuple[int, ...], ...]
 

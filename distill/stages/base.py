@@ -118,7 +118,6 @@ class Session:
             self.say(f"  {self._corpus.summary()}")
         return self._corpus
 
-
     def logger(self) -> SafeLogger | None:
         """The W&B run that all stages log to, opened once; its id stays with the run folder, so that curves go on."""
         from distill.tracking.wandb import make_logger

@@ -55,7 +55,8 @@ class Export(StageSpec):
             write_card(folder, title=title, lineage=lineage, rows=_card_rows(measured_rows(context)), verified=verified)
         context.say(
             f"{place}: {verified.weight_bytes / 1e6:.2f} MB; reloaded, largest logit difference "
-            f"{verified.max_abs_logit:.1e}, worst KL {verified.worst_kl:.1e}, same first token {verified.top1_agreement:.1%}"
+            f"{verified.max_abs_logit:.1e}, worst KL {verified.worst_kl:.1e}, same first token "
+            f"{verified.top1_agreement:.1%}"
         )
         return {"folder": place.name, **asdict(verified)}
 

@@ -1,4 +1,4 @@
-"""Cross-entropy training of any causal model: teacher correction, the control without a teacher, a new small teacher."""
+"""Cross-entropy training of any causal model: a teacher corrected, a control without a teacher, a new small teacher."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def starting_model(context: StageContext, reference: str | NewModel, weights: st
         known = {"vocab_size": len(tokenizer)} | {k: v for k, v in tokens.items() if v is not None}
         config = new_config(known | reference.config)
         if config.get_text_config().vocab_size < len(tokenizer):
-            raise InputError(f"config.vocab_size ({config.vocab_size}) is less than the tokenizer's {len(tokenizer)} tokens")
+            raise InputError(
+                f"config.vocab_size ({config.vocab_size}) is less than the tokenizer's {len(tokenizer)} tokens"
+            )
         return new_model(config, seed=session.seed)
     location = session.artifact(reference).location
     if weights == "random":

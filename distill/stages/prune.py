@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from distill.core.artifact import write_text
 from distill.pruning import CRITERIA, Activation, BlockInfluence
 from distill.pruning.base import CriterionSpec, Scores
-from distill.pruning.plan import KeepSpec
+from distill.pruning.keep import KeepSpec
 from distill.stages.base import StageContext, StageSpec
 
 PLAN = "plan.json"
@@ -90,9 +90,7 @@ class Prune(StageSpec):
             "parameters": the_plan.parameters,
             "plan": the_plan.summary(),
         }
-        context.write_model(
-            save_plain(pruned, dtype), kind=self.kind, parent=self.model, teacher=None, figures=figures
-        )
+        context.write_model(save_plain(pruned, dtype), kind=self.kind, parent=self.model, teacher=None, figures=figures)
         return figures
 
     def _device(self, context: StageContext) -> str:
@@ -105,7 +103,9 @@ class Prune(StageSpec):
         from distill.models.load import move
 
         corpus = context.session.corpus()
-        wanted = [c for c, axes in ((self.criterion, self._width_axes()), (self.depth_criterion, self._depth_axes())) if axes]
+        wanted = [
+            c for c, axes in ((self.criterion, self._width_axes()), (self.depth_criterion, self._depth_axes())) if axes
+        ]
         scores = Scores()
         if not wanted:
             return scores

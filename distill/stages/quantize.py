@@ -36,7 +36,9 @@ class Quantize(DistillSpec, StageSpec):
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> Quantize:
         if not self.trains():
-            idle = [key for key in ("losses", "lora", "optimizer") if key in self.model_fields_set and getattr(self, key)]
+            idle = [
+                key for key in ("losses", "lora", "optimizer") if key in self.model_fields_set and getattr(self, key)
+            ]
             idle = [key for key in idle if getattr(self, key) != type(self).model_fields[key].default]
             if idle:
                 raise ValueError(f"nothing is trained (a budget of 0), so {', '.join(idle)} has no effect; remove it")
@@ -63,7 +65,9 @@ class Quantize(DistillSpec, StageSpec):
 
         location = context.session.artifact(self.student).location
         if low_bit_scheme(load_config(location)):
-            raise InputError(f"{self.student}: its weights are low-bit already; quantize the model that it was made from")
+            raise InputError(
+                f"{self.student}: its weights are low-bit already; quantize the model that it was made from"
+            )
         student = assemble(
             load_model(location, dtype="float32"),
             quantizer=self.quantizer,
@@ -92,7 +96,7 @@ class Quantize(DistillSpec, StageSpec):
             figures=figures | {"scheme": self.quantizer.label()},
         )
         context.say(
-            f"{measured['quantized_layers']} layers as {self.quantizer.label()}, {measured['share_of_bfloat16']:.3f} of their "
-            f"bf16 bytes; reloaded, worst KL to the trained model {measured['verified_worst_kl']:.1e}"
+            f"{measured['quantized_layers']} layers as {self.quantizer.label()}, "
+            f"{measured['share_of_bfloat16']:.3f} of their bf16 bytes; reloaded, worst KL to the trained model {measured['verified_worst_kl']:.1e}"
         )
         return figures | measured | {"scheme": self.quantizer.label()}

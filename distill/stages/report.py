@@ -46,7 +46,9 @@ class Report(StageSpec):
         if not rows:
             raise InputError("there is nothing to report: no evaluate stage stands before this one")
         answers = self._answers(context, rows)
-        page = write_report(rows, loss_curves(session.run, session.stages), answers, self._facts(context, rows), context.folder)
+        page = write_report(
+            rows, loss_curves(session.run, session.stages), answers, self._facts(context, rows), context.folder
+        )
         if session.logger() is not None:
             from distill.tracking.wandb import log_tradeoff
 
@@ -98,7 +100,9 @@ class Report(StageSpec):
             command=session.command,
             device=measured.device or "",
             engine=", ".join(part for part in (measured.engine, measured.dtype) if part),
-            validation=session.data.validation.kind if session.data.validation else f"{session.data.train.kind}, held out",
+            validation=session.data.validation.kind
+            if session.data.validation
+            else f"{session.data.train.kind}, held out",
             validation_tokens=corpus.validation.num_predictions(),
             pruning=pruning,
             versions=versions(),

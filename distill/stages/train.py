@@ -100,11 +100,13 @@ def check_context_length(model: PreTrainedModel, sequence_length: int) -> None:
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and sequence_length > limit:
-        raise InputError(f"data.sequence_length ({sequence_length}) is longer than the model's {limit} positions; lower it")
+        raise InputError(
+            f"data.sequence_length ({sequence_length}) is longer than the model's {limit} positions; lower it"
+        )
 
 
 def save_plain(model: PreTrainedModel, stored_dtype: str) -> Any:
-    """A writer of a plain Hugging Face folder for :meth:`StageContext.write_model`; weights rounded to ``stored_dtype``."""
+    """A writer of a plain Hugging Face folder for :meth:`StageContext.write_model`, in ``stored_dtype``."""
     import torch
 
     def save(folder: Any) -> None:

@@ -216,8 +216,7 @@ def log_tradeoff(
     html: Path | None = None,
     prompts: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Send the table, the plots (PNG), the prompts side by side, and the report: as a page and, with all its files, as an
-    artifact.
+    """Send the table, the plots (PNG), the prompts side by side, and the report, as a page and as an artifact.
 
     Args:
         logger: None does nothing.
@@ -245,7 +244,9 @@ def log_tradeoff(
         if html is not None:
             found["report/page"] = wandb.Html(html.read_text(encoding="utf-8"), inject=False)
             report = wandb.Artifact(f"{logger.experiment.id}-report", type="report")
-            report.add_dir(str(html.parent))
+            for file in sorted(html.parent.rglob("*.*")):  # add_dir would print
+                if file.is_file():
+                    report.add_file(str(file), name=str(file.relative_to(html.parent)))
             logger.experiment.log_artifact(report)
         logger.experiment.log(found)
         for row in ordered:

@@ -108,8 +108,12 @@ class Checkpoints(StepEnd):
         self.folder, self.every, self.keep = folder, every, keep
         self._stop = False
 
-    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Take over Ctrl-C: the first asks to stop after the step, the second stops at once."""
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Take over Ctrl-C: the first asks to stop after the step, the second stops at once.
+
+        Not earlier, because Lightning puts back the handlers that it met when it began.
+        """
+        super().on_train_start(trainer, module)
         self._before = signal.signal(signal.SIGINT, self._asked)
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:

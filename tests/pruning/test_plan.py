@@ -8,7 +8,8 @@ from transformers import LlamaConfig, MistralConfig
 from distill.core.errors import InputError
 from distill.models.layouts import layout_for
 from distill.pruning.base import Scores
-from distill.pruning.plan import KeepSpec, plan
+from distill.pruning.keep import KeepSpec
+from distill.pruning.plan import plan
 
 CONFIG = LlamaConfig(
     vocab_size=50,

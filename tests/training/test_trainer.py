@@ -50,12 +50,17 @@ def test_a_gpu_that_is_not_there_is_the_machines_fault(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("way", ["full", "lora", "quant head", "quant lora head"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_training_learns(way: str, precision: str, module: Any, train: Any, tmp_path: Path) -> None:
-    """Six steps bring the student nearer to its teacher on the validation split."""
-    train(module(way, lr=3e-2), precision=precision)
-    found = [row["val/kl"] for row in read_rows(tmp_path / "stage") if "val/kl" in row]
-    assert len(found) == 3
-    assert found[2] < found[0]
+def test_training_learns(way: str, precision: str, module: Any, train: Any, batch: Any) -> None:
+    """Six steps bring the student nearer to its teacher on what it was trained on."""
+    trained = module(way, lr=3e-2)
+
+    def distance() -> float:
+        with torch.no_grad():
+            return float(trained.batch_losses(batch(0, 24), trained.losses)[1]["kl"].per_token())
+
+    before = distance()
+    train(trained, precision=precision)
+    assert distance() < 0.9 * before
 
 
 def test_rows_tell_step_tokens_rate_and_every_loss(module: Any, train: Any, tmp_path: Path) -> None:

@@ -1,0 +1,126 @@
+"""Body + head is the model's own forward, for architectures that scale, cap or tie their logits, and refused if not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaModel, PreTrainedModel
+
+from distill.core.errors import InputError
+from distill.models.head import check_head, hidden_states, output_head
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0},
+    "granite": {"logits_scaling": 8.0, "residual_multiplier": 0.2, "embedding_multiplier": 12.0},
+    "cohere": {"logit_scale": 0.0625},
+    "cohere2": {"logit_scale": 0.25},
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2},
+    "olmo2": {},
+    "phi3": {"pad_token_id": 0},
+    "gpt_neox": {},
+}
+EACH = pytest.mark.parametrize("kind", ARCHITECTURES)
+
+
+def make(kind: str) -> PreTrainedModel:
+    """Two layers, with weights so wide that a forgotten cap or scale shows."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind != "gpt_neox":
+        sizes["num_key_value_heads"] = 2
+    if kind == "gpt2":
+        sizes = {}
+    special = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    config = AutoConfig.for_model(kind, **{"vocab_size": 40, "initializer_range": 0.5, **special, **sizes, **ARCHITECTURES[kind]})
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@EACH
+def test_body_and_head_are_the_model(kind: str) -> None:
+    model = make(kind).eval()
+    check_head(model)
+    ids = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(1))
+    hidden = hidden_states(model, ids)
+    assert hidden.shape == (2, 7, 32)
+    theirs = model(input_ids=ids).logits
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(output_head(model).logits(hidden.flatten(0, 1)).view_as(theirs), theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("gemma2", "final_logit_softcapping"),
+        ("gemma3_text", "final_logit_softcapping"),
+        ("granite", "logits_scaling"),
+        ("cohere", "logit_scale"),
+    ],
+)
+def test_a_forgotten_scale_would_be_noticed(kind: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(kind)
+    original = model.forward
+    value = getattr(model.config, key)
+
+    def with_scale(*arguments: Any, **settings: Any) -> Any:
+        setattr(model.config, key, value)
+        try:
+            return original(*arguments, **settings)
+        finally:
+            setattr(model.config, key, None)
+
+    setattr(model.config, key, None)  # what our head sees
+    monkeypatch.setattr(model, "forward", with_scale)
+    with pytest.raises(InputError, match="does not know"):
+        check_head(model)
+
+
+def test_another_architecture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama").train()
+    original = LlamaModel.forward
+    monkeypatch.setattr(model, "forward", lambda **settings: type(model).forward(model, **settings))
+    check_head(model)
+
+    def other(self: LlamaModel, **settings: Any) -> Any:
+        """The body alone is not what the whole model runs."""
+        out = original(self, **settings)
+        if self.training is False and "position_ids" in settings:
+            out.last_hidden_state = out.last_hidden_state * 1.01
+        return out
+
+    monkeypatch.setattr(LlamaModel, "forward", other)
+    with pytest.raises(InputError, match=r"LlamaForCausalLM does something between .* cannot be trained here yet"):
+        check_head(model)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_checking_leaves_the_model_as_it_was(training: bool) -> None:
+    model = make("gpt2").train(training)  # has dropout
+    before = torch.get_rng_state()
+    check_head(model)
+    assert model.training == training
+    assert all(part.training == training for part in model.modules())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_nan_weights_are_refused() -> None:
+    model = make("llama")
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    with pytest.raises(InputError):
+        check_head(model)
+
+
+def test_a_model_without_head_is_refused() -> None:
+    with pytest.raises(InputError, match="LlamaModel has no output head"):
+        output_head(make("llama").model)
+
+
+def test_the_head_names_its_parameters() -> None:
+    model = make("gpt2")
+    (weight,) = output_head(model).parameters
+    assert weight is model.lm_head.weight is model.transformer.wte.weight

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from distill.core.errors import InputError
+from distill.exporters.compressed_tensors import save
+from distill.models.head import check_head, hidden_states
+from distill.models.load import load_config, load_model, locate, new_config, new_model
+from distill.quantization import Int4Group, Int8Channel
+from distill.quantization.base import QuantizerSpec
+from distill.quantization.prepare import prepare
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=0.2)).eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, model: LlamaForCausalLM) -> Path:
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refused(call: Callable[[], Any]) -> str:
+    """The one line with which a call refuses."""
+    with pytest.raises(InputError) as raised:
+        call()
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_model_comes_back_whole(folder: Path, model: LlamaForCausalLM) -> None:
+    loaded = load_model(str(folder))
+    assert not loaded.training
+    assert all(torch.equal(w, model.state_dict()[name]) for name, w in loaded.state_dict().items())
+    model.bfloat16().save_pretrained(folder)
+    assert load_model(str(folder)).dtype == torch.bfloat16
+    assert load_model(str(folder), dtype="float32").dtype == torch.float32
+    assert load_config(str(folder)).hidden_size == 32
+
+
+def test_missing_weights_are_refused(folder: Path) -> None:
+    change_weights(folder, lambda weights: (weights.pop("model.norm.weight"), weights.pop("lm_head.weight")))
+    line = refused(lambda: load_model(str(folder)))
+    assert line.startswith(f"{folder}: the weights do not fit the config: 2 missing")
+    assert "lm_head.weight" in line
+
+
+def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)).save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_weights_of_another_shape_are_refused(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(33)}))
+    line = refused(lambda: load_model(str(folder)))
+    assert line.startswith(f"{folder}: ")
+    assert "norm" in line or "shape" in line or "size" in line
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for call in (load_model, load_config):
+        assert refused(lambda call=call: call(str(tmp_path / "none"))) == f"{tmp_path / 'none'}: no such folder"
+        assert "not a model folder (no config.json in it)" in refused(lambda call=call: call(str(tmp_path / "empty")))
+    (folder / "config.json").write_text("{")
+    assert refused(lambda: load_config(str(folder))).startswith(f"{folder}: cannot load the config (")
+    (folder / "config.json").write_text(json.dumps({"model_type": "no_such_thing"}))
+    assert refused(lambda: load_model(str(folder))).startswith(f"{folder}: cannot load the model (")
+
+
+def test_a_cut_file_is_refused(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert refused(lambda: load_model(str(folder))).startswith(f"{folder}: cannot load the model (")
+
+
+def test_pickled_weights_are_not_read(folder: Path, model: LlamaForCausalLM) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    assert refused(lambda: load_model(str(folder))).startswith(f"{folder}: cannot load the model (")
+
+
+def test_code_in_a_model_folder_is_not_run(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "foreign", "auto_map": {"AutoConfig": "foreign.F", "AutoModelForCausalLM": "foreign.F"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "foreign.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    refused(lambda: load_model(str(folder)))
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("spec", [Int4Group(), Int8Channel()], ids=lambda spec: spec.kind)
+def test_a_low_bit_artifact_loads_as_plain_layers(
+    tmp_path: Path, model: LlamaForCausalLM, spec: QuantizerSpec
+) -> None:
+    prepare(model, spec)
+    save(model, spec, tmp_path / "low", dtype=torch.float32)
+    loaded = load_model(str(tmp_path / "low"), dtype="float32")
+    ids = torch.arange(6).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(hidden_states(loaded, ids), hidden_states(model, ids))  # the body, before any forward
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    check_head(loaded)
+    names = {name for name, _ in loaded.named_parameters()}
+    assert names == {name for name, _ in model.named_parameters()}
+
+
+def test_new_models_depend_on_the_seed_alone() -> None:
+    config = LlamaConfig(**SIZES)
+
+    def weights(seed: int) -> torch.Tensor:
+        made: PreTrainedModel = new_model(config, seed=seed)
+        assert made.dtype == torch.float32
+        assert not made.training
+        return torch.cat([p.detach().flatten() for p in made.parameters()])
+
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = weights(7)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(weights(7), first)
+    assert not torch.equal(weights(8), first)
+
+
+def test_a_new_config() -> None:
+    config = new_config({"model_type": "llama", **SIZES, "rope_theta": 5e5})
+    assert isinstance(config, LlamaConfig)
+    assert config.to_dict()["hidden_size"] == 32
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model_type": "llama", "hiden_size": 32}, "llama has no key 'hiden_size'; did you mean 'hidden_size'?"),
+        ({"model_type": "lama"}, "no model_type 'lama'; did you mean 'llama'?"),
+        ({"hidden_size": 32}, "model_type is missing"),
+        ({"model_type": "llama", "zzz": 1}, "llama has no key 'zzz'"),
+        ({"model_type": "llama", "hidden_size": 33, "num_attention_heads": 2}, "llama refuses these values"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "llama refuses these values"),
+    ],
+)
+def test_a_wrong_config_is_one_line(keys: dict[str, Any], message: str) -> None:
+    assert message in refused(lambda: new_config(keys))
+
+
+def test_references() -> None:
+    assert locate("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
+    assert "no such builtin model" in refused(lambda: locate("builtin:no-such-model"))
+
+
+def test_a_folder_stays_itself(folder: Path) -> None:
+    assert locate(str(folder)) == str(folder)
