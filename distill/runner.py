@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 from distill.core.artifact import fingerprint, hash_of, write_text
 from distill.core.errors import DistillError, InputError
-from distill.core.run import RECIPE, Done, Run
+from distill.core.run import CHECKPOINTS, RECIPE, Done, Run
 from distill.recipe import Recipe
 from distill.stages.base import Session, StageContext, StageSpec
 
@@ -99,6 +100,7 @@ def _run_stage(session: Session, name: str, input_hash: str, number: str, *, aga
         raise
     seconds = time.perf_counter() - started
     session.run.finish(name, Done(input_hash, seconds, figures))
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # only now: until DONE stands they are what a kill leaves
     session.say(f"  done in {seconds:.0f} s")
 
 

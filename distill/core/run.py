@@ -16,7 +16,7 @@ from distill.core.artifact import Artifact, write_text
 from distill.core.errors import InputError
 
 RECIPE = "recipe.yaml"
-RESOLVED = "resolved.json"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,17 @@ def _from_pretrained(loader: Any, location: str, what: str, **arguments: Any) ->
         raise InputError(f"{location}: no such folder")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"{location}: not a model folder (no config.json in it)")
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    refusals = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
     try:
         return loader.from_pretrained(location, trust_remote_code=False, **arguments)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"{location}: cannot load the {what} ({first.strip()})") from error
+    except refusals as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        # a line that ends in a colon only announces the next one
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        raise InputError(f"{location}: cannot load the {what} ({reason})") from error
 
 
 def _quiet_transformers() -> None:
@@ -137,6 +143,7 @@ def new_config(keys: dict[str, Any]) -> PretrainedConfig:
     Raises:
         InputError: unknown ``model_type`` or key, or values that the architecture refuses.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     rest = dict(keys)
@@ -150,12 +157,14 @@ def new_config(keys: dict[str, Any]) -> PretrainedConfig:
 
         raise InputError(f"config: no model_type {model_type!r}{suggest(model_type, CONFIG_MAPPING)}") from None
     names = set(known.to_dict()) | set(type(known).__annotations__)
+    if "rope_parameters" in names:
+        names.add("rope_theta")  # where older configs, and most people, write it
     for key in rest:
         if key not in names:
             raise InputError(f"config: {model_type} has no key {key!r}{suggest(key, names)}")
     try:
         return AutoConfig.for_model(model_type, **rest)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise InputError(f"config: {model_type} refuses these values ({' '.join(str(error).split())})") from error
 
 

@@ -13,6 +13,7 @@ import torch
 from pytorch_lightning.loggers import Logger
 
 from distill.core.errors import InputError, MachineError
+from distill.core.run import CHECKPOINTS
 from distill.training.callbacks import Checkpoints, Record, ShowProgress
 from distill.training.checkpoint import AtomicCheckpointIO, newest_valid
 from distill.training.metrics import MetricsLog
@@ -85,7 +86,7 @@ def fit(
     _quiet_lightning()
     num_steps = budget.steps(sequence_length)
     micro, accumulate = split_batch(budget, compute)
-    checkpoint, complaints = newest_valid(folder / "checkpoints")
+    checkpoint, complaints = newest_valid(folder / CHECKPOINTS)
     for line in complaints:
         say(f"  warning: {line}")
     step = int(torch.load(checkpoint, weights_only=True, mmap=True)["global_step"]) if checkpoint else 0
@@ -93,7 +94,7 @@ def fit(
         say(f"  going on from step {step} of {num_steps} ({checkpoint.name})")
     log = MetricsLog(folder, step)
     record = Record(log, name, every=compute.log_every_steps, tokens_per_step=budget.batch_size * sequence_length)
-    saver = Checkpoints(folder / "checkpoints", every=compute.checkpoint_every_steps, keep=compute.keep_checkpoints)
+    saver = Checkpoints(folder / CHECKPOINTS, every=compute.checkpoint_every_steps, keep=compute.keep_checkpoints)
     validate_every = min(budget.validate_every_steps or max(1, num_steps // 4), num_steps)
     trainer = pl.Trainer(
         accelerator="gpu" if resolve_device(compute) == "cuda" else "cpu",

@@ -45,6 +45,7 @@ def refused(call: Callable[[], Any]) -> str:
     with pytest.raises(InputError) as raised:
         call()
     assert "\n" not in str(raised.value)
+    print(raised.value)
     return str(raised.value)
 
 
@@ -91,6 +92,8 @@ def test_what_is_no_model_is_refused(tmp_path: Path, folder: Path) -> None:
         assert "not a model folder (no config.json in it)" in refused(lambda call=call: call(str(tmp_path / "empty")))
     (folder / "config.json").write_text("{")
     assert refused(lambda: load_config(str(folder))).startswith(f"{folder}: cannot load the config (")
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "wide"}))
+    assert "expected int, got str" in refused(lambda: load_config(str(folder)))
     (folder / "config.json").write_text(json.dumps({"model_type": "no_such_thing"}))
     assert refused(lambda: load_model(str(folder))).startswith(f"{folder}: cannot load the model (")
 
@@ -153,7 +156,8 @@ def test_new_models_depend_on_the_seed_alone() -> None:
 def test_a_new_config() -> None:
     config = new_config({"model_type": "llama", **SIZES, "rope_theta": 5e5})
     assert isinstance(config, LlamaConfig)
-    assert config.to_dict()["hidden_size"] == 32
+    assert config.hidden_size == 32
+    assert config.rope_parameters["rope_theta"] == 5e5
 
 
 @pytest.mark.parametrize(
