@@ -71,7 +71,7 @@ def schema_text() -> str:
 
 
 def _let_kind_be_name(schema: dict[str, Any]) -> None:
-    """A member without settings may be a bare word, and a stage's kind may be its name; pydantic's schema knows neither."""
+    """Allow what pydantic's schema does not know: a member without settings as a bare word, a kind by name."""
     for family in FAMILIES.values():
         references = [{"$ref": f"#/$defs/{spec.__name__}"} for _, spec in family.items()]
         for definition in _walk(schema):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,6 +34,9 @@ FAMILIES: dict[str, Family] = {
     "exporters": EXPORTERS,
 }
 """Every family, by the plural that ``distill list`` takes."""
+
+RESERVED = {"teacher", "data", "wandb", "comparison"}
+"""What a stage cannot be called: a model's reference, and folders of a run that are no stage's."""
 
 
 class Recipe(Spec):
@@ -104,8 +108,11 @@ class Recipe(Spec):
         earlier: list[str] = []
         for name, stage in self.stages.items():
             path: KeyPath = ("stages", name)
-            if name == "teacher" or name.startswith(".") or "/" in name or name in {"data", "wandb"}:
-                yield f"{source.place(path)}: {dotted(path)}: {name!r} cannot be the name of a stage; choose another"
+            if name in RESERVED or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                yield (
+                    f"{source.place(path)}: {dotted(path)}: {name!r} cannot be the name of a stage "
+                    "(letters, digits, _ and -; " + ", ".join(sorted(RESERVED)) + " are taken)"
+                )
             for key, reference in stage.references():
                 yield from self._reference_mistakes(source, (*path, *key), reference, earlier)
             earlier.append(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,7 +37,8 @@ stages:
         num_key_value_heads: 2
         max_position_embeddings: 32
         attention_dropout: 0.2         # so that the random state matters
-  second: {{kind: distill, student: first, teacher: first, num_steps: 60, batch_size: 4, losses: [cross_entropy, forward_kl]}}
+  second:
+    {{kind: distill, student: first, teacher: first, num_steps: 60, batch_size: 4, losses: [cross_entropy, forward_kl]}}
 compute: {{accelerator: cpu, micro_batch_size: 2, checkpoint_every_steps: 3}}
 logging: {{wandb: disabled}}
 """
@@ -66,7 +67,7 @@ def weights(folder: Path) -> bytes:
 def disturbed(recipe: Path, folder: Path, number: signal.Signals) -> subprocess.CompletedProcess[str]:
     """Run the command and send it a signal as soon as its second stage has a checkpoint."""
     command = [sys.executable, "-m", "distill", "run", str(recipe), "--run-dir", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
     while not any((folder / "second" / "checkpoints").glob("step=*.ckpt")):
         assert process.poll() is None, process.communicate()
@@ -83,17 +84,32 @@ def finish(recipe: Path, folder: Path) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "stopped"])
-def test_goes_on_to_the_same_weights(recipe: Path, undisturbed: bytes, tmp_path: Path, number: signal.Signals) -> None:
-    folder = tmp_path / "run"
-    done = disturbed(recipe, folder, number)
+@pytest.fixture(scope="module")
+def killed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was killed in its second stage."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    assert disturbed(recipe, folder, signal.SIGKILL).returncode == -signal.SIGKILL
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was stopped by Ctrl-C in its second stage."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    done = disturbed(recipe, folder, signal.SIGINT)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    assert f"of {STEPS}, which is saved" in done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_goes_on_to_the_same_weights(
+    recipe: Path, undisturbed: bytes, tmp_path: Path, request: pytest.FixtureRequest, how: str
+) -> None:
+    folder = shutil.copytree(request.getfixturevalue(how), tmp_path / "run")
     assert not (folder / "second" / "DONE").exists(), "the signal came too late to test anything"
-    if number == signal.SIGKILL:
-        assert done.returncode == -signal.SIGKILL
-    else:
-        assert done.returncode == 130
-        assert "Traceback" not in done.stderr
-        assert f"of {STEPS}, which is saved" in done.stderr
+    assert any((folder / "second" / "checkpoints").glob("step=*.ckpt"))
 
     said = finish(recipe, folder)
     assert [line for line in said if "first" in line and "finished before" in line]
@@ -105,13 +121,12 @@ def test_goes_on_to_the_same_weights(recipe: Path, undisturbed: bytes, tmp_path:
     steps = [row["step"] for row in rows if "lr" in row]
     assert steps == sorted(set(steps))
     assert steps[-1] == STEPS
-    assert not list((folder / "second" / "checkpoints").glob("*.ckpt"))
+    assert not list((folder / "second").rglob("*.ckpt"))
 
 
-def test_a_damaged_checkpoint_is_passed_over(recipe: Path, undisturbed: bytes, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over(recipe: Path, undisturbed: bytes, tmp_path: Path, stopped: Path) -> None:
     """As a disk or a foreign hand may leave it; ours are written whole."""
-    folder = tmp_path / "run"
-    disturbed(recipe, folder, signal.SIGINT)
+    folder = shutil.copytree(stopped, tmp_path / "run")
     newest = max((folder / "second" / "checkpoints").glob("step=*.ckpt"))
     newest.write_bytes(newest.read_bytes()[:1000])
     said = finish(recipe, folder)

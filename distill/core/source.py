@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import ValidationError
@@ -27,7 +27,7 @@ MOST_VALUES = 10_000
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 scalars: true/false only, and floats such as 1e-4."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
 
 for _tag, _pattern, _first in (
@@ -272,13 +272,17 @@ def mistakes_of(
     return lines
 
 
+def _has(data: Any, part: str | int) -> bool:
+    if isinstance(data, list):
+        return isinstance(part, int) and part < len(data)
+    return isinstance(data, dict) and part in data
+
+
 def _written(loc: tuple[str | int, ...], data: Any) -> KeyPath:
     """Drop from a pydantic location the tags that stand for a union's choice, not for a key of the file."""
     path: list[str | int] = []
     for i, part in enumerate(loc):
-        if (isinstance(data, dict) and part in data) or (
-            isinstance(data, list) and isinstance(part, int) and part < len(data)
-        ):
+        if _has(data, part):
             data = data[part]
         elif isinstance(data, dict) and data.get("kind", path[-1] if path else None) == part:
             continue  # a stage's kind defaults to its name

@@ -98,16 +98,14 @@ def load_model(location: str, *, dtype: str | torch.dtype = "auto", device: str 
     from transformers import AutoModelForCausalLM
 
     _quiet_transformers()
+    arguments = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with without_bars(location):
-        model, report = _from_pretrained(
-            AutoModelForCausalLM, location, "model", dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-    lacking = sorted(report["missing_keys"]) + sorted(str(item) for item in report.get("mismatched_keys", []))
+        model, report = _from_pretrained(AutoModelForCausalLM, location, "model", **arguments)
+    lacking = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    lacking += [f"{name} is {[*got]}, not {[*expected]}" for name, got, expected in sorted(report["mismatched_keys"])]
     if lacking:
-        raise InputError(
-            f"{location}: the weights do not fit the config: {len(lacking)} missing or of another shape, "
-            f"first {lacking[0]}"
-        )
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise InputError(f"{location}: the weights do not fit the config: {lacking[0]}{more}")
     if low_bit_scheme(model.config):
         from distill.quantization.unpack import unpack
 

@@ -1,4 +1,4 @@
-"""Every loss through the same tests. A new loss is tested by standing in LOSSES; it owes one reference formula below."""
+"""Every loss through the same tests. A new loss is tested by standing in LOSSES; it owes one reference formula."""
 
 from __future__ import annotations
 
@@ -253,7 +253,10 @@ def test_a_batch_without_tokens_is_zero_and_runs_backward(loss: LossSpec, data: 
     assert not student.grad.any()  # type: ignore[union-attr]
     total, terms, gradients = data.chunked(loss, 5, nothing)
     assert total.item() == 0
-    assert {name: (term.sum.item(), term.count.item()) for name, term in terms.items()} == {loss.kind: (0, 0), KL: (0, 0)}
+    assert {name: (term.sum.item(), term.count.item()) for name, term in terms.items()} == {
+        loss.kind: (0, 0),
+        KL: (0, 0),
+    }
     assert not any(gradient.any() for gradient in gradients)
 
 

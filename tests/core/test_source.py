@@ -88,7 +88,13 @@ def test_unknown_tags_are_refused(tag: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("a: [1\nb: 2\n", 2), ("a: 1\n  b: 2\n", 2), ("a: 1\n---\nb: 2\n", 2), ("a: *nothing\n", 1), ("a: 1\n? [x, y]\n: 2\n", 2)],
+    [
+        ("a: [1\nb: 2\n", 2),
+        ("a: 1\n  b: 2\n", 2),
+        ("a: 1\n---\nb: 2\n", 2),
+        ("a: *nothing\n", 1),
+        ("a: 1\n? [x, y]\n: 2\n", 2),
+    ],
 )
 def test_broken_yaml_is_one_line_with_its_place(text: str, line: int) -> None:
     (message,) = mistakes(text)
@@ -183,14 +189,23 @@ def test_the_last_set_wins_and_a_value_may_hold_an_equals_sign() -> None:
     [
         ("seed", "--set seed: write it as key.sub=value"),
         ("=3", "--set =3: write it as key.sub=value"),
-        ("stages.distil.num_steps=1", "--set stages.distil.num_steps: there is no stages.distil to set; did you mean 'distill'?"),
+        (
+            "stages.distil.num_steps=1",
+            "--set stages.distil.num_steps: there is no stages.distil to set; did you mean 'distill'?",
+        ),
         ("stages.new={kind: prune}", "--set stages.new: there is no stages.new to set"),
         (
             "stages.distill.losses.forwrd_kl.weight=1",
             "--set stages.distill.losses.forwrd_kl.weight: there is no stages.distill.losses.forwrd_kl to set",
         ),
-        ("stages.distill.losses.2.weight=1", "--set stages.distill.losses.2.weight: there is no stages.distill.losses.2 to set"),
-        ("stages.distill.num_steps.x=1", "--set stages.distill.num_steps.x: there is no stages.distill.num_steps.x to set"),
+        (
+            "stages.distill.losses.2.weight=1",
+            "--set stages.distill.losses.2.weight: there is no stages.distill.losses.2 to set",
+        ),
+        (
+            "stages.distill.num_steps.x=1",
+            "--set stages.distill.num_steps.x: there is no stages.distill.num_steps.x to set",
+        ),
         ("seed=[1", "--set seed: the value '[1' is not valid YAML (expected ',' or ']', but got '<stream end>')"),
         ("seed={a: 1, a: 2}", "--set seed:1: a: written twice"),
     ],

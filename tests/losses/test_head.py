@@ -75,7 +75,9 @@ def _fake_quant_lora(model: Model) -> None:
     absorb_lora(model)
 
 
-every_head = pytest.mark.parametrize("change", [_plain, _tied, _frozen, _frozen_body, _lora, _fake_quant, _fake_quant_lora])
+every_head = pytest.mark.parametrize(
+    "change", [_plain, _tied, _frozen, _frozen_body, _lora, _fake_quant, _fake_quant_lora]
+)
 
 
 @pytest.fixture
@@ -185,15 +187,13 @@ def test_kl_is_reported_with_a_teacher_only_and_terms_are_unweighted(batch: tupl
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_none_are_computed(
-    context: Callable[[], Any], batch: tuple[Tensor, Tensor, Tensor]
-) -> None:
+def test_without_gradients_none_are_computed(context: Callable[[], Any], batch: tuple[Tensor, Tensor, Tensor]) -> None:
     model = Model()
     expected, _ = chunked(model, batch, 4)
     graphs: list[bool] = []
     model.lm_head.register_forward_hook(lambda _, inputs, out: graphs.append(out.requires_grad))
     with context():
-        total, terms = chunked(model, batch, 4)
+        total, _ = chunked(model, batch, 4)
     assert graphs
     assert not any(graphs)
     assert not total.requires_grad

@@ -35,7 +35,9 @@ def make(kind: str) -> PreTrainedModel:
     if kind == "gpt2":
         sizes = {}
     special = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    config = AutoConfig.for_model(kind, **{"vocab_size": 40, "initializer_range": 0.5, **special, **sizes, **ARCHITECTURES[kind]})
+    config = AutoConfig.for_model(
+        kind, **{"vocab_size": 40, "initializer_range": 0.5, **special, **sizes, **ARCHITECTURES[kind]}
+    )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config)
 
@@ -49,7 +51,9 @@ def test_body_and_head_are_the_model(kind: str) -> None:
     assert hidden.shape == (2, 7, 32)
     theirs = model(input_ids=ids).logits
     assert theirs.std() > 0.1
-    torch.testing.assert_close(output_head(model).logits(hidden.flatten(0, 1)).view_as(theirs), theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        output_head(model).logits(hidden.flatten(0, 1)).view_as(theirs), theirs, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,6 @@ def refused(call: Callable[[], Any]) -> str:
     with pytest.raises(InputError) as raised:
         call()
     assert "\n" not in str(raised.value)
-    print(raised.value)
     return str(raised.value)
 
 
@@ -68,8 +67,7 @@ def test_a_model_comes_back_whole(folder: Path, model: LlamaForCausalLM) -> None
 def test_missing_weights_are_refused(folder: Path) -> None:
     change_weights(folder, lambda weights: (weights.pop("model.norm.weight"), weights.pop("lm_head.weight")))
     line = refused(lambda: load_model(str(folder)))
-    assert line.startswith(f"{folder}: the weights do not fit the config: 2 missing")
-    assert "lm_head.weight" in line
+    assert line == f"{folder}: the weights do not fit the config: lm_head.weight is missing and 1 more"
 
 
 def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
@@ -81,8 +79,7 @@ def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
 def test_weights_of_another_shape_are_refused(folder: Path) -> None:
     change_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(33)}))
     line = refused(lambda: load_model(str(folder)))
-    assert line.startswith(f"{folder}: ")
-    assert "norm" in line or "shape" in line or "size" in line
+    assert line == f"{folder}: the weights do not fit the config: model.norm.weight is [33], not [32]"
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path, folder: Path) -> None:
@@ -120,9 +117,7 @@ def test_code_in_a_model_folder_is_not_run(folder: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("spec", [Int4Group(), Int8Channel()], ids=lambda spec: spec.kind)
-def test_a_low_bit_artifact_loads_as_plain_layers(
-    tmp_path: Path, model: LlamaForCausalLM, spec: QuantizerSpec
-) -> None:
+def test_a_low_bit_artifact_loads_as_plain_layers(tmp_path: Path, model: LlamaForCausalLM, spec: QuantizerSpec) -> None:
     prepare(model, spec)
     save(model, spec, tmp_path / "low", dtype=torch.float32)
     loaded = load_model(str(tmp_path / "low"), dtype="float32")

@@ -110,7 +110,22 @@ TEACHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Reference -> (the real config's sizes, what the tiny twin has in their place: the same shape, the same grouping)."""
 
-WORDS = "the a small model learns from its teacher what large models know and forgets nothing of import def return".split()
+WORDS = (
+    "the",
+    "a",
+    "small",
+    "model",
+    "learns",
+    "from",
+    "its",
+    "large",
+    "teacher",
+    "what",
+    "it",
+    "knows",
+    "import",
+    "def",
+)
 
 
 def _text(number: int) -> str:

@@ -105,13 +105,17 @@ def student(llama: Callable[..., LlamaForCausalLM]) -> Callable[..., Student]:
 
 
 @pytest.fixture
-def module(llama: Callable[..., LlamaForCausalLM], student: Callable[..., Student]) -> Callable[..., DistillationModule]:
+def module(
+    llama: Callable[..., LlamaForCausalLM], student: Callable[..., Student]
+) -> Callable[..., DistillationModule]:
     """A distillation of a student wrapped in some way, from the same teacher at every call."""
 
     def make(way: str = "full", lr: float = 1e-2, steps: int | None = None, **settings: Any) -> DistillationModule:
         losses = [ForwardKL(temperature=2.0), CrossEntropy(weight=0.5)]
         optimizer = OptimizerSpec(lr=lr, warmup_steps=2)
-        return DistillationModule(student(way, **settings).model, losses, llama(1), optimizer=optimizer, num_steps=steps)
+        return DistillationModule(
+            student(way, **settings).model, losses, llama(1), optimizer=optimizer, num_steps=steps
+        )
 
     return make
 

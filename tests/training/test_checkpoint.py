@@ -88,9 +88,7 @@ def _flip(content: bytes) -> bytes:
     ],
     ids=["truncated", "empty", "text", "one bit", "code"],
 )
-def test_a_damaged_newest_falls_back_and_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any
-) -> None:
+def test_a_damaged_newest_falls_back_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
     monkeypatch.chdir(tmp_path)
     good, bad = save(tmp_path, 1), save(tmp_path, 2)
     bad.write_bytes(spoil(bad.read_bytes()))

@@ -34,7 +34,9 @@ def test_two_ranks_take_the_step_of_one(tmp_path: Path, module: Any, llama: Any,
     assert len(set(sizes)) > 4
     single: DistillationModule = module()
     given = {
-        "config": {k: v for k, v in single.student.config.to_diff_dict().items() if isinstance(v, int | float | bool | None)},
+        "config": {
+            k: v for k, v in single.student.config.to_diff_dict().items() if isinstance(v, int | float | bool | None)
+        },
         "student": single.student.state_dict(),
         "teacher": single.teacher.state_dict(),  # type: ignore[union-attr]
         "accumulate": 2,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +16,12 @@ from distill.training.spec import OptimizerSpec
 
 
 def trainer(**settings: Any) -> pl.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return pl.Trainer(**{"accelerator": "cpu", "devices": 1, "max_steps": 1} | quiet | settings)
 
 
@@ -61,7 +65,9 @@ def by_hand(module: DistillationModule, batch: dict[str, Tensor]) -> dict[str, T
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize(("micro", "accumulate"), [(8, 1), (4, 2), (2, 4), (1, 8)])
@@ -146,7 +152,7 @@ def test_the_teacher_stays_out(module: Any, loader: Any) -> None:
 
 
 def test_losses_that_need_a_teacher_say_so(llama: Any) -> None:
-    with pytest.raises(ValueError, match="forward_kl.*need a teacher"):
+    with pytest.raises(ValueError, match=r"forward_kl.*need a teacher"):
         DistillationModule(llama(), [ForwardKL(), CrossEntropy()])
 
 
@@ -194,7 +200,9 @@ def test_validate_works_alone(precision: Any, module: Any, loader: Any, batch: A
     targets = whole["input_ids"].roll(-1, 1)[whole["mask"]]
     kl = functional.kl_div(q.log_softmax(-1), p.softmax(-1), reduction="batchmean")
     tolerance = 1e-5 if precision == "32-true" else 0.05
-    assert means == pytest.approx({"cross_entropy": functional.cross_entropy(q, targets).item(), "kl": kl.item()}, rel=tolerance)
+    assert means == pytest.approx(
+        {"cross_entropy": functional.cross_entropy(q, targets).item(), "kl": kl.item()}, rel=tolerance
+    )
 
 
 def test_drained_terms_are_means_per_token_since_the_last_time(module: Any, batch: Any) -> None:

@@ -45,7 +45,9 @@ def test_the_budget_is_given_once() -> None:
 
 
 def test_losses_of_a_distillation() -> None:
-    spec = DistillSpec.model_validate({"num_steps": 1, "losses": ["reverse_kl", {"kind": "cross_entropy", "weight": 2}]})
+    spec = DistillSpec.model_validate(
+        {"num_steps": 1, "losses": ["reverse_kl", {"kind": "cross_entropy", "weight": 2}]}
+    )
     assert spec.losses == [ReverseKL(), CrossEntropy(weight=2)]
     assert DistillSpec(num_steps=1).losses == [ForwardKL()]
     for losses, message in (
@@ -58,7 +60,9 @@ def test_losses_of_a_distillation() -> None:
             DistillSpec.model_validate({"num_steps": 1, "losses": losses})
 
 
-@pytest.mark.parametrize("settings", [{"precision": "fp8"}, {"micro_batch_size": 0}, {"devices": 4}, {"accelerator": "tpu"}])
+@pytest.mark.parametrize(
+    "settings", [{"precision": "fp8"}, {"micro_batch_size": 0}, {"devices": 4}, {"accelerator": "tpu"}]
+)
 def test_compute_refuses_what_it_does_not_know(settings: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         ComputeSpec(**settings)  # type: ignore[arg-type]
