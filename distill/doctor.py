@@ -6,18 +6,8 @@ import os
 import platform
 import shutil
 import socket
-from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "pytorch-lightning",
-    "peft",
-    "datasets",
-    "wandb",
-    "torchmetrics",
-    "compressed-tensors",
-)
+from distill.core.versions import versions
 
 
 def examine() -> str:
@@ -47,18 +37,6 @@ def examine() -> str:
 
     lines.append(f"W&B with wandb: auto would be {resolve_mode(LoggingSpec())}")
     return "\n".join(lines)
-
-
-def versions() -> dict[str, str]:
-    """Package -> version of what a run's figures depend on."""
-    return {name: _version(name) for name in PACKAGES}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _reachable(host: str) -> bool:

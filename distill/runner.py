@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distill.core.artifact import fingerprint, hash_of, write_text
 from distill.core.errors import DistillError, InputError
 from distill.core.run import CHECKPOINTS, RECIPE, Done, Run
@@ -93,6 +95,7 @@ def _run_stage(session: Session, name: str, input_hash: str, number: str, *, aga
     folder = session.run.begin(name, input_hash)
     (folder / "DONE").unlink(missing_ok=True)
     started = time.perf_counter()
+    torch.manual_seed(int(hash_of(session.seed, name), 16) % 2**63)  # dropout and new adapters, whatever ran before
     try:
         figures = stage.run(StageContext(session, name, folder, input_hash))
     except DistillError as error:
@@ -115,6 +118,7 @@ def _input_hash(session: Session, name: str, hashes: dict[str, str]) -> str:
     stage: StageSpec = session.stages[name]
     read: list[Any] = []
     for reference in stage.reads(list(hashes)):
-        read.append(hashes.get(reference) or fingerprint(session.artifact(reference).location))
-    common = [session.data.model_dump(mode="json"), session.seed] if stage.uses_data else []
+        if reference != "teacher" or session.teacher is not None:
+            read.append(hashes.get(reference) or fingerprint(session.artifact(reference).location))
+    common = [session.data_hash, session.seed] if stage.uses_data else []
     return hash_of(stage.model_dump(mode="json"), read, common)

@@ -6,12 +6,13 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
-from distill.core.artifact import Artifact, Lineage, replacing, write_lineage, write_text
+from distill.core.artifact import Artifact, Lineage, hash_of, replacing, write_lineage, write_text
 from distill.core.run import Run
 from distill.core.spec import Spec
 from distill.data.spec import DataSpec
@@ -98,6 +99,16 @@ class Session:
             assert self.teacher is not None
             return Artifact("teacher", locate(self.teacher))
         return Artifact(reference, locate(reference))
+
+    @cached_property
+    def data_hash(self) -> str:
+        """Stands for the text and how it is cut; another text under the same name is another hash.
+
+        Raises:
+            InputError: the text is not there.
+        """
+        texts = [source.fingerprint() for source in (self.data.train, self.data.validation) if source is not None]
+        return hash_of(self.data.model_dump(mode="json"), texts)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The one tokenizer of the run: the teacher's, another model's, or one trained on the corpus."""

@@ -77,7 +77,7 @@ class Report(StageSpec):
         )
 
     def _facts(self, context: StageContext, rows: list[Any]) -> Any:
-        from distill.doctor import versions
+        from distill.core.versions import versions
         from distill.stages.report_page.write import RunFacts
 
         session = context.session

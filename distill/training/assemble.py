@@ -47,8 +47,6 @@ def assemble(
         prepare(model, quantizer)
     if gradient_checkpointing:
         _checkpointing(model, "enable", gradient_checkpointing_kwargs={"use_reentrant": False})
-        if lora is not None:  # the frozen embeddings give no gradient to the first checkpointed block
-            model.enable_input_require_grads()
     if lora is None:
         return Student(model)
     adapted = add_lora(model, lora)

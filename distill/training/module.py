@@ -146,8 +146,8 @@ class DistillationModule(pl.LightningModule):
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=spec.lr, betas=spec.betas, fused=True)
-        # True makes Lightning refuse to clip under mixed precision; without it Lightning undoes fp16's loss scale itself,
-        # and bf16 has none
+        # True makes Lightning refuse to clip under mixed precision; without it Lightning undoes fp16's loss scale
+        # itself, and bf16 has none
         optimizer._step_supports_amp_scaling = False
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.factor(step, int(num_steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -8,6 +8,7 @@ import torch
 
 from distill.core.errors import InputError, MachineError
 from distill.training.metrics import read_rows
+from distill.training.module import DistillationModule
 from distill.training.spec import BudgetSpec, ComputeSpec
 from distill.training.trainer import resolve_device, resolve_precision, split_batch
 
@@ -75,6 +76,27 @@ def test_rows_tell_step_tokens_rate_and_every_loss(module: Any, train: Any, tmp_
     looks = [row for row in rows if "val/kl" in row]
     assert [row["step"] for row in looks] == [2, 4, 6]
     assert set(looks[0]) == {"step", "tokens", "val/cross_entropy", "val/kl"}
+
+
+@pytest.mark.parametrize(("clip_norm", "given"), [(0.25, 0.25), (0, None)])
+def test_the_clip_norm_reaches_the_gradients(
+    clip_norm: float, given: float | None, module: Any, train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[float | None, float]] = []
+    original = DistillationModule.configure_gradient_clipping
+
+    def watch(self: Any, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
+        original(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+        norm = torch.stack([p.grad.norm() for p in self.student.parameters()]).norm()
+        found.append((gradient_clip_val, float(norm)))
+
+    monkeypatch.setattr(DistillationModule, "configure_gradient_clipping", watch)
+    trained = module()
+    trained.optimizer_spec = trained.optimizer_spec.model_copy(update={"clip_norm": clip_norm})
+    train(trained)
+    assert [value for value, _ in found] == [given] * 6
+    norms = [norm for _, norm in found]
+    assert norms == pytest.approx([0.25] * 6, rel=1e-3) if given else min(norms) > 0.25
 
 
 def test_a_full_disk_is_one_line(module: Any, train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
