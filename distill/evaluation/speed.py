@@ -7,10 +7,11 @@ forked from a server that has torch and transformers loaded already: a start cos
 from __future__ import annotations
 
 import multiprocessing
+import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -115,6 +116,13 @@ def measure_speed(
     if state == "error":
         raise MachineError(f"{folder}: speed cannot be measured: {result}")
     return Speed("real", _engine(), settings, **result)
+
+
+def median_speed(speeds: Sequence[Speed]) -> Speed:
+    """One model's rounds as one: the median of every figure. Rounds without figures (simulated) stay without."""
+    figures = [field.name for field in fields(Speed) if field.name.endswith(("_p50", "_p90", "_s", "_bytes"))]
+    medians = {name: [v for speed in speeds if (v := getattr(speed, name)) is not None] for name in figures}
+    return replace(speeds[0], **{name: statistics.median(values) for name, values in medians.items() if values})
 
 
 def _check(settings: SpeedSettings) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -10,6 +11,9 @@ from distill.core.artifact import Artifact, write_text
 from distill.core.spec import Spec
 from distill.stages.base import StageContext, StageSpec
 from distill.tracking.tradeoff import Role, Row, from_json, to_json
+
+if TYPE_CHECKING:
+    from distill.evaluation.speed import Speed
 
 ROWS = "rows.json"
 
@@ -22,7 +26,9 @@ class SpeedSpec(Spec):
     new_tokens: int = Field(64, ge=1)
     """Tokens made one by one (decode)."""
     repeats: int = Field(5, ge=1)
-    """Measurements, after a warm-up; the report shows their median."""
+    """Measurements in a round, after a warm-up."""
+    rounds: int = Field(3, ge=1)
+    """Times that all models are measured in turn, each in a new process; the report shows the median round."""
     batch_size: int = Field(1, ge=1)
     """Sequences answered at once."""
 
@@ -50,11 +56,17 @@ class Evaluate(StageSpec):
         return list(dict.fromkeys([*(self.models or ["teacher", *earlier]), *self.controls]))
 
     def run(self, context: StageContext) -> dict[str, Any]:
-        """Measure one model after the other."""
-        rows = []
-        for reference in self._measured(context):
-            row = self._measure(context, reference)
-            rows.append(row)
+        """Quality and size of one model after the other, then speed in rounds over all of them."""
+        references = self._measured(context)
+        teacher = None
+        if context.session.teacher is not None:
+            teacher = self._load(context, context.session.artifact("teacher").location)
+        rows = [self._row(context, reference, teacher) for reference in references]
+        del teacher  # a GPU's memory is wanted by the processes that measure speed
+        if self.speed is not None:
+            speeds = self._speeds(context, self.speed, rows)
+            rows = [replace(row, **speeds[row.name]) for row in rows]
+        for row in rows:
             context.say(_line(row))
         write_text(context.folder / ROWS, to_json(rows))
         return {"models": [row.name for row in rows]}
@@ -67,51 +79,26 @@ class Evaluate(StageSpec):
         teacher = ["teacher"] if context.session.teacher else []
         return [*teacher, *(name for name in before if stages[name].makes_model)]
 
-    def _measure(self, context: StageContext, reference: str) -> Row:
+    def _load(self, context: StageContext, location: str) -> Any:
+        from distill.models.load import load_model
+
+        device = _device(context)
+        return load_model(location, dtype=_dtype(device), device=device)
+
+    def _row(self, context: StageContext, reference: str, teacher: Any) -> Row:
+        """Everything but speed."""
         from distill.evaluation.quality import measure_quality
         from distill.evaluation.size import measure_size
-        from distill.evaluation.speed import measure_speed
-        from distill.models.load import load_config, load_model, low_bit_scheme
-        from distill.training.trainer import resolve_device
+        from distill.models.load import load_config, low_bit_scheme
 
-        session = context.session
-        artifact = session.artifact(reference)
-        device = resolve_device(session.compute)
-        dtype = "auto" if device == "cuda" else "float32"
-        corpus = session.corpus()
-        teacher = None
-        if session.teacher is not None:
-            teacher = load_model(session.artifact("teacher").location, dtype=dtype, device=device)
-        model = load_model(artifact.location, dtype=dtype, device=device)
+        artifact, corpus = context.session.artifact(reference), context.session.corpus()
+        model = teacher if reference == "teacher" else self._load(context, artifact.location)
         quality = measure_quality(model, teacher, corpus.validation_loader(self.batch_size), corpus.validation_bytes)
-        simulated = low_bit_scheme(load_config(artifact.location))
         size = measure_size(local_folder(artifact))
-        speed: dict[str, Any] = {}
-        if self.speed is not None:
-            measured = measure_speed(
-                artifact.location,
-                kernel="simulated" if simulated else "real",
-                prompt_tokens=self.speed.prompt_tokens,
-                new_tokens=self.speed.new_tokens,
-                repeats=self.speed.repeats,
-                batch=self.speed.batch_size,
-                device=device,
-                dtype=dtype,
-            )
-            speed = {
-                "prefill_ms": measured.prefill_ms_p50,
-                "decode_tokens_per_s": measured.decode_tokens_per_s_p50,
-                "decode_tokens_per_s_p90": measured.decode_tokens_per_s_p90,
-                "peak_memory_bytes": measured.peak_memory_bytes,
-                "memory_above_start_bytes": measured.memory_above_start_bytes,
-                "engine": measured.engine,
-                "device": measured.device,
-                "dtype": measured.dtype,
-            }
         return Row(
             name=reference,
             role=self._role(reference),
-            kernel="simulated" if simulated else "real",
+            kernel="simulated" if low_bit_scheme(load_config(artifact.location)) else "real",
             parameters=size.parameters,
             non_embedding_parameters=size.non_embedding_parameters,
             weight_bytes=size.weight_bytes,
@@ -121,14 +108,59 @@ class Evaluate(StageSpec):
             bits_per_byte=quality.bits_per_byte,
             kl_to_teacher=quality.kl_to_teacher,
             top1_agreement=quality.top1_agreement,
-            **speed,
             **_history(context, reference, artifact),
         )
+
+    def _speeds(self, context: StageContext, spec: SpeedSpec, rows: list[Row]) -> dict[str, dict[str, Any]]:
+        """Row name -> its speed columns. All models in turn, in rounds: what disturbs the machine for some seconds then
+        disturbs no model's median."""
+        from distill.evaluation.speed import measure_speed, median_speed
+
+        device = _device(context)
+        measured: dict[str, list[Speed]] = {row.name: [] for row in rows}
+        for _ in range(spec.rounds):
+            for row in rows:
+                speed = measure_speed(
+                    context.session.artifact(row.name).location,
+                    kernel=row.kernel,
+                    prompt_tokens=spec.prompt_tokens,
+                    new_tokens=spec.new_tokens,
+                    repeats=spec.repeats,
+                    batch=spec.batch_size,
+                    device=device,
+                    dtype=_dtype(device),
+                )
+                measured[row.name].append(speed)
+        return {name: _columns(median_speed(speeds)) for name, speeds in measured.items()}
 
     def _role(self, reference: str) -> Role:
         if reference == "teacher":
             return "teacher"
         return "control" if reference in self.controls else "student"
+
+
+def _device(context: StageContext) -> str:
+    from distill.training.trainer import resolve_device
+
+    return resolve_device(context.session.compute)
+
+
+def _dtype(device: str) -> str:
+    """As stored on a GPU; a CPU is slow in bf16."""
+    return "auto" if device == "cuda" else "float32"
+
+
+def _columns(speed: Speed) -> dict[str, Any]:
+    return {
+        "prefill_ms": speed.prefill_ms_p50,
+        "decode_tokens_per_s": speed.decode_tokens_per_s_p50,
+        "decode_tokens_per_s_p90": speed.decode_tokens_per_s_p90,
+        "peak_memory_bytes": speed.peak_memory_bytes,
+        "memory_above_start_bytes": speed.memory_above_start_bytes,
+        "engine": speed.engine,
+        "device": speed.device,
+        "dtype": speed.dtype,
+    }
 
 
 def _history(context: StageContext, reference: str, artifact: Artifact) -> dict[str, Any]:

@@ -82,10 +82,11 @@ class Report(StageSpec):
 
         session = context.session
         speeds = [s.speed for s in session.stages.values() if isinstance(s, Evaluate) and s.speed is not None]
-        speed: dict[str, Any] = {
-            key: getattr(speeds[-1], name) if speeds else None
-            for key, name in (("batch", "batch_size"), ("prompt_tokens",) * 2, ("new_tokens",) * 2, ("repeats",) * 2)
-        }
+        speed: dict[str, Any] = {}
+        if speeds:
+            one = speeds[-1]
+            speed = {"batch": one.batch_size, "prompt_tokens": one.prompt_tokens, "new_tokens": one.new_tokens}
+            speed["repeats"] = one.repeats * one.rounds
         measured = next((row for row in rows if row.device), rows[0])
         corpus = session.corpus()
         pruning = []

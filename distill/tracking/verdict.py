@@ -37,7 +37,7 @@ class Gap:
         name, before = self.after.name, self.before.name
         gap = f"the loss gap between {before} and {self.target.name}"
         if self.kind == "rounding":
-            gap = f"what rounding cost {before}"
+            gap = f"what rounding alone ({before}) had cost {self.target.name}"
         if self.share is None:
             return f"{name}: {before} was no worse than {self.target.name}, so there was no gap to close ({figures})."
         if self.share < 0:
@@ -117,8 +117,10 @@ def controls(rows: Sequence[Row]) -> list[str]:
 
 
 def _same_tokens(student: Row, control: Row) -> str:
-    if not student.training_tokens or not control.training_tokens:
+    if not student.training_tokens:
         return ""
+    if not control.training_tokens:
+        return f" with {student.training_tokens:,} more training tokens"
     ratio = control.training_tokens / student.training_tokens
     if abs(ratio - 1) < 0.01:
         return " after the same number of training tokens"
@@ -171,7 +173,7 @@ def _quality(row: Row, teacher: Row | None) -> str:
 
 def _closed(gap: Gap) -> str:
     share = gap.share or 0.0
-    what = "the loss gap to the teacher" if gap.kind == "training" else f"what rounding cost {gap.before.name}"
+    what = "the loss gap to the teacher" if gap.kind == "training" else "what rounding alone had cost"
     if share < 0:
         return f"training made {what} {percent(-share)} larger"
     verb = "closed" if gap.kind == "training" else "won back"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from distill.core.errors import InputError, MachineError
-from distill.evaluation.speed import measure_speed
+from distill.evaluation.speed import Speed, measure_speed, median_speed
+from distill.evaluation.speed_settings import SpeedSettings
 
 QUICK = {"prompt_tokens": 8, "new_tokens": 3, "repeats": 2, "threads": 1}
 FIGURES = (
@@ -61,3 +62,14 @@ def test_an_unguarded_script_is_not_run_twice(tiny_folders: list[Path], tmp_path
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, cwd=Path.cwd(),
                           env={"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": "/usr/bin:/bin"})  # fmt: skip
     assert done.stdout.split("\n")[:2] == ["script runs", "real"]
+
+
+def test_the_median_round_is_what_counts() -> None:
+    rounds = [
+        Speed("real", "engine", SpeedSettings(), "cpu", decode_tokens_per_s_p50=value, peak_memory_bytes=7)
+        for value in (100.0, 10.0, 90.0)
+    ]
+    together = median_speed(rounds)
+    assert (together.decode_tokens_per_s_p50, together.peak_memory_bytes, together.prefill_ms_p50) == (90.0, 7, None)
+    simulated = Speed("simulated", "engine", SpeedSettings(), "cpu")
+    assert median_speed([simulated, simulated]) == simulated

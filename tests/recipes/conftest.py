@@ -205,7 +205,7 @@ def shrink(tiny_teacher: Callable[[str], Path], texts: tuple[Path, Path]) -> Cal
             if stage.kind == "evaluate":
                 # Speed takes a process a model, so it is measured where there are few.
                 few = sum(stage.makes_model for stage in recipe.stages.values()) < 3 and stage.speed is not None
-                speed = "{prompt_tokens: 4, new_tokens: 2, repeats: 1}" if few else "null"
+                speed = "{prompt_tokens: 4, new_tokens: 2, repeats: 1, rounds: 1}" if few else "null"
                 found.append(f"{at}.speed={speed}")
             if stage.kind == "report":
                 found.append(f"{at}.new_tokens=4")
