@@ -28,7 +28,7 @@ class SpeedSpec(Spec):
     repeats: int = Field(5, ge=1)
     """Measurements in a round, after a warm-up."""
     rounds: int = Field(3, ge=1)
-    """Times that all models are measured in turn, each in a new process; the report shows the median round."""
+    """Times that all models are measured in turn, each in a new process; the least disturbed round of each counts."""
     batch_size: int = Field(1, ge=1)
     """Sequences answered at once."""
 
@@ -112,9 +112,9 @@ class Evaluate(StageSpec):
         )
 
     def _speeds(self, context: StageContext, spec: SpeedSpec, rows: list[Row]) -> dict[str, dict[str, Any]]:
-        """Row name -> its speed columns. All models in turn, in rounds: what disturbs the machine for some seconds then
-        disturbs no model's median."""
-        from distill.evaluation.speed import measure_speed, median_speed
+        """Row name -> its speed columns. All models in turn, in rounds: what disturbs the machine for some seconds does
+        not stay with one model."""
+        from distill.evaluation.speed import measure_speed, quietest
 
         device = _device(context)
         measured: dict[str, list[Speed]] = {row.name: [] for row in rows}
@@ -131,7 +131,7 @@ class Evaluate(StageSpec):
                     dtype=_dtype(device),
                 )
                 measured[row.name].append(speed)
-        return {name: _columns(median_speed(speeds)) for name, speeds in measured.items()}
+        return {name: _columns(quietest(speeds)) for name, speeds in measured.items()}
 
     def _role(self, reference: str) -> Role:
         if reference == "teacher":
