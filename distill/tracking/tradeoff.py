@@ -112,26 +112,26 @@ def figure(row: Row, name: str) -> float | None:
 def pareto(rows: Sequence[Row], quality: str = "perplexity", cost: str = "weight_bytes") -> set[str]:
     """Names of the rows that no other row beats: none is at least as good in both and better in one.
 
+    Two speeds within ``EQUAL_SPEED`` count as equal, so that noise puts no bad model on the front.
+
     Args:
         rows: those without one of the two figures are left out.
         quality: a field of :class:`Row`.
         cost: another; for both the better direction is known (``HIGHER_IS_BETTER``, else lower).
     """
+    signs = [-1 if name in HIGHER_IS_BETTER else 1 for name in (quality, cost)]
     points: list[tuple[str, float, float]] = []
     for row in rows:
         q, c = figure(row, quality), figure(row, cost)
         if q is not None and c is not None:
-            points.append((row.name, _lower(quality, q), _lower(cost, c)))
-    return {
-        name
-        for name, q, c in points
-        if not any(other_q <= q and other_c <= c and (other_q < q or other_c < c) for _, other_q, other_c in points)
-    }
+            points.append((row.name, signs[0] * q, signs[1] * c))
+    noise = EQUAL_SPEED if cost in SPEED else 0.0
 
+    def beats(other_q: float, other_c: float, q: float, c: float) -> bool:
+        slack = noise * abs(c)
+        return other_q <= q and other_c <= c + slack and (other_q < q or other_c < c - slack)
 
-def _lower(name: str, value: float) -> float:
-    """The value, turned round if need be so that lower is better."""
-    return -value if name in HIGHER_IS_BETTER else value
+    return {name for name, q, c in points if not any(beats(oq, oc, q, c) for _, oq, oc in points)}
 
 
 def gap_closed(before: float | None, after: float | None, target: float | None) -> float | None:

@@ -147,3 +147,10 @@ def test_numbers_in_words() -> None:
         "0",
         "inf",
     ]
+
+
+def test_noise_puts_no_bad_model_on_the_speed_front() -> None:
+    good = Row("good", perplexity=20.0, decode_tokens_per_s=600.0)
+    bad = Row("bad", perplexity=300.0, decode_tokens_per_s=612.0)
+    fast = Row("fast", perplexity=30.0, decode_tokens_per_s=700.0)
+    assert pareto([good, bad, fast], cost="decode_tokens_per_s") == {"good", "fast"}
