@@ -14,7 +14,7 @@ import psutil
 import pytorch_lightning as pl
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from distill.core.errors import DistillError, Interrupted
 from distill.training.checkpoint import checkpoint_path, rotate
@@ -164,7 +164,7 @@ class ShowProgress(StepEnd):
         self._started, self._first, self._line = time.perf_counter(), trainer.global_step, time.perf_counter()
         if sys.stderr.isatty():
             left = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn())
-            right = (TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TimeRemainingColumn())
+            right = (TextColumn("{task.fields[numbers]}"), TimeRemainingColumn(), TextColumn("left"))
             self._bar = Progress(*left, *right, console=Console(stderr=True), transient=True)
             self._task = self._bar.add_task(self.name, total=trainer.max_steps, completed=self._first, numbers="")
             self._bar.start()
@@ -173,10 +173,16 @@ class ShowProgress(StepEnd):
         """Move on."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=self._numbers())
-        elif time.perf_counter() - self._line >= self.seconds or step == trainer.max_steps:
+        elif time.perf_counter() - self._line >= self.seconds and step < trainer.max_steps:
             self._line = time.perf_counter()
             left = (self._line - self._started) / max(1, step - self._first) * (trainer.max_steps - step)
             print(f"  {self.name} step {step}/{trainer.max_steps}  {self._numbers()}  {_clock(left)} left", flush=True)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Leave one line of what came out."""
+        self.teardown(trainer, module, "fit")
+        took = _clock(time.perf_counter() - self._started)
+        print(f"  {self.name} step {trainer.global_step}/{trainer.max_steps}  {self._numbers()}  in {took}", flush=True)
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         """Take the bar away, however training ended."""
