@@ -8,11 +8,12 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.throughput import get_available_flops
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -58,6 +59,18 @@ class Record(StepEnd):
         """Start the clock."""
         super().on_train_start(trainer, module)
         self._since, self._at = time.perf_counter(), trainer.global_step
+        self._waited, self._ready = 0.0, time.perf_counter()
+        self._flops_per_token = flops_per_token(cast(DistillationModule, module))
+        self._peak_flops = get_available_flops(module.device, _arithmetic(trainer))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_index: int) -> None:
+        """The loop has just been waiting for this batch."""
+        self._waited += time.perf_counter() - self._ready
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
+        """From here on the loop waits for the next batch."""
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_index)
+        self._ready = time.perf_counter()
 
     def step_end(self, trainer: pl.Trainer, module: DistillationModule, step: int) -> None:
         """Write a row when it is due."""
@@ -68,12 +81,18 @@ class Record(StepEnd):
             if not math.isfinite(value):
                 raise diverged(f"{name} is {value}", step)
         now = time.perf_counter()
+        seconds = max(now - self._since, 1e-9)
+        speed = (step - self._at) * self.tokens_per_step / seconds
         row = {f"train/{name}": value for name, value in terms.items()} | {
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "perf/tokens_per_s": (step - self._at) * self.tokens_per_step / max(now - self._since, 1e-9),
+            "perf/tokens_per_s": speed,
+            "perf/data_wait_share": self._waited / seconds,
+            "perf/model_tflops_per_s": speed * self._flops_per_token / 1e12,
             "memory/peak_bytes": _memory_bytes(),
         }
-        self._since, self._at = now, step
+        if self._peak_flops:
+            row["perf/mfu"] = speed * self._flops_per_token / self._peak_flops
+        self._since, self._at, self._waited = now, step, 0.0
         self._write(trainer, step, row)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
@@ -90,6 +109,7 @@ class Record(StepEnd):
         """Let the training clock go on."""
         if hasattr(self, "_since"):
             self._since += time.perf_counter() - self._paused
+            self._ready = time.perf_counter()
 
     def _write(self, trainer: pl.Trainer, step: int, row: dict[str, float]) -> None:
         self.latest |= row
@@ -209,6 +229,26 @@ def diverged(what: str, step: int) -> DistillError:
     return DistillError(
         f"{what} at step {step}: lower optimizer.lr or raise its warmup_steps; the last good checkpoint is kept"
     )
+
+
+def flops_per_token(module: DistillationModule) -> float:
+    """Model FLOPs of a training token: 2 for each weight of the teacher, 6 for each of the student that is multiplied.
+
+    An embedding that is only looked up multiplies nothing. Attention's own products are left out, as they are small
+    beside the weights' at usual lengths. Source: Kaplan et al. 2020, arXiv 2001.08361, section 2.1.
+    """
+    teacher = 0 if module.teacher is None else _multiplied(module.teacher)
+    return 2.0 * teacher + 6.0 * _multiplied(module.student)
+
+
+def _multiplied(model: Any) -> int:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    looked_up = 0 if head is not None and head.weight is embedding.weight else embedding.weight.numel()
+    return sum(p.numel() for p in model.parameters()) - looked_up
+
+
+def _arithmetic(trainer: pl.Trainer) -> torch.dtype:
+    return torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
 
 
 def _memory_bytes() -> int:

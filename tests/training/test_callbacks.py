@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 from rich.progress import Progress
 
-from distill.training.callbacks import StepEnd
+from distill.training.callbacks import StepEnd, flops_per_token
+from distill.training.metrics import read_rows
 
 
 class Steps(StepEnd):
@@ -75,3 +77,23 @@ def test_a_terminal_gets_a_bar_that_is_taken_away(
     assert stopped == started
     lines = capsys.readouterr().out.splitlines()
     assert [line[:18] for line in lines] == (["  distill step 6/6"] if ends == "well" else [])
+
+
+def test_the_flops_of_a_token_follow_the_formula(module: Any) -> None:
+    distilled = module()
+    student, teacher = distilled.student, distilled.teacher
+    looked_up = [
+        0 if m.config.tie_word_embeddings else m.get_input_embeddings().weight.numel() for m in (student, teacher)
+    ]
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (student, teacher)]
+    assert flops_per_token(distilled) == 6 * (sizes[0] - looked_up[0]) + 2 * (sizes[1] - looked_up[1])
+
+
+def test_rows_say_how_fast_and_how_long_the_data_let_wait(module: Any, train: Any, tmp_path: Path) -> None:
+    train(module())
+    rows = [row for row in read_rows(tmp_path / "stage") if "perf/tokens_per_s" in row]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    for row in rows:
+        assert row["perf/tokens_per_s"] > 0
+        assert row["perf/model_tflops_per_s"] > 0
+        assert 0 <= row["perf/data_wait_share"] < 1
