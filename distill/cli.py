@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -40,13 +41,15 @@ def run(
     ] = None,
 ) -> None:
     """Run a recipe. The same command again goes on where it was left."""
+    from distill.forecast import describe
     from distill.recipe import Recipe
     from distill.recipes import find
 
     loaded = Recipe.load(find(recipe), set or [])
+    describe(loaded)  # finds what would else be found hours into the run
     from distill.runner import run as run_recipe
 
-    run_recipe(loaded, run_dir, only=only, start=from_)
+    run_recipe(loaded, run_dir, only=only, start=from_, command=shlex.join(["distill", *sys.argv[1:]]))
 
 
 @app.command()
@@ -119,11 +122,11 @@ def compare(
     from distill.compare import answer_prompts
     from distill.core.errors import InputError
 
-    if prompts is not None and not prompts.is_file():
-        raise InputError(f"--prompts {prompts}: no such file")
-    texts = (
-        [*(prompt or []), *(line for line in prompts.read_text().split("\n") if line.strip())] if prompts else prompt
-    )
+    try:
+        lines = prompts.read_text(encoding="utf-8").split("\n") if prompts else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts {prompts}: cannot be read as text ({error})") from None
+    texts = [*(prompt or []), *(line for line in lines if line.strip())]
     if not texts:
         raise InputError("nothing to continue; give --prompt TEXT or --prompts FILE")
     for item in answer_prompts(run_dir, texts, new_tokens=new_tokens):

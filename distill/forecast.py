@@ -6,12 +6,15 @@ Reads configs that are on this machine already; a model that is not is named as 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.core.errors import RecipeError
+from distill.core.errors import InputError, RecipeError
+from distill.data.hub import Hub
 from distill.models.layouts import LAYOUTS, layout_for
 from distill.models.load import locate
+from distill.pruning.layout import shape
 from distill.pruning.select import target_sizes
 from distill.recipe import Recipe
 from distill.stages.base import StageSpec
@@ -20,7 +23,7 @@ from distill.stages.evaluate import Evaluate
 from distill.stages.finetune import Finetune, NewModel
 from distill.stages.prune import Prune
 from distill.stages.quantize import Quantize
-from distill.training.spec import BudgetSpec
+from distill.training.spec import BudgetSpec, split_batch
 
 TRAINED_BYTES = 16
 """Bytes a trained parameter: fp32 weight, gradient and AdamW's two moments."""
@@ -38,8 +41,13 @@ def describe(recipe: Recipe) -> str:
     """
     lines = [f"{recipe.name}: {len(recipe.stages)} stages, seed {recipe.seed}"]
     known: dict[str, Config | None] = {}
+    mistakes = list(_missing_text(recipe))
     if recipe.teacher is not None:
-        known["teacher"] = _config(recipe.teacher)
+        try:
+            known["teacher"] = _config(recipe.teacher)
+        except InputError as error:
+            known["teacher"] = None
+            mistakes.append(f"{recipe.name}: teacher: {error}")
         lines.append(f"  teacher {recipe.teacher}: {_size(known['teacher'])}")
     lines.append(
         f"  data {recipe.data.train.kind}, blocks of {recipe.data.sequence_length} tokens, "
@@ -49,21 +57,52 @@ def describe(recipe: Recipe) -> str:
             else f"{recipe.data.held_out:.0%} held out"
         )
     )
-    mistakes = []
     for number, (name, stage) in enumerate(recipe.stages.items(), 1):
         try:
             known[name] = _after(stage, known)
-        except Exception as error:
-            if not hasattr(error, "exit_code"):
-                raise
+            _check(stage, recipe, known[name])
+        except InputError as error:
             mistakes.append(f"{recipe.name}: stages.{name}: {error}")
-            known[name] = None
+            known.setdefault(name, None)
         lines.append(f"  [{number}/{len(recipe.stages)}] " + _line(name, stage, recipe, known))
     if mistakes:
         raise RecipeError(mistakes)
     compute = recipe.compute
     lines.append(f"  compute {compute.accelerator}, precision {compute.precision}, {recipe.logging.wandb} W&B")
     return "\n".join(lines)
+
+
+def _missing_text(recipe: Recipe) -> Iterator[str]:
+    """A line for each source whose files are not there; what lives on the Hub is not looked for."""
+    for key, source in (("train", recipe.data.train), ("validation", recipe.data.validation)):
+        try:
+            if source is not None and not isinstance(source, Hub):
+                source.num_bytes()
+        except InputError as error:
+            yield f"{recipe.name}: data.{key}: {error}"
+
+
+def _check(stage: StageSpec, recipe: Recipe, config: Config | None) -> None:
+    """What would else be found hours into the run.
+
+    Raises:
+        InputError: a batch that does not split, sequences longer than the positions, a grid that does not fit.
+    """
+    length = recipe.data.sequence_length
+    if isinstance(stage, BudgetSpec) and stage.steps(length):
+        split_batch(stage, recipe.compute)
+        positions = (config or {}).get("max_position_embeddings")
+        if positions is not None and length > positions:
+            raise InputError(
+                f"data.sequence_length ({length}) is longer than the model's {positions} positions; lower it"
+            )
+    layout = LAYOUTS.get(str((config or {}).get("model_type")))
+    if isinstance(stage, Quantize) and config is not None and layout is not None and _count(config) is not None:
+        sizes = layout.sizes(config)
+        for parameter in layout.parameters:
+            name = parameter.path.removesuffix(".weight")
+            if len(parameter.axes) == 2 and "{layer}" in name and not stage.quantizer.skips(name):
+                stage.quantizer.groups(shape(parameter, sizes)[1])
 
 
 def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config | None]) -> str:
@@ -111,7 +150,10 @@ def _config(reference: str) -> Config | None:
             return None
         from huggingface_hub import try_to_load_from_cache
 
-        cached = try_to_load_from_cache(location, "config.json")
+        try:
+            cached = try_to_load_from_cache(location, "config.json")
+        except ValueError as error:
+            raise InputError(f"{location}: neither a folder nor a Hub id ({' '.join(str(error).split())})") from None
         file = Path(cached) if isinstance(cached, str) else None
     return json.loads(file.read_text()) if file is not None else None
 

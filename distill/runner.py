@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from distill.core.artifact import fingerprint, hash_of, write_text
-from distill.core.errors import DistillError, InputError
+from distill.core.errors import DistillError, InputError, MachineError
 from distill.core.run import CHECKPOINTS, RECIPE, Done, Run
 from distill.recipe import Recipe
 from distill.stages.base import Session, StageContext, StageSpec
@@ -26,6 +25,7 @@ def run(
     only: str | None = None,
     start: str | None = None,
     say: Callable[[str], None] = print,
+    command: str | None = None,
 ) -> Run:
     """Run a recipe, or go on with it.
 
@@ -33,8 +33,9 @@ def run(
         recipe: what to do.
         run_dir: the run's folder; unset: ``runs/<recipe name>``.
         only: run this stage alone; those before it must be finished.
-        start: run this stage and those after it again, whether finished or not.
+        start: forget this stage and those after it and run them again; a run that is stopped goes on without it.
         say: prints one line for people.
+        command: what the user typed, for the report.
 
     Returns:
         The run, whose folder holds every stage's result.
@@ -52,23 +53,27 @@ def run(
     the_run = Run(folder)
     with the_run.lock():
         write_text(folder / RECIPE, recipe.dump())
-        session = _session(recipe, the_run, say)
+        session = _session(recipe, the_run, say, command)
         hashes: dict[str, str] = {}
         say(f"{recipe.name}: {len(names)} stages into {folder}")
+        for name in [only] if only is not None else names[names.index(start) :] if start is not None else []:
+            the_run.forget(name)
         try:
             for number, name in enumerate(names, 1):
-                hashes[name] = _input_hash(session, name, hashes)
+                if only is not None and number > names.index(only) + 1:
+                    break
+                input_hash = _input_hash(session, name, hashes)
                 if only is not None and name != only:
-                    _require_done(the_run, name, hashes[name], only, before=number <= names.index(only))
-                    continue
-                again = only == name or (start is not None and number > names.index(start))
-                _run_stage(session, name, hashes[name], f"[{number}/{len(names)}]", again=again)
+                    _require_done(the_run, name, input_hash, only)
+                else:
+                    _run_stage(session, name, input_hash, f"[{number}/{len(names)}]")
+                hashes[name] = f"{input_hash} {_done(the_run, name).made}"
         finally:
             session.close()
     return the_run
 
 
-def _session(recipe: Recipe, the_run: Run, say: Callable[[str], None]) -> Session:
+def _session(recipe: Recipe, the_run: Run, say: Callable[[str], None], command: str | None) -> Session:
     return Session(
         run=the_run,
         recipe=recipe.name,
@@ -79,16 +84,16 @@ def _session(recipe: Recipe, the_run: Run, say: Callable[[str], None]) -> Sessio
         logging=recipe.logging,
         seed=recipe.seed,
         stages=dict(recipe.stages),
-        command=shlex.join(["distill", *sys.argv[1:]]) if sys.argv[1:] else "distill.run(...)",
+        command=command or f"distill run {shlex.quote(str(the_run.folder / RECIPE))}",
         say=say,
     )
 
 
-def _run_stage(session: Session, name: str, input_hash: str, number: str, *, again: bool) -> None:
+def _run_stage(session: Session, name: str, input_hash: str, number: str) -> None:
     """One stage: skipped when its marker fits, else run and marked."""
     stage, done = session.stages[name], session.run.done(name)
     title = f"{number} {name}" + (f" ({stage.kind})" if stage.kind != name else "")
-    if done is not None and done.input_hash == input_hash and not again:
+    if done is not None and done.input_hash == input_hash:
         session.say(f"{title}: finished before, {done.seconds:.0f} s")
         return
     session.say(title)
@@ -98,18 +103,28 @@ def _run_stage(session: Session, name: str, input_hash: str, number: str, *, aga
     torch.manual_seed(int(hash_of(session.seed, name), 16) % 2**63)  # dropout and new adapters, whatever ran before
     try:
         figures = stage.run(StageContext(session, name, folder, input_hash))
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            f"stages.{name}: out of GPU memory; lower its batch sizes or compute.micro_batch_size"
+        ) from error
     except DistillError as error:
         error.args = (f"stages.{name}: {error}",)
         raise
     seconds = time.perf_counter() - started
-    session.run.finish(name, Done(input_hash, seconds, figures))
+    session.run.finish(name, Done(input_hash, round(seconds, 3), figures))
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # only now: until DONE stands they are what a kill leaves
     session.say(f"  done in {seconds:.0f} s")
 
 
-def _require_done(the_run: Run, name: str, input_hash: str, only: str, *, before: bool) -> None:
+def _done(the_run: Run, name: str) -> Done:
     done = the_run.done(name)
-    if before and (done is None or done.input_hash != input_hash):
+    assert done is not None
+    return done
+
+
+def _require_done(the_run: Run, name: str, input_hash: str, only: str) -> None:
+    done = the_run.done(name)
+    if done is None or done.input_hash != input_hash:
         raise InputError(f"--only {only}: stage {name!r} before it is not finished in {the_run.folder}; run it first")
 
 

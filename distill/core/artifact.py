@@ -113,6 +113,11 @@ def _disk_trouble(error: BaseException) -> str | None:
 
 
 def write_text(file: Path, text: str) -> None:
+    """Write a small text file whole or not at all; see :func:`write_bytes`."""
+    write_bytes(file, text.encode("utf-8"))
+
+
+def write_bytes(file: Path, content: bytes) -> None:
     """Write a small file whole or not at all.
 
     Raises:
@@ -121,7 +126,7 @@ def write_text(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.writing")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         sync(temporary)
         os.replace(temporary, file)
         sync(file.parent)
@@ -144,22 +149,35 @@ def hash_of(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def fingerprint(location: str) -> str:
-    """What identifies a model's content without reading all of it: names, sizes and, up to 64 MiB a file, bytes.
+SAMPLES, SAMPLE_BYTES = 256, 1 << 18
+CONTENT = {".json", ".safetensors", ".model", ".txt", ".jinja"}
 
-    A Hub id is its own fingerprint.
+
+def fingerprint(location: str) -> str:
+    """What identifies a model's or tokenizer's content: names, sizes, and bytes spread evenly over each file.
+
+    Files up to 64 MiB are read whole, of larger ones 256 pieces of 256 KiB from head to tail: training or merging
+    changes weights everywhere. A Hub id is its own fingerprint.
 
     Raises:
-        InputError: a folder without ``config.json``.
+        InputError: a folder with neither ``config.json`` nor a tokenizer.
     """
     folder = Path(location)
     if not folder.is_dir():
         return location
-    if not (folder / "config.json").is_file():
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in CONTENT and file.name != LINEAGE]
+    if not {"config.json", "tokenizer.json", "tokenizer_config.json"} & {file.name for file in files}:
         raise InputError(f"{location}: not a model folder (no config.json in it)")
-    rows: list[Any] = []
-    for file in sorted(folder.iterdir()):
-        if file.suffix in {".json", ".safetensors"} and file.name != LINEAGE:
-            with file.open("rb") as stream:
-                rows.append((file.name, file.stat().st_size, hashlib.sha256(stream.read(64 << 20)).hexdigest()))
-    return hash_of(*rows)
+    return hash_of(*((file.name, file.stat().st_size, _digest(file)) for file in files))
+
+
+def _digest(file: Path) -> str:
+    size, digest = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as stream:
+        if size <= SAMPLES * SAMPLE_BYTES:
+            digest.update(stream.read())
+        else:
+            for sample in range(SAMPLES):
+                stream.seek(sample * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+                digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import socket
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,13 @@ class Done:
         input_hash: hash of everything that the stage read.
         seconds: wall time, over all its attempts that the run knows of.
         figures: what it measured.
+        made: differs each time that the stage runs, so that what was made from an older result is made anew.
     """
 
     input_hash: str
     seconds: float
     figures: dict[str, Any]
+    made: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,19 @@ class Run:
 
     def finish(self, name: str, done: Done) -> None:
         """Mark a stage as finished."""
-        record = {"input_hash": done.input_hash, "seconds": round(done.seconds, 3), "figures": done.figures}
-        write_text(self.stage(name) / "DONE", json.dumps(record, indent=2) + "\n")
+        write_text(self.stage(name) / "DONE", json.dumps(asdict(done), indent=2) + "\n")
 
     def done(self, name: str) -> Done | None:
-        """The marker of a finished stage, or None."""
-        marker = self.stage(name) / "DONE"
-        return Done(**json.loads(marker.read_text())) if marker.is_file() else None
+        """The marker of a finished stage; None when there is none, or none that can be read."""
+        try:
+            return Done(**json.loads((self.stage(name) / "DONE").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def forget(self, name: str) -> None:
+        """Take a stage for not begun: no marker, no checkpoint to go on from."""
+        (self.stage(name) / "DONE").unlink(missing_ok=True)
+        shutil.rmtree(self.stage(name) / CHECKPOINTS, ignore_errors=True)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -23,8 +23,10 @@ def locate(reference: str) -> str:
     """Where a model lives: a folder stays itself, ``builtin:NAME`` is the folder inside the package, else a Hub id.
 
     Raises:
-        InputError: no builtin of that name.
+        InputError: no builtin of that name, or no such folder.
     """
+    if reference.startswith(("/", "./", "../", "~")) and not Path(reference).expanduser().is_dir():
+        raise InputError(f"{reference}: no such folder")
     if not reference.startswith(BUILTIN):
         return str(Path(reference).expanduser()) if Path(reference).expanduser().is_dir() else reference
     folder = Path(str(resources.files("distill"))) / "assets"
@@ -39,9 +41,8 @@ def locate(reference: str) -> str:
 
 def _from_pretrained(loader: Any, location: str, what: str, **arguments: Any) -> Any:
     """Call a transformers loader; its many ways to fail become one line each."""
+    location = locate(location)
     folder = Path(location)
-    if (folder.is_absolute() or location.startswith((".", "~"))) and not folder.exists():
-        raise InputError(f"{location}: no such folder")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"{location}: not a model folder (no config.json in it)")
     from huggingface_hub.errors import StrictDataclassError
@@ -167,10 +168,15 @@ def new_config(keys: dict[str, Any]) -> PretrainedConfig:
 
 
 def licence_of(location: str) -> str | None:
-    """The licence that a model folder states in its card (``license:`` of README.md), or None."""
-    from huggingface_hub import ModelCard
+    """The licence that a model's card states (``license:`` of README.md, in its folder or on the Hub), or None."""
+    from huggingface_hub import ModelCard, hf_hub_download
 
     card = Path(location) / "README.md"
+    if not Path(location).is_dir():
+        try:
+            card = Path(hf_hub_download(location, "README.md"))
+        except Exception:  # offline, no card, no such model: whatever the reason, the licence is not known
+            return None
     if not card.is_file():
         return None
     licence = ModelCard.load(card).data.to_dict().get("license")

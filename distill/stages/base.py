@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
-from distill.core.artifact import Artifact, Lineage, hash_of, replacing, write_lineage, write_text
+from distill.core.artifact import Artifact, Lineage, fingerprint, hash_of, replacing, write_lineage, write_text
 from distill.core.run import Run
 from distill.core.spec import Spec
 from distill.data.spec import DataSpec
@@ -108,15 +108,21 @@ class Session:
             InputError: the text is not there.
         """
         texts = [source.fingerprint() for source in (self.data.train, self.data.validation) if source is not None]
-        return hash_of(self.data.model_dump(mode="json"), texts)
+        wanted = self.data.tokenizer
+        place = fingerprint(self.artifact(wanted).location) if isinstance(wanted, str) else None
+        return hash_of(self.data.model_dump(mode="json"), texts, place)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The one tokenizer of the run: the teacher's, another model's, or one trained on the corpus."""
         from distill.data.corpus import open_tokenizer
+        from distill.data.tokenizer import load_tokenizer
 
         if self._tokenizer is None:
-            teacher = self.artifact("teacher").location if self.teacher else ""
-            self._tokenizer = open_tokenizer(self.data, teacher, self.run.folder / "data")
+            wanted = self.data.tokenizer
+            if isinstance(wanted, str):
+                self._tokenizer = load_tokenizer(self.artifact(wanted).location)
+            else:
+                self._tokenizer = open_tokenizer(self.data, "", self.run.folder / "data")
         return self._tokenizer
 
     def corpus(self) -> Corpus:

@@ -41,6 +41,8 @@ class Evaluate(StageSpec):
     """Models to measure, by reference; empty: the teacher and every model of the stages before."""
     controls: tuple[str, ...] = ()
     """Those of them that were trained only to be compared with."""
+    teacher: str = "teacher"
+    """The model that the others are held against; not read in a recipe without a teacher."""
     batch_size: int = Field(8, ge=1)
     """Validation sequences a forward pass."""
     speed: SpeedSpec | None = SpeedSpec()
@@ -49,18 +51,19 @@ class Evaluate(StageSpec):
     def references(self) -> list[tuple[tuple[str | int, ...], str]]:
         """The models that are named."""
         named = [(("models", i), reference) for i, reference in enumerate(self.models)]
-        return [*named, *((("controls", i), reference) for i, reference in enumerate(self.controls))]
+        named += [(("controls", i), reference) for i, reference in enumerate(self.controls)]
+        return [*named, *([(("teacher",), self.teacher)] if self.teacher != "teacher" else [])]
 
     def reads(self, earlier: list[str]) -> list[str]:
         """Those that are named, or all."""
-        return list(dict.fromkeys([*(self.models or ["teacher", *earlier]), *self.controls]))
+        return list(dict.fromkeys([self.teacher, *(self.models or ["teacher", *earlier]), *self.controls]))
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Quality and size of one model after the other, then speed in rounds over all of them."""
         references = self._measured(context)
         teacher = None
-        if context.session.teacher is not None:
-            teacher = self._load(context, context.session.artifact("teacher").location)
+        if self.teacher != "teacher" or context.session.teacher is not None:
+            teacher = self._load(context, context.session.artifact(self.teacher).location)
         rows = [self._row(context, reference, teacher) for reference in references]
         del teacher  # a GPU's memory is wanted by the processes that measure speed
         if self.speed is not None:
@@ -90,9 +93,11 @@ class Evaluate(StageSpec):
         from distill.evaluation.quality import measure_quality
         from distill.evaluation.size import measure_size
         from distill.models.load import load_config, low_bit_scheme
+        from distill.stages.train import check_speaks
 
         artifact, corpus = context.session.artifact(reference), context.session.corpus()
-        model = teacher if reference == "teacher" else self._load(context, artifact.location)
+        check_speaks(context, artifact.location)
+        model = teacher if reference == self.teacher else self._load(context, artifact.location)
         quality = measure_quality(model, teacher, corpus.validation_loader(self.batch_size), corpus.validation_bytes)
         size = measure_size(local_folder(artifact))
         return Row(
@@ -134,7 +139,7 @@ class Evaluate(StageSpec):
         return {name: _columns(quietest(speeds)) for name, speeds in measured.items()}
 
     def _role(self, reference: str) -> Role:
-        if reference == "teacher":
+        if reference == self.teacher:
             return "teacher"
         return "control" if reference in self.controls else "student"
 

@@ -23,8 +23,8 @@ class Export(StageSpec):
     """What to export: an earlier stage, a folder or a Hub id."""
     target: Annotated[ExporterSpec, EXPORTERS] = HuggingFace()
     """The format."""
-    title: str | None = None
-    """What the model is called; unset: <recipe>-<model>."""
+    title: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """What the model and its folder are called: letters, digits, . _ -; unset: <recipe>-<model>."""
     verify_sequences: int = Field(8, ge=1)
     """Calibration sequences on which the export is held against the trained model."""
 
@@ -45,7 +45,7 @@ class Export(StageSpec):
 
         session = context.session
         source = Path(local_folder(session.artifact(self.model)))
-        title = self.title or f"{session.recipe}-{self.model}"
+        title = self.title or f"{session.recipe}-{Path(self.model).name}"
         batches = list(session.corpus().calibration_loader(num_sequences=self.verify_sequences, batch_size=4))
         place = context.folder / title
         with replacing(place) as folder:

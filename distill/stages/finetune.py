@@ -62,6 +62,7 @@ def starting_model(context: StageContext, reference: str | NewModel, weights: st
         InputError: it cannot be loaded or built, or is too small for the tokenizer.
     """
     from distill.models.load import load_config, load_model, new_config, new_model
+    from distill.stages.train import check_speaks
 
     session = context.session
     if isinstance(reference, NewModel):
@@ -75,6 +76,7 @@ def starting_model(context: StageContext, reference: str | NewModel, weights: st
             )
         return new_model(config, seed=session.seed)
     location = session.artifact(reference).location
+    check_speaks(context, location, tokens=weights == "pretrained")
     if weights == "random":
         return new_model(load_config(location), seed=session.seed)
     return load_model(location, dtype="float32")

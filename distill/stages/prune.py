@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from distill.core.artifact import write_text
+from distill.core.artifact import write_bytes, write_text
 from distill.pruning import CRITERIA, Activation, BlockInfluence
 from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.keep import KeepSpec
@@ -65,17 +65,18 @@ class Prune(StageSpec):
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Score, plan, cut, and write the smaller model with its scores and plan."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         from distill.models.layouts import layout_for
         from distill.models.load import load_config, load_model, move
         from distill.pruning.layout import config_of
         from distill.pruning.plan import plan
         from distill.pruning.surgery import apply
-        from distill.stages.train import save_plain, stored_dtype_of
+        from distill.stages.train import check_speaks, save_plain, stored_dtype_of
 
         location = context.session.artifact(self.model).location
         dtype = stored_dtype_of(location, self.save_dtype)
+        check_speaks(context, location)
         layout = layout_for(load_config(location).model_type)
         model = load_model(location, dtype="float32" if self._device(context) == "cpu" else "auto")
         scores = self._scores(context, model, layout)
@@ -83,7 +84,7 @@ class Prune(StageSpec):
         for line in the_plan.summary():
             context.say(line)
         pruned = apply(move(model, "cpu"), the_plan, layout)
-        save_file({axis: tensor.contiguous() for axis, tensor in scores.tensors().items()}, context.folder / SCORES)
+        write_bytes(context.folder / SCORES, save({axis: t.contiguous() for axis, t in scores.tensors().items()}))
         write_text(context.folder / PLAN, json.dumps(the_plan.to_dict()))
         figures = {
             "parameters_before": the_plan.parameters_before,

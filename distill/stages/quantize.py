@@ -58,9 +58,9 @@ class Quantize(DistillSpec, StageSpec):
 
         from distill.exporters.compressed_tensors import save
         from distill.exporters.huggingface import verify
-        from distill.models.load import load_config, load_model, low_bit_scheme
+        from distill.models.load import load_config, load_model, low_bit_scheme, move
         from distill.quantization.convert import round_unquantized
-        from distill.stages.train import stored_dtype_of, train
+        from distill.stages.train import check_speaks, stored_dtype_of, train
         from distill.training.assemble import assemble, disassemble
 
         location = context.session.artifact(self.student).location
@@ -68,6 +68,7 @@ class Quantize(DistillSpec, StageSpec):
             raise InputError(
                 f"{self.student}: its weights are low-bit already; quantize the model that it was made from"
             )
+        check_speaks(context, location)
         student = assemble(
             load_model(location, dtype="float32"),
             quantizer=self.quantizer,
@@ -75,7 +76,7 @@ class Quantize(DistillSpec, StageSpec):
             gradient_checkpointing=context.session.compute.gradient_checkpointing and self.trains(),
         )
         figures = train(context, student, self.losses, self, teacher=self.teacher if self.trains() else None)
-        model = disassemble(student)
+        model = move(disassemble(student), "cpu")  # merged where it was trained: elsewhere the bits may differ
         dtype = torch.float32 if stored_dtype_of(location, "auto") == "float32" else torch.bfloat16
         round_unquantized(model, dtype)
         measured: dict[str, Any] = {}

@@ -86,7 +86,7 @@ class Report(StageSpec):
         if speeds:
             one = speeds[-1]
             speed = {"batch": one.batch_size, "prompt_tokens": one.prompt_tokens, "new_tokens": one.new_tokens}
-            speed["repeats"] = one.repeats * one.rounds
+            speed |= {"repeats": one.repeats, "rounds": one.rounds}
         measured = next((row for row in rows if row.device), rows[0])
         corpus = session.corpus()
         pruning = []

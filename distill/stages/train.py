@@ -31,7 +31,6 @@ def train(
     Returns:
         Figures: steps, tokens, seconds of training, tokens a second.
     """
-    from distill.models.load import move
     from distill.training.module import DistillationModule
     from distill.training.trainer import fit
 
@@ -45,7 +44,7 @@ def train(
     module = DistillationModule(
         student.model,
         losses,
-        load_teacher(context, teacher, student.model) if teacher else None,
+        load_teacher(context, teacher) if teacher else None,
         optimizer=budget.optimizer,
         num_steps=num_steps,
     )
@@ -64,32 +63,49 @@ def train(
         logger=session.logger(),
         say=session.say,
     )
-    move(student.model, "cpu")
     seconds = time.perf_counter() - started
     tokens = num_steps * budget.batch_size * length
     return {"training_steps": num_steps, "training_tokens": tokens, "training_seconds": round(seconds, 1)}
 
 
-def load_teacher(context: StageContext, reference: str, student: PreTrainedModel) -> PreTrainedModel:
+def load_teacher(context: StageContext, reference: str) -> PreTrainedModel:
     """The frozen teacher in its own precision (fp32 on a CPU, which is slow in bf16), over the student's tokens.
 
     Raises:
         InputError: teacher and student speak different vocabularies.
     """
-    from distill.data.tokenizer import check_same_vocabulary, load_tokenizer
     from distill.models.load import load_model
     from distill.training.trainer import resolve_device
 
     location = context.session.artifact(reference).location
-    check_same_vocabulary(context.session.tokenizer(), load_tokenizer(location))
     dtype = "auto" if resolve_device(context.session.compute) == "cuda" else "float32"
-    teacher = load_model(location, dtype=dtype)
-    tokens = len(context.session.tokenizer())
-    for name, model in (("teacher", teacher), ("student", student)):
-        rows = model.config.get_text_config().vocab_size
-        if rows < tokens:
-            raise InputError(f"the {name} has {rows} embeddings for {tokens} tokens of the tokenizer; they do not fit")
-    return teacher
+    check_speaks(context, location)
+    return load_model(location, dtype=dtype)
+
+
+def check_speaks(context: StageContext, location: str, *, tokens: bool = True) -> None:
+    """Refuse a model that gives the run's token ids another meaning, or has no row for some of them.
+
+    Args:
+        context: of the stage.
+        location: the model's folder or Hub id.
+        tokens: whether to compare its tokenizer too; a model whose weights are forgotten may learn any.
+
+    Raises:
+        InputError: it does not speak the tokens of the run.
+    """
+    from distill.data.tokenizer import check_same_vocabulary, load_tokenizer
+    from distill.models.load import load_config
+
+    tokenizer = context.session.tokenizer()
+    rows = load_config(location).get_text_config().vocab_size
+    if rows < len(tokenizer):
+        raise InputError(
+            f"{location}: the model has {rows} embeddings for the {len(tokenizer)} tokens of the run's tokenizer; "
+            "choose a model of the same vocabulary or set data.tokenizer"
+        )
+    if tokens:
+        check_same_vocabulary(load_tokenizer(location), tokenizer)
 
 
 def check_context_length(model: PreTrainedModel, sequence_length: int) -> None:
@@ -109,8 +125,10 @@ def save_plain(model: PreTrainedModel, stored_dtype: str) -> Any:
     """A writer of a plain Hugging Face folder for :meth:`StageContext.write_model`, in ``stored_dtype``."""
     import torch
 
+    from distill.models.load import move
+
     def save(folder: Any) -> None:
-        model.to(getattr(torch, stored_dtype)).save_pretrained(folder)
+        move(model, "cpu").to(getattr(torch, stored_dtype)).save_pretrained(folder)
 
     return save
 

@@ -41,7 +41,7 @@ class Row:
         parameters: logical parameters; non_embedding_parameters: without embedding and head.
         weight_bytes: weight files on disk; bits_per_parameter: their mean width.
         perplexity, loss_nats, bits_per_byte, kl_to_teacher, top1_agreement: as in ``evaluation.quality``.
-        prefill_ms, decode_tokens_per_s: medians; decode_tokens_per_s_p90: at the slow 90th percentile.
+        prefill_ms, decode_tokens_per_s: medians of the least disturbed round; decode_tokens_per_s_p90: its slow tenth.
         peak_memory_bytes: of the whole process or device; memory_above_start_bytes: what the model added to it.
         kernel: "simulated" when the engine at hand undoes the rounding before it multiplies.
         engine, device, dtype: what ran it.

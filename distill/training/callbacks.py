@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -43,14 +44,36 @@ class StepEnd(pl.Callback):
         """An optimizer step has been made; ``step`` counts from 1."""
 
 
+class Waited:
+    """Batches, and the seconds that the loop has waited for them.
+
+    Attributes:
+        waited_s: since it was last set to 0.
+    """
+
+    def __init__(self, batches: Iterable[Any]):
+        self.batches, self.waited_s = batches, 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.batches)
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.waited_s += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+
 class Record(StepEnd):
     """Rows of metrics to disk and, through Lightning's logger, to W&B.
 
     The losses are read from the device only every ``every`` steps; nothing else synchronises.
     """
 
-    def __init__(self, metrics: MetricsLog, name: str, *, every: int, tokens_per_step: int):
+    def __init__(self, metrics: MetricsLog, name: str, data: Waited, *, every: int, tokens_per_step: int):
         super().__init__()
+        self.data = data
         self.name = name
         self.metrics, self.every, self.tokens_per_step = metrics, every, tokens_per_step
         self.latest: dict[str, float] = {}
@@ -59,18 +82,9 @@ class Record(StepEnd):
         """Start the clock."""
         super().on_train_start(trainer, module)
         self._since, self._at = time.perf_counter(), trainer.global_step
-        self._waited, self._ready = 0.0, time.perf_counter()
+        self.data.waited_s = 0.0
         self._flops_per_token = flops_per_token(cast(DistillationModule, module))
         self._peak_flops = get_available_flops(module.device, _arithmetic(trainer))
-
-    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_index: int) -> None:
-        """The loop has just been waiting for this batch."""
-        self._waited += time.perf_counter() - self._ready
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
-        """From here on the loop waits for the next batch."""
-        super().on_train_batch_end(trainer, module, outputs, batch, batch_index)
-        self._ready = time.perf_counter()
 
     def step_end(self, trainer: pl.Trainer, module: DistillationModule, step: int) -> None:
         """Write a row when it is due."""
@@ -86,13 +100,13 @@ class Record(StepEnd):
         row = {f"train/{name}": value for name, value in terms.items()} | {
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "perf/tokens_per_s": speed,
-            "perf/data_wait_share": self._waited / seconds,
+            "perf/data_wait_share": self.data.waited_s / seconds,
             "perf/model_tflops_per_s": speed * self._flops_per_token / 1e12,
             "memory/peak_bytes": _memory_bytes(),
         }
         if self._peak_flops:
             row["perf/mfu"] = speed * self._flops_per_token / self._peak_flops
-        self._since, self._at, self._waited = now, step, 0.0
+        self._since, self._at, self.data.waited_s = now, step, 0.0
         self._write(trainer, step, row)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
@@ -109,7 +123,6 @@ class Record(StepEnd):
         """Let the training clock go on."""
         if hasattr(self, "_since"):
             self._since += time.perf_counter() - self._paused
-            self._ready = time.perf_counter()
 
     def _write(self, trainer: pl.Trainer, step: int, row: dict[str, float]) -> None:
         self.latest |= row
@@ -232,13 +245,15 @@ def diverged(what: str, step: int) -> DistillError:
 
 
 def flops_per_token(module: DistillationModule) -> float:
-    """Model FLOPs of a training token: 2 for each weight of the teacher, 6 for each of the student that is multiplied.
+    """Model FLOPs of a training token: 2 a weight of the teacher, 6 a weight of the student, 4 where it is frozen.
 
     An embedding that is only looked up multiplies nothing. Attention's own products are left out, as they are small
     beside the weights' at usual lengths. Source: Kaplan et al. 2020, arXiv 2001.08361, section 2.1.
     """
     teacher = 0 if module.teacher is None else _multiplied(module.teacher)
-    return 2.0 * teacher + 6.0 * _multiplied(module.student)
+    trained = sum(p.numel() for p in module.student.parameters() if p.requires_grad)
+    student = _multiplied(module.student)
+    return 2.0 * teacher + 4.0 * student + 2.0 * min(trained, student)
 
 
 def _multiplied(model: Any) -> int:

@@ -44,6 +44,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step={step:08d}.ckpt"
 
 
+def checkpoint_step(path: Path) -> int:
+    """The optimizer step of a checkpoint, from its name."""
+    return int(path.stem.removeprefix("step="))
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a folder, newest first."""
     return sorted((p for p in folder.glob("step=*.ckpt") if re.fullmatch(r"step=\d+\.ckpt", p.name)), reverse=True)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from distill.core.errors import InputError
 from distill.core.spec import Spec
 from distill.losses import LOSSES, ForwardKL, LossSpec
 
@@ -67,6 +68,18 @@ class BudgetSpec(Spec):
             return self.num_steps
         assert self.num_tokens is not None
         return math.ceil(self.num_tokens / (self.batch_size * sequence_length))
+
+
+def split_batch(budget: BudgetSpec, compute: ComputeSpec) -> tuple[int, int]:
+    """Micro-batch size and how many of them make a step.
+
+    Raises:
+        InputError: the batch is not a whole number of micro-batches.
+    """
+    micro = min(compute.micro_batch_size or budget.batch_size, budget.batch_size)
+    if budget.batch_size % micro:
+        raise InputError(f"batch_size ({budget.batch_size}) must be a multiple of compute.micro_batch_size ({micro})")
+    return micro, budget.batch_size // micro
 
 
 class DistillSpec(BudgetSpec):

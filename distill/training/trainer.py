@@ -12,13 +12,13 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
 
-from distill.core.errors import InputError, MachineError
+from distill.core.errors import MachineError
 from distill.core.run import CHECKPOINTS
-from distill.training.callbacks import Checkpoints, Record, ShowProgress
-from distill.training.checkpoint import AtomicCheckpointIO, newest_valid
+from distill.training.callbacks import Checkpoints, Record, ShowProgress, Waited
+from distill.training.checkpoint import AtomicCheckpointIO, checkpoint_step, newest_valid
 from distill.training.metrics import MetricsLog
 from distill.training.module import DistillationModule
-from distill.training.spec import BudgetSpec, ComputeSpec
+from distill.training.spec import BudgetSpec, ComputeSpec, split_batch
 
 Loader = Iterable[Any]
 
@@ -39,18 +39,6 @@ def resolve_device(compute: ComputeSpec) -> str:
     if compute.accelerator == "gpu" and not torch.cuda.is_available():
         raise MachineError("compute.accelerator: gpu: this machine shows no GPU to PyTorch; use auto or cpu")
     return "cuda" if compute.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def split_batch(budget: BudgetSpec, compute: ComputeSpec) -> tuple[int, int]:
-    """Micro-batch size and how many of them make a step.
-
-    Raises:
-        InputError: the batch is not a whole number of micro-batches.
-    """
-    micro = min(compute.micro_batch_size or budget.batch_size, budget.batch_size)
-    if budget.batch_size % micro:
-        raise InputError(f"batch_size ({budget.batch_size}) must be a multiple of compute.micro_batch_size ({micro})")
-    return micro, budget.batch_size // micro
 
 
 def fit(
@@ -89,11 +77,12 @@ def fit(
     checkpoint, complaints = newest_valid(folder / CHECKPOINTS)
     for line in complaints:
         say(f"  warning: {line}")
-    step = int(torch.load(checkpoint, weights_only=True, mmap=True)["global_step"]) if checkpoint else 0
+    step = checkpoint_step(checkpoint) if checkpoint else 0
     if checkpoint:
         say(f"  going on from step {step} of {num_steps} ({checkpoint.name})")
     log = MetricsLog(folder, step)
-    record = Record(log, name, every=compute.log_every_steps, tokens_per_step=budget.batch_size * sequence_length)
+    data = Waited(train_loader(micro, step * budget.batch_size))
+    record = Record(log, name, data, every=compute.log_every_steps, tokens_per_step=budget.batch_size * sequence_length)
     saver = Checkpoints(folder / CHECKPOINTS, every=compute.checkpoint_every_steps, keep=compute.keep_checkpoints)
     validate_every = min(budget.validate_every_steps or max(1, num_steps // 4), num_steps)
     trainer = pl.Trainer(
@@ -121,7 +110,7 @@ def fit(
     try:
         trainer.fit(
             module,
-            train_dataloaders=train_loader(micro, step * budget.batch_size),
+            train_dataloaders=data,
             val_dataloaders=validation_loader,
             ckpt_path=checkpoint,
             weights_only=True,

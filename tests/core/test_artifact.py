@@ -183,7 +183,7 @@ def test_fingerprint_follows_the_content_and_nothing_else(tmp_path: Path) -> Non
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     before = fingerprint(str(tmp_path))
     (tmp_path / "distill.json").write_text("{}")
-    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "notes.md").write_text("x")
     os.utime(tmp_path / "config.json", (0, 0))
     assert fingerprint(str(tmp_path)) == before
     (tmp_path / "model.safetensors").write_bytes(b"WEIGHTS")

@@ -21,8 +21,12 @@ def run(tmp_path: Path) -> Run:
 def test_a_stage_is_done_when_it_says_so(run: Run) -> None:
     run.begin("prune", "aa")
     assert run.done("prune") is None
-    run.finish("prune", Done("aa", 1.23456, {"parameters": 3}))
-    assert run.done("prune") == Done("aa", 1.235, {"parameters": 3})
+    done = Done("aa", 1.235, {"parameters": 3})
+    run.finish("prune", done)
+    assert run.done("prune") == done
+    assert done.made != Done("aa", 1.235, {"parameters": 3}).made
+    (run.stage("prune") / "DONE").write_text("{cut sho")
+    assert run.done("prune") is None
     assert run.model("prune").location == str(run.folder / "prune" / "model")
 
 

@@ -9,8 +9,8 @@ import torch
 from distill.core.errors import InputError, MachineError
 from distill.training.metrics import read_rows
 from distill.training.module import DistillationModule
-from distill.training.spec import BudgetSpec, ComputeSpec
-from distill.training.trainer import resolve_device, resolve_precision, split_batch
+from distill.training.spec import BudgetSpec, ComputeSpec, split_batch
+from distill.training.trainer import resolve_device, resolve_precision
 
 
 def test_a_batch_is_split_into_whole_micro_batches() -> None:
@@ -72,6 +72,7 @@ def test_rows_tell_step_tokens_rate_and_every_loss(module: Any, train: Any, tmp_
     assert [row["step"] for row in training] == [2, 4, 6]
     assert [row["tokens"] for row in training] == [64, 128, 192]
     names = {"train/forward_kl", "train/cross_entropy", "train/kl", "perf/tokens_per_s", "memory/peak_bytes"}
+    names |= {"perf/data_wait_share", "perf/model_tflops_per_s"}
     assert set(training[0]) == {"step", "tokens", "lr"} | names
     looks = [row for row in rows if "val/kl" in row]
     assert [row["step"] for row in looks] == [2, 4, 6]

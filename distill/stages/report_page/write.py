@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.core.artifact import sync, write_text
-from distill.core.errors import MachineError
+from distill.core.artifact import write_bytes, write_text
 from distill.stages.report_page import view
 from distill.tracking import tables, tradeoff, verdict
 from distill.tracking.tradeoff import Row
@@ -32,7 +30,7 @@ class RunFacts:
         recipe: the recipe's text.
         command: what reproduces the run.
         device: what speed was measured on; engine: with what.
-        batch, prompt_tokens, new_tokens, repeats: how speed was measured; None: it was not.
+        batch, prompt_tokens, new_tokens, repeats, rounds: how speed was measured; None: it was not.
         validation: what quality was measured on, in words.
         validation_tokens: how many predictions counted.
         pruning: lines that say what was cut.
@@ -50,6 +48,7 @@ class RunFacts:
     prompt_tokens: int | None = None
     new_tokens: int | None = None
     repeats: int | None = None
+    rounds: int | None = None
     validation: str = ""
     validation_tokens: int | None = None
     pruning: Sequence[str] = ()
@@ -62,7 +61,8 @@ class RunFacts:
             (self.batch, "batch {}"),
             (self.prompt_tokens, "{} prompt tokens"),
             (self.new_tokens, "{} new tokens"),
-            (self.repeats, "{} repeats after a warm-up"),
+            (self.repeats, "median of {} repeats after a warm-up"),
+            (self.rounds, "best of {} rounds"),
         ]
         tokens = "" if self.validation_tokens is None else f"{self.validation_tokens:,} tokens"
         pairs = [
@@ -96,7 +96,7 @@ def write_report(
     folder = Path(folder)
     trade_offs, losses = trade_off_plots(rows), curve_plots(curves)
     for plot in [*trade_offs, *(plot for _, plots in losses for plot in plots)]:
-        _write_bytes(folder / "plots" / f"{plot.name}.png", plot.png)
+        write_bytes(folder / "plots" / f"{plot.name}.png", plot.png)
     write_text(folder / "rows.json", tradeoff.to_json(rows))
     write_text(folder / "table.csv", tables.csv_table(rows))
     write_text(folder / "report.md", markdown(rows, prompts, run_facts, trade_offs))
@@ -197,15 +197,3 @@ def _fenced(text: str, language: str = "text") -> str:
     while fence in text:
         fence += "`"
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-def _write_bytes(file: Path, content: bytes) -> None:
-    """As ``core.artifact.write_text``, for bytes."""
-    temporary = file.with_name(f".{file.name}.writing")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        sync(temporary)
-        os.replace(temporary, file)
-    except OSError as error:
-        raise MachineError(f"{file}: cannot be written ({error.strerror or error})") from error
