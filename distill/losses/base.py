@@ -51,8 +51,8 @@ class LossSpec(Spec):
 
     kind: str
     weight: Weight = 1.0
-    """Factor of this loss in the sum that is trained on; every loss is logged unweighted. As every number of a loss it
-    may follow a schedule, such as {kind: cosine, start: 1, end: 0.3, share: 0.5}."""
+    """Factor of this loss in the sum that is trained on; every loss is logged unweighted. May follow a schedule, as all
+    numbers of a loss: {kind: linear, start: 1, end: 0.3} (or cosine; share: 0.5 ends it half-way)."""
 
     def schedules(self) -> dict[str, Schedule]:
         """The settings that change during the run, by name."""

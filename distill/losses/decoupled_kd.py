@@ -8,14 +8,17 @@ comes through. A fixed beta lets it through everywhere; prefer this with a teach
 or its own training data). With beta above 1 the student learns alternatives at the cost of the right token; on noisy
 text y is a weak centre and forward KL is the safer choice.
 
-Source: Zhao et al. 2022, arXiv 2203.08679, equations 6 (the split) and 7 (the loss). The paper takes alpha = 1 and tunes
-beta between 0.5 and 8 for images; 1 here changes the size of the gradient least. T^2 as in arXiv 1503.02531, section 2.
+Source: Zhao et al. 2022, arXiv 2203.08679, equations 6 (the split) and 7 (the loss). The paper takes alpha = 1 and
+tunes beta between 0.5 and 8 for images; 1 here changes the size of the gradient least. T^2 as in arXiv 1503.02531,
+section 2.
 """
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Literal
+
+from pydantic import model_validator
 
 from distill.losses.base import LossSpec, LossTerm, masked_sum, shared_log_probs
 from distill.losses.schedule import NotNegative, Positive, number
@@ -34,6 +37,12 @@ class DecoupledKD(LossSpec):
     """Weight of the divergence among the other tokens; 0 is off."""
     temperature: Positive = 1.0
     """Softens both distributions; 1 is off. The gradient is scaled by its square."""
+
+    @model_validator(mode="after")
+    def _is_on(self) -> DecoupledKD:
+        if self.alpha == 0 and self.beta == 0:
+            raise ValueError("alpha and beta are both 0: nothing is left of the loss; leave it out instead")
+        return self
 
     def __call__(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor

@@ -1,11 +1,11 @@
 """A setting of a loss that changes during the run: written in place of the number.
 
-    value(step) = start + (end - start) * shape(done),   done = min(1, step / (share * num_steps)),   step = 0, 1, 2, ...
+    value(step) = start + (end - start) * shape(done),   done = min(1, step / (share * num_steps))
     shape(x) = x (linear),  (1 - cos(pi x)) / 2 (cosine),  0 (constant)
 
-It depends on nothing but the step, so a run that goes on from a checkpoint meets the same values. Prefer a number; a
-schedule pays where the start and the end of training want different things: a soft teacher first (temperature from 4
-to 1), or the text itself at last (the weight of cross_entropy from 0 to 1).
+Steps count from 0. It depends on nothing but the step, so a run that goes on from a checkpoint meets the same values.
+Prefer a number; a schedule pays where the start and the end of training want different things: a soft teacher first
+(temperature from 4 to 1), or the text itself at last (the weight of cross_entropy from 0 to 1).
 
 Source: Jafari et al. 2021, arXiv 2104.07163 (annealed temperature); Clark et al. 2019, arXiv 1907.04829, section 3
 (teacher annealing: weights).
