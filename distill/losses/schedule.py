@@ -51,7 +51,9 @@ class Schedule(Spec):
             return self.start
         done = min(1.0, step / (self.share * max(1, num_steps)))
         shape = 0.5 * (1 - math.cos(math.pi * done)) if self.kind == "cosine" else done
-        return (1 - shape) * self.start + shape * self.end
+        low, high = sorted((self.start, self.end))
+        # only the ends were held against the setting's bounds, so rounding must not carry a value past them
+        return min(max((1 - shape) * self.start + shape * self.end, low), high)
 
 
 class Within:
