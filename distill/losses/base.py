@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
-
-from pydantic import Field
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from distill.core.spec import Spec
+from distill.losses.schedule import Schedule, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,13 +41,27 @@ class LossTerm:
 
 
 class LossSpec(Spec):
-    """What every loss has: a kind and a weight. A loss is on when it is named."""
+    """What every loss has: a kind and a weight. A loss is on when it is named.
+
+    Every number among its settings may follow a :class:`~distill.losses.schedule.Schedule`; such a loss is called only
+    after :meth:`at`.
+    """
 
     needs_teacher: ClassVar[bool] = True
 
     kind: str
-    weight: float = Field(1.0, gt=0)
-    """Factor of this loss in the sum that is trained on; every loss is logged unweighted."""
+    weight: Weight = 1.0
+    """Factor of this loss in the sum that is trained on; every loss is logged unweighted. May follow a schedule, as all
+    numbers of a loss: {kind: linear, start: 1, end: 0.3} (or cosine; share: 0.5 ends it half-way)."""
+
+    def schedules(self) -> dict[str, Schedule]:
+        """The settings that change during the run, by name."""
+        return {name: value for name, value in self if isinstance(value, Schedule)}
+
+    def at(self, step: int, num_steps: int) -> Self:
+        """This loss as it is at optimizer step ``step`` (from 0) of ``num_steps``: numbers only."""
+        now = {name: schedule.at(step, num_steps) for name, schedule in self.schedules().items()}
+        return self.model_copy(update=now) if now else self
 
     def __call__(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor
@@ -76,6 +90,16 @@ def shared_log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature
     student = (student_logits[..., :shared].float() / temperature).log_softmax(-1)
     teacher = (teacher_logits[..., :shared].float() / temperature).log_softmax(-1)
     return student, teacher
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of each token: [..., vocabulary] twice -> [...], nats."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """log(share * p + (1 - share) * q), without leaving log-space; 0 < share < 1."""
+    return (log_p + math.log(share)).logaddexp(log_q + math.log1p(-share))
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> LossTerm:

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
-from distill.losses.base import LossSpec, LossTerm, masked_sum, shared_log_probs
+from distill.losses.base import LossSpec, LossTerm, kl, masked_sum, shared_log_probs
+from distill.losses.schedule import Positive, number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,14 +24,14 @@ class ForwardKL(LossSpec):
     """Kullback-Leibler divergence from teacher to student, KL(teacher || student)."""
 
     kind: Literal["forward_kl"] = "forward_kl"
-    temperature: float = Field(1.0, gt=0)
+    temperature: Positive = 1.0
     """Softens both distributions; 1 is off. The gradient is scaled by its square."""
 
     def __call__(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor
     ) -> LossTerm:
         assert teacher_logits is not None
-        return forward_kl(student_logits, teacher_logits, mask, temperature=self.temperature)
+        return forward_kl(student_logits, teacher_logits, mask, temperature=number(self.temperature))
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, temperature: float = 1.0) -> LossTerm:
@@ -45,4 +44,4 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, 
         temperature: divides both logits; 1 is off.
     """
     log_q, log_p = shared_log_probs(student_logits, teacher_logits, temperature)
-    return masked_sum(temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1), mask)
+    return masked_sum(temperature**2 * kl(log_p, log_q), mask)

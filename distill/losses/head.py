@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from distill.losses.base import LossSpec, LossTerm
 from distill.losses.forward_kl import forward_kl
+from distill.losses.schedule import number
 
 KL = "kl"
 """Name under which KL(teacher || student) at T = 1 is always reported, so that runs compare."""
@@ -61,7 +62,7 @@ def head_losses(
         signal: the teacher's side, or None when there is no teacher.
         targets: the next tokens, [batch, sequence].
         mask: True where a prediction counts, [batch, sequence].
-        losses: (name, loss) pairs; the weight is the loss's own.
+        losses: (name, loss) pairs; the weight is the loss's own, a number by now.
         chunk_tokens: tokens whose logits exist at once.
 
     Returns:
@@ -82,7 +83,7 @@ def head_losses(
                 teacher_logits = signal.head.logits(teacher_hidden[start:end])
         on = torch.ones_like(wanted[start:end], dtype=torch.bool)
         terms = {name: loss(student_logits, teacher_logits, wanted[start:end], on) for name, loss in losses}
-        total = torch.stack([loss.weight * terms[name].sum for name, loss in losses]).sum()
+        total = torch.stack([number(loss.weight) * terms[name].sum for name, loss in losses]).sum()
         if teacher_logits is not None:
             with torch.no_grad():
                 terms[KL] = forward_kl(student_logits, teacher_logits, on)

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
-from distill.losses.base import LossSpec, LossTerm, masked_sum, shared_log_probs
+from distill.losses.base import LossSpec, LossTerm, kl, masked_sum, shared_log_probs
+from distill.losses.schedule import Positive, number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,14 +23,14 @@ class ReverseKL(LossSpec):
     """Kullback-Leibler divergence from student to teacher, KL(student || teacher)."""
 
     kind: Literal["reverse_kl"] = "reverse_kl"
-    temperature: float = Field(1.0, gt=0)
+    temperature: Positive = 1.0
     """Softens both distributions; 1 is off. The gradient is scaled by its square."""
 
     def __call__(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor
     ) -> LossTerm:
         assert teacher_logits is not None
-        return reverse_kl(student_logits, teacher_logits, mask, temperature=self.temperature)
+        return reverse_kl(student_logits, teacher_logits, mask, temperature=number(self.temperature))
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, temperature: float = 1.0) -> LossTerm:
@@ -44,4 +43,4 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, 
         temperature: divides both logits; 1 is off.
     """
     log_q, log_p = shared_log_probs(student_logits, teacher_logits, temperature)
-    return masked_sum(temperature**2 * (log_q.exp() * (log_q - log_p)).sum(-1), mask)
+    return masked_sum(temperature**2 * kl(log_q, log_p), mask)

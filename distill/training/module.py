@@ -37,7 +37,8 @@ class DistillationModule(pl.LightningModule):
         teacher: frozen model over the same tokens. It is held outside the module tree: never in a checkpoint, an
             optimizer or ``train()``.
         optimizer: AdamW and its schedule.
-        num_steps: length of the schedule in optimizer steps; unset: as many as the Trainer will make.
+        num_steps: length of the schedules (learning rate, and any setting of a loss) in optimizer steps; unset: as
+            many as the Trainer will make.
 
     Batches are dicts with ``input_ids`` int64 [batch, sequence] and ``mask`` bool [batch, sequence], True where the
     prediction made at a position (of the next token) counts; the last position never does.
@@ -62,6 +63,7 @@ class DistillationModule(pl.LightningModule):
         self._teacher = (teacher,)  # a tuple, so that nn.Module does not adopt it
         self._step_tokens = torch.zeros((), dtype=torch.int64)
         self._terms: dict[str, LossTerm] = {}
+        self._settings: dict[str, float] = {}
         self._rng: dict[str, Any] | None = None
         check_head(student)
         if teacher is not None:
@@ -95,11 +97,24 @@ class DistillationModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """One micro-batch: the sum of its losses over its tokens (not their mean)."""
-        total, terms = self.batch_losses(batch, self.losses)
+        total, terms = self.batch_losses(batch, self._losses_now())
         self._step_tokens += batch["mask"].sum()
         for name, term in terms.items():
             self._terms[name] = self._terms[name] + term if name in self._terms else term
         return total
+
+    def _losses_now(self) -> list[tuple[str, LossSpec]]:
+        """The losses with the settings of the step that is being made; all its micro-batches share them."""
+        if not any(loss.schedules() for _, loss in self.losses):
+            return self.losses
+        step, num_steps = self.trainer.global_step, self._schedule_steps()
+        now = [(name, loss.at(step, num_steps)) for name, loss in self.losses]
+        self._settings = {
+            f"{name}.{setting}": getattr(at_step, setting)
+            for (name, loss), (_, at_step) in zip(self.losses, now, strict=True)
+            for setting in loss.schedules()
+        }
+        return now
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the step's tokens, undoing Lightning's and DDP's means; clipping comes after."""
@@ -113,10 +128,13 @@ class DistillationModule(pl.LightningModule):
         self._step_tokens.zero_()
 
     def drain_terms(self) -> dict[str, float]:
-        """Mean of each loss per token since the last call (this synchronises with the device)."""
+        """Mean of each loss per token since the last call (this synchronises with the device).
+
+        Settings that follow a schedule stand beside them, as the last step had them (``forward_kl.temperature``).
+        """
         means = {name: float(term.per_token()) for name, term in self._terms.items()}
         self._terms = {}
-        return means
+        return means | self._settings
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Add a batch to the validation's terms: always cross-entropy, and KL where there is a teacher."""
@@ -134,12 +152,7 @@ class DistillationModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, without decay on vectors, and the schedule per step."""
-        spec = self.optimizer_spec
-        num_steps = self.num_steps or self.trainer.estimated_stepping_batches
-        if math.isinf(num_steps):
-            raise ValueError(
-                "the schedule needs an end: give num_steps here, or max_steps or max_epochs to the Trainer"
-            )
+        spec, num_steps = self.optimizer_spec, self._schedule_steps()
         trained = [p for p in self.student.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": spec.weight_decay},
@@ -149,8 +162,17 @@ class DistillationModule(pl.LightningModule):
         # True makes Lightning refuse to clip under mixed precision; without it Lightning undoes fp16's loss scale
         # itself, and bf16 has none
         optimizer._step_supports_amp_scaling = False
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.factor(step, int(num_steps)))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.factor(step, num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _schedule_steps(self) -> int:
+        """Optimizer steps over which all schedules run."""
+        num_steps = self.num_steps or self.trainer.estimated_stepping_batches
+        if math.isinf(num_steps):
+            raise ValueError(
+                "the schedule needs an end: give num_steps here, or max_steps or max_epochs to the Trainer"
+            )
+        return int(num_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what is frozen (it is in its artifact already); add random state and terms not yet logged."""

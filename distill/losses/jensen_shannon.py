@@ -1,0 +1,60 @@
+"""Generalised Jensen-Shannon divergence: both models against their mixture, between forward and reverse KL.
+
+    loss = T^2 * (beta * KL(p || m) + (1 - beta) * KL(q || m)),   m = beta * p + (1 - beta) * q,
+    p = softmax(teacher / T),  q = softmax(student / T)
+
+It is bounded (by T^2 log 2, and less for a beta near an end), so that no token can pull without limit; prefer it where
+the student is far from the teacher or writes its own text. Plain forward KL is the better start for a pruned student,
+which is near its teacher already.
+
+Limits: loss / beta -> forward KL for beta -> 0, and loss / (1 - beta) -> reverse KL for beta -> 1. The loss itself goes
+to 0 at both ends, and its gradient near agreement is beta (1 - beta) times that of the KL; so the ends are refused, not
+replaced by a loss of another size: use :mod:`forward_kl <distill.losses.forward_kl>` or
+:mod:`reverse_kl <distill.losses.reverse_kl>` for them, and raise the weight for a beta near one.
+
+Source: Agarwal et al. 2023, arXiv 2306.13649 (GKD), section 2, generalised JSD; T^2 as in arXiv 1503.02531, section 2.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from distill.losses.base import LossSpec, LossTerm, kl, log_mixture, masked_sum, shared_log_probs
+from distill.losses.schedule import Fraction, Positive, number
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class JensenShannon(LossSpec):
+    """Jensen-Shannon divergence, generalised: from near forward KL (small beta) to near reverse KL (large beta)."""
+
+    kind: Literal["jensen_shannon"] = "jensen_shannon"
+    beta: Fraction = 0.5
+    """Teacher's share of the mixture, between 0 and 1 (both excluded: there it is forward_kl and reverse_kl)."""
+    temperature: Positive = 1.0
+    """Softens both distributions; 1 is off. The gradient is scaled by its square."""
+
+    def __call__(
+        self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor
+    ) -> LossTerm:
+        assert teacher_logits is not None
+        beta, temperature = number(self.beta), number(self.temperature)
+        return jensen_shannon(student_logits, teacher_logits, mask, beta=beta, temperature=temperature)
+
+
+def jensen_shannon(
+    student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, beta: float = 0.5, temperature: float = 1.0
+) -> LossTerm:
+    """Generalised JSD summed over the masked-in tokens, in nats, times temperature squared.
+
+    Args:
+        student_logits: [..., student vocabulary].
+        teacher_logits: [..., teacher vocabulary]; compared over the tokens that both have.
+        mask: [...], True where a prediction counts.
+        beta: the teacher's share of the mixture, 0 < beta < 1.
+        temperature: divides both logits; 1 is off.
+    """
+    log_q, log_p = shared_log_probs(student_logits, teacher_logits, temperature)
+    log_m = log_mixture(log_p, log_q, beta)
+    return masked_sum(temperature**2 * (beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)), mask)
