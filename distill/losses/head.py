@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from distill.losses.base import LossSpec, LossTerm
 from distill.losses.forward_kl import forward_kl
+from distill.losses.sparse import SparseSignal, sparse_forward_kl
 
 KL = "kl"
 """Name under which KL(teacher || student) at T = 1 is always reported, so that runs compare."""
@@ -42,11 +43,15 @@ class Signal:
     hidden: Tensor
     head: Head
 
+    def take(self, keep: Tensor) -> Signal:
+        """The positions ``keep`` of the flattened batch."""
+        return Signal(self.hidden.flatten(0, 1).index_select(0, keep), self.head)
+
 
 def head_losses(
     hidden: Tensor,
     head: Head,
-    signal: Signal | None,
+    signal: Signal | SparseSignal | None,
     targets: Tensor,
     mask: Tensor,
     losses: Sequence[tuple[str, LossSpec]],
@@ -58,7 +63,7 @@ def head_losses(
     Args:
         hidden: the student's final hidden states, [batch, sequence, hidden].
         head: the student's head.
-        signal: the teacher's side, or None when there is no teacher.
+        signal: the teacher's side, whole or sparse, or None when there is no teacher.
         targets: the next tokens, [batch, sequence].
         mask: True where a prediction counts, [batch, sequence].
         losses: (name, loss) pairs; the weight is the loss's own.
@@ -71,21 +76,27 @@ def head_losses(
     # index_select by positions, not a boolean mask, so that hidden states and targets share one lookup
     keep = mask.flatten().nonzero().squeeze(1)
     student_hidden = hidden.flatten(0, 1).index_select(0, keep)
-    teacher_hidden = signal.hidden.flatten(0, 1).index_select(0, keep) if signal is not None else None
+    teacher = signal.take(keep) if signal is not None else None
     wanted = targets.flatten().index_select(0, keep)
 
     def chunk_terms(rows: Tensor, start: int, end: int) -> tuple[Tensor, dict[str, LossTerm]]:
         student_logits = head.logits(rows)
-        teacher_logits = None
-        if signal is not None and teacher_hidden is not None:
-            with torch.no_grad():
-                teacher_logits = signal.head.logits(teacher_hidden[start:end])
         on = torch.ones_like(wanted[start:end], dtype=torch.bool)
-        terms = {name: loss(student_logits, teacher_logits, wanted[start:end], on) for name, loss in losses}
+        if isinstance(teacher, SparseSignal):
+            few = teacher.part(start, end)
+            terms = {name: few.loss(loss, student_logits, wanted[start:end], on) for name, loss in losses}
+            divergence = lambda: sparse_forward_kl(student_logits, few, on)  # noqa: E731
+        else:
+            teacher_logits = None
+            if teacher is not None:
+                with torch.no_grad():
+                    teacher_logits = teacher.head.logits(teacher.hidden[start:end])
+            terms = {name: loss(student_logits, teacher_logits, wanted[start:end], on) for name, loss in losses}
+            divergence = lambda: forward_kl(student_logits, teacher_logits, on)  # noqa: E731
         total = torch.stack([loss.weight * terms[name].sum for name, loss in losses]).sum()
-        if teacher_logits is not None:
+        if teacher is not None:
             with torch.no_grad():
-                terms[KL] = forward_kl(student_logits, teacher_logits, on)
+                terms[KL] = divergence()
         return total, terms
 
     names = [*(name for name, _ in losses), *([KL] if signal is not None else [])]
