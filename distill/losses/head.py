@@ -79,24 +79,24 @@ def head_losses(
     teacher = signal.take(keep) if signal is not None else None
     wanted = targets.flatten().index_select(0, keep)
 
-    def chunk_terms(rows: Tensor, start: int, end: int) -> tuple[Tensor, dict[str, LossTerm]]:
-        student_logits = head.logits(rows)
+    def against(student_logits: Tensor, start: int, end: int) -> dict[str, LossTerm]:
         on = torch.ones_like(wanted[start:end], dtype=torch.bool)
         if isinstance(teacher, SparseSignal):
             few = teacher.part(start, end)
             terms = {name: few.loss(loss, student_logits, wanted[start:end], on) for name, loss in losses}
-            divergence = lambda: sparse_forward_kl(student_logits, few, on)  # noqa: E731
-        else:
-            teacher_logits = None
-            if teacher is not None:
-                with torch.no_grad():
-                    teacher_logits = teacher.head.logits(teacher.hidden[start:end])
-            terms = {name: loss(student_logits, teacher_logits, wanted[start:end], on) for name, loss in losses}
-            divergence = lambda: forward_kl(student_logits, teacher_logits, on)  # noqa: E731
-        total = torch.stack([loss.weight * terms[name].sum for name, loss in losses]).sum()
-        if teacher is not None:
             with torch.no_grad():
-                terms[KL] = divergence()
+                return terms | {KL: sparse_forward_kl(student_logits, few, on)}
+        with torch.no_grad():
+            teacher_logits = teacher.head.logits(teacher.hidden[start:end]) if teacher is not None else None
+        terms = {name: loss(student_logits, teacher_logits, wanted[start:end], on) for name, loss in losses}
+        if teacher_logits is not None:
+            with torch.no_grad():
+                terms[KL] = forward_kl(student_logits, teacher_logits, on)
+        return terms
+
+    def chunk_terms(rows: Tensor, start: int, end: int) -> tuple[Tensor, dict[str, LossTerm]]:
+        terms = against(head.logits(rows), start, end)
+        total = torch.stack([loss.weight * terms[name].sum for name, loss in losses]).sum()
         return total, terms
 
     names = [*(name for name, _ in losses), *([KL] if signal is not None else [])]

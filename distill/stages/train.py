@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from distill.training.assemble import Student
+    from distill.training.cached_teacher import CachedTeacher
 
 
 def train(
@@ -26,12 +27,13 @@ def train(
         student: what to train.
         losses: at least one.
         budget: how long; a budget of 0 does nothing.
-        teacher: reference of the frozen teacher, or None.
+        teacher: reference of the frozen teacher or of its cache, or None.
 
     Returns:
         Figures: steps, tokens, seconds of training, tokens a second.
     """
     from distill.models.load import move
+    from distill.stages.cache_teacher import open_cache
     from distill.training.module import DistillationModule
     from distill.training.trainer import fit
 
@@ -42,10 +44,17 @@ def train(
     if num_steps == 0:
         return {"training_steps": 0, "training_tokens": 0, "training_seconds": 0.0}
     check_context_length(student.model, length)
+    source: PreTrainedModel | CachedTeacher | None = None
+    if teacher in session.stages and session.stages[teacher].makes_signal:
+        corpus, source = open_cache(context, teacher, num_steps * budget.batch_size)
+        check_rows(context, student=student.model)
+    elif teacher is not None:
+        source = load_frozen(context, teacher)
+        check_rows(context, student=student.model)
     module = DistillationModule(
         student.model,
         losses,
-        load_teacher(context, teacher, student.model) if teacher else None,
+        source,
         optimizer=budget.optimizer,
         num_steps=num_steps,
     )
@@ -70,11 +79,11 @@ def train(
     return {"training_steps": num_steps, "training_tokens": tokens, "training_seconds": round(seconds, 1)}
 
 
-def load_teacher(context: StageContext, reference: str, student: PreTrainedModel) -> PreTrainedModel:
-    """The frozen teacher in its own precision (fp32 on a CPU, which is slow in bf16), over the student's tokens.
+def load_frozen(context: StageContext, reference: str) -> PreTrainedModel:
+    """A teacher in its own precision (fp32 on a CPU, which is slow in bf16).
 
     Raises:
-        InputError: teacher and student speak different vocabularies.
+        InputError: it speaks another vocabulary than the run.
     """
     from distill.data.tokenizer import check_same_vocabulary, load_tokenizer
     from distill.models.load import load_model
@@ -83,13 +92,22 @@ def load_teacher(context: StageContext, reference: str, student: PreTrainedModel
     location = context.session.artifact(reference).location
     check_same_vocabulary(context.session.tokenizer(), load_tokenizer(location))
     dtype = "auto" if resolve_device(context.session.compute) == "cuda" else "float32"
-    teacher = load_model(location, dtype=dtype)
+    model = load_model(location, dtype=dtype)
+    check_rows(context, teacher=model)
+    return model
+
+
+def check_rows(context: StageContext, **models: PreTrainedModel) -> None:
+    """Refuse models that have fewer embeddings than the tokenizer has tokens.
+
+    Raises:
+        InputError: one has.
+    """
     tokens = len(context.session.tokenizer())
-    for name, model in (("teacher", teacher), ("student", student)):
+    for name, model in models.items():
         rows = model.config.get_text_config().vocab_size
         if rows < tokens:
             raise InputError(f"the {name} has {rows} embeddings for {tokens} tokens of the tokenizer; they do not fit")
-    return teacher
 
 
 def check_context_length(model: PreTrainedModel, sequence_length: int) -> None:

@@ -89,15 +89,16 @@ def measure(
                 exact = logits(hidden[rows])
             # a copy, as autograd takes no inference tensors
             exact = exact.float().clone()
-            signal = signal_of({k: v[rows].to(exact.device) for k, v in decoded.items()}, vocabulary, Head(logits))
+            part = {key: values[rows].to(exact.device) for key, values in decoded.items()}
+            if HIDDEN in part:
+                part[HIDDEN] = part[HIDDEN].to(hidden.dtype)
+            signal = signal_of(part, vocabulary, Head(logits))
             again = _logits_of(signal)
-            kl += _sum_kl(exact, again) if again is not None else 0.0
-            gradients = [
-                _gradient(exact, exact),
-                _gradient(exact, signal if again is None or TAIL in decoded else again),
-            ]
-            cosine += float(torch.cosine_similarity(*gradients, dim=-1).sum())
-            sums += torch.stack([gradient.double().sum(0).cpu() for gradient in gradients])
+            if again is not None:
+                kl += _sum_kl(exact, again)
+            whole, coded = _gradient(exact, exact), _gradient(exact, signal, again)
+            cosine += float(torch.cosine_similarity(whole, coded, dim=-1).sum())
+            sums += torch.stack([whole.double().sum(0).cpu(), coded.double().sum(0).cpu()])
     return Fidelity(
         bytes_per_token=sum(len(data) for _, data in pairs) / tokens,
         kl=None if codec.kind == "sampled" else kl / tokens,
@@ -123,13 +124,18 @@ def _sum_kl(teacher: Tensor, decoded: Tensor) -> float:
     return float(forward_kl(decoded, teacher, torch.ones(len(teacher), dtype=torch.bool, device=teacher.device)).sum)
 
 
-def _gradient(teacher: Tensor, signal: Tensor | SparseSignal | Signal) -> Tensor:
-    """Of forward KL at T = 1 in the logits of a student that is the teacher at temperature 2."""
+def _gradient(teacher: Tensor, signal: Tensor | Signal | SparseSignal, logits: Tensor | None = None) -> Tensor:
+    """Of forward KL at T = 1 in the logits of a student that is the teacher at temperature 2.
+
+    Args:
+        teacher: its logits, [tokens, vocabulary].
+        signal: whom the student learns from.
+        logits: of ``signal``, where it is whole.
+    """
     student = (teacher / 2).requires_grad_()
     on = torch.ones(len(teacher), dtype=torch.bool, device=teacher.device)
     if isinstance(signal, SparseSignal):
         term = sparse_forward_kl(student, signal, on)
     else:
-        assert not isinstance(signal, Signal)
-        term = forward_kl(student, signal, on)
+        term = forward_kl(student, teacher if logits is None else logits, on)
     return torch.autograd.grad(term.sum, student)[0]
