@@ -84,6 +84,9 @@ def head_losses(
         if isinstance(teacher, SparseSignal):
             few = teacher.part(start, end)
             terms = {name: few.loss(loss, student_logits, wanted[start:end], on) for name, loss in losses}
+            for name, loss in losses:
+                if loss.needs_teacher:  # nothing but this very KL can be taken from a sparse signal
+                    return terms | {KL: terms[name].detach()}
             with torch.no_grad():
                 return terms | {KL: sparse_forward_kl(student_logits, few, on)}
         with torch.no_grad():
