@@ -127,7 +127,10 @@ class CacheTeacher(StageSpec):
         )
         train = Place(folder / "train", ours[0], self.codec, 0, config.vocab_size)
         train = replace(train, width=config.hidden_size if self.codec.reads == "hidden" else config.vocab_size)
-        validation = Place(folder / "validation", ours[1], Hidden(), config.hidden_size, config.vocab_size)
+        # validation settings change more often than the training text does
+        validation = Place(
+            folder / f"validation-{ours[1].key()}", ours[1], Hidden(), config.hidden_size, config.vocab_size
+        )
         return train, validation
 
 
@@ -211,9 +214,11 @@ class _Loaded:
 
     def keep_head(self) -> None:
         """Write the head beside the caches, once."""
+        from distill.data.packing import alone
         from distill.models.head import save_head
 
-        if not (self.head / "head.safetensors").is_file():
-            self()
-            with replacing(self.head) as folder:
-                save_head(self._model, folder / "head.safetensors")
+        with alone(self.head.parent):
+            if not (self.head / "head.safetensors").is_file():
+                self()
+                with replacing(self.head) as folder:
+                    save_head(self._model, folder / "head.safetensors")

@@ -130,6 +130,14 @@ def test_a_longer_training_adds_what_is_missing(recipe: Any, tmp_path: Path) -> 
     assert before.items() <= after.items()
 
 
+def test_other_validation_settings_keep_the_training_cache(recipe: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(recipe(), folder, say=quiet)
+    before = {file: file.stat().st_mtime_ns for file in (folder / "data").glob("teacher-*/train/shard-*")}
+    run(recipe(set=("data.validation_tokens=60",)), folder, say=quiet)
+    assert before == {file: file.stat().st_mtime_ns for file in (folder / "data").glob("teacher-*/train/shard-*")}
+
+
 def test_a_cache_that_is_too_short_is_refused(recipe: Any, tmp_path: Path) -> None:
     short = recipe(set=("stages.cache.num_sequences=5",))
     with pytest.raises(InputError, match=r"holds 5 training sequences and \d+ of the .* raise its num_sequences to 16"):
