@@ -17,11 +17,13 @@ from distill.core.source import KeyPath, Source, dotted, mistakes_of, parse, rea
 from distill.core.spec import Family, Spec
 from distill.data import SOURCES
 from distill.data.spec import DataSpec
+from distill.data.teacher_cache import CODECS
 from distill.exporters import EXPORTERS
 from distill.losses import LOSSES
 from distill.pruning import CRITERIA
 from distill.quantization import QUANTIZERS
 from distill.stages import STAGES, StageSpec
+from distill.stages.cache_teacher import CacheTeacher
 from distill.tracking.spec import LoggingSpec
 from distill.training.spec import ComputeSpec
 
@@ -31,6 +33,7 @@ FAMILIES: dict[str, Family] = {
     "criteria": CRITERIA,
     "quantizers": QUANTIZERS,
     "sources": SOURCES,
+    "codecs": CODECS,
     "exporters": EXPORTERS,
 }
 """Every family, by the plural that ``distill list`` takes."""
@@ -137,6 +140,8 @@ class Recipe(Spec):
         elif reference in self.stages:
             if reference not in earlier:
                 yield at + f"{reference!r} must stand before this stage"
+            elif self.stages[reference].makes_signal and path[-1] == "teacher":
+                yield from self._signal_mistakes(path, reference, at)
             elif not self.stages[reference].makes_model:
                 yield at + f"{reference!r} is a {self.stages[reference].kind} stage, which makes no model"
         elif "/" not in reference and ":" not in reference and not Path(reference).is_dir():
@@ -146,6 +151,15 @@ class Recipe(Spec):
                 + f"no earlier stage, folder or Hub id {reference!r} (models here: {', '.join(models)})"
                 + suggest(reference, models)
             )
+
+    def _signal_mistakes(self, path: KeyPath, reference: str, at: str) -> Iterable[str]:
+        """What a stage asks of a cached teacher and cannot have."""
+        cache, stage = self.stages[reference], self.stages[str(path[1])]
+        if isinstance(cache, CacheTeacher):
+            if stage.makes_signal:
+                yield at + f"{reference!r} is a cache already; name its teacher"
+            elif why := cache.refuses(getattr(stage, "losses", [])):
+                yield at + why
 
 
 def _fields_at(data: Any, path: KeyPath) -> list[str]:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from distill.losses.base import LossSpec, LossTerm
 from distill.losses.forward_kl import forward_kl
 from distill.losses.schedule import number
+from distill.losses.sparse import SparseSignal, sparse_forward_kl
 
 KL = "kl"
 """Name under which KL(teacher || student) at T = 1 is always reported, so that runs compare."""
@@ -43,11 +44,15 @@ class Signal:
     hidden: Tensor
     head: Head
 
+    def take(self, keep: Tensor) -> Signal:
+        """The positions ``keep`` of the flattened batch."""
+        return Signal(self.hidden.flatten(0, 1).index_select(0, keep), self.head)
+
 
 def head_losses(
     hidden: Tensor,
     head: Head,
-    signal: Signal | None,
+    signal: Signal | SparseSignal | None,
     targets: Tensor,
     mask: Tensor,
     losses: Sequence[tuple[str, LossSpec]],
@@ -59,7 +64,7 @@ def head_losses(
     Args:
         hidden: the student's final hidden states, [batch, sequence, hidden].
         head: the student's head.
-        signal: the teacher's side, or None when there is no teacher.
+        signal: the teacher's side, whole or sparse, or None when there is no teacher.
         targets: the next tokens, [batch, sequence].
         mask: True where a prediction counts, [batch, sequence].
         losses: (name, loss) pairs; the weight is the loss's own, a number by now.
@@ -72,21 +77,30 @@ def head_losses(
     # index_select by positions, not a boolean mask, so that hidden states and targets share one lookup
     keep = mask.flatten().nonzero().squeeze(1)
     student_hidden = hidden.flatten(0, 1).index_select(0, keep)
-    teacher_hidden = signal.hidden.flatten(0, 1).index_select(0, keep) if signal is not None else None
+    teacher = signal.take(keep) if signal is not None else None
     wanted = targets.flatten().index_select(0, keep)
 
-    def chunk_terms(rows: Tensor, start: int, end: int) -> tuple[Tensor, dict[str, LossTerm]]:
-        student_logits = head.logits(rows)
-        teacher_logits = None
-        if signal is not None and teacher_hidden is not None:
-            with torch.no_grad():
-                teacher_logits = signal.head.logits(teacher_hidden[start:end])
+    def against(student_logits: Tensor, start: int, end: int) -> dict[str, LossTerm]:
         on = torch.ones_like(wanted[start:end], dtype=torch.bool)
+        if isinstance(teacher, SparseSignal):
+            few = teacher.part(start, end)
+            terms = {name: few.loss(loss, student_logits, wanted[start:end], on) for name, loss in losses}
+            for name, loss in losses:
+                if loss.needs_teacher:  # nothing but this very KL can be taken from a sparse signal
+                    return terms | {KL: terms[name].detach()}
+            with torch.no_grad():
+                return terms | {KL: sparse_forward_kl(student_logits, few, on)}
+        with torch.no_grad():
+            teacher_logits = teacher.head.logits(teacher.hidden[start:end]) if teacher is not None else None
         terms = {name: loss(student_logits, teacher_logits, wanted[start:end], on) for name, loss in losses}
-        total = torch.stack([number(loss.weight) * terms[name].sum for name, loss in losses]).sum()
         if teacher_logits is not None:
             with torch.no_grad():
                 terms[KL] = forward_kl(student_logits, teacher_logits, on)
+        return terms
+
+    def chunk_terms(rows: Tensor, start: int, end: int) -> tuple[Tensor, dict[str, LossTerm]]:
+        terms = against(head.logits(rows), start, end)
+        total = torch.stack([number(loss.weight) * terms[name].sum for name, loss in losses]).sum()
         return total, terms
 
     names = [*(name for name, _ in losses), *([KL] if signal is not None else [])]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,22 +36,70 @@ def output_head(model: PreTrainedModel) -> Head:
     Raises:
         InputError: the model has no output embeddings.
     """
-    module, config = model.get_output_embeddings(), model.config
+    module = model.get_output_embeddings()
     if module is None:
         raise InputError(f"{type(model).__name__} has no output head, so it gives no logits to learn from")
-    softcap = getattr(config, "final_logit_softcapping", None)
-    multiply = getattr(config, "logit_scale", None) or 1.0
-    divide = getattr(config, "logits_scaling", None) or 1.0
+    return _scaled(module, _scales(model))
+
+
+def _scales(model: PreTrainedModel) -> dict[str, float]:
+    """What the config says is done to the head's output."""
+    config = model.config
+    return {
+        "softcap": getattr(config, "final_logit_softcapping", None) or 0.0,
+        "multiply": getattr(config, "logit_scale", None) or 1.0,
+        "divide": getattr(config, "logits_scaling", None) or 1.0,
+    }
+
+
+def _scaled(module: torch.nn.Module, scales: dict[str, float]) -> Head:
+    softcap, factor = scales["softcap"], scales["multiply"] / scales["divide"]
 
     def logits(hidden: Tensor) -> Tensor:
         out = module(hidden)
-        if multiply != 1.0 or divide != 1.0:
-            out = out * (multiply / divide)
+        if factor != 1.0:
+            out = out * factor
         if softcap:
             out = torch.tanh(out / softcap) * softcap
         return out
 
     return Head(logits, tuple(module.parameters()))
+
+
+def save_head(model: PreTrainedModel, file: Path) -> None:
+    """Write a model's head and its scales to a safetensors file, for :func:`load_head`.
+
+    Raises:
+        InputError: the head is not one linear layer.
+    """
+    from safetensors.torch import save_file
+
+    module = model.get_output_embeddings()
+    if not isinstance(module, torch.nn.Linear):
+        raise InputError(f"{type(model).__name__}: its output head is no linear layer, so it cannot be kept alone")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    save_file(tensors, file, metadata={"scales": json.dumps(_scales(model))})
+
+
+def load_head(file: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Head:
+    """A frozen head alone, as :func:`save_head` wrote it; takes hidden states of any dtype.
+
+    Args:
+        file: the safetensors file.
+        dtype: of the weights in memory; None is that of the file.
+        device: where to.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        scales = json.loads(opened.metadata()["scales"])
+        tensors = {name: opened.get_tensor(name).to(device, dtype) for name in opened.keys()}  # noqa: SIM118
+    rows, columns = tensors["weight"].shape
+    with torch.device("meta"):
+        module = torch.nn.Linear(columns, rows, bias="bias" in tensors)
+    module.load_state_dict(tensors, assign=True)
+    whole = _scaled(module.requires_grad_(False), scales)
+    return Head(lambda hidden: whole.logits(hidden.to(module.weight.dtype)), whole.parameters)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from distill.core.spec import Family
 from distill.stages.base import StageSpec
+from distill.stages.cache_teacher import CacheTeacher
 from distill.stages.distill import Distill
 from distill.stages.evaluate import Evaluate
 from distill.stages.export import Export
@@ -10,6 +11,6 @@ from distill.stages.prune import Prune
 from distill.stages.quantize import Quantize
 from distill.stages.report import Report
 
-STAGES = Family("stage", Finetune, Prune, Distill, Quantize, Evaluate, Export, Report)
+STAGES = Family("stage", Finetune, Prune, CacheTeacher, Distill, Quantize, Evaluate, Export, Report)
 
 __all__ = ["STAGES", "StageSpec"]

@@ -31,6 +31,8 @@ class StageSpec(Spec):
 
     makes_model: ClassVar[bool] = False
     """Whether later stages may name it as a model."""
+    makes_signal: ClassVar[bool] = False
+    """Whether later stages may name it as the teacher that they learn from, though it is no model."""
     uses_data: ClassVar[bool] = True
     """Whether its result depends on the recipe's data."""
 
@@ -93,12 +95,18 @@ class Session:
         """The model behind a reference of the recipe."""
         from distill.models.load import locate
 
+        reference = self.teacher_behind(reference)
         if reference in self.stages:
             return self.run.model(reference)
         if reference == "teacher":
             assert self.teacher is not None
             return Artifact("teacher", locate(self.teacher))
         return Artifact(reference, locate(reference))
+
+    def teacher_behind(self, reference: str) -> str:
+        """The model whose output a stage has written down, when ``reference`` is such a stage; else itself."""
+        stage = self.stages.get(reference)
+        return str(getattr(stage, "teacher", reference)) if stage is not None and stage.makes_signal else reference
 
     @cached_property
     def data_hash(self) -> str:

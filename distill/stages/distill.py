@@ -19,7 +19,7 @@ class Distill(DistillSpec, StageSpec):
     student: str
     """What to train: an earlier stage, a folder or a Hub id."""
     teacher: str = "teacher"
-    """Whom to learn from: "teacher", an earlier stage (a corrected teacher), a folder or a Hub id."""
+    """Whom to learn from: "teacher", an earlier stage (a corrected teacher, a cache), a folder or a Hub id."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """random: keep the student's architecture, forget its weights (a control)."""
     lora: LoraSpec | None = None
@@ -44,7 +44,7 @@ class Distill(DistillSpec, StageSpec):
             save_plain(disassemble(student), dtype),
             kind=self.kind,
             parent=self.student,
-            teacher=self.teacher,
+            teacher=context.session.teacher_behind(self.teacher),
             figures=figures,
         )
         return figures

@@ -27,7 +27,7 @@ class Quantize(DistillSpec, StageSpec):
     student: str
     """What to quantize: an earlier stage, "teacher", a folder or a Hub id."""
     teacher: str = "teacher"
-    """Whom to learn from; without effect (and not read) when nothing is trained."""
+    """Whom to learn from, a model or a cache of one; without effect (and not read) when nothing is trained."""
     quantizer: Annotated[QuantizerSpec, QUANTIZERS] = Int4Group()
     """The grid of the weights."""
     lora: LoraSpec | None = None
@@ -93,7 +93,7 @@ class Quantize(DistillSpec, StageSpec):
             write,
             kind=self.kind,
             parent=self.student,
-            teacher=self.teacher if self.trains() else None,
+            teacher=context.session.teacher_behind(self.teacher) if self.trains() else None,
             figures=figures | {"scheme": self.quantizer.label()},
         )
         size, worst = measured["share_of_bfloat16"], measured["verified_worst_kl"]

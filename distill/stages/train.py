@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from distill.training.assemble import Student
+    from distill.training.cached_teacher import CachedTeacher
 
 
 def train(
@@ -26,11 +27,12 @@ def train(
         student: what to train.
         losses: at least one.
         budget: how long; a budget of 0 does nothing.
-        teacher: reference of the frozen teacher, or None.
+        teacher: reference of the frozen teacher or of its cache, or None.
 
     Returns:
         Figures: steps, tokens, seconds of training, tokens a second.
     """
+    from distill.stages.cache_teacher import open_cache
     from distill.training.module import DistillationModule
     from distill.training.trainer import fit
 
@@ -41,10 +43,15 @@ def train(
     if num_steps == 0:
         return {"training_steps": 0, "training_tokens": 0, "training_seconds": 0.0}
     check_context_length(student.model, length)
+    source: PreTrainedModel | CachedTeacher | None = None
+    if teacher in session.stages and session.stages[teacher].makes_signal:
+        corpus, source = open_cache(context, teacher, num_steps * budget.batch_size)
+    elif teacher is not None:
+        source = load_frozen(context, teacher)
     module = DistillationModule(
         student.model,
         losses,
-        load_teacher(context, teacher) if teacher else None,
+        source,
         optimizer=budget.optimizer,
         num_steps=num_steps,
     )
@@ -68,11 +75,11 @@ def train(
     return {"training_steps": num_steps, "training_tokens": tokens, "training_seconds": round(seconds, 1)}
 
 
-def load_teacher(context: StageContext, reference: str) -> PreTrainedModel:
-    """The frozen teacher in its own precision (fp32 on a CPU, which is slow in bf16), over the student's tokens.
+def load_frozen(context: StageContext, reference: str) -> PreTrainedModel:
+    """A teacher in its own precision (fp32 on a CPU, which is slow in bf16).
 
     Raises:
-        InputError: teacher and student speak different vocabularies.
+        InputError: it speaks another vocabulary than the run.
     """
     from distill.models.load import load_model
     from distill.training.trainer import resolve_device

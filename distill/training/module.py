@@ -18,8 +18,10 @@ from torch import Tensor
 
 from distill.losses import CrossEntropy, LossSpec, LossTerm
 from distill.losses.head import Signal, head_losses
+from distill.losses.sparse import SparseSignal
 from distill.models.head import check_head, hidden_states, output_head
 from distill.models.load import move
+from distill.training.cached_teacher import CachedTeacher
 from distill.training.spec import OptimizerSpec
 
 if TYPE_CHECKING:
@@ -34,8 +36,8 @@ class DistillationModule(pl.LightningModule):
     Args:
         student: causal language model; its parameters that require gradients are trained.
         losses: at least one; those that need a teacher need ``teacher``.
-        teacher: frozen model over the same tokens. It is held outside the module tree: never in a checkpoint, an
-            optimizer or ``train()``.
+        teacher: frozen model over the same tokens, or what is left of one whose output comes with the batches. It is
+            held outside the module tree: never in a checkpoint, an optimizer or ``train()``.
         optimizer: AdamW and its schedule.
         num_steps: length of the schedules (learning rate, and any setting of a loss) in optimizer steps; unset: as
             many as the Trainer will make.
@@ -48,7 +50,7 @@ class DistillationModule(pl.LightningModule):
         self,
         student: PreTrainedModel,
         losses: Sequence[LossSpec],
-        teacher: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | CachedTeacher | None = None,
         *,
         optimizer: OptimizerSpec | None = None,
         num_steps: int | None = None,
@@ -66,13 +68,15 @@ class DistillationModule(pl.LightningModule):
         self._settings: dict[str, float] = {}
         self._rng: dict[str, Any] | None = None
         check_head(student)
-        if teacher is not None:
+        if isinstance(teacher, CachedTeacher):
+            teacher.check([loss for _, loss in self.losses])
+        elif teacher is not None:
             check_head(teacher)
             teacher.eval().requires_grad_(False)
 
     @property
-    def teacher(self) -> PreTrainedModel | None:
-        """The frozen teacher."""
+    def teacher(self) -> PreTrainedModel | CachedTeacher | None:
+        """The frozen teacher, live or cached."""
         return self._teacher[0]
 
     def on_fit_start(self) -> None:
@@ -82,14 +86,18 @@ class DistillationModule(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         """Bring the teacher to the student's device."""
-        if self.teacher is not None:
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.move(self.device)
+        elif self.teacher is not None:
             move(self.teacher, self.device)
 
     def batch_losses(self, batch: Batch, losses: Sequence[tuple[str, LossSpec]]) -> tuple[Tensor, dict[str, LossTerm]]:
         """Weighted sum of the losses over a batch, and each term; see :func:`distill.losses.head.head_losses`."""
         input_ids, mask = batch["input_ids"], batch["mask"]
-        signal = None
-        if self.teacher is not None:
+        signal: Signal | SparseSignal | None = None
+        if isinstance(self.teacher, CachedTeacher):
+            signal = self.teacher.signal(batch)
+        elif self.teacher is not None:
             with torch.inference_mode():
                 signal = Signal(hidden_states(self.teacher, input_ids), output_head(self.teacher))
         hidden = hidden_states(self.student, input_ids)

@@ -1,0 +1,92 @@
+"""What a cache belongs to: a teacher, a tokenizer, a text cut into blocks, and a codec. Nothing else.
+
+No order, batch size, number of ranks or student is among it, so that all of them can share a cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.core.artifact import hash_of
+from distill.core.errors import InputError
+from distill.data.teacher_cache.base import CodecSpec
+
+if TYPE_CHECKING:
+    from distill.data.blocks import Blocks
+
+HEADER = "cache.json"
+VERSION = 1
+_CALLED = {"teacher": "another teacher", "tokenizer": "another tokenizer", "text": "another text", "codec": "a codec"}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Hashes of what a cache depends on.
+
+    Attributes:
+        teacher: of the model's content.
+        tokenizer: of how text becomes ids.
+        text: of the token ids and how they are cut into blocks.
+        codec: its settings.
+    """
+
+    teacher: str
+    tokenizer: str
+    text: str
+    codec: dict[str, Any]
+
+    @classmethod
+    def of(cls, teacher: str, tokenizer: str, blocks: Blocks, codec: CodecSpec) -> Identity:
+        """Of a teacher and a tokenizer given as hashes, and the blocks that are to be cached."""
+        return cls(teacher, tokenizer, hash_of_blocks(blocks), codec.model_dump(mode="json"))
+
+    def key(self) -> str:
+        """One short hash of all of it."""
+        return hash_of(VERSION, asdict(self))
+
+    def check(self, folder: Path, header: dict[str, Any]) -> None:
+        """Refuse a cache that belongs to something else.
+
+        Raises:
+            InputError: with the name of what is not the same.
+        """
+        if header.get("version") != VERSION:
+            raise InputError(f"{folder}: a teacher cache of version {header.get('version')}, expected {VERSION}")
+        for name, ours in asdict(self).items():
+            theirs = header["identity"][name]
+            if theirs != ours:
+                raise InputError(
+                    f"{folder}: this cache was written with {_CALLED[name]} ({theirs}), this run has {ours}; "
+                    "name another folder, or remove it to write it anew"
+                )
+
+
+def read_header(folder: Path) -> dict[str, Any] | None:
+    """What ``cache.json`` says, or None when there is no cache.
+
+    Raises:
+        InputError: it is not such a file.
+    """
+    file = folder / HEADER
+    if not file.is_file():
+        return None
+    try:
+        header = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or "identity" not in header:
+        raise InputError(f"{file}: not the header of a teacher cache; name another folder")
+    return header
+
+
+def hash_of_blocks(blocks: Blocks) -> str:
+    """Stands for the ids of a token file and the way they are cut; where the file lies does not matter."""
+    digest = hashlib.sha256()
+    with Path(blocks.tokens.path).open("rb") as stream:
+        while piece := stream.read(16 << 20):
+            digest.update(piece)
+    return hash_of(digest.hexdigest(), blocks.tokens.dtype, blocks.sequence_length, blocks.chosen.tolist())

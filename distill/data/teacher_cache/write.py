@@ -1,0 +1,182 @@
+"""Write what a cache lacks, shard by shard; a kill loses one shard, and the same call goes on with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from distill.core.artifact import hash_of, write_text
+from distill.core.errors import MachineError
+from distill.data.blocks import Blocks
+from distill.data.packing import alone
+from distill.data.teacher_cache.cache import Place, ids_of
+from distill.data.teacher_cache.fidelity import Fidelity, measure
+from distill.data.teacher_cache.identity import HEADER, VERSION
+from distill.data.teacher_cache.shards import Coded, checksum, open_shards, shard_file, write_shard
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SHARD_BYTES = 64 << 20
+_CHUNK = 512
+_SAMPLE_TOKENS = 2048
+_LINE_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Live:
+    """A teacher in memory.
+
+    Attributes:
+        hidden: int64 [batch, sequence] -> final hidden states [batch, sequence, hidden].
+        logits: [tokens, hidden] -> [tokens, vocabulary].
+        device: where both want their inputs.
+    """
+
+    hidden: Callable[[Tensor], Tensor]
+    logits: Callable[[Tensor], Tensor]
+    device: torch.device
+
+
+def fill(
+    place: Place,
+    blocks: Blocks,
+    wanted: Sequence[int],
+    live: Callable[[], Live],
+    *,
+    batch_size: int,
+    what: str,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Bring all blocks ``wanted`` into the cache; what is there already is left alone.
+
+    Processes that fill the same cache at once wait for each other.
+
+    Args:
+        place: the cache.
+        blocks: the text.
+        wanted: numbers of blocks.
+        live: loads the teacher; only called when something is missing.
+        batch_size: blocks a forward pass.
+        what: shown to people, such as ``"train"``.
+        say: prints a line.
+
+    Returns:
+        The cache's header.
+
+    Raises:
+        InputError: the cache there is another's, or the codec cannot code this vocabulary.
+        MachineError: the disk is full or not writable.
+    """
+    with alone(place.folder):
+        missing = place.missing(wanted)
+        header = place.header()
+        if missing:
+            teacher = live()
+            header = header or _begin(place, blocks, missing, teacher)
+            fidelity = Fidelity(**header["fidelity"])
+            _announce(place, fidelity, len(missing) * (blocks.sequence_length - 1), what, say)
+            _write(place, blocks, missing, teacher, header["blocks_per_shard"], batch_size, what)
+        assert header is not None
+        return header
+
+
+def _begin(place: Place, blocks: Blocks, missing: Sequence[int], live: Live) -> dict[str, Any]:
+    """Measure the codec on a sample, spread over the blocks to come, and write the header."""
+    count = min(len(missing), max(1, _SAMPLE_TOKENS // blocks.sequence_length))
+    sample = [missing[i * len(missing) // count] for i in range(count)]
+    pairs = [(hidden, coded.data) for hidden, coded in _encode(place, blocks, sample, live, count)]
+    fidelity = measure(pairs, place.codec, place.width, place.vocabulary, live.logits)
+    header = {
+        "version": VERSION,
+        "identity": asdict(place.identity),
+        "blocks_per_shard": max(1, round(_SHARD_BYTES / (fidelity.bytes_per_token * blocks.sequence_length))),
+        "fidelity": asdict(fidelity),
+    }
+    write_text(place.folder / HEADER, json.dumps(header, indent=2) + "\n")
+    return header
+
+
+def _announce(place: Place, fidelity: Fidelity, tokens: int, what: str, say: Callable[[str], None]) -> None:
+    """Say what the cache will cost and keep; refuse a disk that has no room for it."""
+    needed, free = tokens * fidelity.bytes_per_token, shutil.disk_usage(place.folder).free
+    say(f"{what}: {tokens:,} tokens as {place.codec.kind}, {fidelity.line()}, {needed / 1e6:,.1f} MB on disk")
+    if needed > free:
+        raise MachineError(
+            f"{place.folder}: the teacher cache needs {needed / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free; "
+            "take a smaller codec or num_sequences, or another folder"
+        )
+
+
+def _write(
+    place: Place, blocks: Blocks, missing: list[int], live: Live, per_shard: int, batch_size: int, what: str
+) -> None:
+    progress = _Progress(f"caching the teacher: {what}", len(missing))
+    names = _free_names(place.folder)
+    for start in range(0, len(missing), per_shard):
+        coded = []
+        for _, block in _encode(place, blocks, missing[start : start + per_shard], live, batch_size):
+            coded.append(block)
+            progress.advance()
+        write_shard(next(names), coded)
+
+
+def _free_names(folder: Path) -> Iterator[Path]:
+    """Names that no whole shard has; one that is not whole is written over."""
+    whole = {shard.file for shard in open_shards(folder)}
+    number = 0
+    while True:
+        if (file := shard_file(folder, number)) not in whole:
+            yield file
+        number += 1
+
+
+@torch.inference_mode()
+def _encode(
+    place: Place, blocks: Blocks, numbers: Sequence[int], live: Live, batch_size: int
+) -> Iterator[tuple[Tensor, Coded]]:
+    """The teacher's hidden states [positions, hidden] and the coded bytes of each block."""
+    for start in range(0, len(numbers), batch_size):
+        some = list(numbers[start : start + batch_size])
+        batch = Blocks.__getitem__(blocks, some)
+        states = live.hidden(batch["input_ids"].to(live.device))
+        for number, state, mask in zip(some, states, batch["mask"].to(live.device), strict=True):
+            hidden = state[mask]
+            yield hidden, Coded(number, checksum(ids_of(blocks, number)), encode_block(place, hidden, number, live))
+
+
+def encode_block(place: Place, hidden: Tensor, number: int, live: Live) -> Tensor:
+    """A block's bytes, uint8; they depend on the block and its place alone. hidden: [positions, hidden]"""
+    generator = torch.Generator(hidden.device)
+    generator.manual_seed(int(hash_of(place.identity.key(), number), 16) % 2**63)
+    fields: list[list[Tensor]] = []
+    for rows in hidden.split(_CHUNK):
+        taught = rows if place.codec.reads == "hidden" else live.logits(rows).float().log_softmax(-1)
+        fields.append(place.codec.encode(taught, generator))
+    return torch.cat([torch.cat(parts).flatten() for parts in zip(*fields, strict=True)]).cpu()
+
+
+class _Progress:
+    """A line to standard error now and then, with the time that is left."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.done = what, total, 0
+        self._start = self._last = time.monotonic()
+
+    def advance(self) -> None:
+        """One block more."""
+        self.done += 1
+        now = time.monotonic()
+        if now - self._last >= _LINE_EVERY_S:
+            self._last = now
+            left_s = (now - self._start) / self.done * (self.total - self.done)
+            line = f"{self.what}: {self.done:,} of {self.total:,} blocks, {left_s:.0f} s left"
+            print(f"  {line}", file=sys.stderr, flush=True)

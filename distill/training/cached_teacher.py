@@ -1,0 +1,63 @@
+"""A teacher that has been written down: of the model itself no more than the head is in memory, if that.
+
+The signal is in the batches (see :class:`distill.data.teacher_cache.cache.CachedBlocks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill.core.errors import InputError
+from distill.data.teacher_cache.base import HIDDEN, IDS
+from distill.data.teacher_cache.fidelity import signal_of
+from distill.losses.sparse import SparseSignal, refusal
+from distill.models.head import load_head
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from distill.losses.base import LossSpec
+    from distill.losses.head import Head, Signal
+
+
+class CachedTeacher:
+    """Makes a signal of what a batch brings.
+
+    Args:
+        vocabulary: rows of the teacher's head.
+        head: file of :func:`distill.models.head.save_head`, for batches with hidden states.
+        whole: whether the training batches hold hidden states; the validation's may all the same.
+        dtype: of the head in memory; None is that of the file.
+    """
+
+    def __init__(self, vocabulary: int, head: Path, *, whole: bool, dtype: torch.dtype | None = None):
+        self.vocabulary, self.whole = vocabulary, whole
+        self._file, self._dtype = head, dtype
+        self._head: Head | None = None
+
+    def check(self, losses: Iterable[LossSpec]) -> None:
+        """Refuse losses that cannot be taken from this signal.
+
+        Raises:
+            InputError: with the loss by name.
+        """
+        if not self.whole and (why := refusal(losses)):
+            raise InputError(f"losses: {why}")
+
+    def move(self, device: torch.device) -> None:
+        """Load the head to where the batches are."""
+        if self._head is None or self._head.parameters[0].device != device:
+            self._head = load_head(self._file, dtype=self._dtype, device=device)
+
+    def signal(self, batch: dict[str, Tensor]) -> Signal | SparseSignal:
+        """The teacher's side of a batch.
+
+        Raises:
+            InputError: it brings none.
+        """
+        if HIDDEN not in batch and IDS not in batch:
+            raise InputError("blocks of this batch are not in the teacher's cache; run its cache_teacher stage again")
+        return signal_of(batch, self.vocabulary, self._head)

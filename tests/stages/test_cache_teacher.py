@@ -1,0 +1,171 @@
+"""The stage in whole runs: every codec, students that share a cache, no teacher in memory, one line a refusal."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.core.errors import InputError, RecipeError
+from distill.recipe import Recipe
+from distill.runner import run
+
+RECIPE = """\
+name: tiny
+teacher: {teacher}
+data:
+  train: {{kind: jsonl, path: {text}}}
+  sequence_length: 16
+  validation_tokens: 100
+  calibration_sequences: 4
+stages:
+  prune:
+    keep: {{intermediate_size: 32}}
+  live:
+    {{kind: distill, student: prune, num_steps: 4, batch_size: 4}}
+  cache:
+    {{kind: cache_teacher, codec: {codec}}}
+  cached:
+    {{kind: distill, student: prune, teacher: cache, num_steps: 4, batch_size: 4}}
+compute: {{accelerator: cpu, log_every_steps: 1}}
+logging: {{wandb: disabled}}
+"""
+CODECS = ("{kind: top_k, k: 300, value_dtype: float32}", "{kind: top_k, k: 8}", "sampled", "hidden")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.jsonl"
+    rows = [{"text": f"row {i} of the text that a small model reads, and {i * i} more words"} for i in range(80)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "model", seed=0)
+
+
+def make_teacher(folder: Path, seed: int) -> Path:
+    from distill.data.tokenizer import train_tokenizer
+    from distill.models.load import new_config, new_model
+
+    tokenizer = train_tokenizer(["row of the text that a small model reads, and more words"] * 5, 270, folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    keys = {"model_type": "llama", "num_key_value_heads": 2, "max_position_embeddings": 32, "initializer_range": 0.3}
+    new_model(new_config(keys | sizes | {"vocab_size": len(tokenizer)}), seed=seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(teacher: Path, text: Path) -> Any:
+    def make(codec: str = "sampled", set: tuple[str, ...] = (), **names: Any) -> Recipe:
+        names = {"teacher": teacher, "text": text} | names
+        return Recipe.from_text(RECIPE.format(codec=codec, **names), set=set)
+
+    return make
+
+
+def metrics(folder: Path, stage: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_cached_run_is_near_the_live_one(codec: str, recipe: Any, tmp_path: Path) -> None:
+    said: list[str] = []
+    folder = run(recipe(codec), tmp_path / "run", say=said.append).folder
+    live, cached = (metrics(folder, stage) for stage in ("live", "cached"))
+    assert len(live) == len(cached)
+    close = {"{kind: top_k, k: 300, value_dtype: float32}": 1e-3, "hidden": 0.02}.get(codec)
+    for one, other in zip(live, cached, strict=True):
+        assert set(one) == set(other)
+        for key in one:
+            if key.endswith("kl") and close is not None:
+                assert other[key] == pytest.approx(one[key], rel=close), key
+    assert any("bytes a token" in line and "on disk" in line for line in said)
+    lineage = json.loads((folder / "cached" / "model" / "distill.json").read_text())
+    assert lineage["teacher"] == "teacher"
+
+
+def test_students_share_a_cache_and_no_teacher_is_loaded(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    first = recipe(set=(f"stages.cache.folder={tmp_path / 'shared'}",))
+    run(first, folder, say=quiet)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "shared").rglob("*.safetensors")}
+
+    import distill.stages.train as training
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("a teacher was loaded")
+
+    monkeypatch.setattr(training, "load_frozen", never)
+    other = ("stages.cached.batch_size=2", "stages.cached.num_steps=8", "stages.prune.keep={intermediate_size: 16}")
+    again = recipe(set=(f"stages.cache.folder={tmp_path / 'shared'}", *other, "compute.micro_batch_size=1"))
+    without_live = Recipe.model_validate(
+        again.model_dump() | {"stages": {k: v.model_dump() for k, v in again.stages.items() if k != "live"}}
+    )
+    run(without_live, tmp_path / "other", say=quiet)
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "shared").rglob("*.safetensors")}
+
+
+def test_a_longer_training_adds_what_is_missing(recipe: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = run(recipe(), folder, say=quiet).done("cache")
+    assert done is not None
+    place = Path(done.figures["folder"])
+    before = {file.name: file.read_bytes() for file in place.glob("shard-*")}
+    run(recipe(set=("stages.cached.num_steps=12",)), folder, say=quiet)
+    after = {file.name: file.read_bytes() for file in place.glob("shard-*")}
+    assert len(after) > len(before)
+    assert before.items() <= after.items()
+
+
+def test_other_validation_settings_keep_the_training_cache(recipe: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(recipe(), folder, say=quiet)
+    before = {file: file.stat().st_mtime_ns for file in (folder / "data").glob("teacher-*/train/shard-*")}
+    run(recipe(set=("data.validation_tokens=60",)), folder, say=quiet)
+    assert before == {file: file.stat().st_mtime_ns for file in (folder / "data").glob("teacher-*/train/shard-*")}
+
+
+def test_a_cache_that_is_too_short_is_refused(recipe: Any, tmp_path: Path) -> None:
+    short = recipe(set=("stages.cache.num_sequences=5",))
+    with pytest.raises(InputError, match=r"holds 5 training sequences and \d+ of the .* raise its num_sequences to 16"):
+        run(short, tmp_path / "run", say=quiet)
+
+
+def test_another_teachers_cache_is_refused_by_name(recipe: Any, tmp_path: Path) -> None:
+    shared = f"stages.cache.folder={tmp_path / 'shared'}"
+    run(recipe(set=(shared,)), tmp_path / "run", say=quiet)
+    other = make_teacher(tmp_path / "other" / "model", seed=1)
+    with pytest.raises(InputError, match="written with another teacher"):
+        run(recipe(set=(shared,), teacher=other), tmp_path / "again", say=quiet)
+
+
+@pytest.mark.parametrize(
+    ("set", "line"),
+    [
+        (("stages.cached.losses=[reverse_kl]",), "reverse_kl needs the teacher's whole distribution"),
+        (("stages.cached.losses=[{kind: forward_kl, temperature: 2.0}]",), "forward_kl at temperature 2.0"),
+        (("stages.cached.student=cache",), "'cache' is a cache_teacher stage, which makes no model"),
+        (("stages.cache.teacher=prune", "stages.live.teacher=cache"), "'cache' must stand before this stage"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(set: tuple[str, ...], line: str, recipe: Any) -> None:
+    with pytest.raises(RecipeError, match=re.escape(line)):
+        recipe("{kind: top_k, k: 8}", set=set)
+
+
+def test_hidden_takes_every_loss(recipe: Any, tmp_path: Path) -> None:
+    losses = "stages.cached.losses=[reverse_kl, {kind: forward_kl, temperature: 2.0}]"
+    run(recipe("hidden", set=(losses, "stages.cached.num_steps=1")), tmp_path / "run", say=quiet)
