@@ -56,7 +56,7 @@ class Evaluate(StageSpec):
 
     def reads(self, earlier: list[str]) -> list[str]:
         """Those that are named, or all."""
-        return list(dict.fromkeys([self.teacher, *(self.models or ["teacher", *earlier]), *self.controls]))
+        return list(dict.fromkeys([self.teacher, *(self.models or earlier), *self.controls]))
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Quality and size of one model after the other, then speed in rounds over all of them."""
@@ -79,8 +79,8 @@ class Evaluate(StageSpec):
             return list(dict.fromkeys([*self.models, *self.controls]))
         stages = context.session.stages
         before = list(stages)[: list(stages).index(context.name)]
-        teacher = ["teacher"] if context.session.teacher else []
-        return [*teacher, *(name for name in before if stages[name].makes_model)]
+        teacher = [self.teacher] if self.teacher != "teacher" or context.session.teacher else []
+        return list(dict.fromkeys([*teacher, *(name for name in before if stages[name].makes_model)]))
 
     def _load(self, context: StageContext, location: str) -> Any:
         from distill.models.load import load_model
