@@ -176,7 +176,9 @@ def _options(
 def main() -> NoReturn:
     """Entry point: an error of the user's or the machine's is one clear line and an exit code, never a traceback."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == 130:  # typer swallows Ctrl-C and returns this
+            raise KeyboardInterrupt
     except typer.Exit as exit_:
         sys.exit(exit_.exit_code)
     except DistillError as error:

@@ -29,24 +29,49 @@ def report_runs(folders: list[Path], out: Path) -> tuple[str, Path]:
     from distill.stages.report_page.write import RunFacts, write_report
     from distill.tracking.tables import markdown_table
 
+    recipes = _comparable(folders)
     rows: list[Row] = []
     curves: dict[str, Any] = {}
-    recipes = []
-    for folder in folders:
-        recipe = load_run(folder)
-        recipes.append(recipe.dump())
-        prefix = f"{folder.name}/" if len(folders) > 1 else ""
+    for prefix, folder, recipe in zip(_prefixes(folders), folders, recipes, strict=True):
         found = _rows(folder, recipe)
-        rows += [_renamed(row, prefix, {row.name for row in found}) for row in found]
+        known = {row.name for row in found if row.role != "teacher"}
+        rows += [_renamed(row, prefix, known) for row in found if row.role != "teacher" or not rows]
         curves |= {prefix + name: series for name, series in _curves(folder, recipe).items()}
     facts = RunFacts(
         name=" and ".join(folder.name for folder in folders),
-        recipe="\n---\n".join(recipes),
+        recipe="\n---\n".join(recipe.dump() for recipe in recipes),
         command=f"distill report {' '.join(str(folder) for folder in folders)}",
         device=", ".join(dict.fromkeys(row.device for row in rows if row.device)),
         engine=", ".join(dict.fromkeys(row.engine for row in rows if row.engine)),
     )
     return markdown_table(rows), write_report(rows, curves, [], facts, out)
+
+
+def _comparable(folders: list[Path]) -> list[Recipe]:
+    """The recipes of runs that were measured on the same text against the same teacher.
+
+    Raises:
+        InputError: they were not, so that no figure of one says anything beside the other's.
+    """
+    recipes = [load_run(folder) for folder in folders]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise InputError("report: a run folder is given twice; name each once")
+    for folder, recipe in zip(folders[1:], recipes[1:], strict=True):
+        for what in ("teacher", "data"):
+            if getattr(recipe, what) != getattr(recipes[0], what):
+                raise InputError(
+                    f"report: {folder} and {folders[0]} differ in {what}, so their figures cannot be compared; "
+                    "report each on its own"
+                )
+    return recipes
+
+
+def _prefixes(folders: list[Path]) -> list[str]:
+    """What tells the runs' models apart: nothing for one run, the folder's name, or its path where names are equal."""
+    if len(folders) == 1:
+        return [""]
+    names = [folder.name for folder in folders]
+    return [f"{folder.name if names.count(folder.name) == 1 else folder}/" for folder in folders]
 
 
 def answer_prompts(folder: Path, prompts: list[str], *, new_tokens: int) -> list[dict[str, Any]]:
@@ -99,7 +124,7 @@ def _rows(folder: Path, recipe: Recipe) -> list[Row]:
 
 def _renamed(row: Row, prefix: str, known: set[str]) -> Row:
     parent = prefix + row.parent if row.parent in known else row.parent
-    return replace(row, name=prefix + row.name, parent=parent)
+    return replace(row, name=prefix + row.name if row.name in known else row.name, parent=parent)
 
 
 def _curves(folder: Path, recipe: Recipe) -> dict[str, Any]:

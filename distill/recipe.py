@@ -119,6 +119,9 @@ class Recipe(Spec):
             for key, reference in stage.references():
                 yield from self._reference_mistakes(source, (*path, *key), reference, earlier)
             earlier.append(name)
+        if self.teacher is not None and not _may_be_model(self.teacher):
+            place = source.place(("teacher",))
+            yield f"{place}: teacher: no folder {self.teacher!r} here, and a Hub id is <who>/<model>"
         if self.data.tokenizer == "teacher" and self.teacher is None:
             place = source.place(("data", "tokenizer"))
             yield (
@@ -143,8 +146,8 @@ class Recipe(Spec):
             elif self.stages[reference].makes_signal and path[-1] == "teacher":
                 yield from self._signal_mistakes(path, reference, at)
             elif not self.stages[reference].makes_model:
-                yield at + f"{reference!r} is a {self.stages[reference].kind} stage, which makes no model"
-        elif "/" not in reference and ":" not in reference and not Path(reference).is_dir():
+                yield at + f"{reference!r} is of kind {self.stages[reference].kind}, which makes no model"
+        elif not _may_be_model(reference):
             models = ["teacher", *(name for name in earlier if self.stages[name].makes_model)]
             yield (
                 at
@@ -160,6 +163,11 @@ class Recipe(Spec):
                 yield at + f"{reference!r} is a cache already; name its teacher"
             elif why := cache.refuses(getattr(stage, "losses", [])):
                 yield at + why
+
+
+def _may_be_model(reference: str) -> bool:
+    """Whether it can be looked for: a folder, a path, a Hub id or a builtin."""
+    return "/" in reference or ":" in reference or Path(reference).is_dir()
 
 
 def _fields_at(data: Any, path: KeyPath) -> list[str]:

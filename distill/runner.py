@@ -13,7 +13,7 @@ import torch
 
 from distill.core.artifact import fingerprint, hash_of, write_text
 from distill.core.errors import DistillError, InputError, MachineError
-from distill.core.run import CHECKPOINTS, RECIPE, Done, Run
+from distill.core.run import CHECKPOINTS, RECIPE, Done, Run, sizes_of
 from distill.recipe import Recipe
 from distill.stages.base import Session, StageContext, StageSpec
 
@@ -52,7 +52,6 @@ def run(
             raise InputError(f"{flag} {name}: no such stage (stages: {', '.join(names)})")
     the_run = Run(folder)
     with the_run.lock():
-        write_text(folder / RECIPE, recipe.dump())
         session = _session(recipe, the_run, say, command)
         hashes: dict[str, str] = {}
         say(f"{recipe.name}: {len(names)} stages into {folder}")
@@ -60,6 +59,8 @@ def run(
             the_run.forget(name)
         try:
             for number, name in enumerate(names, 1):
+                if name == (only or names[0]):  # what comes before may still refuse, and then the old recipe stands
+                    write_text(folder / RECIPE, recipe.dump())
                 if only is not None and number > names.index(only) + 1:
                     break
                 input_hash = _input_hash(session, name, hashes)
@@ -93,11 +94,15 @@ def _run_stage(session: Session, name: str, input_hash: str, number: str) -> Non
     """One stage: skipped when its marker fits, else run and marked."""
     stage, done = session.stages[name], session.run.done(name)
     title = f"{number} {name}" + (f" ({stage.kind})" if stage.kind != name else "")
+    if done is not None and stage.makes_model and not _has_weights(session, name):
+        session.say(f"{title}: its model is not whole any more, so it is made again")
+        session.run.forget(name)
+        done = None
     if done is not None and done.input_hash == input_hash:
         session.say(f"{title}: finished before, {done.seconds:.0f} s")
         return
     session.say(title)
-    folder = session.run.begin(name, input_hash)
+    folder = session.run.begin(name, input_hash, session.say)
     (folder / "DONE").unlink(missing_ok=True)
     started = time.perf_counter()
     torch.manual_seed(int(hash_of(session.seed, name), 16) % 2**63)  # dropout and new adapters, whatever ran before
@@ -111,9 +116,16 @@ def _run_stage(session: Session, name: str, input_hash: str, number: str) -> Non
         error.args = (f"stages.{name}: {error}",)
         raise
     seconds = time.perf_counter() - started
-    session.run.finish(name, Done(input_hash, round(seconds, 3), figures))
+    session.run.finish(name, Done(input_hash, round(seconds, 3), figures, sizes=sizes_of(folder / "model")))
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # only now: until DONE stands they are what a kill leaves
     session.say(f"  done in {seconds:.0f} s")
+
+
+def _has_weights(session: Session, name: str) -> bool:
+    """Whether the files of a finished stage's model are all there, as long as they were."""
+    folder = session.run.stage(name) / "model"
+    done = session.run.done(name)
+    return done is not None and folder.is_dir() and done.sizes == sizes_of(folder)
 
 
 def _done(the_run: Run, name: str) -> Done:

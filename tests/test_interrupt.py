@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from distill.compare import report_runs
+from distill.core.errors import InputError
 from distill.recipe import Recipe
 from distill.runner import run
 
@@ -132,3 +134,44 @@ def test_a_damaged_checkpoint_is_passed_over(recipe: Path, undisturbed: bytes, t
     said = finish(recipe, folder)
     assert [line for line in said if "damaged" in line and newest.name in line]
     assert weights(folder) == undisturbed
+
+
+def test_ctrl_c_outside_of_training_is_no_success(recipe: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "distill", "run", str(recipe), "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not (tmp_path / "run" / "first" / "INPUT").exists():  # the heavy imports come next
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+
+
+def test_a_model_that_is_gone_is_made_again(recipe: Path, undisturbed: bytes, tmp_path: Path) -> None:
+    finish(recipe, tmp_path / "run")
+    (tmp_path / "run" / "second" / "model" / "model.safetensors").write_bytes(b"cut short")
+    said = finish(recipe, tmp_path / "run")
+    assert any("second" in line and "made again" in line for line in said)
+    assert weights(tmp_path / "run") == undisturbed
+
+
+def test_a_refused_command_leaves_the_runs_recipe_alone(recipe: Path, tmp_path: Path) -> None:
+    finish(recipe, tmp_path / "run")
+    before = (tmp_path / "run" / "recipe.yaml").read_text()
+    other = Recipe.load(recipe, ["stages.first.num_steps=3"])
+    with pytest.raises(InputError, match="is not finished"):
+        run(other, tmp_path / "run", only="second", say=lambda line: None)
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == before
+
+
+def test_runs_of_other_texts_are_not_compared(recipe: Path, tmp_path: Path) -> None:
+    for name, change in (("a", "seed=0"), ("b", "data.validation_tokens=90")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text(Recipe.load(recipe, [change]).dump())
+    with pytest.raises(InputError, match="differ in data"):
+        report_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    with pytest.raises(InputError, match="given twice"):
+        report_runs([tmp_path / "a", tmp_path / "a"], tmp_path / "out")

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,11 @@ def replacing(folder: Path) -> Iterator[Path]:
         _put_back(aside, folder)
         temporary.mkdir(parents=True)
         yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
                 sync(file)
         sync(temporary)
         if folder.exists():
@@ -123,6 +126,8 @@ def write_bytes(file: Path, content: bytes) -> None:
     Raises:
         MachineError: the disk is full or not writable.
     """
+    if file.is_dir():
+        raise InputError(f"{file}: is a folder, expected the name of a file")
     temporary = file.with_name(f".{file.name}.writing")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -131,6 +136,8 @@ def write_bytes(file: Path, content: bytes) -> None:
         os.replace(temporary, file)
         sync(file.parent)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
         raise MachineError(f"{file}: cannot be written ({error.strerror or error})") from error
 
 

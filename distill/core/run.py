@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,15 +27,22 @@ class Done:
 
     Attributes:
         input_hash: hash of everything that the stage read.
-        seconds: wall time, over all its attempts that the run knows of.
+        seconds: wall time of the attempt that finished it.
         figures: what it measured.
+        sizes: bytes of every file of the model that it made.
         made: differs each time that the stage runs, so that what was made from an older result is made anew.
     """
 
     input_hash: str
     seconds: float
     figures: dict[str, Any]
+    sizes: dict[str, int] = field(default_factory=dict)
     made: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    """Name -> bytes of every file in a model folder; empty when there is none."""
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir())} if folder.is_dir() else {}
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Run:
         """The model that a stage leaves."""
         return Artifact(name, str(self.stage(name) / "model"))
 
-    def begin(self, name: str, input_hash: str) -> Path:
+    def begin(self, name: str, input_hash: str, say: Callable[[str], None] = lambda line: None) -> Path:
         """The folder of a stage that is about to run.
 
         Work that was left there with other inputs is moved aside, never deleted and never continued.
@@ -64,6 +71,7 @@ class Run:
             while (aside := folder.with_name(f"{name}.old-{number}")).exists():
                 number += 1
             folder.rename(aside)
+            say(f"  its inputs have changed; what was there is now {aside.name}")
         folder.mkdir(parents=True, exist_ok=True)
         write_text(marker, input_hash + "\n")
         return folder

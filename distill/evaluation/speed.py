@@ -10,7 +10,7 @@ import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -181,7 +181,8 @@ def _child(sender: Connection, folder: str, settings: dict[str, Any]) -> None:
         sender.send(("done", measure(folder, SpeedSettings(**settings))))
     except BaseException as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        sender.send(("error", f"{type(error).__name__}: {first}" if first else type(error).__name__))
+        with suppress(OSError):  # nobody may be listening any more
+            sender.send(("error", f"{type(error).__name__}: {first}" if first else type(error).__name__))
     finally:
         sender.close()
 

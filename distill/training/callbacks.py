@@ -239,9 +239,7 @@ class ShowProgress(StepEnd):
 
 def diverged(what: str, step: int) -> DistillError:
     """The one line for a training that has left the finite numbers."""
-    return DistillError(
-        f"{what} at step {step}: lower optimizer.lr or raise its warmup_steps; the last good checkpoint is kept"
-    )
+    return DistillError(f"{what} at step {step}: lower optimizer.lr or raise its warmup_steps, and run again")
 
 
 def flops_per_token(module: DistillationModule) -> float:

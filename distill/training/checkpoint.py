@@ -36,7 +36,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             sync(target.parent)
         except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
-            raise MachineError(f"{target}: checkpoint cannot be written ({error}); the one before it stands") from error
+            reason = error.strerror if isinstance(error, OSError) else "the disk took only a part of it; is it full?"
+            raise MachineError(f"{target}: checkpoint cannot be written ({reason})") from error
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ class MetricsLog:
         """Append one row; it is on its way to the disk when this returns."""
         self._stream.write(json.dumps(row) + "\n")
         self._stream.flush()
+
+    def stop(self) -> None:
+        """Let go of the file; the rows stay, and an error that is on its way is not replaced by another."""
+        with suppress(OSError):
+            self._stream.close()
 
     def close(self) -> None:
         """Write the CSV table and let go of the file."""

@@ -56,6 +56,8 @@ class DistillationModule(pl.LightningModule):
         num_steps: int | None = None,
     ):
         super().__init__()
+        if not losses:
+            raise ValueError("no loss to train on; give at least one")
         if teacher is None and any(loss.needs_teacher for loss in losses):
             raise ValueError(f"{[loss.kind for loss in losses if loss.needs_teacher]} need a teacher")
         self.student = student

@@ -120,8 +120,10 @@ def fit(
             f"{name}: out of GPU memory; lower compute.micro_batch_size ({micro}) "
             "or set compute.gradient_checkpointing: true"
         ) from error
-    finally:
-        log.close()
+    except BaseException:
+        log.stop()
+        raise
+    log.close()
     return num_steps
 
 

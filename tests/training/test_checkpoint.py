@@ -28,7 +28,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise error
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(MachineError, match=r"step=00000005.ckpt: checkpoint cannot be written.*stands"):
+    with pytest.raises(MachineError, match=r"step=00000005.ckpt: checkpoint cannot be written"):
         save(tmp_path, 5)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
