@@ -147,5 +147,4 @@ def _input_hash(session: Session, name: str, hashes: dict[str, str]) -> str:
     for reference in stage.reads(list(hashes)):
         if reference != "teacher" or session.teacher is not None:
             read.append(hashes.get(reference) or fingerprint(session.artifact(reference).location))
-    common = [session.data_hash, session.seed] if stage.uses_data else []
-    return hash_of(stage.model_dump(mode="json"), read, common)
+    return hash_of(stage.model_dump(mode="json"), read, [session.data_hash, session.seed])

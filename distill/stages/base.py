@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,8 +32,6 @@ class StageSpec(Spec):
     """Whether later stages may name it as a model."""
     makes_signal: ClassVar[bool] = False
     """Whether later stages may name it as the teacher that they learn from, though it is no model."""
-    uses_data: ClassVar[bool] = True
-    """Whether its result depends on the recipe's data."""
 
     kind: str
 
@@ -179,7 +176,6 @@ class StageContext:
     name: str
     folder: Path
     input_hash: str
-    started: float = field(default_factory=time.perf_counter)
 
     def say(self, line: str) -> None:
         """Print one line for people."""

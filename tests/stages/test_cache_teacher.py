@@ -12,6 +12,7 @@ import pytest
 from distill.core.errors import InputError, RecipeError
 from distill.recipe import Recipe
 from distill.runner import run
+from distill.training.metrics import read_rows
 
 RECIPE = """\
 name: tiny
@@ -169,3 +170,5 @@ def test_mistakes_are_found_before_anything_runs(set: tuple[str, ...], line: str
 def test_hidden_takes_every_loss(recipe: Any, tmp_path: Path) -> None:
     losses = "stages.cached.losses=[reverse_kl, {kind: forward_kl, temperature: 2.0}]"
     run(recipe("hidden", set=(losses, "stages.cached.num_steps=1")), tmp_path / "run", say=quiet)
+    (row,) = [row for row in read_rows(tmp_path / "run" / "cached") if "train/kl" in row]
+    assert min(row["train/reverse_kl"], row["train/forward_kl"], row["train/kl"]) > 0
