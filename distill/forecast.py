@@ -17,7 +17,7 @@ from distill.models.load import locate
 from distill.pruning.layout import shape
 from distill.pruning.select import target_sizes
 from distill.recipe import Recipe
-from distill.stages.base import StageSpec
+from distill.stages.base import SELF, StageSpec
 from distill.stages.distill import Distill
 from distill.stages.evaluate import Evaluate
 from distill.stages.finetune import Finetune, NewModel
@@ -198,7 +198,7 @@ def _memory(name: str, stage: BudgetSpec, known: dict[str, Config | None]) -> st
     trained = TRAINED_BYTES if getattr(stage, "lora", None) is None else FROZEN_BYTES
     total = student * trained
     teacher = getattr(stage, "teacher", None)
-    if teacher is not None:
+    if teacher not in (None, SELF):
         config = known[teacher] if teacher in known else _config(teacher)
         total += (_count(config) or 0) * FROZEN_BYTES
     return f"{total / 1e9:,.2f} GB for weights, gradients and optimizer; activations come on top"

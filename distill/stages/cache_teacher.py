@@ -196,16 +196,15 @@ class _Loaded:
         self._live: Live | None = None
 
     def __call__(self) -> Live:
-        import torch
 
         from distill.data.teacher_cache.write import Live
         from distill.models.head import check_head, hidden_states, output_head
         from distill.models.load import move
         from distill.stages.train import load_frozen
-        from distill.training.trainer import resolve_device
+        from distill.training.trainer import resolve_teacher
 
         if self._live is None:
-            device = torch.device(resolve_device(self.context.session.compute))
+            device, _ = resolve_teacher(self.context.session.compute)
             model = move(load_frozen(self.context, self.stage.teacher), device)
             check_head(model)
             self._model = model

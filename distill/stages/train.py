@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.core.errors import InputError
 from distill.losses.base import LossSpec
-from distill.stages.base import StageContext
+from distill.stages.base import SELF, StageContext
 from distill.training.spec import BudgetSpec
 
 if TYPE_CHECKING:
@@ -27,14 +27,16 @@ def train(
         student: what to train.
         losses: at least one.
         budget: how long; a budget of 0 does nothing.
-        teacher: reference of the frozen teacher or of its cache, or None.
+        teacher: reference of the frozen teacher or of its cache, "self", or None.
 
     Returns:
         Figures: steps, tokens, seconds of training, tokens a second.
     """
     from distill.stages.cache_teacher import open_cache
+    from distill.training.live_teacher import LiveTeacher
     from distill.training.module import DistillationModule
-    from distill.training.trainer import fit
+    from distill.training.own_weights import OwnWeights
+    from distill.training.trainer import fit, resolve_teacher
 
     session = context.session
     corpus = session.corpus()
@@ -43,11 +45,14 @@ def train(
     if num_steps == 0:
         return {"training_steps": 0, "training_tokens": 0, "training_seconds": 0.0}
     check_context_length(student.model, length)
-    source: PreTrainedModel | Teacher | None = None
-    if teacher in session.stages and session.stages[teacher].makes_signal:
+    source: Teacher | None = None
+    if teacher == SELF:
+        source = OwnWeights(student.model)
+    elif teacher in session.stages and session.stages[teacher].makes_signal:
         corpus, source = open_cache(context, teacher, num_steps * budget.batch_size)
     elif teacher is not None:
-        source = load_frozen(context, teacher)
+        device, _ = resolve_teacher(session.compute)
+        source = LiveTeacher(load_frozen(context, teacher), device)
     module = DistillationModule(
         student.model,
         losses,
@@ -75,17 +80,42 @@ def train(
     return {"training_steps": num_steps, "training_tokens": tokens, "training_seconds": round(seconds, 1)}
 
 
+def check_own_teacher(teacher: str, lora: object, *, silent: bool) -> None:
+    """Refuse ``teacher: self`` where the student cannot be it.
+
+    Args:
+        teacher: of a stage.
+        lora: of it, or None.
+        silent: whether the student starts as its own teacher exactly and no loss of the stage looks at the text.
+
+    Raises:
+        ValueError: with one line.
+    """
+    if teacher != SELF:
+        return
+    if lora is None:
+        raise ValueError(
+            "teacher: self is the student as it starts, which only adapters keep; add lora: {}, or name the model that "
+            "the student starts from (it is then loaded a second time)"
+        )
+    if silent:
+        raise ValueError(
+            "teacher: self teaches nothing here, as student and teacher start the same; add a loss on the text "
+            "(cross_entropy) or name another teacher"
+        )
+
+
 def load_frozen(context: StageContext, reference: str) -> PreTrainedModel:
-    """A teacher in its own precision (fp32 on a CPU, which is slow in bf16).
+    """A teacher in the precision that ``compute`` asks for.
 
     Raises:
         InputError: it speaks another vocabulary than the run.
     """
     from distill.models.load import load_model
-    from distill.training.trainer import resolve_device
+    from distill.training.trainer import resolve_teacher
 
     location = context.session.artifact(reference).location
-    dtype = "auto" if resolve_device(context.session.compute) == "cuda" else "float32"
+    _, dtype = resolve_teacher(context.session.compute)
     check_speaks(context, location)
     return load_model(location, dtype=dtype)
 

@@ -105,6 +105,10 @@ class ComputeSpec(Spec):
     """Device to use; auto takes a GPU where there is one."""
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
     """Arithmetic of training; auto is bf16-mixed on a GPU and 32-true on a CPU."""
+    teacher_device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Where a teacher that is in memory runs, such as cpu or cuda:1; auto is beside the student."""
+    teacher_precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights and arithmetic of that teacher; auto is its file's precision on a GPU and float32 on a CPU."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Sequences in memory at once (gradients accumulate to batch_size); unset: the whole batch."""
     gradient_checkpointing: bool = False

@@ -41,6 +41,22 @@ def resolve_device(compute: ComputeSpec) -> str:
     return "cuda" if compute.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def resolve_teacher(compute: ComputeSpec) -> tuple[torch.device, str]:
+    """Where a teacher runs, and the precision to load it in (fp32 on a CPU, which is slow in bf16).
+
+    Raises:
+        MachineError: a GPU is asked for that is not there.
+    """
+    wanted = compute.teacher_device
+    device = torch.device(resolve_device(compute) if wanted == "auto" else wanted)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MachineError(
+            f"compute.teacher_device: {wanted}: PyTorch sees {torch.cuda.device_count()} GPUs here; use auto or cpu"
+        )
+    auto = "auto" if device.type == "cuda" else "float32"
+    return device, auto if compute.teacher_precision == "auto" else compute.teacher_precision
+
+
 def fit(
     module: DistillationModule,
     budget: BudgetSpec,

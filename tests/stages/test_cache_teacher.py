@@ -37,31 +37,6 @@ logging: {{wandb: disabled}}
 CODECS = ("{kind: top_k, k: 300, value_dtype: float32}", "{kind: top_k, k: 8}", "sampled", "hidden")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.jsonl"
-    rows = [{"text": f"row {i} of the text that a small model reads, and {i * i} more words"} for i in range(80)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_teacher(tmp_path_factory.mktemp("teacher") / "model", seed=0)
-
-
-def make_teacher(folder: Path, seed: int) -> Path:
-    from distill.data.tokenizer import train_tokenizer
-    from distill.models.load import new_config, new_model
-
-    tokenizer = train_tokenizer(["row of the text that a small model reads, and more words"] * 5, 270, folder)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    keys = {"model_type": "llama", "num_key_value_heads": 2, "max_position_embeddings": 32, "initializer_range": 0.3}
-    new_model(new_config(keys | sizes | {"vocab_size": len(tokenizer)}), seed=seed).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def recipe(teacher: Path, text: Path) -> Any:
     def make(codec: str = "sampled", set: tuple[str, ...] = (), **names: Any) -> Recipe:
@@ -145,10 +120,10 @@ def test_a_cache_that_is_too_short_is_refused(recipe: Any, tmp_path: Path) -> No
         run(short, tmp_path / "run", say=quiet)
 
 
-def test_another_teachers_cache_is_refused_by_name(recipe: Any, tmp_path: Path) -> None:
+def test_another_teachers_cache_is_refused_by_name(recipe: Any, new_teacher: Any, tmp_path: Path) -> None:
     shared = f"stages.cache.folder={tmp_path / 'shared'}"
     run(recipe(set=(shared,)), tmp_path / "run", say=quiet)
-    other = make_teacher(tmp_path / "other" / "model", seed=1)
+    other = new_teacher(tmp_path / "other" / "model", seed=1)
     with pytest.raises(InputError, match="written with another teacher"):
         run(recipe(set=(shared,), teacher=other), tmp_path / "again", say=quiet)
 
