@@ -179,12 +179,12 @@ def _blocks(corpus: Corpus) -> Blocks:
 
 def _first(corpus: Corpus, num_sequences: int | None) -> list[int]:
     """The different blocks among the first sequences of the order of training."""
-    from distill.data.loader import GlobalOrder
+    from distill.data.loader import order_of
 
     count = len(_blocks(corpus))
     if num_sequences is None or num_sequences >= count:
         return list(range(count))  # the first pass holds each block once
-    order = GlobalOrder(count, corpus.seed, 1)
+    order = order_of(_blocks(corpus), corpus.seed, 1)
     return sorted(order.block_at(position) for position in range(num_sequences))
 
 

@@ -73,7 +73,7 @@ class CachedBlocks(Blocks):
     """
 
     def __init__(self, blocks: Blocks, place: Place):
-        super().__init__(blocks.tokens, blocks.sequence_length, blocks.chosen)
+        super().__init__(blocks.tokens, blocks.sequence_length, blocks.chosen, packing=blocks.packing)
         if place.header() is None:
             raise InputError(f"{place.folder}: no teacher cache there; run its cache_teacher stage first")
         self.place = place

@@ -89,4 +89,5 @@ def hash_of_blocks(blocks: Blocks) -> str:
     with Path(blocks.tokens.path).open("rb") as stream:
         while piece := stream.read(16 << 20):
             digest.update(piece)
-    return hash_of(digest.hexdigest(), blocks.tokens.dtype, blocks.sequence_length, blocks.chosen.tolist())
+    cut = (blocks.sequence_length, blocks.packing, blocks.chosen.tolist())
+    return hash_of(digest.hexdigest(), blocks.tokens.dtype, *cut)
