@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from distill.data.packing import TokenFile
 from distill.data.rows import Span, document_spans, rows_of
+from distill.data.spec import APART
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,7 @@ class Blocks(Dataset[dict[str, "Tensor"]]):
         ids = np.full((len(pieces), width), self.tokens.end, np.int64)
         for slot, row, size in zip(ids, pieces, sizes, strict=True):
             slot[:size] = np.concatenate([self._file()[start : start + count] for start, count in row])
-        return batch_of(ids, pieces, apart=self.packing in ("documents", "best_fit"))
+        return batch_of(ids, pieces, apart=self.packing in APART)
 
     def pieces(self, number: int) -> list[Span]:
         """Where in the file the pieces of a row are; a token is predicted from those before it in its piece."""

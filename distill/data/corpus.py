@@ -15,7 +15,7 @@ from distill.data import loader
 from distill.data.blocks import Blocks
 from distill.data.encoder import Encoder
 from distill.data.packing import TokenFile, alone, read_tokens, token_too_large, write_tokens
-from distill.data.spec import DataSpec
+from distill.data.spec import FULL, DataSpec
 from distill.data.split import Split
 from distill.data.stream import Stream
 from distill.data.tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
@@ -123,7 +123,7 @@ class Corpus:
     @cached_property
     def tokens_per_sequence(self) -> float:
         """Tokens of text in a training block, on average."""
-        if isinstance(self.train, Stream) or self.train.packing in ("wrapped", "documents"):
+        if isinstance(self.train, Stream) or self.train.packing in FULL:
             return self.train.sequence_length  # but for the last one
         return float(self.train.lengths().mean())
 
@@ -152,7 +152,7 @@ def _described(train: Blocks | Stream) -> str:
         f"train {tokens.num_documents:,} documents, {tokens.num_tokens:,} tokens "
         f"({tokens.num_bytes / tokens.num_tokens:.2f} bytes each), {len(train):,} blocks of {train.sequence_length}"
     )
-    if train.packing in ("best_fit", "padded"):
+    if train.packing not in FULL:
         line += f" at most, {train.lengths().mean():.0f} tokens of text in each"
     repeated = tokens.num_repeated
     return line + (f", {repeated:,} documents left out as validation has them" if repeated else "")
@@ -214,19 +214,18 @@ def _check(tokens: dict[str, TokenFile], data: DataSpec, vocabulary_size: int) -
         # Said here too, as the file may have been written for a larger model.
         if file.largest >= vocabulary_size:
             raise InputError(token_too_large(f"data.{name}", file.largest, vocabulary_size))
-        cut = name == "train" and data.packing in ("wrapped", "documents")
+        cut = name == "train" and data.packing in FULL
         needed = data.sequence_length if cut else 2
         if file.num_tokens < needed:
             raise InputError(
                 f"data.{name}: empty corpus: {file.num_tokens} tokens in {file.num_documents} documents, expected at "
-                f"least {needed}; give more text"
-                + (f" or shorter blocks (sequence_length {needed})" * cut)
+                f"least {needed}; give more text" + (f" or shorter blocks (sequence_length {needed})" * cut)
             )
 
 
 def _spread(blocks: Blocks, data: DataSpec) -> np.ndarray:
     """Numbers of the validation blocks to use: evenly over all, so that one end of the text does not stand for it."""
-    full = data.packing in ("wrapped", "documents")
+    full = data.packing in FULL
     tokens = data.sequence_length if full else float(blocks.lengths().mean())
     wanted = min(len(blocks), max(1, int(data.validation_tokens // tokens)))
     return np.arange(wanted) * len(blocks) // wanted

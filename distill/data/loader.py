@@ -1,10 +1,11 @@
 """The order of samples, and data loaders that follow it.
 
 The order of training blocks is one endless list that the seed alone decides: pass after pass over all blocks, each pass
-shuffled anew. Rows that are filled up to the longest of their batch follow each other by like length, within groups of
-the shuffled list that are large enough to be a fair sample of it. Micro-step ``m`` takes the next ``micro_batch_size * world_size`` of them and rank ``r`` its part, so the
-blocks of an optimizer step are the same whatever the split into ranks, micro-batches and accumulation. A position in
-the list is one number, and starting there is exact.
+shuffled anew. (Blocks that are filled up to the longest of their batch are sorted into buckets of like length first,
+stretch by stretch of the shuffled list, and the buckets shuffled.) Micro-step ``m`` takes the next
+``micro_batch_size * world_size`` of them and rank ``r`` its part, so the blocks of an optimizer step are the same
+whatever the split into ranks, micro-batches and accumulation. A position in the list is one number, and starting there
+is exact.
 """
 
 from __future__ import annotations

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from distill.data.spec import FULL
 
 if TYPE_CHECKING:
     from distill.data.packing import TokenFile
@@ -57,7 +60,7 @@ def rows_of(tokens: TokenFile, sequence_length: int, packing: Packing) -> Rows:
 
     A token alone in its piece is left out: there is nothing before it that could predict it.
     """
-    if packing in ("wrapped", "documents"):
+    if packing in FULL:
         starts = np.arange(0, tokens.num_tokens - 1, sequence_length)
         sizes = np.minimum(tokens.num_tokens - starts, sequence_length)
     else:
@@ -112,4 +115,4 @@ def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
 def document_spans(ids: np.ndarray, end: int, start: int = 0) -> list[Span]:
     """The documents, or parts of them, in a stretch of the file that begins at token ``start``. ids: [tokens]"""
     bounds = [0, *(np.flatnonzero(ids[:-1] == end) + 1).tolist(), len(ids)]
-    return [(start + first, last - first) for first, last in zip(bounds, bounds[1:], strict=False)]
+    return [(start + first, last - first) for first, last in pairwise(bounds)]

@@ -14,6 +14,10 @@ HELD_OUT = 0.05
 
 Packing = Literal["wrapped", "documents", "best_fit", "padded"]
 """How documents become rows; see :mod:`distill.data.rows`."""
+APART: tuple[Packing, ...] = ("documents", "best_fit")
+"""Those with documents in a row that must not see each other."""
+FULL: tuple[Packing, ...] = ("wrapped", "documents")
+"""Those whose rows are full, but for the last one."""
 
 
 class TrainTokenizer(Spec):
@@ -61,6 +65,11 @@ class DataSpec(Spec):
     tokenizer: TokenizerChoice = "teacher"
     """`teacher`, a folder, a Hub id, or `{vocab_size: 2048}` to train one on the training text."""
 
+    @property
+    def keeps_apart(self) -> bool:
+        """Whether a row can hold several documents that must not see each other."""
+        return self.packing in APART
+
     @model_validator(mode="after")
     def _one_way_to_validate(self) -> DataSpec:
         # A resolved recipe writes defaults out, so the default itself is no mistake.
@@ -70,7 +79,7 @@ class DataSpec(Spec):
 
     @model_validator(mode="after")
     def _a_stream_has_no_list_of_documents(self) -> DataSpec:
-        if self.packing in ("best_fit", "padded") and any(s and s.is_stream() for s in (self.train, self.validation)):
+        if self.packing not in FULL and any(s and s.is_stream() for s in (self.train, self.validation)):
             raise ValueError(
                 f"packing: {self.packing} must know the length of every document, and a stream tells it too late; "
                 "use documents, which also keeps them apart, or store the text first"

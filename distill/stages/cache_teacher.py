@@ -71,11 +71,11 @@ class CacheTeacher(StageSpec):
         """Training sequences that the stages which name this one take from the order of training; None is all."""
         if self.num_sequences is not None:
             return self.num_sequences
-        length = context.session.data.sequence_length
+        tokens = context.session.corpus().tokens_per_sequence
         users: list[Any] = [
             stage for stage in context.session.stages.values() if getattr(stage, "teacher", None) == context.name
         ]
-        wanted = [stage.steps(length) * stage.batch_size for stage in users if isinstance(stage, DistillSpec)]
+        wanted = [stage.steps(tokens) * stage.batch_size for stage in users if isinstance(stage, DistillSpec)]
         return max(wanted) if any(wanted) else None
 
     def fill(self, context: StageContext, num_sequences: int | None) -> tuple[dict[str, Any], tuple[Place, Place]]:
@@ -208,7 +208,7 @@ class _Loaded:
             model = move(load_frozen(self.context, self.stage.teacher), device)
             check_head(model)
             self._model = model
-            self._live = Live(lambda ids: hidden_states(model, ids), output_head(model).logits, device)
+            self._live = Live(lambda batch: hidden_states(model, **batch), output_head(model).logits, device)
         return self._live
 
     def keep_head(self) -> None:

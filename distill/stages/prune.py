@@ -72,13 +72,15 @@ class Prune(StageSpec):
         from distill.pruning.layout import config_of
         from distill.pruning.plan import plan
         from distill.pruning.surgery import apply
-        from distill.stages.train import check_speaks, save_plain, stored_dtype_of
+        from distill.stages.train import check_packing, check_speaks, save_plain, stored_dtype_of
 
         location = context.session.artifact(self.model).location
         dtype = stored_dtype_of(location, self.save_dtype)
         check_speaks(context, location)
         layout = layout_for(load_config(location).model_type)
-        model = load_model(location, dtype="float32" if self._device(context) == "cpu" else "auto")
+        model = check_packing(
+            context, load_model(location, dtype="float32" if self._device(context) == "cpu" else "auto")
+        )
         scores = self._scores(context, model, layout)
         the_plan = plan(scores, self.keep, layout, config_of(model))
         for line in the_plan.summary():

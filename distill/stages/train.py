@@ -40,11 +40,12 @@ def train(
 
     session = context.session
     corpus = session.corpus()
-    length = session.data.sequence_length
-    num_steps = budget.steps(length)
+    tokens_per_sequence = corpus.tokens_per_sequence
+    num_steps = budget.steps(tokens_per_sequence)
     if num_steps == 0:
         return {"training_steps": 0, "training_tokens": 0, "training_seconds": 0.0}
-    check_context_length(student.model, length)
+    check_context_length(student.model, session.data.sequence_length)
+    check_packing(context, student.model)
     source: Teacher | None = None
     if teacher == SELF:
         source = OwnWeights(student.model)
@@ -67,7 +68,7 @@ def train(
         session.compute,
         name=context.name,
         folder=context.folder,
-        sequence_length=length,
+        tokens_per_sequence=tokens_per_sequence,
         train_loader=lambda micro, consumed: corpus.train_loader(
             micro, consumed_sequences=consumed, num_workers=session.compute.num_workers
         ),
@@ -76,7 +77,7 @@ def train(
         say=session.say,
     )
     seconds = time.perf_counter() - started
-    tokens = num_steps * budget.batch_size * length
+    tokens = round(num_steps * budget.batch_size * tokens_per_sequence)
     return {"training_steps": num_steps, "training_tokens": tokens, "training_seconds": round(seconds, 1)}
 
 
@@ -117,7 +118,7 @@ def load_frozen(context: StageContext, reference: str) -> PreTrainedModel:
     location = context.session.artifact(reference).location
     _, dtype = resolve_teacher(context.session.compute)
     check_speaks(context, location)
-    return load_model(location, dtype=dtype)
+    return check_packing(context, load_model(location, dtype=dtype))
 
 
 def check_speaks(context: StageContext, location: str, *, tokens: bool = True) -> None:
@@ -143,6 +144,19 @@ def check_speaks(context: StageContext, location: str, *, tokens: bool = True) -
         )
     if tokens:
         check_same_vocabulary(load_tokenizer(location), tokenizer)
+
+
+def check_packing(context: StageContext, model: PreTrainedModel) -> PreTrainedModel:
+    """The model, if it keeps documents apart where the run's rows hold several of them.
+
+    Raises:
+        InputError: it lets them see each other.
+    """
+    from distill.models.packed import check_apart
+
+    if context.session.data.keeps_apart:
+        check_apart(model)
+    return model
 
 
 def check_context_length(model: PreTrainedModel, sequence_length: int) -> None:

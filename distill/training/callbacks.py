@@ -71,7 +71,7 @@ class Record(StepEnd):
     The losses are read from the device only every ``every`` steps; nothing else synchronises.
     """
 
-    def __init__(self, metrics: MetricsLog, name: str, data: Waited, *, every: int, tokens_per_step: int):
+    def __init__(self, metrics: MetricsLog, name: str, data: Waited, *, every: int, tokens_per_step: float):
         super().__init__()
         self.data = data
         self.name = name
@@ -126,7 +126,7 @@ class Record(StepEnd):
 
     def _write(self, trainer: pl.Trainer, step: int, row: dict[str, float]) -> None:
         self.latest |= row
-        row = {"step": step, "tokens": step * self.tokens_per_step, **row}
+        row = {"step": step, "tokens": round(step * self.tokens_per_step), **row}
         self.metrics.write(row)
         if trainer.logger is not None:
             trainer.logger.log_metrics({f"{self.name}/{key}": value for key, value in row.items()}, step=step)

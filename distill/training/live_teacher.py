@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from distill.core.batch import model_inputs
 from distill.losses.head import Head, Signal
 from distill.models.head import check_head, head_copy, hidden_states, output_head
 from distill.models.load import move
@@ -46,9 +47,8 @@ class LiveTeacher(Teacher):
     def signal(self, batch: dict[str, Tensor]) -> Signal:
         """Its final hidden states and its head."""
         head = self._copy or output_head(self.model)
-        ids = batch["input_ids"].to(self.model.device)
         with torch.inference_mode(), torch.autocast(self.model.device.type, enabled=False):
-            hidden = hidden_states(self.model, ids)
+            hidden = hidden_states(self.model, **model_inputs(batch, self.model.device))
 
         def logits(rows: Tensor) -> Tensor:
             with torch.autocast(rows.device.type, enabled=False):

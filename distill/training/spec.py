@@ -62,12 +62,12 @@ class BudgetSpec(Spec):
             raise ValueError("give the budget once: num_tokens or num_steps")
         return self
 
-    def steps(self, sequence_length: int) -> int:
-        """Optimizer steps of the budget."""
+    def steps(self, tokens_per_sequence: float) -> int:
+        """Optimizer steps of the budget, by the tokens of text in a sequence, on average."""
         if self.num_steps is not None:
             return self.num_steps
         assert self.num_tokens is not None
-        return math.ceil(self.num_tokens / (self.batch_size * sequence_length))
+        return math.ceil(self.num_tokens / (self.batch_size * tokens_per_sequence))
 
 
 def split_batch(budget: BudgetSpec, compute: ComputeSpec) -> tuple[int, int]:

@@ -64,7 +64,7 @@ def fit(
     *,
     name: str,
     folder: Path,
-    sequence_length: int,
+    tokens_per_sequence: float,
     train_loader: Callable[[int, int], Loader],
     validation_loader: Loader,
     logger: Logger | None = None,
@@ -78,7 +78,7 @@ def fit(
         compute: on what.
         name: shown to people.
         folder: of the stage; checkpoints go to ``checkpoints/``, metrics beside them.
-        sequence_length: tokens a sequence.
+        tokens_per_sequence: of text, on average.
         train_loader: (micro-batch size, sequences consumed already) -> batches without end.
         validation_loader: the validation split in a fixed order.
         logger: Lightning's logger, for W&B.
@@ -88,7 +88,7 @@ def fit(
         Optimizer steps of the budget.
     """
     _quiet_lightning()
-    num_steps = budget.steps(sequence_length)
+    num_steps = budget.steps(tokens_per_sequence)
     micro, accumulate = split_batch(budget, compute)
     checkpoint, complaints = newest_valid(folder / CHECKPOINTS)
     for line in complaints:
@@ -98,7 +98,8 @@ def fit(
         say(f"  going on from step {step} of {num_steps} ({checkpoint.name})")
     log = MetricsLog(folder, step)
     data = Waited(train_loader(micro, step * budget.batch_size))
-    record = Record(log, name, data, every=compute.log_every_steps, tokens_per_step=budget.batch_size * sequence_length)
+    tokens_per_step = budget.batch_size * tokens_per_sequence
+    record = Record(log, name, data, every=compute.log_every_steps, tokens_per_step=tokens_per_step)
     saver = Checkpoints(folder / CHECKPOINTS, every=compute.checkpoint_every_steps, keep=compute.keep_checkpoints)
     validate_every = min(budget.validate_every_steps or max(1, num_steps // 4), num_steps)
     trainer = pl.Trainer(

@@ -226,11 +226,11 @@ class Teacher:
         self.batches = 0
         self.dies_after = dies_after
 
-    def hidden(self, ids: Tensor) -> Tensor:
+    def hidden(self, batch: dict[str, Tensor]) -> Tensor:
         self.batches += 1
         if self.dies_after is not None and self.batches > self.dies_after:
             raise KeyboardInterrupt
-        return self.embedding(ids)
+        return self.embedding(batch["input_ids"])
 
     def __call__(self) -> Live:
         return Live(self.hidden, lambda rows: 3 * self.head(rows), torch.device("cpu"))
@@ -271,7 +271,7 @@ def test_what_is_read_is_what_the_teacher_says(codec: CodecSpec, blocks: Blocks,
     batch = cached[numbers]
     assert torch.equal(batch["input_ids"], blocks[numbers]["input_ids"])
     mask = batch["mask"]
-    live = teacher.hidden(batch["input_ids"])
+    live = teacher.hidden(batch)
     if codec.reads == "hidden":
         assert torch.equal(batch[HIDDEN][mask], live[mask].bfloat16())
         assert not batch[HIDDEN][~mask].any()

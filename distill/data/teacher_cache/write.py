@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distill.core.artifact import hash_of, write_text
+from distill.core.batch import model_inputs
 from distill.core.errors import MachineError
 from distill.data.blocks import Blocks
 from distill.data.packing import alone
@@ -36,12 +37,12 @@ class Live:
     """A teacher in memory.
 
     Attributes:
-        hidden: int64 [batch, sequence] -> final hidden states [batch, sequence, hidden].
+        hidden: a batch -> final hidden states [batch, sequence, hidden].
         logits: [tokens, hidden] -> [tokens, vocabulary].
         device: where both want their inputs.
     """
 
-    hidden: Callable[[Tensor], Tensor]
+    hidden: Callable[[dict[str, Tensor]], Tensor]
     logits: Callable[[Tensor], Tensor]
     device: torch.device
 
@@ -147,7 +148,7 @@ def _encode(
     for start in range(0, len(numbers), batch_size):
         some = list(numbers[start : start + batch_size])
         batch = Blocks.__getitem__(blocks, some)
-        states = live.hidden(batch["input_ids"].to(live.device))
+        states = live.hidden(model_inputs(batch, live.device))
         for number, state, mask in zip(some, states, batch["mask"].to(live.device), strict=True):
             hidden = state[mask]
             yield hidden, Coded(number, checksum(ids_of(blocks, number)), encode_block(place, hidden, number, live))
