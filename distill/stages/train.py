@@ -159,17 +159,15 @@ def check_packing(context: StageContext, model: PreTrainedModel) -> PreTrainedMo
     return model
 
 
-def check_context_length(model: PreTrainedModel, sequence_length: int) -> None:
+def check_context_length(model: PreTrainedModel, length: int, what: str = "data.sequence_length") -> None:
     """Refuse sequences that are longer than the positions the model was made for.
 
     Raises:
         InputError: they are.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and sequence_length > limit:
-        raise InputError(
-            f"data.sequence_length ({sequence_length}) is longer than the model's {limit} positions; lower it"
-        )
+    if limit is not None and length > limit:
+        raise InputError(f"{what} ({length}) is longer than the model's {limit} positions; lower it")
 
 
 def save_plain(model: PreTrainedModel, stored_dtype: str) -> Any:

@@ -147,3 +147,33 @@ def test_hidden_takes_every_loss(recipe: Any, tmp_path: Path) -> None:
     run(recipe("hidden", set=(losses, "stages.cached.num_steps=1")), tmp_path / "run", say=quiet)
     (row,) = [row for row in read_rows(tmp_path / "run" / "cached") if "train/kl" in row]
     assert min(row["train/reverse_kl"], row["train/forward_kl"], row["train/kl"]) > 0
+
+
+def test_rows_of_another_length_and_packing_read_the_cache_and_say_so(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = f"stages.cache.folder={tmp_path / 'shared'}"
+    run(recipe("hidden", set=(shared, "stages.cached.num_steps=500")), tmp_path / "run", say=quiet)
+    import distill.stages.train as training
+
+    monkeypatch.setattr(training, "load_frozen", None)
+    other = ("data.sequence_length=24", "data.packing=documents", "stages.cached.num_steps=2")
+    again = recipe("hidden", set=(shared, *other))
+    without_live = Recipe.model_validate(
+        again.model_dump() | {"stages": {k: v.model_dump() for k, v in again.stages.items() if k != "live"}}
+    )
+    said: list[str] = []
+    run(without_live, tmp_path / "other", say=said.append)
+    assert any("the teacher read wrapped rows of 16, this run has documents rows of 24" in line for line in said)
+
+
+def test_a_window_of_its_own(recipe: Any, tmp_path: Path) -> None:
+    shared = f"stages.cache.folder={tmp_path / 'shared'}"
+    done = run(recipe("hidden", set=(shared, "stages.cache.window=32")), tmp_path / "run", say=quiet).done("cache")
+    assert done is not None
+    header = json.loads((Path(done.figures["folder"]) / "cache.json").read_text())
+    assert header["identity"]["window"] == 32
+    with pytest.raises(InputError, match=r"another window of the teacher \(32\), this run has 16"):
+        run(recipe("hidden", set=(shared, "stages.cache.window=16")), tmp_path / "other", say=quiet)
+    with pytest.raises(InputError, match=r"the teacher's window \(33\) is longer than the model's 32 positions"):
+        run(recipe("hidden", set=("stages.cache.window=33",)), tmp_path / "long", say=quiet)

@@ -18,7 +18,7 @@ IDS, PROBS, TAIL, ENTROPY = "teacher_ids", "teacher_probs", "teacher_tail", "tea
 class CodecSpec(Spec):
     """How much of a teacher's distribution is kept, and in which bytes.
 
-    A block is coded position by position, so that chunks of it give the same bytes as the whole: each field's bytes of
+    A row is coded position by position, so that chunks of it give the same bytes as the whole: each field's bytes of
     all its positions stand together, one field after the other.
     """
 
@@ -45,7 +45,7 @@ class CodecSpec(Spec):
         """What :meth:`encode` was given, as far as it was kept.
 
         Args:
-            data: uint8, all bytes of a block.
+            data: uint8, all bytes of a row.
             num_positions: in it.
             width: vocabulary (rows of the teacher's head) or hidden size, whichever is coded.
 

@@ -3,8 +3,7 @@
 Each position keeps ``draws`` ids drawn with replacement; their counts over ``draws`` have the teacher's probabilities
 as expected value, so value and gradient of forward KL are right on average, the tail included, at about a dozen
 different ids a token. The noise shrinks with the batch and with ``draws``. The exact entropy is kept beside them, so
-that the logged KL is one. A block has the same draws in every
-epoch.
+that the logged KL is one. A position has the same draws in every epoch.
 
 Source: Anshumann et al. 2025, "Sparse Logit Sampling", arXiv 2503.16870, with the teacher's own
 distribution as the proposal (importance weights of 1), which needs no weights but the counts.

@@ -1,7 +1,7 @@
-"""A shard: some blocks of a cache in one safetensors file, written whole or not at all, read by memory mapping.
+"""A shard: some rows of a cache in one safetensors file, written whole or not at all, read by memory mapping.
 
-``blocks`` [n] are their numbers, ``offsets`` [n + 1] where each begins in ``payload``, ``checks`` [n, 2] the CRC-32 of
-each block's token ids and of its bytes: a block is never handed to other text, and a damaged one never trained on.
+``rows`` [n] are their numbers, ``offsets`` [n + 1] where each begins in ``payload``, ``checks`` [n, 2] the CRC-32 of
+each row's token ids and of its bytes: a row is never handed to other text, and a damaged one never trained on.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Coded:
-    """One block.
+    """One row of the teacher.
 
     Attributes:
-        number: of the block.
+        number: of the row.
         ids: CRC-32 of its token ids.
         data: uint8, what the codec made of it.
     """
@@ -49,19 +49,19 @@ def shard_file(folder: Path, number: int) -> Path:
 
 
 def write_shard(file: Path, coded: list[Coded]) -> None:
-    """Write blocks to ``file``; a kill leaves none of it.
+    """Write rows to ``file``; a kill leaves none of it.
 
     Raises:
         MachineError: the disk is full or not writable.
     """
     from safetensors.torch import save_file
 
-    sizes = torch.tensor([0, *(len(block.data) for block in coded)])
+    sizes = torch.tensor([0, *(len(row.data) for row in coded)])
     tensors = {
-        "blocks": torch.tensor([block.number for block in coded]),
+        "rows": torch.tensor([row.number for row in coded]),
         "offsets": sizes.cumsum(0),
-        "checks": torch.tensor([[block.ids, checksum(block.data.numpy())] for block in coded]),
-        "payload": torch.cat([block.data for block in coded]),
+        "checks": torch.tensor([[row.ids, checksum(row.data.numpy())] for row in coded]),
+        "payload": torch.cat([row.data for row in coded]),
     }
     temporary = file.with_name(f".{file.name}.writing")
     try:
@@ -100,22 +100,22 @@ class Shard:
             start, end = layout[name]["data_offsets"]
             return np.frombuffer(self._bytes[start:end].tobytes(), np.int64)
 
-        self.blocks, self.offsets, self.checks = array("blocks"), array("offsets"), array("checks").reshape(-1, 2)
+        self.rows, self.offsets, self.checks = array("rows"), array("offsets"), array("checks").reshape(-1, 2)
         self._start = layout["payload"]["data_offsets"][0]
 
-    def read(self, row: int, ids: np.ndarray) -> Tensor:
-        """The bytes of the block in ``row``; uint8. ``ids``: int64, the token ids it should belong to.
+    def read(self, index: int, ids: np.ndarray) -> Tensor:
+        """The bytes of the row at an index of ``rows``; uint8. ``ids``: int64, the token ids it should belong to.
 
         Raises:
             MachineError: it belongs to other ids, or its bytes have changed.
         """
-        start, end = self._start + self.offsets[row], self._start + self.offsets[row + 1]
+        start, end = self._start + self.offsets[index], self._start + self.offsets[index + 1]
         data = self._bytes[start:end].copy()
         for what, found, expected in zip(
-            ("belongs to other text", "is damaged"), (checksum(ids), checksum(data)), self.checks[row], strict=True
+            ("belongs to other text", "is damaged"), (checksum(ids), checksum(data)), self.checks[index], strict=True
         ):
             if found != expected:
-                raise MachineError(f"{self.file}: block {self.blocks[row]} {what}; remove this file and run again")
+                raise MachineError(f"{self.file}: row {self.rows[index]} {what}; remove this file and run again")
         return torch.from_numpy(data)
 
 
