@@ -68,7 +68,8 @@ class Place:
         if (rows < 0).any():
             raise InputError(
                 f"{self.folder}: read with packing {self.identity.packing}, which leaves out what is a single token in "
-                f"its row, and this run's packing {blocks.packing} learns from it; set data.packing to the same, or another folder"
+                f"its row, and this run's packing {blocks.packing} learns from it; set data.packing to the same, or "
+                "another folder"
             )
         return [int(row) for row in np.unique(rows)]
 

@@ -167,7 +167,7 @@ def encode_row(place: Place, hidden: Tensor, number: int, live: Live) -> Tensor:
     for rows in hidden.split(_CHUNK):
         taught = rows if place.codec.reads == "hidden" else live.logits(rows).float().log_softmax(-1)
         fields.append(place.codec.encode(taught, generator))
-    return torch.cat([torch.cat(parts).flatten() for parts in zip(*fields, strict=True)]).cpu()
+    return place.codec.pack([torch.cat(parts).cpu() for parts in zip(*fields, strict=True)], place.width)
 
 
 class _Progress:
