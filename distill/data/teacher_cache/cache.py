@@ -13,7 +13,7 @@ import torch
 from distill.core.errors import InputError
 from distill.data.blocks import Blocks
 from distill.data.teacher_cache.base import CodecSpec
-from distill.data.teacher_cache.identity import Identity, read_header
+from distill.data.teacher_cache.identity import HEADER, Identity, check_version, read_header
 from distill.data.teacher_cache.positions import Positions, predicted
 from distill.data.teacher_cache.shards import Shard, open_shards
 
@@ -41,6 +41,23 @@ class Place:
     codec: CodecSpec
     width: int
     vocabulary: int
+
+    @classmethod
+    def there(cls, folder: Path) -> Place:
+        """The cache in a folder, whatever it belongs to.
+
+        Raises:
+            InputError: there is none, or one of another version of distill.
+        """
+        from distill.data.teacher_cache import CODECS
+
+        header = read_header(folder)
+        if header is None:
+            raise InputError(f"{folder}: no teacher cache there (no {HEADER} in it)")
+        check_version(folder, header)
+        identity = Identity(**header["identity"])
+        codec = CODECS[identity.codec["kind"]].model_validate(identity.codec)
+        return cls(folder, identity, cast("CodecSpec", codec), header["width"], header["vocabulary"])
 
     def header(self) -> dict[str, Any] | None:
         """Its header when there is a cache.

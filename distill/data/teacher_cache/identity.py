@@ -68,11 +68,7 @@ class Identity:
         Raises:
             InputError: with the name of what is not the same.
         """
-        if header.get("version") != VERSION:
-            raise InputError(
-                f"{folder}: a teacher cache of version {header.get('version')}, expected {VERSION}; "
-                "remove it to write it anew"
-            )
+        check_version(folder, header)
         for name, ours in asdict(self).items():
             theirs = header["identity"][name]
             if theirs != ours:
@@ -98,6 +94,19 @@ def read_header(folder: Path) -> dict[str, Any] | None:
     if not isinstance(header, dict) or "identity" not in header:
         raise InputError(f"{file}: not the header of a teacher cache; name another folder")
     return header
+
+
+def check_version(folder: Path, header: dict[str, Any]) -> None:
+    """Refuse what another version of distill has written.
+
+    Raises:
+        InputError: it is such a cache.
+    """
+    if header.get("version") != VERSION:
+        raise InputError(
+            f"{folder}: a teacher cache of version {header.get('version')}, expected {VERSION}; "
+            "remove it to write it anew"
+        )
 
 
 def hash_of_tokens(tokens: TokenFile) -> str:

@@ -100,6 +100,8 @@ def _begin(place: Place, read: Blocks, missing: Sequence[int], live: Live) -> di
     header = {
         "version": VERSION,
         "identity": asdict(place.identity),
+        "width": place.width,
+        "vocabulary": place.vocabulary,
         "rows_per_shard": max(1, round(_SHARD_BYTES / (fidelity.bytes_per_token * read.sequence_length))),
         "fidelity": asdict(fidelity),
     }
