@@ -26,6 +26,7 @@ from distill.data.teacher_cache.cache import CachedBlocks, Place
 from distill.data.teacher_cache.fidelity import signal_of
 from distill.data.teacher_cache.identity import Identity
 from distill.data.teacher_cache.sorted_ids import num_bytes, pack_sorted, unpack_sorted
+from distill.data.teacher_cache.verify import describe, verify
 from distill.data.teacher_cache.write import Live, fill
 from distill.losses import CrossEntropy, ForwardKL, ReverseKL, forward_kl
 from distill.losses.head import KL, Head, head_losses
@@ -402,6 +403,33 @@ def test_a_cut_shard_is_written_anew_and_a_damaged_block_is_refused(blocks: Bloc
     file.write_bytes(damaged)
     with pytest.raises(MachineError, match=r"damaged|other text"):
         CachedBlocks(blocks, place)[list(range(20))]
+
+
+def test_verify_names_every_damaged_file(blocks: Blocks, tmp_path: Path) -> None:
+    place = place_of(tmp_path / "cache" / "train", blocks, TopK(k=4))
+    fill_all(place, blocks)
+    assert "20 rows in" in verify(tmp_path / "cache")
+    assert "every checksum is right" in verify(place.folder)
+    for line in ("top_k (k 4, value_dtype float16)", "rows of 16 tokens", "311 tokens in", "bytes a token, KL"):
+        assert line in describe(place)
+    whole = {file: file.read_bytes() for file in sorted(place.folder.glob("shard-*"))}
+    first, second, *_ = whole
+    header_bytes = 8 + int.from_bytes(whole[first][:8], "little")
+    for where in range(header_bytes, len(whole[first]), 7):  # rows, sizes, offsets, checks, payload
+        data = bytearray(whole[first])
+        data[where] ^= 1
+        first.write_bytes(data)
+        with pytest.raises(MachineError, match=r"shard-00000.*: damaged"):
+            verify(tmp_path / "cache")
+    second.write_bytes(whole[second][:-5])
+    with pytest.raises(MachineError) as raised:
+        verify(tmp_path / "cache")
+    assert [line.rpartition(": ")[0] for line in str(raised.value).splitlines()[:2]] == [str(first), str(second)]
+    assert "remove these files" in str(raised.value)
+    first.write_bytes(whole[first])
+    second.write_bytes(whole[second])
+    with pytest.raises(InputError, match="no teacher cache there"):
+        verify(tmp_path)
 
 
 def test_another_text_teacher_tokenizer_or_codec_is_refused_by_name(blocks: Blocks, tmp_path: Path) -> None:

@@ -158,7 +158,8 @@ def _encode(
         states = live.hidden(model_inputs(batch, live.device))
         for number, state in zip(some, states, strict=True):
             hidden = state[: sizes[number]]
-            yield hidden, Coded(number, checksum(ids_of(read, number)), encode_row(place, hidden, number, live))
+            data = encode_row(place, hidden, number, live)
+            yield hidden, Coded(number, len(hidden), checksum(ids_of(read, number)), data)
 
 
 def encode_row(place: Place, hidden: Tensor, number: int, live: Live) -> Tensor:
