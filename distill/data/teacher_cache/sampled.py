@@ -13,11 +13,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 from pydantic import Field
 
 from distill.data.teacher_cache.base import ENTROPY, IDS, PROBS, CodecSpec, as_bytes, from_bytes
-from distill.data.teacher_cache.sorted_ids import pack_sorted, unpack_sorted
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +42,10 @@ class Sampled(CodecSpec):
         return [entropy.to(torch.float16), found % vocabulary, counts]
 
     def pack(self, fields: list[Tensor], width: int) -> Tensor:
+        import numpy as np
         import torch
+
+        from distill.data.teacher_cache.sorted_ids import pack_sorted
 
         entropy, ids, counts = fields
         # as many bits as draws, a one at the last draw of each id: that tells its count, and its position too
@@ -56,7 +57,10 @@ class Sampled(CodecSpec):
         return torch.cat([as_bytes(entropy), torch.from_numpy(np.concatenate([bits, rising]))])
 
     def decode(self, data: Tensor, num_positions: int, width: int) -> dict[str, Tensor]:
+        import numpy as np
         import torch
+
+        from distill.data.teacher_cache.sorted_ids import unpack_sorted
 
         entropy = from_bytes(data[: 2 * num_positions], torch.float16, num_positions).float()
         rest, num_draws = data[2 * num_positions :].numpy(), num_positions * self.draws

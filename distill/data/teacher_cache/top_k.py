@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from distill.data.teacher_cache.base import IDS, PROBS, TAIL, CodecSpec, as_bytes, from_bytes
-from distill.data.teacher_cache.sorted_ids import num_bytes, pack_sorted, unpack_sorted
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +41,8 @@ class TopK(CodecSpec):
     def pack(self, fields: list[Tensor], width: int) -> Tensor:
         import torch
 
+        from distill.data.teacher_cache.sorted_ids import pack_sorted
+
         ids, values = fields
         rising = ids + width * torch.arange(len(ids)).unsqueeze(1)
         packed = pack_sorted(rising.flatten().numpy(), len(ids) * width)
@@ -49,6 +50,8 @@ class TopK(CodecSpec):
 
     def decode(self, data: Tensor, num_positions: int, width: int) -> dict[str, Tensor]:
         import torch
+
+        from distill.data.teacher_cache.sorted_ids import num_bytes, unpack_sorted
 
         kept, universe = min(self.k, width), num_positions * width
         rising = unpack_sorted(data.numpy(), num_positions * kept, universe)
