@@ -12,6 +12,7 @@ from typing import Any
 
 from distill.core.errors import InputError, RecipeError
 from distill.data.hub import Hub
+from distill.data.spec import FULL
 from distill.models.layouts import LAYOUTS, layout_for
 from distill.models.load import locate
 from distill.pruning.layout import shape
@@ -50,7 +51,7 @@ def describe(recipe: Recipe) -> str:
             mistakes.append(f"{recipe.name}: teacher: {error}")
         lines.append(f"  teacher {recipe.teacher}: {_size(known['teacher'])}")
     lines.append(
-        f"  data {recipe.data.train.kind}, blocks of {recipe.data.sequence_length} tokens, "
+        f"  data {recipe.data.train.kind}, blocks of {recipe.data.sequence_length} tokens ({recipe.data.packing}), "
         + (
             f"validation from {recipe.data.validation.kind}"
             if recipe.data.validation
@@ -138,7 +139,12 @@ def _budget(stage: BudgetSpec, recipe: Recipe) -> str:
     steps = stage.steps(length)
     if steps == 0:
         return "no training;"
-    return f"{steps * stage.batch_size * length:,} tokens = {steps:,} steps of {stage.batch_size} x {length};"
+    tokens = steps * stage.batch_size * length
+    if recipe.data.packing not in FULL:  # how full rows are is known when the text is read
+        if stage.num_tokens is None:
+            return f"at most {tokens:,} tokens = {steps:,} steps of {stage.batch_size} x {length};"
+        return f"{stage.num_tokens:,} tokens = at least {steps:,} steps of {stage.batch_size} x {length};"
+    return f"{tokens:,} tokens = {steps:,} steps of {stage.batch_size} x {length};"
 
 
 def _config(reference: str) -> Config | None:

@@ -13,6 +13,7 @@ import torch
 from distill.core.batch import model_inputs
 from distill.core.errors import InputError
 from distill.data.corpus import Corpus
+from distill.forecast import describe
 from distill.models.load import load_model, new_config, new_model
 from distill.recipe import Recipe
 from distill.runner import run
@@ -29,27 +30,27 @@ data:
 stages:
   cache: {{kind: cache_teacher, codec: hidden}}
   prune: {{keep: {{intermediate_size: 48}}, calibration_batch_size: 4}}
-  live: {{kind: distill, student: prune, num_tokens: {tokens}, batch_size: 4, validate_every_steps: 1}}
-  cached: {{kind: distill, student: prune, teacher: cache, num_tokens: {tokens}, batch_size: 4, validate_every_steps: 1}}
+  live: {{kind: distill, student: prune, {budget}}}
+  cached: {{kind: distill, student: prune, teacher: cache, {budget}}}
   evaluate: {{models: [teacher, live], speed: null}}
 compute: {{accelerator: cpu, micro_batch_size: 2, log_every_steps: 1}}
 logging: {{wandb: disabled}}
 """
 TOKENS = 400
+BUDGET = f"num_tokens: {TOKENS}, batch_size: 4, validate_every_steps: 1"
 
 
 @pytest.fixture
 def short_text(tmp_path: Path) -> Path:
     """Documents of 5 to 60 bytes, that is, about as many tokens."""
     file = tmp_path / "text.jsonl"
-    words = "row of the text that a small model reads, and more words than others".split()
-    rows = [{"text": " ".join(words[: 1 + i * 7 % 11]) + f" {i}"} for i in range(90)]
+    rows = [{"text": " ".join(["row", "text", "model", "words"] * 3)[: 4 + i * 7 % 53] + f" {i}"} for i in range(90)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
 
 def recipe(teacher: Path, text: Path, packing: str) -> Recipe:
-    return Recipe.from_text(RECIPE.format(teacher=teacher, text=text, packing=packing, tokens=TOKENS))
+    return Recipe.from_text(RECIPE.format(teacher=teacher, text=text, packing=packing, budget=BUDGET))
 
 
 @pytest.mark.parametrize("packing", ["documents", "best_fit", "padded"])
@@ -93,6 +94,20 @@ def test_calibration_reads_packed_rows_too(teacher: Path, short_text: Path, tmp_
     corpus = Corpus.open(plan.data, tokenizer, tmp_path / "data", plan.seed, len(tokenizer))
     batch = next(iter(corpus.calibration_loader(batch_size=4)))
     assert set(model_inputs(batch)) == {"input_ids", "position_ids"}
+
+
+@pytest.mark.parametrize(
+    ("packing", "line"),
+    [
+        ("documents", "512 tokens = 4 steps of 4 x 32"),
+        ("best_fit", "400 tokens = at least 4 steps of 4 x 32"),
+        ("padded", "400 tokens = at least 4 steps of 4 x 32"),
+    ],
+)
+def test_the_plan_says_what_it_cannot_know_yet(packing: str, line: str, teacher: Path, short_text: Path) -> None:
+    plan = describe(recipe(teacher, short_text, packing))
+    assert line in plan
+    assert f"blocks of 32 tokens ({packing})" in plan
 
 
 def test_a_model_that_mixes_documents_is_refused(teacher: Path, short_text: Path, tmp_path: Path) -> None:
