@@ -25,7 +25,7 @@ from pydantic import Field
 
 from distill.core.errors import InputError
 from distill.losses.base import LossTerm, kl, masked_sum
-from distill.losses.states import Layer, Shape, StateLossSpec
+from distill.losses.states import Layers, Shape, StateLossSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,15 +37,16 @@ class AttentionRelation(StateLossSpec):
     parts: ClassVar[tuple[str, ...]] = ("queries", "keys", "values")
 
     kind: Literal["attention_relation"] = "attention_relation"
-    layers: Literal["auto", "last"] | tuple[tuple[Layer, Layer], ...] = "last"
+    layers: Layers = "last"
     """Which of the student's layers learn from which of the teacher's, from 0: last only the last (the paper's), auto
     every one (the pruning's own map, else evenly), [[5, 20]] is by hand."""
     num_relation_heads: int | None = Field(None, ge=1)
     """Vectors that the heads of one token are cut into; unset: as many as divide both models' numbers of heads (for
     keys and values of KV heads)."""
 
-    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor) -> LossTerm:
-        return attention_relation(student, teacher, mask, num_relation_heads=self.num_relation_heads or 1)
+    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor, documents: Tensor | None = None) -> LossTerm:
+        heads = self.num_relation_heads or 1
+        return attention_relation(student, teacher, mask, documents, num_relation_heads=heads)
 
     def between(self, student: Shape, teacher: Shape) -> Self:
         """This loss with its number of relation heads settled.
@@ -64,7 +65,13 @@ class AttentionRelation(StateLossSpec):
 
 
 def attention_relation(
-    student: Tensor, teacher: Tensor, mask: Tensor, *, num_relation_heads: int, chunk_entries: int = 1 << 23
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    documents: Tensor | None = None,
+    *,
+    num_relation_heads: int,
+    chunk_entries: int = 1 << 23,
 ) -> LossTerm:
     """KL(teacher || student) of the tokens' causal relations, mean over relation heads, summed over tokens, in nats.
 
@@ -72,6 +79,7 @@ def attention_relation(
         student: vectors of all heads side by side, [batch, sequence, student width].
         teacher: the same, [batch, sequence, teacher width].
         mask: [batch, sequence]; False neither has a row nor stands in another's.
+        documents: [batch, sequence], number of each token's document, whose tokens alone it sees; None is one a row.
         num_relation_heads: vectors that a width is cut into; divides both.
         chunk_entries: entries of a relation that exist at once, but at least one row of every sequence.
     """
@@ -86,7 +94,7 @@ def attention_relation(
     ours, theirs = apart(student), apart(teacher)
     with torch.autocast(student.device.type, enabled=False):  # half precision is too coarse for what is exponentiated
         values = [
-            checkpoint(_rows, ours, theirs, mask, start, min(start + rows, length), **_ONCE_MORE)
+            checkpoint(_rows, ours, theirs, mask, documents, start, min(start + rows, length), **_ONCE_MORE)
             for start in range(0, length, rows)
         ]
     return masked_sum(torch.cat(values, 1), mask)
@@ -96,14 +104,16 @@ _ONCE_MORE: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": Fals
 """How rows are computed again in the backward pass: nothing in them is random."""
 
 
-def _rows(student: Tensor, teacher: Tensor, mask: Tensor, start: int, end: int) -> Tensor:
+def _rows(student: Tensor, teacher: Tensor, mask: Tensor, documents: Tensor | None, start: int, end: int) -> Tensor:
     """KL of the rows ``start`` to ``end``, mean over heads: [batch, heads, sequence, channels] -> [batch, rows]."""
     import torch
 
     at = torch.arange(end, device=mask.device)
     row = at[start:].unsqueeze(1)
-    # a token always sees itself, so that no row is empty
-    unseen = ~((at < row) & mask[:, :end].unsqueeze(1) | (at == row)).unsqueeze(1)
+    seen = (at < row) & mask[:, :end].unsqueeze(1)
+    if documents is not None:
+        seen = seen & (documents[:, :end].unsqueeze(1) == documents[:, start:end].unsqueeze(2))
+    unseen = ~(seen | (at == row)).unsqueeze(1)  # a token always sees itself, so that no row is empty
 
     def relation(vectors: Tensor) -> Tensor:
         scores = vectors[:, :, start:end] @ vectors[:, :, :end].transpose(2, 3) / sqrt(vectors.shape[-1])

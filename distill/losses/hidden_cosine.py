@@ -26,7 +26,7 @@ class HiddenCosine(HiddenLossSpec):
 
     kind: Literal["hidden_cosine"] = "hidden_cosine"
 
-    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor) -> LossTerm:
+    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor, documents: Tensor | None = None) -> LossTerm:
         return hidden_cosine(student, teacher, mask)
 
 

@@ -30,7 +30,7 @@ class HiddenMSE(HiddenLossSpec):
     scale: Literal["teacher", "none"] = "teacher"
     """What a token's squared difference is divided by: the mean square of the teacher's state, or nothing."""
 
-    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor) -> LossTerm:
+    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor, documents: Tensor | None = None) -> LossTerm:
         return hidden_mse(student, teacher, mask, scale=self.scale)
 
 

@@ -17,9 +17,10 @@ layers, mapped evenly); Muralidharan et al. 2024, arXiv 2407.14679 (beside the l
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
 
 from distill.core.errors import InputError
 from distill.losses.base import AnyLossSpec, LossTerm
@@ -27,9 +28,26 @@ from distill.losses.base import AnyLossSpec, LossTerm
 if TYPE_CHECKING:
     from torch import Tensor
 
-Layer = Annotated[int, Field(ge=0)]
 Pair = tuple[int, int]
 """(student's layer, teacher's layer), from 0."""
+
+
+def _one_of_the_forms(value: Any) -> Any:
+    """The union alone would report a mistake once for each form."""
+    if isinstance(value, list | tuple):
+        good = all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value)
+        good = good and all(type(layer) is int and layer >= 0 for pair in value for layer in pair)
+        good = good and 0 < len(value) == len({pair[0] for pair in value})
+    else:
+        good = value in ("auto", "last")
+    if not good:
+        raise PydanticCustomError(
+            "layers", "needs auto, last, or pairs such as [[0, 1], [3, 7]] with each of the student's layers once"
+        )
+    return value
+
+
+Layers = Annotated[Literal["auto", "last"] | tuple[Pair, ...], BeforeValidator(_one_of_the_forms)]
 Shape = tuple[int, int]
 """How a state's width is made up: (heads, channels of each); hidden states are one head."""
 
@@ -40,7 +58,7 @@ class StateLossSpec(AnyLossSpec):
     parts: ClassVar[tuple[str, ...]] = ("block",)
     """What is compared of a layer: its output ("block"), or projections of its attention; averaged too."""
 
-    layers: Literal["auto", "last"] | tuple[tuple[Layer, Layer], ...] = "auto"
+    layers: Layers = "auto"
     """Which of the student's layers learn from which of the teacher's, from 0: auto maps every one (the pruning's own
     map, else evenly), last only the last to the last, [[0, 1], [3, 7]] is by hand."""
 
@@ -53,7 +71,7 @@ class StateLossSpec(AnyLossSpec):
             kept: for each of the student's layers the one of the teacher that it was; None when it is not known.
 
         Raises:
-            InputError: a layer that is not there, or named twice.
+            InputError: a layer that is not there.
         """
         if isinstance(self.layers, str):
             whole = kept or [-(-(i + 1) * num_teacher // num_student) - 1 for i in range(num_student)]
@@ -62,9 +80,6 @@ class StateLossSpec(AnyLossSpec):
             for who, layer, size in zip(("student", "teacher"), pair, (num_student, num_teacher), strict=True):
                 if layer >= size:
                     raise InputError(f"{self.kind}.layers: the {who} has no layer {layer} (expected 0 to {size - 1})")
-        students = [layer for layer, _ in self.layers]
-        if not students or len(set(students)) < len(students):
-            raise InputError(f"{self.kind}.layers: name at least one pair and each of the student's layers once")
         return self.layers
 
     def between(self, student: Shape, teacher: Shape) -> Self:
@@ -75,13 +90,15 @@ class StateLossSpec(AnyLossSpec):
         """
         return self
 
-    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor) -> LossTerm:
+    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor, documents: Tensor | None = None) -> LossTerm:
         """The loss of one pair of states.
 
         Args:
             student: [batch, sequence, width]; 0 where ``mask`` is False.
             teacher: [batch, sequence, width], without graph; 0 where ``mask`` is False.
             mask: [batch, sequence], True where a prediction counts.
+            documents: [batch, sequence], a number for each of the documents of a row that do not see each other; None
+                where a token sees all before it.
         """
         raise NotImplementedError
 

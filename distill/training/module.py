@@ -111,7 +111,7 @@ class DistillationModule(pl.LightningModule):
         outer = [(name, loss) for name, loss in losses if isinstance(loss, LossSpec)]
         total, terms = head_losses(hidden, output_head(self.student), signal, input_ids.roll(-1, dims=1), mask, outer)
         if states:
-            more, inner_terms = states(mask, inner)
+            more, inner_terms = states(batch, inner)
             total, terms = total + more, terms | inner_terms
         return total, terms
 

@@ -5,17 +5,16 @@ What is learned for it (a linear map a loss) is trained, saved and resumed with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from distill.core.errors import InputError
 from distill.losses import LossTerm, StateLossSpec
 from distill.losses.schedule import number
 from distill.losses.states import HiddenLossSpec
-from distill.models.states import State, States
+from distill.models.states import State, States, pairs_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,11 +52,12 @@ class StateLosses(nn.Module):
         super().__init__()
         self.channels: Tensor | None
         self.student, self.teacher = States(student), States(teacher)
-        self.widths = tuple(states.shapes["block"][1] for states in (self.student, self.teacher))
-        sizes = (self.student.num_layers, self.teacher.num_layers)
-        if origin is not None and (len(origin.layers), len(origin.hidden_channels)) != (sizes[0], self.widths[0]):
-            raise ValueError(f"{origin} is that of another student than one of {sizes[0]} x {self.widths[0]}")
-        self.pairs = {loss.kind: loss.pairs(*sizes, origin.layers if origin else None) for loss in losses}
+        shapes = (self.student.shapes, self.teacher.shapes)
+        self.widths = tuple(one.hidden_size for one in shapes)
+        size = (shapes[0].num_layers, self.widths[0])
+        if origin is not None and (len(origin.layers), len(origin.hidden_channels)) != size:
+            raise ValueError(f"{origin} is that of another student than one of {size[0]} layers x {size[1]} channels")
+        self.pairs = {loss.kind: pairs_of(loss, *shapes, origin.layers if origin else None) for loss in losses}
         self.projections = nn.ModuleDict()
         channels = torch.tensor(origin.hidden_channels) if origin and self.widths[0] != self.widths[1] else None
         self.register_buffer("channels", channels, persistent=False)
@@ -66,11 +66,7 @@ class StateLosses(nn.Module):
 
     def _prepare(self, loss: StateLossSpec) -> None:
         for side, states in enumerate((self.student, self.teacher)):
-            if lacking := [part for part in loss.parts if part not in states.shapes]:
-                raise InputError(f"{loss.kind}: this architecture does not keep its {', '.join(lacking)} apart")
             states.watch((part, pair[side]) for pair in self.pairs[loss.kind] for part in loss.parts)
-        for part in loss.parts:
-            loss.between(self.student.shapes[part], self.teacher.shapes[part])
         meet = self.channels is not None or self.widths[0] == self.widths[1]
         if isinstance(loss, HiddenLossSpec) and (loss.projection == "learned" or not meet):
             self.projections[loss.kind] = self._linear()
@@ -86,28 +82,37 @@ class StateLosses(nn.Module):
             nn.init.orthogonal_(linear.weight, generator=torch.Generator().manual_seed(0))
         return linear
 
-    def forward(self, mask: Tensor, losses: Sequence[tuple[str, StateLossSpec]]) -> tuple[Tensor, dict[str, LossTerm]]:
+    def forward(
+        self, batch: dict[str, Tensor], losses: Sequence[tuple[str, StateLossSpec]]
+    ) -> tuple[Tensor, dict[str, LossTerm]]:
         """The weighted sum of the losses over the recorded batch, and every unweighted term without graph.
 
         Args:
-            mask: [batch, sequence], True where a prediction counts; nothing of other tokens reaches loss or gradient.
+            batch: see :class:`distill.training.module.DistillationModule`; nothing of tokens that its mask leaves out
+                reaches loss or gradient.
             losses: (kind, loss) with numbers for weights.
         """
+        mask, positions = batch["mask"], batch.get("position_ids")
+        documents = None if positions is None else (positions == 0).cumsum(1)
         hide = ~mask.unsqueeze(-1)
         ours, theirs = (
             {state: seen.to(mask.device).masked_fill(hide, 0) for state, seen in states.take().items()}
             for states in (self.student, self.teacher)
         )
-        terms = {name: self._term(loss, ours, theirs, mask) for name, loss in losses}
+        terms = {}
+        for name, loss in losses:
+            met = self._met(loss, ours, theirs)
+            sums = [settled(student, teacher, mask, documents).sum for settled, student, teacher in met]
+            terms[name] = LossTerm(torch.stack(sums).mean(), mask.sum())
         total = torch.stack([number(loss.weight) * terms[name].sum for name, loss in losses]).sum()
         return total, {name: term.detach() for name, term in terms.items()}
 
-    def _term(
-        self, loss: StateLossSpec, ours: dict[State, Tensor], theirs: dict[State, Tensor], mask: Tensor
-    ) -> LossTerm:
-        sums = []
+    def _met(
+        self, loss: StateLossSpec, ours: dict[State, Tensor], theirs: dict[State, Tensor]
+    ) -> Iterator[tuple[StateLossSpec, Tensor, Tensor]]:
+        """What a loss compares: the student's states beside the teacher's, of one width where that is needed."""
         for part in loss.parts:
-            settled = loss.between(self.student.shapes[part], self.teacher.shapes[part])
+            settled = loss.between(self.student.shapes.parts[part], self.teacher.shapes.parts[part])
             for i, j in self.pairs[loss.kind]:
                 student, teacher = ours[part, i], theirs[part, j]
                 if loss.kind in self.projections:
@@ -115,8 +120,7 @@ class StateLosses(nn.Module):
                     student = linear(student.to(linear.weight.dtype))  # type: ignore[arg-type]
                 elif part == "block" and self.channels is not None:
                     teacher = teacher.index_select(-1, self.channels)
-                sums.append(settled(student, teacher, mask).sum)
-        return LossTerm(torch.stack(sums).mean(), mask.sum())
+                yield settled, student, teacher
 
     def summary(self) -> list[str]:
         """A line a loss for people: which layers meet, and how widths are brought together."""

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytorch_lightning as pl
 import torch
 
+from distill.losses import AttentionRelation, ForwardKL, HiddenCosine, HiddenMSE
 from distill.training.module import DistillationModule
 
 
@@ -21,24 +23,32 @@ class Seen(pl.Callback):
         self.steps: list[dict[str, torch.Tensor]] = []
 
     def on_before_zero_grad(self, trainer: pl.Trainer, module: Any, optimizer: Any) -> None:
-        kept = {name: p.grad.clone() for name, p in module.student.named_parameters() if p.grad is not None}
+        kept = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
         if kept:
             self.steps.append(kept)
 
 
-def test_two_ranks_take_the_step_of_one(tmp_path: Path, module: Any, llama: Any, batch: Any) -> None:
+ON_STATES = [ForwardKL(), HiddenMSE(weight=0.5), HiddenCosine(), AttentionRelation(layers="auto")]
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["predictions", "states"])
+def test_two_ranks_take_the_step_of_one(inner: bool, tmp_path: Path, module: Any, llama: Any, batch: Any) -> None:
     # 2 steps x 2 micro-batches x 2 ranks; the ranks' micro-batches count 0 to 14 tokens, one of them none at all
     pieces = [batch(5, 1), batch(0, 2), batch(6, 2), batch(2, 3), batch(8, 1), batch(11, 2), batch(16, 2), batch(20, 1)]
     sizes = [int(piece["mask"].sum()) for piece in pieces]
     assert min(sizes) == 0
     assert len(set(sizes)) > 4
     single: DistillationModule = module()
+    if inner:  # with a map that is learned, which is of no rank's student
+        single = DistillationModule(llama(0), ON_STATES, llama(1, hidden_size=24, num_hidden_layers=2))
+    models = {"student": single.student, "teacher": single.teacher.model}  # type: ignore[union-attr]
     given = {
         "config": {
-            k: v for k, v in single.student.config.to_diff_dict().items() if isinstance(v, int | float | bool | None)
+            name: {k: v for k, v in model.config.to_diff_dict().items() if isinstance(v, int | float | bool | None)}
+            for name, model in models.items()
         },
-        "student": single.student.state_dict(),
-        "teacher": single.teacher.model.state_dict(),  # type: ignore[union-attr]
+        **{name: model.state_dict() for name, model in models.items()},
+        "losses": [loss.model_dump() for _, loss in single.losses],
         "accumulate": 2,
         "batches": [pieces[0::2], pieces[1::2]],
     }
@@ -72,6 +82,6 @@ def test_two_ranks_take_the_step_of_one(tmp_path: Path, module: Any, llama: Any,
         for name, gradient in expected.items():
             for rank in ranks:
                 torch.testing.assert_close(rank["seen"][step][name], gradient, rtol=1e-4, atol=1e-6)
-    for name, weight in single.student.state_dict().items():
+    for name, weight in single.state_dict().items():
         assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name])
         torch.testing.assert_close(ranks[0]["weights"][name], weight, rtol=1e-4, atol=1e-5)
