@@ -5,8 +5,8 @@
 of each token i, where a are the queries of all heads side by side, cut anew into ``num_relation_heads`` vectors of d
 channels; likewise the keys and the values, and the loss is the mean over relation heads and over the three. In place of
 states only their mutual likeness is compared, so neither widths nor numbers of heads need to agree and nothing is
-projected. Prefer it where student and teacher are of different widths and families; a student that was cut out of its
-teacher learns as much from :mod:`hidden_mse <distill.losses.hidden_mse>`, at less cost.
+projected. Prefer it where student and teacher are of different widths or families; a student cut out of its teacher can
+be told more, and at less cost, by :mod:`hidden_mse <distill.losses.hidden_mse>`.
 
 As j runs over what a decoder may see, the rows are causal; tokens that do not count are left out on both sides. The
 vectors are those of the linear projections, before rotary positions. Memory is O(chunk of rows x tokens): rows are

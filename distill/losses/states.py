@@ -2,8 +2,9 @@
 
     loss of a token = mean over the pairs (student layer, teacher layer) of the loss of the pair
 
-Beside a loss on predictions, never in its place: it says nothing to the last norm and the output head. It helps most
-where the student is far from the teacher and tokens are few, and costs the memory of the layers it reads in both.
+Beside a loss on predictions, never in its place: it says nothing to the last norm and the output head. Minitron found it
+worth its price where many layers were cut, and the logits alone best otherwise (arXiv 2407.14679, best practices 6 and
+7). The price: the states that are read stay in memory, of both models.
 
 Which layer learns from which (``layers: auto``): a student that was cut out of the teacher learns layer by layer from
 those that were kept; any other learns evenly over the teacher's depth, the last layer from the last,
@@ -11,7 +12,8 @@ those that were kept; any other learns evenly over the teacher's depth, the last
     teacher layer = ceil((i + 1) * num_teacher / num_student) - 1    for student layer i from 0.
 
 Source: Romero et al. 2014, arXiv 1412.6550 (hints from inner layers); Jiao et al. 2019, arXiv 1909.10351 (several
-layers, mapped evenly); Muralidharan et al. 2024, arXiv 2407.14679 (beside the logits' loss, for a pruned student).
+layers, mapped evenly); Muralidharan et al. 2024, arXiv 2407.14679 (beside the logits' loss, for a pruned student, with
+one linear map for all layers).
 """
 
 from __future__ import annotations
