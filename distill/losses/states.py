@@ -2,9 +2,9 @@
 
     loss of a token = mean over the pairs (student layer, teacher layer) of the loss of the pair
 
-Beside a loss on predictions, never in its place: it says nothing to the last norm and the output head. Minitron found it
-worth its price where many layers were cut, and the logits alone best otherwise (arXiv 2407.14679, best practices 6 and
-7). The price: the states that are read stay in memory, of both models.
+Beside a loss on predictions, never in its place: it says nothing to the last norm and the output head. Minitron found
+it worth its price where many layers were cut, and the logits alone best otherwise (arXiv 2407.14679, best practices 6
+and 7). The price: the states that are read stay in memory, of both models.
 
 Which layer learns from which (``layers: auto``): a student that was cut out of the teacher learns layer by layer from
 those that were kept; any other learns evenly over the teacher's depth, the last layer from the last,
