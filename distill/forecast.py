@@ -13,8 +13,10 @@ from typing import Any
 from distill.core.errors import InputError, RecipeError
 from distill.data.hub import Hub
 from distill.data.spec import FULL
+from distill.losses import StateLossSpec
 from distill.models.layouts import LAYOUTS, layout_for
 from distill.models.load import locate
+from distill.models.states import Shapes, pairs_of
 from distill.pruning.layout import shape
 from distill.pruning.select import target_sizes
 from distill.recipe import Recipe
@@ -62,6 +64,7 @@ def describe(recipe: Recipe) -> str:
         try:
             known[name] = _after(stage, known)
             _check(stage, recipe, known[name])
+            _check_states(stage, known)
         except InputError as error:
             mistakes.append(f"{recipe.name}: stages.{name}: {error}")
             known.setdefault(name, None)
@@ -104,6 +107,22 @@ def _check(stage: StageSpec, recipe: Recipe, config: Config | None) -> None:
             name = parameter.path.removesuffix(".weight")
             if len(parameter.axes) == 2 and "{layer}" in name and not stage.quantizer.skips(name):
                 stage.quantizer.groups(shape(parameter, sizes)[1])
+
+
+def _check_states(stage: StageSpec, known: dict[str, Config | None]) -> None:
+    """Hold losses on inner states against the shapes of both models, where they are known.
+
+    Raises:
+        InputError: a layer that is not there, or heads that do not divide.
+    """
+    losses = [loss for loss in getattr(stage, "losses", []) if isinstance(loss, StateLossSpec)]
+    if not losses or not isinstance(stage, Distill | Quantize):
+        return
+    configs = [known[name] if name in known else _config(name) for name in (stage.student, stage.teacher)]
+    student, teacher = (Shapes.of(c) if c is not None and _count(c) is not None else None for c in configs)
+    if student is not None and teacher is not None:
+        for loss in losses:
+            pairs_of(loss, student, teacher)
 
 
 def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config | None]) -> str:

@@ -21,7 +21,7 @@ class LossTerm:
     :meth:`per_token` divides.
 
     Attributes:
-        sum: scalar, fp32, nats.
+        sum: scalar, fp32; nats where the loss compares distributions.
         count: scalar, number of tokens in the sum.
     """
 
@@ -36,11 +36,11 @@ class LossTerm:
         return LossTerm(self.sum.detach(), self.count.detach())
 
     def per_token(self) -> Tensor:
-        """Nats per token; 0 when no token counts. The one line in the project that divides a loss."""
+        """The loss per token; 0 when no token counts. The one line in the project that divides a loss."""
         return self.sum / self.count.clamp(min=1)
 
 
-class LossSpec(Spec):
+class AnyLossSpec(Spec):
     """What every loss has: a kind and a weight. A loss is on when it is named.
 
     Every number among its settings may follow a :class:`~distill.losses.schedule.Schedule`; such a loss is called only
@@ -62,6 +62,10 @@ class LossSpec(Spec):
         """This loss as it is at optimizer step ``step`` (from 0) of ``num_steps``: numbers only."""
         now = {name: schedule.at(step, num_steps) for name, schedule in self.schedules().items()}
         return self.model_copy(update=now) if now else self
+
+
+class LossSpec(AnyLossSpec):
+    """A loss on what the models predict; the other kind is :class:`~distill.losses.states.StateLossSpec`."""
 
     def __call__(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor

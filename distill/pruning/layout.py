@@ -8,7 +8,7 @@ blindly. The instances, one file an architecture, are in ``distill/models/layout
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,8 @@ class Layout:
         per_layer_keys: config keys that hold a list with one entry a layer.
         hidden_divisible_by_heads: the config class refuses a hidden size that the number of heads does not divide,
             even when ``head_dim`` is given.
+        projections: "queries", "keys" and "values" -> module whose output is that of all heads side by side [batch,
+            sequence, heads * head_dim]; empty where they have no modules of their own.
     """
 
     model_type: str
@@ -77,6 +79,7 @@ class Layout:
     norm_eps_key: str
     per_layer_keys: tuple[str, ...]
     hidden_divisible_by_heads: bool
+    projections: Mapping[str, str] = field(default_factory=dict)
 
     def sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
         """Size of every axis, from ``config.to_dict()`` or a parsed ``config.json``.

@@ -84,7 +84,8 @@ class Quantize(DistillSpec, StageSpec):
             lora=self.lora,
             gradient_checkpointing=context.session.compute.gradient_checkpointing and self.trains(),
         )
-        figures = train(context, student, self.losses, self, teacher=self.teacher if self.trains() else None)
+        teacher = self.teacher if self.trains() else None
+        figures = train(context, student, self.losses, self, teacher=teacher, start=self.student)
         model = move(disassemble(student), "cpu")  # merged where it was trained: elsewhere the bits may differ
         dtype = torch.float32 if stored_dtype_of(location, "auto") == "float32" else torch.bfloat16
         round_unquantized(model, dtype)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from distill.core.errors import InputError
-from distill.losses.base import LossSpec
+from distill.losses.base import AnyLossSpec
 from distill.stages.base import SELF, StageContext
 from distill.training.spec import BudgetSpec
 
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
 
 
 def train(
-    context: StageContext, student: Student, losses: list[LossSpec], budget: BudgetSpec, *, teacher: str | None
+    context: StageContext,
+    student: Student,
+    losses: Sequence[AnyLossSpec],
+    budget: BudgetSpec,
+    *,
+    teacher: str | None,
+    start: str | None = None,
 ) -> dict[str, Any]:
     """Train an assembled student in place, from the stage's last checkpoint if there is one.
 
@@ -28,11 +35,13 @@ def train(
         losses: at least one.
         budget: how long; a budget of 0 does nothing.
         teacher: reference of the frozen teacher or of its cache, "self", or None.
+        start: reference of the model that the student starts from, or None without a teacher.
 
     Returns:
         Figures: steps, tokens, seconds of training, tokens a second.
     """
     from distill.stages.cache_teacher import open_cache
+    from distill.stages.origin import origin_of
     from distill.training.live_teacher import LiveTeacher
     from distill.training.module import DistillationModule
     from distill.training.own_weights import OwnWeights
@@ -60,7 +69,10 @@ def train(
         source,
         optimizer=budget.optimizer,
         num_steps=num_steps,
+        origin=origin_of(session, start, teacher) if start is not None and teacher is not None else None,
     )
+    for line in module.states.summary() if module.states is not None else ():
+        context.say(line)
     started = time.perf_counter()
     fit(
         module,

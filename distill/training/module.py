@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,20 @@ import torch
 from torch import Tensor
 
 from distill.core.batch import model_inputs
-from distill.losses import CrossEntropy, LossSpec, LossTerm
+from distill.core.errors import InputError
+from distill.losses import AnyLossSpec, CrossEntropy, LossSpec, LossTerm, StateLossSpec
 from distill.losses.head import head_losses
+from distill.losses.states import refusal
 from distill.models.head import check_head, hidden_states, output_head
 from distill.training.live_teacher import LiveTeacher
 from distill.training.spec import OptimizerSpec
+from distill.training.state_losses import StateLosses
 from distill.training.teacher import Teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from distill.pruning.origin import Origin
 
 Batch = dict[str, Tensor]
 
@@ -35,12 +41,14 @@ class DistillationModule(pl.LightningModule):
 
     Args:
         student: causal language model; its parameters that require gradients are trained.
-        losses: at least one; those that need a teacher need ``teacher``.
+        losses: at least one on the predictions; those that need a teacher need ``teacher``.
         teacher: a model over the same tokens, which is frozen here, or another source of signal. It stays outside the
             module tree: never in a checkpoint, an optimizer or ``train()``.
         optimizer: AdamW and its schedule.
         num_steps: length of the schedules (learning rate, and any setting of a loss) in optimizer steps; unset: as
             many as the Trainer will make.
+        origin: where a student that was cut out of the teacher has its layers and channels from, for losses on inner
+            states; None when it was not, or when there are none.
 
     Batches are dicts with ``input_ids`` int64 [batch, sequence] and ``mask`` bool [batch, sequence], True where the
     prediction made at a position (of the next token) counts; the last position never does. With ``position_ids`` int64
@@ -50,15 +58,16 @@ class DistillationModule(pl.LightningModule):
     def __init__(
         self,
         student: PreTrainedModel,
-        losses: Sequence[LossSpec],
+        losses: Sequence[AnyLossSpec],
         teacher: PreTrainedModel | Teacher | None = None,
         *,
         optimizer: OptimizerSpec | None = None,
         num_steps: int | None = None,
+        origin: Origin | None = None,
     ):
         super().__init__()
-        if not losses:
-            raise ValueError("no loss to train on; give at least one")
+        if not any(isinstance(loss, LossSpec) for loss in losses):
+            raise ValueError("no loss on the predictions to train on; give at least one")
         if teacher is None and any(loss.needs_teacher for loss in losses):
             raise ValueError(f"{[loss.kind for loss in losses if loss.needs_teacher]} need a teacher")
         self.student = student
@@ -72,7 +81,13 @@ class DistillationModule(pl.LightningModule):
         self._rng: dict[str, Any] | None = None
         check_head(student)
         if self.teacher is not None:
-            self.teacher.check(losses)
+            self.teacher.check([loss for loss in losses if isinstance(loss, LossSpec)])
+        inner = [loss for loss in losses if isinstance(loss, StateLossSpec)]
+        self.states: StateLosses | None = None
+        if inner and self.teacher is not None:
+            if self.teacher.model is None:
+                raise InputError(f"losses: {refusal(inner)}")
+            self.states = StateLosses(inner, student, self.teacher.model, origin)
 
     def on_fit_start(self) -> None:
         """Make the teacher ready for the student's device, and forget a step that was broken off."""
@@ -84,12 +99,23 @@ class DistillationModule(pl.LightningModule):
         if self.teacher is not None:
             self.teacher.move(self.device)
 
-    def batch_losses(self, batch: Batch, losses: Sequence[tuple[str, LossSpec]]) -> tuple[Tensor, dict[str, LossTerm]]:
+    def batch_losses(
+        self, batch: Batch, losses: Sequence[tuple[str, AnyLossSpec]]
+    ) -> tuple[Tensor, dict[str, LossTerm]]:
         """Weighted sum of the losses over a batch, and each term; see :func:`distill.losses.head.head_losses`."""
         input_ids, mask = batch["input_ids"], batch["mask"]
-        signal = self.teacher.signal(batch) if self.teacher is not None else None
-        hidden = hidden_states(self.student, **model_inputs(batch))
-        return head_losses(hidden, output_head(self.student), signal, input_ids.roll(-1, dims=1), mask, losses)
+        inner = [(name, loss) for name, loss in losses if isinstance(loss, StateLossSpec)]
+        states = self.states if inner else None
+        with states.teacher.recording() if states else nullcontext():
+            signal = self.teacher.signal(batch) if self.teacher is not None else None
+        with states.student.recording() if states else nullcontext():
+            hidden = hidden_states(self.student, **model_inputs(batch))
+        outer = [(name, loss) for name, loss in losses if isinstance(loss, LossSpec)]
+        total, terms = head_losses(hidden, output_head(self.student), signal, input_ids.roll(-1, dims=1), mask, outer)
+        if states:
+            more, inner_terms = states(batch, inner)
+            total, terms = total + more, terms | inner_terms
+        return total, terms
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """One micro-batch: the sum of its losses over its tokens (not their mean)."""
@@ -99,7 +125,7 @@ class DistillationModule(pl.LightningModule):
             self._terms[name] = self._terms[name] + term if name in self._terms else term
         return total
 
-    def _losses_now(self) -> list[tuple[str, LossSpec]]:
+    def _losses_now(self) -> list[tuple[str, AnyLossSpec]]:
         """The losses with the settings of the step that is being made; all its micro-batches share them."""
         if not any(loss.schedules() for _, loss in self.losses):
             return self.losses
@@ -153,7 +179,7 @@ class DistillationModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW, without decay on vectors, and the schedule per step."""
         spec, num_steps = self.optimizer_spec, self._schedule_steps()
-        trained = [p for p in self.student.parameters() if p.requires_grad]
+        trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": spec.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from distill.core.errors import InputError
 from distill.core.spec import Spec
-from distill.losses import LOSSES, ForwardKL, LossSpec
+from distill.losses import LOSSES, AnyLossSpec, ForwardKL, StateLossSpec
 
 
 class OptimizerSpec(Spec):
@@ -85,7 +85,7 @@ def split_batch(budget: BudgetSpec, compute: ComputeSpec) -> tuple[int, int]:
 class DistillSpec(BudgetSpec):
     """A budget and the losses against a teacher."""
 
-    losses: list[Annotated[LossSpec, LOSSES]] = Field([ForwardKL()], min_length=1)
+    losses: list[Annotated[AnyLossSpec, LOSSES]] = Field([ForwardKL()], min_length=1)
     """Losses, each with its weight; a loss is on when it is named."""
 
     @model_validator(mode="after")
@@ -95,6 +95,8 @@ class DistillSpec(BudgetSpec):
             raise ValueError(f"each kind of loss stands once (got {', '.join(kinds)}); add up their weights instead")
         if not any(loss.needs_teacher for loss in self.losses):
             raise ValueError("no loss looks at the teacher; use kind: finetune to train without one")
+        if all(isinstance(loss, StateLossSpec) for loss in self.losses):
+            raise ValueError(f"{kinds[0]} teaches no prediction; add a loss on the logits, such as forward_kl")
         return self
 
 

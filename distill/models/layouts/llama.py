@@ -71,6 +71,7 @@ def _layout(
         norm_eps_key="rms_norm_eps",
         per_layer_keys=("layer_types",),
         hidden_divisible_by_heads=hidden_divisible_by_heads,
+        projections={part: f"{LAYER}.self_attn.{part[0]}_proj" for part in ("queries", "keys", "values")},
     )
 
 
