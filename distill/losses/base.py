@@ -12,6 +12,8 @@ from distill.losses.schedule import Schedule, Weight
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from distill.losses.rows import Rows
+
 
 @dataclass(frozen=True)
 class LossTerm:
@@ -79,6 +81,25 @@ class LossSpec(AnyLossSpec):
             mask: [...], True where a prediction counts.
         """
         raise NotImplementedError
+
+    def value_and_gradient(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The same loss summed over a block of tokens, and its gradient in the student's logits: what training runs.
+
+        A loss may override this with the closed form of its gradient, which takes a fraction of the time; the contract
+        tests hold the two against each other. Without it autograd differentiates the loss through the logits.
+
+        Returns:
+            the sum, a scalar, and a new tensor [rows, vocabulary]: the student's, or the narrower one that both have.
+        """
+        import torch
+
+        # copies, as autograd saves no tensor that was made under inference_mode
+        with torch.inference_mode(False), torch.enable_grad():
+            student = rows.student.clone().requires_grad_()
+            teacher = None if rows.teacher is None else rows.teacher.clone()
+            on = torch.ones_like(rows.targets, dtype=torch.bool)
+            value = self(student, teacher, rows.targets.clone(), on).sum
+            return value.detach(), torch.autograd.grad(value, student)[0]
 
 
 def shared_log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
