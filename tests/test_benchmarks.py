@@ -52,7 +52,10 @@ def _write(folder: Path, name: str, rows: list[dict], notes: list[str]) -> None:
 
 
 def test_a_result_without_words_shows_all_its_rows(tmp_path: Path) -> None:
-    rows = [{"table": "first", "loss": "a", "seconds": 0.12345}, {"table": "second", "loss": "b", "bytes": 123456}]
+    rows = [
+        {"table": "first", "loss": "a", "seconds": 0.12345},
+        {"table": "second", "loss": "b", "bytes": 123456, "each": [1, 2]},
+    ]
     _write(tmp_path, "something_else", rows, ["measured twice"])
     page = tables.render(tmp_path)
     assert "## Something else" in page
