@@ -20,6 +20,7 @@ import distill
 from benchmarks import hardware, result
 from distill.core.artifact import LINEAGE, replacing
 from distill.core.errors import DistillError
+from distill.core.run import Run
 from distill.training.metrics import read_rows
 
 RECIPE = Path(__file__).parent / "recipes" / "books-teacher.yaml"
@@ -43,7 +44,7 @@ def teacher(corpus: Path, work: Path) -> Path:
     if not place.is_dir():
         recipe = distill.Recipe.load(RECIPE, set=list(_paths(corpus)))
         run = distill.run(recipe, run_dir=work / "books-teacher")
-        _write_result(run.stage("finetune"))
+        _write_result(run)
         with replacing(place) as folder:
             # Without its lineage it is a model from outside, at which the lineage of a student cut out of it ends.
             ignored = shutil.ignore_patterns(LINEAGE)
@@ -66,9 +67,12 @@ def _paths(corpus: Path) -> Iterable[str]:
     return (f"data.{key}.path={sections[key]['path']}" for key in ("train", "validation"))
 
 
-def _write_result(stage: Path) -> None:
+def _write_result(run: Run) -> None:
     """The teacher's validation curve, as a result of its own."""
-    rows = [row for row in read_rows(stage) if "val/cross_entropy" in row]
+    rows = [row for row in read_rows(run.stage("finetune")) if "val/cross_entropy" in row]
+    done = run.done("finetune")
+    assert done is not None
+    tokens, minutes = done.figures["training_tokens"], done.figures["training_seconds"] / 60
     result.write(
         "books",
         command="python -m benchmarks.books --corpus BOOKS --work WORK",
