@@ -79,6 +79,7 @@ def _write_result(run: Run) -> None:
         hardware=hardware.describe(),
         versions=hardware.versions(),
         rows=[{"tokens": row["tokens"], "validation_perplexity": math.exp(row["val/cross_entropy"])} for row in rows],
+        notes=[f"Trained on {tokens:,} tokens in all, in {minutes:.0f} minutes of a machine that did other work too."],
     )
 
 

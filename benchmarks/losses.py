@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import books, hardware, result
+from benchmarks import books, hardware, result, tables
 from benchmarks.matrix import Cell, Matrix
 from distill.core.errors import DistillError
 from distill.losses import LOSSES, LossSpec
@@ -143,6 +143,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     budget = Budget(options.tokens, options.search_tokens, options.seeds)
+    found: list[dict[str, Any]] = []
     for found in measure(options.corpus, options.work, budget):
         result.write(
             "losses",
@@ -155,6 +156,7 @@ def main() -> None:
                 f"a step; those of the search on {budget.search_tokens:,}."
             ],
         )
+    print(tables.table(found, where={"table": "losses"}))
 
 
 if __name__ == "__main__":
