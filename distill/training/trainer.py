@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from distill.core.errors import MachineError
 from distill.core.run import CHECKPOINTS
 from distill.training.callbacks import Checkpoints, Record, ShowProgress, Waited
 from distill.training.checkpoint import AtomicCheckpointIO, checkpoint_step, newest_valid
+from distill.training.compile import compiled_bodies
 from distill.training.metrics import MetricsLog
 from distill.training.module import DistillationModule
 from distill.training.spec import BudgetSpec, ComputeSpec, split_batch
@@ -124,14 +126,17 @@ def fit(
         default_root_dir=folder,
     )
     module.student.train()
+    teacher = module.teacher.model if module.teacher is not None else None
+    models = {id(model): model for model in (module.student, teacher) if model is not None}
     try:
-        trainer.fit(
-            module,
-            train_dataloaders=data,
-            val_dataloaders=validation_loader,
-            ckpt_path=checkpoint,
-            weights_only=True,
-        )
+        with compiled_bodies(*models.values()) if compute.compile else nullcontext():
+            trainer.fit(
+                module,
+                train_dataloaders=data,
+                val_dataloaders=validation_loader,
+                ckpt_path=checkpoint,
+                weights_only=True,
+            )
     except torch.OutOfMemoryError as error:
         raise MachineError(
             f"{name}: out of GPU memory; lower compute.micro_batch_size ({micro}) "
