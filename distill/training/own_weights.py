@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from distill.core.batch import model_inputs
 from distill.core.errors import InputError
 from distill.losses.head import Head, Signal
 from distill.models.head import hidden_states, output_head
@@ -59,7 +60,7 @@ class OwnWeights(Teacher):
                 return head.logits(rows)
 
         with _start_of(self.model), torch.inference_mode():
-            return Signal(hidden_states(self.model, batch["input_ids"]), Head(logits))
+            return Signal(hidden_states(self.model, **model_inputs(batch)), Head(logits))
 
 
 @contextmanager
