@@ -123,6 +123,10 @@ class DistillationModule(pl.LightningModule):
         torch._foreach_mul_(gradients, scale)
         self._step_tokens.zero_()
 
+    def counted_tokens(self) -> int:
+        """Tokens that a loss was taken from since the last drain (this synchronises with the device)."""
+        return max((int(term.count) for term in self._terms.values()), default=0)
+
     def drain_terms(self) -> dict[str, float]:
         """Mean of each loss per token since the last call (this synchronises with the device).
 
