@@ -48,6 +48,8 @@ class LossSpec(Spec):
     """
 
     needs_teacher: ClassVar[bool] = True
+    needs_text: ClassVar[bool] = False
+    """Whether it looks at the text's next token, which a sequence of the student's own does not have."""
 
     kind: str
     weight: Weight = 1.0
