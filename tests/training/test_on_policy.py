@@ -184,7 +184,8 @@ def test_what_counts_is_what_was_written_up_to_its_end(own: Any) -> None:
     assert int(turn.tokens) == sum(lengths) + 12 * PROMPT
     figures = {name: float(term.per_token()) for name, term in turn.figures.items()}
     assert figures["on_policy/length"] == pytest.approx(sum(lengths) / 12)
-    assert figures["on_policy/generated_share"] == pytest.approx(sum(lengths) / int(turn.tokens))
+    assert figures["on_policy/generated_share"] == 1.0
+    assert int(turn.figures["on_policy/generated_share"].count) == sum(lengths)
 
 
 def test_a_block_that_ends_within_its_prompt_counts_for_nothing(own: Any) -> None:
