@@ -114,25 +114,25 @@ class OnPolicy:
         sequences, entropy = sample(student, ids[:, :start], places, uniform, self.spec, self.ends, self.vocabulary)
         # a block that ends within its prompt has nothing to go on from
         prompted = functional.pad(batch["mask"], lacking)[:, start - 2] if start > 1 else batch["mask"].any(1)
-        wrote, ended = until_end(sequences[:, start:], self.ends)
-        wrote = wrote & prompted.unsqueeze(1)
+        if places is not None:  # nor has a document that ends with it
+            prompted = prompted & until_end(ids[:, start - 1 : start], self.ends)[1].logical_not()
+        new = sequences[:, start:]
+        wrote = until_end(new, self.ends)[0] & prompted.unsqueeze(1)
         own = {"input_ids": sequences, "mask": torch.zeros_like(sequences, dtype=torch.bool)}
         own["mask"][:, start - 1 : -1] = wrote  # the prediction at a position is of the next token
         if places is not None:
-            after = torch.arange(1, wrote.shape[1] + 1, device=places.device)
+            after = torch.arange(1, new.shape[1] + 1, device=places.device)
             own["position_ids"] = torch.cat([places, places[:, -1:] + after], 1)
-        passage = ids[:, start:limit]
-        text, text_ended = until_end(passage, self.ends)
-        num_rows = prompted.sum()
-        figures = {
-            "entropy": LossTerm((entropy * wrote).sum(), wrote.sum()),
-            "length": LossTerm(_float(wrote.sum()), num_rows),
-            "at_limit": LossTerm(_float((prompted & ~ended).sum()), num_rows),
-            "text_at_limit": LossTerm(_float((prompted & ~text_ended).sum()), num_rows),
-            "repetition": repetition(sequences[:, start:], wrote),
-            "text_repetition": repetition(passage, text & prompted.unsqueeze(1)),
-        }
-        return own, {f"on_policy/{name}": term for name, term in figures.items()}
+        figures = {"on_policy/entropy": LossTerm((entropy * wrote).sum(), wrote.sum())}
+        figures["on_policy/length"] = LossTerm(_float(wrote.sum()), prompted.sum())
+        return own, figures | self._shape(new, prompted, "") | self._shape(ids[:, start:limit], prompted, "text_")
+
+    def _shape(self, passages: Tensor, prompted: Tensor, prefix: str) -> dict[str, LossTerm]:
+        """How many of the passages [rows, new] after a prompt have no end, and how they repeat themselves."""
+        inside, ended = until_end(passages, self.ends)
+        endless = LossTerm(_float((prompted & ~ended).sum()), prompted.sum())
+        repeated = repetition(passages, inside & prompted.unsqueeze(1))
+        return {f"on_policy/{prefix}at_limit": endless, f"on_policy/{prefix}repetition": repeated}
 
 
 def sample(
