@@ -50,6 +50,8 @@ class AnyLossSpec(Spec):
     """
 
     needs_teacher: ClassVar[bool] = True
+    needs_text: ClassVar[bool] = False
+    """Whether it looks at the text's next token, which a sequence of the student's own does not have."""
 
     kind: str
     weight: Weight = 1.0

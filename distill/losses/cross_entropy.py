@@ -26,6 +26,7 @@ class CrossEntropy(LossSpec):
     """Negative log-likelihood of the next token of the text."""
 
     needs_teacher: ClassVar[bool] = False
+    needs_text: ClassVar[bool] = True
 
     kind: Literal["cross_entropy"] = "cross_entropy"
 

@@ -17,7 +17,7 @@ section 2.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 class DecoupledKD(LossSpec):
     """Forward KL split in two at the text's next token: its own probability, and the shares of all others."""
+
+    needs_text: ClassVar[bool] = True
 
     kind: Literal["decoupled_kd"] = "decoupled_kd"
     alpha: NotNegative = 1.0

@@ -89,7 +89,9 @@ class CalledProjection:
 
     def backward(self, hidden: Tensor, gradient: Tensor, sums: Sums) -> None:
         """Add to ``sums`` what the logits' gradient [tokens, vocabulary] makes of it."""
-        wanted = [(leaf, into) for leaf, into in zip((self.rows, *self.parameters), sums, strict=True) if into is not None]
+        wanted = [
+            (leaf, into) for leaf, into in zip((self.rows, *self.parameters), sums, strict=True) if into is not None
+        ]
         leaves = [leaf for leaf, _ in wanted]
         found = torch.autograd.grad(self.out, leaves, gradient.to(self.out.dtype), allow_unused=True)
         for (_, into), grad in zip(wanted, found, strict=True):

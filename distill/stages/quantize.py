@@ -39,7 +39,9 @@ class Quantize(DistillSpec, StageSpec):
     def _nothing_without_effect(self) -> Quantize:
         if not self.trains():
             idle = [
-                key for key in ("losses", "lora", "optimizer") if key in self.model_fields_set and getattr(self, key)
+                key
+                for key in ("losses", "on_policy", "lora", "optimizer")
+                if key in self.model_fields_set and getattr(self, key)
             ]
             idle = [key for key in idle if getattr(self, key) != type(self).model_fields[key].default]
             if idle:

@@ -211,6 +211,16 @@ def test_value_is_the_papers(loss: LossSpec, data: Data) -> None:
 
 
 @every_loss
+def test_says_whether_it_needs_the_text(loss: LossSpec, data: Data) -> None:
+    """Sequences of the student's own have no next token of the text, and a loss that looks at it must not meet them."""
+    one, other = (
+        loss(data.student, data.teacher, targets, data.mask).sum
+        for targets in (data.targets, (data.targets + 1) % VOCABULARY)
+    )
+    assert loss.needs_text == (one.item() != other.item())
+
+
+@every_loss
 def test_gradient_is_that_of_the_float64_reference(loss: LossSpec, data: Data) -> None:
     student = data.student.clone().requires_grad_()
     loss(student, data.teacher, data.targets, data.mask).sum.backward()
