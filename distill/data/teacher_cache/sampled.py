@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Sampled(CodecSpec):
-    """Ids drawn from the teacher with their counts, an unbiased estimate; about a sixth of the bytes of top_k.
+    """Ids drawn from the teacher with their counts: an unbiased estimate in few bytes.
 
     A token takes 2 bytes, a bit a draw, and about log2(vocabulary / different ids) + 2.5 bits each different id.
     """
