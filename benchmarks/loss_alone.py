@@ -62,7 +62,7 @@ def _write(arguments: argparse.Namespace, rows: list[Row], notes: list[str]) -> 
     )
     write(
         "loss_alone" if arguments.device == "cpu" else "loss_alone_cuda",
-        command=f"OMP_NUM_THREADS={arguments.threads} python -m benchmarks.loss_alone {options}",
+        command=f"python -m benchmarks.loss_alone {options} --threads {arguments.threads}",
         hardware=describe(arguments.threads),
         versions=versions("trl", "liger-kernel", "torchtune"),
         rows=sorted(rows, key=lambda row: row["table"], reverse=True),
