@@ -103,6 +103,8 @@ class DistillationModule(pl.LightningModule):
                 "on_policy needs a teacher that runs, as nobody has written down what one says of sequences that do "
                 "not exist yet; name the model itself as teacher, or remove on_policy"
             )
+        if on_policy is not None and all(loss.needs_text for loss in losses if isinstance(loss, LossSpec)):
+            raise InputError("on_policy needs a loss that does without the text's next token, such as reverse_kl")
 
     def on_fit_start(self) -> None:
         """Make the teacher ready for the student's device, and forget a step that was broken off."""

@@ -150,7 +150,7 @@ class DistillSpec(BudgetSpec):
         if self.on_policy is None or not bound:
             return self
         why = f"{', '.join(bound)} needs the text's next token, and the student's own sequences have none"
-        if len(bound) == len(self.losses):
+        if all(loss.needs_text for loss in self.losses if isinstance(loss, LossSpec)):
             raise ValueError(f"{why}; add a loss such as reverse_kl, or remove on_policy")
         if self.on_policy.share == 1.0:
             raise ValueError(f"{why}; with on_policy.share: 1 it has no effect, so remove it")

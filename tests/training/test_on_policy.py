@@ -502,6 +502,7 @@ def test_student_and_teacher_must_end_a_text_alike() -> None:
         ({"on_policy": {"temperature": 0}}, "greater than 0"),
         ({"on_policy": {"share": 1}, "losses": ["reverse_kl", "cross_entropy"]}, "cross_entropy needs the text's next"),
         ({"on_policy": {}, "losses": ["decoupled_kd"]}, "decoupled_kd needs the text's next token.*add a loss such as"),
+        ({"on_policy": {}, "losses": ["decoupled_kd", "hidden_mse"]}, "decoupled_kd needs .*add a loss such as"),
     ],
 )
 def test_settings_that_cannot_work(settings: Any, message: str) -> None:
@@ -517,3 +518,8 @@ def test_a_teacher_that_does_not_run_is_refused(llama: Any, tmp_path: Path) -> N
         losses: list[LossSpec] = [CrossEntropy()] if teacher is None else [ForwardKL()]
         with pytest.raises(InputError, match="on_policy needs a teacher that runs"):
             DistillationModule(llama(), losses, teacher, on_policy=policy())
+
+
+def test_a_module_without_a_loss_for_own_sequences_is_refused(llama: Any) -> None:
+    with pytest.raises(InputError, match="on_policy needs a loss that does without the text's next token"):
+        DistillationModule(llama(), [CrossEntropy()], llama(1), on_policy=policy())
