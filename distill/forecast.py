@@ -170,8 +170,7 @@ def _after(stage: StageSpec, known: dict[str, Config | None]) -> Config | None:
     if config is None or not isinstance(stage, Prune):
         return config
     layout = layout_for(str(config.get("model_type")))
-    sizes = target_sizes(stage.keep, layout.sizes(config), layout)
-    return config | {layout.size_keys[axis]: size for axis, size in sizes.items()}
+    return config | layout.resized(config, target_sizes(stage.keep, config, layout))
 
 
 def _count(config: Config | None) -> int | None:
