@@ -66,9 +66,7 @@ class Shards:
         return value[0] if isinstance(value, list) else value
 
     def _tensor(self, key: str) -> Tensor:
-        from safetensors import safe_open
-
-        with safe_open(self.folder / self._homes[key], "pt") as file:
+        with _opened(self.folder / self._homes[key]) as file:
             tensor: Tensor = file.get_tensor(key)
         return tensor
 
@@ -120,16 +118,23 @@ def _empty_model(location: str, layout: Layout) -> PreTrainedModel:
     return model.eval()
 
 
+def _opened(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, "pt")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: cannot be read ({error})") from error
+
+
 def _homes(folder: Path) -> dict[str, str]:
     """Tensor -> the file that holds it."""
-    from safetensors import safe_open
-
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return dict(json.loads(index.read_text())["weight_map"])
     if not (folder / "model.safetensors").is_file():
         raise InputError(f"{folder}: no model.safetensors in it; weights of another format cannot be cut")
-    with safe_open(folder / "model.safetensors", "pt") as opened:
+    with _opened(folder / "model.safetensors") as opened:
         return dict.fromkeys(opened.keys(), "model.safetensors")
 
 

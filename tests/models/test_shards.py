@@ -48,6 +48,13 @@ def test_a_weight_of_another_shape_is_refused(folder):
         shards.read("model.norm.weight")
 
 
+def test_a_cut_file_is_refused(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"model\.safetensors: cannot be read"):
+        Shards(str(folder), layout_for("llama"))
+
+
 def test_a_folder_of_another_format_is_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"no model\.safetensors in it"):
