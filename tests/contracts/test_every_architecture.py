@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -59,13 +60,12 @@ def cuts_of(name):
 CASES = [(name, cut) for name in MODELS for cut in cuts_of(name)]
 each_cut = pytest.mark.parametrize(("name", "cut"), CASES, ids=[f"{name}-{cut}" for name, cut in CASES])
 each = pytest.mark.parametrize("name", MODELS)
-CACHE = {}
 
 
+@functools.cache
 def model_of(name):
-    if name not in CACHE:
-        CACHE[name] = make(name)
-    return CACHE[name]
+    """Shared by the tests, which change copies only."""
+    return make(name)
 
 
 def is_causal(name):
@@ -78,7 +78,9 @@ def planned(model, keep, vocabulary=None, seed=3):
     return plan(random(layout.sizes(config), seed), keep, layout, config, vocabulary), layout
 
 
+@functools.cache
 def pruned_of(name, cut):
+    """Shared by the tests, which change copies only."""
     model = model_of(name)
     made, layout = planned(model, cuts_of(name)[cut], KEPT_TOKENS if cut == "vocabulary" else None)
     return apply(model, made, layout), made
@@ -172,8 +174,7 @@ def test_shards_give_the_same_bits_as_memory(name, tmp_path):
 
 @each
 def test_backward_reaches_every_parameter(name, ids):
-    pruned, _ = pruned_of(name, "all")
-    pruned.train()
+    pruned = copy.deepcopy(pruned_of(name, "all")[0]).train()
     pruned(ids, labels=ids).loss.backward()
     unused = {"cls.predictions.bias", "lm_head.bias"} if not model_of(name).config.tie_word_embeddings else set()
     for key, parameter in pruned.named_parameters():
@@ -223,8 +224,8 @@ def test_sizes_that_its_class_refuses_are_refused_by_the_plan(name):
     """Where the plan says yes, the class does too; where it says no, the class would have refused or built another."""
     model = model_of(name)
     refused = built = 0
-    for hidden in (24, 36, 40, 48, 64):
-        for heads in (1, 2, 3, 4):
+    for hidden in (36, 40, 48):
+        for heads in (1, 2, 3):
             keep = {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": 8}
             try:
                 made, _ = planned(model, keep)
@@ -264,7 +265,7 @@ def test_every_layout_is_tried():
 
 def test_epsilon_matters_in_these_tests(ids):
     """A test of the tests: with epsilon or the weight left as it was, pruned != masked would be seen."""
-    pruned, made = pruned_of("llama", "hidden")
+    pruned, made = copy.deepcopy(pruned_of("llama", "hidden"))
     expected = masked("llama", model_of("llama"), made)(ids).logits
     for layer in pruned.model.layers:
         layer.input_layernorm.variance_epsilon *= 40 / 64
