@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distill.core.errors import DistillError, InputError
 from distill.exporters.base import VerifyResult
+from distill.models.size import weight_bytes
 
 Logits = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -48,11 +49,6 @@ def compare(source: Logits, exported: Logits, batches: Iterable[Mapping[str, Ten
         top1_agreement=agree.mean().item(),
         weight_bytes=weight_bytes(folder),
     )
-
-
-def weight_bytes(folder: Path) -> int:
-    """Size of a model folder's safetensors files."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _compare_batch(source: Tensor, exported: Tensor, mask: Tensor, folder: Path) -> list[tuple[Tensor, ...]]:

@@ -91,8 +91,8 @@ class Evaluate(StageSpec):
     def _row(self, context: StageContext, reference: str, teacher: Any) -> Row:
         """Everything but speed."""
         from distill.evaluation.quality import measure_quality
-        from distill.evaluation.size import measure_size
         from distill.models.load import load_config, low_bit_scheme
+        from distill.models.size import measure_size
         from distill.stages.train import check_speaks
 
         artifact, corpus = context.session.artifact(reference), context.session.corpus()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from distill.training.assemble import Student
-    from distill.training.cached_teacher import CachedTeacher
+    from distill.training.teacher import Teacher
 
 
 def train(
@@ -43,7 +43,7 @@ def train(
     if num_steps == 0:
         return {"training_steps": 0, "training_tokens": 0, "training_seconds": 0.0}
     check_context_length(student.model, length)
-    source: PreTrainedModel | CachedTeacher | None = None
+    source: PreTrainedModel | Teacher | None = None
     if teacher in session.stages and session.stages[teacher].makes_signal:
         corpus, source = open_cache(context, teacher, num_steps * budget.batch_size)
     elif teacher is not None:

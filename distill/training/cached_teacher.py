@@ -14,6 +14,7 @@ from distill.data.teacher_cache.base import HIDDEN, IDS
 from distill.data.teacher_cache.fidelity import signal_of
 from distill.losses.sparse import SparseSignal, refusal
 from distill.models.head import load_head
+from distill.training.teacher import Teacher
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from distill.losses.head import Head, Signal
 
 
-class CachedTeacher:
+class CachedTeacher(Teacher):
     """Makes a signal of what a batch brings.
 
     Args:

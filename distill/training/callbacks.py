@@ -248,8 +248,8 @@ def flops_per_token(module: DistillationModule) -> float:
     An embedding that is only looked up multiplies nothing. Attention's own products are left out, as they are small
     beside the weights' at usual lengths. Source: Kaplan et al. 2020, arXiv 2001.08361, section 2.1.
     """
-    live = isinstance(module.teacher, torch.nn.Module)  # a cache computes nothing
-    teacher = _multiplied(module.teacher) if live else 0
+    asked = module.teacher.model if module.teacher is not None else None
+    teacher = _multiplied(asked) if asked is not None else 0
     trained = sum(p.numel() for p in module.student.parameters() if p.requires_grad)
     student = _multiplied(module.student)
     return 2.0 * teacher + 4.0 * student + 2.0 * min(trained, student)

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from distill.losses import CrossEntropy, LossSpec, LossTerm
-from distill.losses.head import Signal, head_losses
-from distill.losses.sparse import SparseSignal
+from distill.losses.head import head_losses
 from distill.models.head import check_head, hidden_states, output_head
-from distill.models.load import move
-from distill.training.cached_teacher import CachedTeacher
+from distill.training.live_teacher import LiveTeacher
 from distill.training.spec import OptimizerSpec
+from distill.training.teacher import Teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,8 +35,8 @@ class DistillationModule(pl.LightningModule):
     Args:
         student: causal language model; its parameters that require gradients are trained.
         losses: at least one; those that need a teacher need ``teacher``.
-        teacher: frozen model over the same tokens, or what is left of one whose output comes with the batches. It is
-            held outside the module tree: never in a checkpoint, an optimizer or ``train()``.
+        teacher: a model over the same tokens, which is frozen here, or another source of signal. It stays outside the
+            module tree: never in a checkpoint, an optimizer or ``train()``.
         optimizer: AdamW and its schedule.
         num_steps: length of the schedules (learning rate, and any setting of a loss) in optimizer steps; unset: as
             many as the Trainer will make.
@@ -50,7 +49,7 @@ class DistillationModule(pl.LightningModule):
         self,
         student: PreTrainedModel,
         losses: Sequence[LossSpec],
-        teacher: PreTrainedModel | CachedTeacher | None = None,
+        teacher: PreTrainedModel | Teacher | None = None,
         *,
         optimizer: OptimizerSpec | None = None,
         num_steps: int | None = None,
@@ -64,44 +63,29 @@ class DistillationModule(pl.LightningModule):
         self.losses = [(loss.kind, loss) for loss in losses]
         self.optimizer_spec = optimizer or OptimizerSpec()
         self.num_steps = num_steps
-        self._teacher = (teacher,)  # a tuple, so that nn.Module does not adopt it
+        self.teacher = LiveTeacher(teacher) if isinstance(teacher, torch.nn.Module) else teacher
         self._step_tokens = torch.zeros((), dtype=torch.int64)
         self._terms: dict[str, LossTerm] = {}
         self._settings: dict[str, float] = {}
         self._rng: dict[str, Any] | None = None
         check_head(student)
-        if isinstance(teacher, CachedTeacher):
-            teacher.check([loss for _, loss in self.losses])
-        elif teacher is not None:
-            check_head(teacher)
-            teacher.eval().requires_grad_(False)
-
-    @property
-    def teacher(self) -> PreTrainedModel | CachedTeacher | None:
-        """The frozen teacher, live or cached."""
-        return self._teacher[0]
+        if self.teacher is not None:
+            self.teacher.check(losses)
 
     def on_fit_start(self) -> None:
-        """Bring the teacher to the student's device, and forget a step that was broken off."""
+        """Make the teacher ready for the student's device, and forget a step that was broken off."""
         self.on_validation_start()
         self._step_tokens = torch.zeros_like(self._step_tokens, device=self.device)
 
     def on_validation_start(self) -> None:
-        """Bring the teacher to the student's device."""
-        if isinstance(self.teacher, CachedTeacher):
+        """Make the teacher ready for the student's device."""
+        if self.teacher is not None:
             self.teacher.move(self.device)
-        elif self.teacher is not None:
-            move(self.teacher, self.device)
 
     def batch_losses(self, batch: Batch, losses: Sequence[tuple[str, LossSpec]]) -> tuple[Tensor, dict[str, LossTerm]]:
         """Weighted sum of the losses over a batch, and each term; see :func:`distill.losses.head.head_losses`."""
         input_ids, mask = batch["input_ids"], batch["mask"]
-        signal: Signal | SparseSignal | None = None
-        if isinstance(self.teacher, CachedTeacher):
-            signal = self.teacher.signal(batch)
-        elif self.teacher is not None:
-            with torch.inference_mode():
-                signal = Signal(hidden_states(self.teacher, input_ids), output_head(self.teacher))
+        signal = self.teacher.signal(batch) if self.teacher is not None else None
         hidden = hidden_states(self.student, input_ids)
         return head_losses(hidden, output_head(self.student), signal, input_ids.roll(-1, dims=1), mask, losses)
 

@@ -38,7 +38,7 @@ def test_two_ranks_take_the_step_of_one(tmp_path: Path, module: Any, llama: Any,
             k: v for k, v in single.student.config.to_diff_dict().items() if isinstance(v, int | float | bool | None)
         },
         "student": single.student.state_dict(),
-        "teacher": single.teacher.state_dict(),  # type: ignore[union-attr]
+        "teacher": single.teacher.model.state_dict(),  # type: ignore[union-attr]
         "accumulate": 2,
         "batches": [pieces[0::2], pieces[1::2]],
     }

@@ -52,7 +52,8 @@ def watched(module: DistillationModule) -> Watched:
 
 def by_hand(module: DistillationModule, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gradient of the mean over the batch's tokens, from the models' own logits and torch's own losses."""
-    student, teacher, mask = module.student, module.teacher, batch["mask"]
+    assert module.teacher is not None
+    student, teacher, mask = module.student, module.teacher.model, batch["mask"]
     assert teacher is not None
     q, p = (model(input_ids=batch["input_ids"]).logits[mask] for model in (student, teacher))
     targets = batch["input_ids"].roll(-1, 1)[mask]
@@ -135,15 +136,15 @@ def test_bf16_mixed_clips(module: Any, loader: Any) -> None:
 
 def test_the_teacher_stays_out(module: Any, loader: Any) -> None:
     model = module()
-    before = {name: p.clone() for name, p in model.teacher.named_parameters()}
+    before = {name: p.clone() for name, p in model.teacher.model.named_parameters()}
     assert all(name.startswith("student.") for name in model.state_dict())
     assert len(list(model.parameters())) == len(list(model.student.parameters()))
     model.train()
-    assert not model.teacher.training
+    assert not model.teacher.model.training
     loop = trainer(max_steps=2)
     loop.fit(model, loader(4))
-    assert not model.teacher.training
-    for name, p in model.teacher.named_parameters():
+    assert not model.teacher.model.training
+    for name, p in model.teacher.model.named_parameters():
         assert p.grad is None
         assert not p.requires_grad
         assert torch.equal(p, before[name])
@@ -196,7 +197,9 @@ def test_validate_works_alone(precision: Any, module: Any, loader: Any, batch: A
     whole = batch(0, 8)
     means = model.validation_means()
     with torch.no_grad():
-        q, p = (m.eval()(input_ids=whole["input_ids"]).logits[whole["mask"]] for m in (model.student, model.teacher))
+        q, p = (
+            m.eval()(input_ids=whole["input_ids"]).logits[whole["mask"]] for m in (model.student, model.teacher.model)
+        )
     targets = whole["input_ids"].roll(-1, 1)[whole["mask"]]
     kl = functional.kl_div(q.log_softmax(-1), p.softmax(-1), reduction="batchmean")
     tolerance = 1e-5 if precision == "32-true" else 0.05

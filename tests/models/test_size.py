@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from distill.core.errors import InputError
-from distill.evaluation.size import measure_size, weight_bytes
+from distill.models.size import measure_size, weight_bytes
 
 
 @pytest.mark.parametrize("tied", [False, True])
