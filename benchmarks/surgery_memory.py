@@ -60,7 +60,7 @@ def cut(teacher: Path, student: Path) -> None:
     before = resident("VmRSS:")
     model = carve_folder(str(teacher), made, layout, torch.bfloat16)
     carved = resident(PEAK) - before
-    model.save_pretrained(student, max_shard_size="200MB")
+    model.save_pretrained(student)
     figures = {
         "teacher_bytes": 2 * made.parameters_before,
         "student_bytes": 2 * made.parameters,
