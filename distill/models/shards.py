@@ -154,4 +154,7 @@ def _sources(model: PreTrainedModel, keys: dict[str, str]) -> dict[str, tuple[An
         if name not in wanted and key in wanted:
             name, pattern = key, None
         sources.setdefault(name, (by_pattern.get(pattern or ""), []))[1].append((key, pattern or key))
+    for second, first in model.all_tied_weights_keys.items():  # some files hold a tied weight under its second name
+        if first not in sources and second in sources:
+            sources[first] = sources[second]
     return sources

@@ -35,6 +35,14 @@ def test_a_checkpoint_of_the_bare_body_is_read_as_transformers_does(tmp_path):
         assert torch.equal(shards.read(name), parameter)
 
 
+def test_a_tied_weight_may_stand_under_either_name(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True))
+    model.save_pretrained(tmp_path)
+    first, second = "model.embed_tokens.weight", "lm_head.weight"
+    rewrite(tmp_path, lambda old: {second if name == first else name: value for name, value in old.items()})
+    assert torch.equal(Shards(str(tmp_path), layout_for("llama")).read(first), model.lm_head.weight)
+
+
 def test_a_missing_weight_is_refused_before_anything_is_read(folder):
     rewrite(folder, lambda old: {name: value for name, value in old.items() if name != "model.norm.weight"})
     with pytest.raises(InputError, match=r"do not fit the config: model\.norm\.weight is missing"):
