@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
+from distill.core.batch import model_inputs
 from distill.core.errors import InputError
 from distill.core.spec import Spec
 from distill.pruning.layout import Layout
@@ -128,8 +129,7 @@ def watch(model: nn.Module, layout: Layout, batches: Batches, watchers: Mapping[
                         f"a calibration batch has a mask {mask.dtype} {tuple(mask.shape)}, "
                         f"expected bool {tuple(batch['input_ids'].shape)}, the shape of its input_ids"
                     )
-                inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
-                body(**inputs, use_cache=False)
+                body(**model_inputs(batch, device), use_cache=False)
                 tokens += int(mask.sum())
     finally:
         for handle in handles:

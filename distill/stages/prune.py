@@ -99,6 +99,7 @@ class Prune(StageSpec):
     def _scores(self, context: StageContext, location: str, layout: Any) -> Scores:
         """Forward passes over the calibration set, for the axes that are cut and no others."""
         from distill.models.load import load_model, move
+        from distill.stages.train import check_packing
 
         wanted = [
             c for c, axes in ((self.criterion, self._width_axes()), (self.depth_criterion, self._depth_axes())) if axes
@@ -107,7 +108,8 @@ class Prune(StageSpec):
         if not wanted:
             return scores
         device = self._device(context)
-        model = move(load_model(location, dtype="float32" if device == "cpu" else "auto"), device)
+        loaded = check_packing(context, load_model(location, dtype="float32" if device == "cpu" else "auto"))
+        model = move(loaded, device)
         batches = list(context.session.corpus().calibration_loader(batch_size=self.calibration_batch_size))
         for criterion in wanted:
             found = criterion.score(model, layout, batches).tensors()
