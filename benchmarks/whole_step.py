@@ -69,7 +69,9 @@ def model(size: dict[str, int], vocabulary: int = VOCABULARY) -> PreTrainedModel
 
 def work(teacher: dict[str, int], student: dict[str, int], batches: list[Batch], device: str, **more: int) -> Work:
     """A student, a frozen teacher and their batches."""
-    asked = model(teacher, **more).eval().requires_grad_(False).to(device)
+    asked = model(teacher, **more).eval().requires_grad_(False)
+    if device == "cuda":
+        asked = asked.to(device, torch.bfloat16)  # type: ignore[arg-type]
     return Work(model(student, **more), asked, batches, device)
 
 
@@ -177,15 +179,14 @@ def full(pair: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 def lengths(pair: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Useful tokens a second on documents of many lengths."""
     make = partial(document_batches, steps=options.steps, length=2 * options.length)
-    rows = max(1, options.rows // 2)
+    rows = options.rows  # about two documents in each
     jobs = {
         f"distill, {packing}": ("distill", make(packing, rows=rows)) for packing in ("wrapped", "documents", "best_fit")
     }
     jobs["distill, padded in buckets"] = ("distill", make("padded", rows=2 * rows))
     at_random = make("padded", rows=2 * rows, bucketed=False)
-    jobs |= {
-        f"{name}, padded": (name, at_random) for name in available() if name.startswith("TRL") or name == "distill"
-    }
+    jobs["distill, padded at random"] = ("distill", at_random)
+    jobs |= {f"{name}, padded at random": (name, at_random) for name in available() if name.startswith("TRL")}
     ready = {name: (CONTENDERS[who], _pair(pair, batches, options.device)) for name, (who, batches) in jobs.items()}
     taken, _ = interleaved(ready, options.rounds, options.device)
     title = f"documents of many lengths, {pair.replace('-', ' -> ')}, at most {2 * options.length} tokens a row"

@@ -14,8 +14,10 @@ from typing import Any
 from distill.core.errors import InputError, RecipeError
 from distill.data.hub import Hub
 from distill.data.spec import FULL
+from distill.losses import StateLossSpec
 from distill.models.layouts import LAYOUTS, layout_for
 from distill.models.load import locate
+from distill.models.states import Shapes, pairs_of
 from distill.pruning.layout import shape
 from distill.pruning.select import target_sizes
 from distill.recipe import Recipe
@@ -25,7 +27,8 @@ from distill.stages.evaluate import Evaluate
 from distill.stages.finetune import Finetune, NewModel
 from distill.stages.prune import Prune
 from distill.stages.quantize import Quantize
-from distill.training.spec import BudgetSpec, split_batch
+from distill.training.ends import agreed_ends
+from distill.training.spec import BudgetSpec, DistillSpec, split_batch
 
 TRAINED_BYTES = 16
 """Bytes a trained parameter: fp32 weight, gradient and AdamW's two moments."""
@@ -63,6 +66,8 @@ def describe(recipe: Recipe) -> str:
         try:
             known[name] = _after(stage, known)
             _check(stage, recipe, known[name])
+            _check_states(stage, known)
+            _check_ends(stage, known)
         except InputError as error:
             mistakes.append(f"{recipe.name}: stages.{name}: {error}")
             known.setdefault(name, None)
@@ -105,6 +110,34 @@ def _check(stage: StageSpec, recipe: Recipe, config: Config | None) -> None:
             name = parameter.path.removesuffix(".weight")
             if len(parameter.axes) == 2 and "{layer}" in name and not stage.quantizer.skips(name):
                 stage.quantizer.groups(shape(parameter, sizes)[1])
+
+
+def _check_states(stage: StageSpec, known: dict[str, Config | None]) -> None:
+    """Hold losses on inner states against the shapes of both models, where they are known.
+
+    Raises:
+        InputError: a layer that is not there, or heads that do not divide.
+    """
+    losses = [loss for loss in getattr(stage, "losses", []) if isinstance(loss, StateLossSpec)]
+    if not losses or not isinstance(stage, Distill | Quantize):
+        return
+    configs = [known[name] if name in known else _config(name) for name in (stage.student, stage.teacher)]
+    student, teacher = (Shapes.of(c) if c is not None and _count(c) is not None else None for c in configs)
+    if student is not None and teacher is not None:
+        for loss in losses:
+            pairs_of(loss, student, teacher)
+
+
+def _check_ends(stage: StageSpec, known: dict[str, Config | None]) -> None:
+    """Whether student and teacher end a text alike, as far as their configs are known and the stage asks for it.
+
+    Raises:
+        InputError: they do not.
+    """
+    if isinstance(stage, DistillSpec) and stage.on_policy is not None:
+        ends = [(_known(reference, known) or {}).get("eos_token_id") for _, reference in stage.references()]
+        if len(ends) == 2 and None not in ends:
+            agreed_ends(*ends)
 
 
 def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config | None]) -> str:
@@ -164,7 +197,17 @@ def _config(reference: str) -> Config | None:
         except ValueError as error:
             raise InputError(f"{location}: neither a folder nor a Hub id ({' '.join(str(error).split())})") from None
         file = Path(cached) if isinstance(cached, str) else None
-    return json.loads(file.read_text()) if file is not None else None
+    if file is None:
+        return None
+    config = json.loads(file.read_text())
+    generation = file.with_name("generation_config.json")
+    if generation.is_file():  # it has the last word on what ends a text
+        config["eos_token_id"] = json.loads(generation.read_text()).get("eos_token_id", config.get("eos_token_id"))
+    return config
+
+
+def _known(reference: str, known: dict[str, Config | None]) -> Config | None:
+    return known[reference] if reference in known else _config(reference)
 
 
 def _after(stage: StageSpec, known: dict[str, Config | None]) -> Config | None:
@@ -175,7 +218,7 @@ def _after(stage: StageSpec, known: dict[str, Config | None]) -> Config | None:
     if source is None:
         return None
     reference = getattr(stage, source)
-    config = known[reference] if reference in known else _config(reference)
+    config = _known(reference, known)
     if config is None or not isinstance(stage, Prune):
         return config
     layout = layout_for(str(config.get("model_type")))
@@ -207,7 +250,7 @@ def _memory(name: str, stage: BudgetSpec, known: dict[str, Config | None]) -> st
     total = student * trained
     teacher = getattr(stage, "teacher", None)
     if teacher not in (None, SELF):
-        config = known[teacher] if teacher in known else _config(teacher)
+        config = _known(teacher, known)
         total += (_count(config) or 0) * FROZEN_BYTES
     return f"{total / 1e9:,.2f} GB for weights, gradients and optimizer; activations come on top"
 

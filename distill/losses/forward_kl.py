@@ -1,6 +1,7 @@
 """Forward KL: the student covers all that the teacher thinks possible.
 
     loss = T^2 * sum_v p_v (log p_v - log q_v),   p = softmax(teacher / T),  q = softmax(student / T)
+    d loss / d student = T * (q - p)
 
 The default, and the only loss of Minitron's recipes. It spreads the student over the teacher's modes; a student much
 too small to do so may read better with :mod:`reverse_kl <distill.losses.reverse_kl>`.
@@ -19,6 +20,8 @@ from distill.losses.schedule import Positive, number
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from distill.losses.rows import Rows
+
 
 class ForwardKL(LossSpec):
     """Kullback-Leibler divergence from teacher to student, KL(teacher || student)."""
@@ -32,6 +35,11 @@ class ForwardKL(LossSpec):
     ) -> LossTerm:
         assert teacher_logits is not None
         return forward_kl(student_logits, teacher_logits, mask, temperature=number(self.temperature))
+
+    def value_and_gradient(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        temperature = number(self.temperature)
+        pair = rows.pair(temperature)
+        return temperature**2 * rows.forward_kl(temperature).sum(), rows.difference(pair.q, pair.p).mul_(temperature)
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, temperature: float = 1.0) -> LossTerm:

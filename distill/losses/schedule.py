@@ -106,6 +106,7 @@ Weight = Annotated[float | Schedule, Within(gt=0, to_zero=True)]
 Positive = Annotated[float | Schedule, Within(gt=0)]
 NotNegative = Annotated[float | Schedule, Within(ge=0)]
 Fraction = Annotated[float | Schedule, Within(gt=0, lt=1)]
+Share = Annotated[float | Schedule, Within(ge=0, le=1)]
 
 
 def number(setting: float | Schedule) -> float:

@@ -94,6 +94,8 @@ class Layout:
             [batch, sequence, hidden].
         attention_out: module whose input is the heads' outputs [batch, sequence, heads * head_dim].
         mlp_down: module whose input is the MLP's neurons [batch, sequence, intermediate]; None in a mixture of experts.
+        projections: "queries", "keys" and "values" -> module whose output is that of all heads side by side [batch,
+            sequence, heads * head_dim]; empty where they have no modules of their own.
         experts: in a mixture of experts the module of all experts of a layer, called with hidden states
             [tokens, hidden], the chosen experts [tokens, k] and their weights [tokens, k]; its parameters are
             ``gate_up_proj`` and ``down_proj``. None elsewhere.
@@ -115,6 +117,7 @@ class Layout:
     reads: tuple[str, ...]
     attention_out: str
     mlp_down: str | None
+    projections: Mapping[str, str] = field(default_factory=dict)
     experts: str | None = None
     norm_eps_key: str | None = "rms_norm_eps"
     per_layer_keys: tuple[str, ...] = ()

@@ -48,7 +48,7 @@ class Distill(DistillSpec, StageSpec):
         start = starting_model(context, self.student, self.weights)
         dtype = stored_dtype_of(context.session.artifact(self.student).location, self.save_dtype)
         student = assemble(start, lora=self.lora, gradient_checkpointing=context.session.compute.gradient_checkpointing)
-        figures = train(context, student, self.losses, self, teacher=self.teacher)
+        figures = train(context, student, self.losses, self, teacher=self.teacher, start=self.student)
         context.write_model(
             save_plain(disassemble(student), dtype),
             kind=self.kind,

@@ -39,7 +39,9 @@ class Quantize(DistillSpec, StageSpec):
     def _nothing_without_effect(self) -> Quantize:
         if not self.trains():
             idle = [
-                key for key in ("losses", "lora", "optimizer") if key in self.model_fields_set and getattr(self, key)
+                key
+                for key in ("losses", "on_policy", "lora", "optimizer")
+                if key in self.model_fields_set and getattr(self, key)
             ]
             idle = [key for key in idle if getattr(self, key) != type(self).model_fields[key].default]
             if idle:
@@ -84,7 +86,8 @@ class Quantize(DistillSpec, StageSpec):
             lora=self.lora,
             gradient_checkpointing=context.session.compute.gradient_checkpointing and self.trains(),
         )
-        figures = train(context, student, self.losses, self, teacher=self.teacher if self.trains() else None)
+        teacher = self.teacher if self.trains() else None
+        figures = train(context, student, self.losses, self, teacher=teacher, start=self.student)
         model = move(disassemble(student), "cpu")  # merged where it was trained: elsewhere the bits may differ
         dtype = torch.float32 if stored_dtype_of(location, "auto") == "float32" else torch.bfloat16
         round_unquantized(model, dtype)

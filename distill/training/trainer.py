@@ -15,6 +15,7 @@ from pytorch_lightning.loggers import Logger
 
 from distill.core.errors import MachineError
 from distill.core.run import CHECKPOINTS
+from distill.training.alarms import Alarms
 from distill.training.callbacks import Checkpoints, Record, ShowProgress, Waited
 from distill.training.checkpoint import AtomicCheckpointIO, checkpoint_step, newest_valid
 from distill.training.compile import compiled_bodies
@@ -100,8 +101,9 @@ def fit(
         say(f"  going on from step {step} of {num_steps} ({checkpoint.name})")
     log = MetricsLog(folder, step)
     data = Waited(train_loader(micro, step * budget.batch_size))
+    alarms = Alarms(module.on_policy.spec, name, say) if module.on_policy is not None else None
     tokens_per_step = budget.batch_size * tokens_per_sequence
-    record = Record(log, name, data, every=compute.log_every_steps, tokens_per_step=tokens_per_step)
+    record = Record(log, name, data, every=compute.log_every_steps, tokens_per_step=tokens_per_step, alarms=alarms)
     saver = Checkpoints(folder / CHECKPOINTS, every=compute.checkpoint_every_steps, keep=compute.keep_checkpoints)
     validate_every = min(budget.validate_every_steps or max(1, num_steps // 4), num_steps)
     trainer = pl.Trainer(

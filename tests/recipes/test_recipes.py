@@ -81,6 +81,7 @@ STUDENTS = {
     "mistral-nemo-12b-to-8b": "8.41B",
     "smollm2-1.7b-to-1b": "1.00B",
     "cross-entropy-control": "243.86M",
+    "hidden-states-control": "204.50M",
 }
 
 

@@ -39,6 +39,11 @@ def encoder(model_type: str, prefix: str, head: list[Parameter], pinned_tokens: 
         reads=(f"{layer}.attention", f"{layer}.intermediate"),
         attention_out=f"{layer}.attention.output.dense",
         mlp_down=f"{layer}.output.dense",
+        projections={
+            "queries": f"{layer}.attention.self.query",
+            "keys": f"{layer}.attention.self.key",
+            "values": f"{layer}.attention.self.value",
+        },
         norm_eps_key="layer_norm_eps",
         hidden_rule="heads_times_head_dim",
         expects={"is_decoder": False, "add_cross_attention": False},

@@ -36,6 +36,7 @@ LAYOUT = Layout(
     reads=(f"{LAYER}.attention", f"{LAYER}.ffn"),
     attention_out=f"{LAYER}.attention.out_lin",
     mlp_down=f"{LAYER}.ffn.lin2",
+    projections={part: f"{LAYER}.attention.{part[0]}_lin" for part in ("queries", "keys", "values")},
     norm_eps_key=None,
     hidden_rule="heads_times_head_dim",
     task="masked_lm",

@@ -117,6 +117,7 @@ def decoder(model_type: str, layer: list[Parameter], *, of: list[Parameter] | No
         "reads": (f"{LAYER}.self_attn", f"{LAYER}.mlp"),
         "attention_out": f"{LAYER}.self_attn.o_proj",
         "mlp_down": f"{LAYER}.mlp.down_proj",
+        "projections": {part: f"{LAYER}.self_attn.{part[0]}_proj" for part in ("queries", "keys", "values")},
         "per_layer_keys": ("layer_types",),
     }
     return Layout(model_type=model_type, parameters=(*(of or ends()), *layer), **{**start, **fields})

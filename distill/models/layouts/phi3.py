@@ -24,4 +24,5 @@ LAYOUT = decoder(
         *linear(f"{LAYER}.mlp.down_proj", HIDDEN, NEURONS, bias=False),
     ],
     hidden_rule=hidden_rule,
+    projections={},
 )
