@@ -209,6 +209,41 @@ def test_layers_and_what_is_said_of_each_follow(name):
 
 
 @each
+@torch.no_grad()
+def test_watched_modules_see_what_the_layout_says(name, ids):
+    model = copy.deepcopy(model_of(name))
+    layout = layout_for(model.config.model_type)
+    sizes = layout.sizes(model.config.to_dict())
+    heads, groups = (sizes[axis] * sizes["head_dim"] for axis in ("attention_heads", "kv_groups"))
+    entering = {layout.block: HIDDEN, layout.attention_out: heads, **dict.fromkeys(layout.reads, HIDDEN)}
+    leaving = {layout.block: HIDDEN}
+    for part, path in layout.projections.items():
+        leaving[path] = heads if part == "queries" else groups
+    if layout.mlp_down is not None:
+        entering[layout.mlp_down] = sizes["mlp_neurons"]
+    seen = set()
+
+    def hook(path):
+        def look(module, args, kwargs, output):
+            given = args[0] if args else kwargs["hidden_states"]
+            output = output[0] if isinstance(output, tuple) else output
+            assert path not in entering or given.shape == (*ids.shape, entering[path])
+            assert path not in leaving or output.shape == (*ids.shape, leaving[path])
+            seen.add(path)
+
+        return look
+
+    for path in {*entering, *leaving}:
+        model.get_submodule(path.format(layer=1)).register_forward_hook(hook(path), with_kwargs=True)
+    if layout.experts is not None:
+        experts = model.get_submodule(layout.experts.format(layer=1))
+        shapes = [(ids.numel(), HIDDEN), (ids.numel(), 2), (ids.numel(), 2)]
+        experts.register_forward_pre_hook(lambda _, args: seen.add([tuple(a.shape) for a in args] == shapes))
+    model.get_submodule(layout.body)(ids)
+    assert seen == {*entering, *leaving} | ({True} if layout.experts is not None else set())
+
+
+@each
 def test_a_forgotten_parameter_is_refused(name):
     model = model_of(name)
     made, layout = planned(model, {})
