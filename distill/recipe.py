@@ -23,7 +23,7 @@ from distill.losses import LOSSES
 from distill.pruning import CRITERIA
 from distill.quantization import QUANTIZERS
 from distill.stages import STAGES, StageSpec
-from distill.stages.cache_teacher import CacheTeacher
+from distill.stages.cache_teacher import NO_STREAM, CacheTeacher
 from distill.tracking.spec import LoggingSpec
 from distill.training.spec import ComputeSpec, DistillSpec, OnPolicySpec
 
@@ -116,6 +116,8 @@ class Recipe(Spec):
                     f"{source.place(path)}: {dotted(path)}: {name!r} cannot be the name of a stage "
                     "(letters, digits, _ and -; " + ", ".join(sorted(RESERVED)) + " are taken)"
                 )
+            if isinstance(stage, CacheTeacher) and self.data.train.is_stream():
+                yield f"{source.place(path)}: {dotted(path)}: {NO_STREAM}"
             for key, reference in stage.references():
                 yield from self._reference_mistakes(source, (*path, *key), reference, earlier)
             if isinstance(stage, DistillSpec) and stage.on_policy is not None:

@@ -13,7 +13,7 @@ Forward KL mends the head of a distribution first and reverse KL its tail; this 
 time to finish. In a long run both have the same optimum and forward KL is cheaper: this one sorts the vocabulary.
 Tokens exactly as likely as the last one of the head belong to it, whatever their order.
 
-Source: Wu et al. 2024, arXiv 2404.02657, section on adaptive KL; mu = 0.5 as there. The token with which the mass
+Source: Wu et al. 2024, arXiv 2404.02657; mu = 0.5 as there. The token with which the mass
 reaches mu belongs to the head here, as in the definition of a smallest set; the authors' code counts it to the tail
 unless it is the first. T^2 as in arXiv 1503.02531, section 2.
 """

@@ -9,9 +9,8 @@ comes through. A fixed beta lets it through everywhere; prefer this with a teach
 or its own training data). With beta above 1 the student learns alternatives at the cost of the right token; on noisy
 text y is a weak centre and forward KL is the safer choice.
 
-Source: Zhao et al. 2022, arXiv 2203.08679, equations 6 (the split) and 7 (the loss). The paper takes alpha = 1 and
-tunes beta between 0.5 and 8 for images; 1 here changes the size of the gradient least. T^2 as in arXiv 1503.02531,
-section 2.
+Source: Zhao et al. 2022, arXiv 2203.08679. The paper takes alpha = 1 and tunes beta between 0.5 and 8 for images; 1
+here changes the size of the gradient least. T^2 as in arXiv 1503.02531, section 2.
 """
 
 from __future__ import annotations

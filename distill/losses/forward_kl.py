@@ -7,7 +7,7 @@ The default, and the only loss of Minitron's recipes. It spreads the student ove
 too small to do so may read better with :mod:`reverse_kl <distill.losses.reverse_kl>`.
 
 Source: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2 (with T^2, so that the gradient keeps its size when T
-changes); Muralidharan et al. 2024, arXiv 2407.14679, section 3.
+changes); Muralidharan et al. 2024, arXiv 2407.14679 (Minitron).
 """
 
 from __future__ import annotations

@@ -26,9 +26,6 @@ from distill.losses.sparse import SparseRows, SparseSignal
 KL = "kl"
 """Name under which KL(teacher || student) at T = 1 is always reported, so that runs compare."""
 
-_CHUNK_TOKENS = 256
-"""On a CPU products of fewer rows lose a third of their speed, and of more gain next to nothing."""
-
 
 @dataclass(frozen=True)
 class Head:
@@ -103,10 +100,11 @@ def head_losses(
 def tokens_at_once(head: Head, num_tokens: int, device: torch.device) -> int:
     """Tokens of a chunk: enough to keep the products efficient, few enough to keep its two buffers of logits small.
 
-    The chunks of a batch are of one size, so that none is left over with few tokens.
+    On a CPU products of less than 128 rows lose a third of their speed and those of more than 256 gain little. The
+    chunks of a batch are of one size, so that none is left over with few tokens.
     """
     vocabulary = max((side for p in head.parameters for side in p.shape), default=2**15)
-    most = max(_CHUNK_TOKENS, 2**26 // vocabulary) if device.type != "cpu" else _CHUNK_TOKENS
+    most = min(256, max(128, 3 * 2**23 // vocabulary)) if device.type == "cpu" else max(256, 2**26 // vocabulary)
     return math.ceil(num_tokens / math.ceil(num_tokens / most)) if num_tokens else 1
 
 
@@ -114,13 +112,13 @@ def _blocks(
     teacher: Signal | SparseSignal | None, targets: Tensor, chunk_tokens: int
 ) -> Callable[[Tensor, int], Iterator[Rows]]:
     """What cuts a chunk's logits, from token ``start`` on, into rows with the teacher's side beside them."""
-    dense = isinstance(teacher, Signal)
-    head = projection(teacher.head.logits, (), teacher.hidden, chunk_tokens, False) if dense else None
+    dense = teacher if isinstance(teacher, Signal) else None
+    head = projection(dense.head.logits, (), dense.hidden, chunk_tokens, False) if dense else None
 
     workspace = Workspace()
 
     def blocks(logits: Tensor, start: int) -> Iterator[Rows]:
-        theirs = head.forward(teacher.hidden[start : start + len(logits)]) if head is not None else None
+        theirs = head.forward(dense.hidden[start : start + len(logits)]) if dense and head else None
         size = _rows_at_once(logits)
         for first in range(0, len(logits), size):
             ours = logits[first : first + size]
@@ -141,11 +139,11 @@ def _rows_at_once(logits: Tensor) -> int:
 
 
 def _losses_of_block(rows: Rows, losses: Sequence[tuple[str, LossSpec]], learn: bool) -> list[Tensor]:
-    """Weighted total, each loss, and KL where there is a teacher; the total's gradient replaces the student's logits."""
+    """Weighted total, each loss, KL where there is a teacher; the total's gradient replaces the student's logits."""
     found = [rows.value_and_gradient(loss) for _, loss in losses]
     weights = [number(loss.weight) for _, loss in losses]
-    total = sum(weight * value for weight, (value, _) in zip(weights, found, strict=True))
-    sums = [total, *(value for value, _ in found), *rows.kl()]
+    total = [weight * value for weight, (value, _) in zip(weights, found, strict=True)]
+    sums = [torch.stack(total).sum(), *(value for value, _ in found), *rows.kl()]
     if learn:
         _add_up([gradient for _, gradient in found], weights, rows.student)
     return sums

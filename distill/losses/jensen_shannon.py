@@ -13,7 +13,7 @@ to 0 at both ends, and its gradient near agreement is beta (1 - beta) times that
 replaced by a loss of another size: use :mod:`forward_kl <distill.losses.forward_kl>` or
 :mod:`reverse_kl <distill.losses.reverse_kl>` for them, and raise the weight for a beta near one.
 
-Source: Agarwal et al. 2023, arXiv 2306.13649 (GKD), section 2, generalised JSD; T^2 as in arXiv 1503.02531, section 2.
+Source: Agarwal et al. 2023, arXiv 2306.13649 (GKD), equation 1; T^2 as in arXiv 1503.02531, section 2.
 """
 
 from __future__ import annotations

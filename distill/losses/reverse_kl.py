@@ -6,7 +6,7 @@
 It seeks modes: better samples from a student that cannot cover the teacher, at the price of diversity and usually of
 perplexity. Needs the teacher's whole distribution; on a truncated one it collapses.
 
-Source: Gu et al. 2023, arXiv 2306.08543 (MiniLLM), equation 1; T^2 as in arXiv 1503.02531, section 2.
+Source: Gu et al. 2023, arXiv 2306.08543 (MiniLLM); T^2 as in arXiv 1503.02531, section 2.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ The mixture is nowhere less than alpha * p, so a token that the student has rule
 its gradient stays small: steadier than forward KL where student and teacher are far apart, and on the student's own
 text. Where they are near, it is forward KL with (1 - alpha)^2 of its gradient and nothing is gained.
 
-Source: Ko et al. 2024, arXiv 2402.03898 (DistiLLM), section 3.1, skew KL; alpha = 0.1 as there. T^2 as in arXiv
-1503.02531, section 2.
+Source: Ko et al. 2024, arXiv 2402.03898 (DistiLLM), skew KL; alpha = 0.1 as there. T^2 as in
+arXiv 1503.02531, section 2.
 """
 
 from __future__ import annotations

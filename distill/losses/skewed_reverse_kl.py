@@ -7,8 +7,8 @@ The mixture is nowhere less than alpha * q, so a token that the teacher rules ou
 of exploding: prefer it to reverse KL wherever reverse KL is wanted. It keeps the price of reverse KL: modes instead of
 coverage, and usually a worse perplexity. The gradient flows through both places of q.
 
-Source: Ko et al. 2024, arXiv 2402.03898 (DistiLLM), section 3.1, skew reverse KL; alpha = 0.1 as there. T^2 as in arXiv
-1503.02531, section 2.
+Source: Ko et al. 2024, arXiv 2402.03898 (DistiLLM), skew reverse KL; alpha = 0.1 as there. T^2 as in
+arXiv 1503.02531, section 2.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ Alone it does not make a language model whose perplexity means anything: put cro
 The larger the vocabulary, the flatter a standardised teacher is at the same T (its largest logit is some few standard
 deviations above the mean), so T = 2, the paper's choice for 100 to 1000 classes, is too soft for a language model.
 
-Source: Sun et al. 2024, arXiv 2403.01427 (logit standardisation), section 3 and algorithm 1, with the standard
-deviation of the whole population and the gradient through it; T^2 as in arXiv 1503.02531, section 2.
+Source: Sun et al. 2024, arXiv 2403.01427 (logit standardisation), algorithm 1, with the standard deviation of
+the whole population and the gradient through it; T^2 as in arXiv 1503.02531, section 2.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ It has a kink at agreement: the gradient does not shrink on the way there, it ju
 learning rate has to fall to the end. It has no temperature, because T^2 would not hold its gradient's size: that falls
 with 1 / T, not 1 / T^2.
 
-Source: Wen et al. 2023, arXiv 2307.15190, section 3 (total variation distance); acceptance rate: Leviathan et al. 2022,
-arXiv 2211.17192, section 3.
+Source: Wen et al. 2023, arXiv 2307.15190 (total variation distance); acceptance rate: Leviathan et al. 2022, arXiv
+2211.17192.
 """
 
 from __future__ import annotations

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from distill.training.cached_teacher import CachedTeacher
 
 HEAD = "head"
+NO_STREAM = (
+    "a stream has no positions that a cache could belong to; store its text first (streaming: false, or a file), or "
+    "learn from the teacher itself"
+)
 
 
 class CacheTeacher(StageSpec):
@@ -203,7 +207,7 @@ def _blocks(corpus: Corpus) -> Blocks:
     from distill.data.blocks import Blocks
 
     if not isinstance(corpus.train, Blocks):
-        raise InputError("a stream has no blocks that could be cached; store its text first or use the teacher itself")
+        raise InputError(NO_STREAM)
     return corpus.train
 
 

@@ -569,6 +569,22 @@ def test_a_row_over_several_of_the_teachers_joins_them(codec: CodecSpec, blocks:
             assert not most or not (at[..., most:].any() or there[..., most:].any())
 
 
+@every_codec
+def test_a_row_that_predicts_nothing_has_an_empty_signal(codec: CodecSpec, tmp_path: Path) -> None:
+    ids = np.array([3, 0, 0, 0, 0, 5], np.uint16)  # documents of one token fill the second row
+    ids.tofile(tmp_path / "few.bin")
+    blocks = Blocks(TokenFile(str(tmp_path / "few.bin"), "uint16", 6, 5, 1, VOCABULARY - 1, 0), 2, packing="documents")
+    place = place_of(tmp_path / "cache", blocks, codec)
+    fill_all(place, blocks, [0])
+    cached = CachedBlocks(blocks, place)
+    alone, among = cached[1], cached[[0, 1]]
+    assert not alone["mask"].any()
+    for key in set(among) - {"input_ids", "mask", "position_ids"}:
+        assert not alone[key].any()
+        assert not among[key][1].any()
+        assert among[key][0].any()
+
+
 def test_text_that_the_teachers_packing_leaves_out_is_refused(tmp_path: Path) -> None:
     tokens = text_of(tmp_path, documents_of_one=True)
     place = place_of(tmp_path / "cache", Blocks(tokens, 24, packing="best_fit"), Hidden())

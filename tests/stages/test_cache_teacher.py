@@ -134,6 +134,7 @@ def test_another_teachers_cache_is_refused_by_name(recipe: Any, new_teacher: Any
         (("stages.cached.losses=[reverse_kl]",), "reverse_kl needs the teacher's whole distribution"),
         (("stages.cached.losses=[{kind: forward_kl, temperature: 2.0}]",), "forward_kl at temperature 2.0"),
         (("stages.cached.student=cache",), "'cache' is of kind cache_teacher, which makes no model"),
+        (("data.train={kind: hub, path: who/text, streaming: true}",), "stages.cache: a stream has no positions"),
         (("stages.cache.teacher=prune", "stages.live.teacher=cache"), "'cache' must stand before this stage"),
     ],
 )

@@ -133,7 +133,8 @@ class CachedBlocks(Blocks):
         batch = super().__getitem__(numbers)
         numbers = [numbers] if isinstance(numbers, int) else numbers
         found = [self._positions.find(predicted(self, number)) for number in numbers]
-        rows = np.unique(np.concatenate([row for row, _ in found])).tolist()
+        # where nothing is predicted, any row tells the keys and their shapes
+        rows = np.unique(np.concatenate([row for row, _ in found])).tolist() or [self._any_row()]
         if not all(self._find(row) for row in rows):
             return batch
         decoded = {row: self._decoded(row) for row in rows}
@@ -147,7 +148,18 @@ class CachedBlocks(Blocks):
         ids = ids_of(self.read, row)
         return self.place.codec.decode(shard.read(index, ids), len(ids), self.place.width)
 
+    def _any_row(self) -> int:
+        self._open()
+        return next(iter(self._where), -1)
+
     def _find(self, row: int) -> tuple[Shard, int] | None:
+        shards = self._open()
+        if row not in self._where:
+            return None
+        index, number = self._where[row]
+        return shards[index], number
+
+    def _open(self) -> list[Shard]:
         if self._shards is None:
             self._shards = open_shards(self.place.folder)
             self._where = {
@@ -155,10 +167,7 @@ class CachedBlocks(Blocks):
                 for index, shard in enumerate(self._shards)
                 for number, there in enumerate(shard.rows)
             }
-        if row not in self._where:
-            return None
-        index, number = self._where[row]
-        return self._shards[index], number
+        return self._shards
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_shards": None, "_where": {}}  # a worker maps the files itself
@@ -166,7 +175,7 @@ class CachedBlocks(Blocks):
 
 def _picked(decoded: dict[int, dict[str, Tensor]], key: str, rows: np.ndarray, within: np.ndarray) -> Tensor:
     """[positions] or [positions, any] of one of the student's rows, from all of the teacher's that it touches."""
-    parts = [decoded[row][key] for row in np.unique(rows).tolist()]
+    parts = [decoded[row][key] for row in np.unique(rows).tolist() or list(decoded)[:1]]
     if len(parts) == 1:
         return parts[0][torch.from_numpy(within)]
     most = [max(part.shape[1] for part in parts)] if parts[0].ndim == 2 else []

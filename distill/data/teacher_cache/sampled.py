@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 
 class Sampled(CodecSpec):
-    """Ids drawn from the teacher with their counts, an unbiased estimate; 2 bytes, a bit a draw, and about
-    log2(vocabulary / different ids) + 2.5 bits each different id."""
+    """Ids drawn from the teacher with their counts: an unbiased estimate in few bytes.
+
+    A token takes 2 bytes, a bit a draw, and about log2(vocabulary / different ids) + 2.5 bits each different id.
+    """
 
     kind: Literal["sampled"] = "sampled"
     draws: int = Field(50, ge=1, le=255)
