@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,8 @@ def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config |
         and (memory := _memory(name, stage, known))
     ):
         parts.append(f"({memory})")
+    if isinstance(stage, Prune) and (memory := _cut_memory(stage, known[name], known)):
+        parts.append(f"({memory})")
     return " ".join(parts).rstrip(";")
 
 
@@ -219,8 +222,7 @@ def _after(stage: StageSpec, known: dict[str, Config | None]) -> Config | None:
     if config is None or not isinstance(stage, Prune):
         return config
     layout = layout_for(str(config.get("model_type")))
-    sizes = target_sizes(stage.keep, layout.sizes(config), layout)
-    return config | {layout.size_keys[axis]: size for axis, size in sizes.items()}
+    return config | layout.resized(config, target_sizes(stage.keep, config, layout))
 
 
 def _count(config: Config | None) -> int | None:
@@ -251,6 +253,20 @@ def _memory(name: str, stage: BudgetSpec, known: dict[str, Config | None]) -> st
         config = _known(teacher, known)
         total += (_count(config) or 0) * FROZEN_BYTES
     return f"{total / 1e9:,.2f} GB for weights, gradients and optimizer; activations come on top"
+
+
+def _cut_memory(stage: Prune, after: Config | None, known: dict[str, Config | None]) -> str | None:
+    """Bytes while the weights are cut: the student, and the largest weight of the model as stored and as cut."""
+    before = known[stage.model] if stage.model in known else _config(stage.model)
+    student = _count(after)
+    if before is None or student is None or _count(before) is None:
+        return None
+    layout = layout_for(str(before["model_type"]))
+    sizes = layout.sizes(before)
+    largest = max(prod(shape(parameter, sizes)) for parameter in layout.parameters if parameter.exists(before))
+    stored = before.get("dtype") or before.get("torch_dtype") if stage.save_dtype == "auto" else stage.save_dtype
+    size = 2 if stored in ("bfloat16", "float16") else 4
+    return f"{(student + 2 * largest) * size / 1e9:,.2f} GB to cut, after scoring"
 
 
 def _short(count: int) -> str:

@@ -7,7 +7,7 @@ with a_j the channel's activation: mean of the absolute value over a sample's to
     mlp_neurons       a = input of the down projection
     attention_heads   a = input of the attention's output projection; L2 over the head's channels
     kv_groups         L2 over the channels of all query heads of the group
-    hidden_channels   a = outputs of the norms before attention and MLP; summed over these norms
+    hidden_channels   a = what attention and MLP read of the residual stream; summed over these reads
 
 The default for width. Its lead over magnitude grows with the share of MLP neurons that goes; for heads and hidden
 channels the two are close. Tokens that the mask leaves out (padding, prompts) do not count.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from distill.core.errors import InputError
 from distill.pruning.base import CriterionSpec, Scores, watch
 from distill.pruning.layout import WIDTH_AXES, Layout, check
 
@@ -75,9 +76,11 @@ def activation(model: nn.Module, layout: Layout, batches: Batches) -> Scores:
     sizes = check(model, layout)
     layers = range(sizes["layers"])
     mlp, attention = [ChannelNorm() for _ in layers], [ChannelNorm() for _ in layers]
-    norms = {path.format(layer=layer): ChannelNorm() for layer in layers for path in layout.norms}
+    reads = {path.format(layer=layer): ChannelNorm() for layer in layers for path in layout.reads}
 
-    watchers = {path: norm.add_output for path, norm in norms.items()}
+    watchers = {path: norm.add_input for path, norm in reads.items()}
+    if layout.mlp_down is None:
+        raise InputError(f"activation does not score the experts of {layout.model_type} yet")
     for layer in layers:
         watchers[layout.mlp_down.format(layer=layer)] = mlp[layer].add_input
         watchers[layout.attention_out.format(layer=layer)] = attention[layer].add_input
@@ -88,5 +91,5 @@ def activation(model: nn.Module, layout: Layout, batches: Batches) -> Scores:
         mlp_neurons=torch.stack([norm() for norm in mlp]),
         attention_heads=query_channels.unflatten(1, (sizes["attention_heads"], -1)).norm(dim=-1),
         kv_groups=query_channels.unflatten(1, (sizes["kv_groups"], -1)).norm(dim=-1),
-        hidden_channels=torch.stack([norm() for norm in norms.values()]).sum(0),
+        hidden_channels=torch.stack([norm() for norm in reads.values()]).sum(0),
     )

@@ -25,10 +25,12 @@ class Scores:
     ``Scores(**scores.tensors())`` is a round trip, so the scores may be kept as a safetensors file.
 
     Attributes:
-        mlp_neurons: [layers, intermediate], compared within a layer.
+        mlp_neurons: [layers, intermediate], compared within a layer; in a mixture of experts
+            [layers, experts, intermediate], compared within an expert.
         attention_heads: [layers, heads], compared within a layer's KV group.
         kv_groups: [layers, kv_heads], compared within a layer.
         hidden_channels: [hidden], one order for the whole model, as the residual stream runs through it.
+        experts: [layers, experts], compared within a layer.
         layers: [layers].
     """
 
@@ -36,6 +38,7 @@ class Scores:
     attention_heads: Tensor | None = None
     kv_groups: Tensor | None = None
     hidden_channels: Tensor | None = None
+    experts: Tensor | None = None
     layers: Tensor | None = None
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from distill.pruning.base import CriterionSpec, Scores
-from distill.pruning.layout import HEAD_AXES, WIDTH_AXES, Layout, check, config_of
+from distill.pruning.layout import WIDTH_AXES, Layout, check, config_of, spans
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,13 +46,12 @@ def magnitude(model: nn.Module, layout: Layout) -> Scores:
         weight = model.get_parameter(name).detach()
         if weight.ndim < 2:
             continue
-        for dim, axis in enumerate(parameter.axes):
-            if axis not in WIDTH_AXES:
-                continue
+        for dim, dimension in enumerate(parameter.axes):
             entries = weight.movedim(dim, 0).flatten(1).float().square().sum(1).cpu()
-            if axis in HEAD_AXES:
-                entries = entries.unflatten(0, (sizes[axis], -1)).sum(1)
-            squares[axis][layer or 0] += entries
+            for span in spans(dimension, sizes):
+                if span.axis in WIDTH_AXES:
+                    owned = entries[span.start : span.start + span.length].unflatten(0, (span.units, span.width))
+                    squares[span.axis][layer or 0] += owned.sum(1)
     group_of_heads = squares["attention_heads"].unflatten(1, (sizes["kv_groups"], -1)).sum(-1)
     return Scores(
         mlp_neurons=squares["mlp_neurons"].sqrt(),

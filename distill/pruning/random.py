@@ -37,5 +37,9 @@ def random(sizes: dict[str, int], seed: int) -> Scores:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    rows = {axis: torch.rand(sizes["layers"], sizes[axis], generator=generator) for axis in WIDTH_AXES}
+    shapes: dict[str, tuple[int, ...]] = {axis: (sizes["layers"], sizes[axis]) for axis in WIDTH_AXES}
+    if "experts" in sizes:
+        shapes["experts"] = (sizes["layers"], sizes["experts"])
+        shapes["mlp_neurons"] = (sizes["layers"], sizes["experts"], sizes["mlp_neurons"])
+    rows = {axis: torch.rand(*shape, generator=generator) for axis, shape in shapes.items()}
     return Scores(**{**rows, "hidden_channels": rows["hidden_channels"][0]})

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from distill.core.artifact import write_bytes, write_text
 from distill.pruning import CRITERIA, Activation, BlockInfluence
 from distill.pruning.base import CriterionSpec, Scores
-from distill.pruning.keep import KeepSpec
+from distill.pruning.keep import AXIS_OF_KEY, KeepSpec
 from distill.stages.base import StageContext, StageSpec
 
 PLAN = "plan.json"
@@ -18,7 +18,7 @@ SCORES = "scores.safetensors"
 
 
 class Prune(StageSpec):
-    """Cut layers, MLP neurons, attention heads and hidden channels; the result is a smaller plain model."""
+    """Cut layers, MLP neurons, heads, KV groups, hidden channels and experts; the result is a smaller plain model."""
 
     makes_model: ClassVar[bool] = True
 
@@ -48,13 +48,8 @@ class Prune(StageSpec):
         return self
 
     def _width_axes(self) -> list[str]:
-        keys = {
-            "hidden_size": "hidden_channels",
-            "intermediate_size": "mlp_neurons",
-            "num_attention_heads": "attention_heads",
-            "num_key_value_heads": "kv_groups",
-        }
-        return [axis for key, axis in keys.items() if getattr(self.keep, key) is not None]
+        cut = [axis for key, axis in AXIS_OF_KEY.items() if getattr(self.keep, key) is not None and axis != "layers"]
+        return [axis for axis in cut if axis != "kv_groups" or self.keep.group_choice != "pool"]
 
     def _depth_axes(self) -> list[str]:
         return ["layers"] if self.keep.num_hidden_layers is not None else []
@@ -65,27 +60,27 @@ class Prune(StageSpec):
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Score, plan, cut, and write the smaller model with its scores and plan."""
+        import torch
         from safetensors.torch import save
 
         from distill.models.layouts import layout_for
-        from distill.models.load import load_config, load_model, move
-        from distill.pruning.layout import config_of
+        from distill.models.load import load_config
+        from distill.models.shards import carve_folder
         from distill.pruning.plan import plan
-        from distill.pruning.surgery import apply
-        from distill.stages.train import check_packing, check_speaks, save_plain, stored_dtype_of
+        from distill.pruning.select import target_sizes
+        from distill.stages.train import check_speaks, save_plain, stored_dtype_of
 
         location = context.session.artifact(self.model).location
         dtype = stored_dtype_of(location, self.save_dtype)
         check_speaks(context, location)
-        layout = layout_for(load_config(location).model_type)
-        model = check_packing(
-            context, load_model(location, dtype="float32" if self._device(context) == "cpu" else "auto")
-        )
-        scores = self._scores(context, model, layout)
-        the_plan = plan(scores, self.keep, layout, config_of(model))
+        config = load_config(location)
+        layout = layout_for(config.model_type)
+        target_sizes(self.keep, config.to_dict(), layout)  # what cannot be is refused before anything is computed
+        scores = self._scores(context, location, layout)
+        the_plan = plan(scores, self.keep, layout, config.to_dict())
         for line in the_plan.summary():
             context.say(line)
-        pruned = apply(move(model, "cpu"), the_plan, layout)
+        pruned = carve_folder(location, the_plan, layout, getattr(torch, dtype))
         write_bytes(context.folder / SCORES, save({axis: t.contiguous() for axis, t in scores.tensors().items()}))
         write_text(context.folder / PLAN, json.dumps(the_plan.to_dict()))
         figures = {
@@ -101,19 +96,21 @@ class Prune(StageSpec):
 
         return resolve_device(context.session.compute)
 
-    def _scores(self, context: StageContext, model: Any, layout: Any) -> Scores:
+    def _scores(self, context: StageContext, location: str, layout: Any) -> Scores:
         """Forward passes over the calibration set, for the axes that are cut and no others."""
-        from distill.models.load import move
+        from distill.models.load import load_model, move
+        from distill.stages.train import check_packing
 
-        corpus = context.session.corpus()
         wanted = [
             c for c, axes in ((self.criterion, self._width_axes()), (self.depth_criterion, self._depth_axes())) if axes
         ]
         scores = Scores()
         if not wanted:
             return scores
-        move(model, self._device(context))
-        batches = list(corpus.calibration_loader(batch_size=self.calibration_batch_size))
+        device = self._device(context)
+        loaded = check_packing(context, load_model(location, dtype="float32" if device == "cpu" else "auto"))
+        model = move(loaded, device)
+        batches = list(context.session.corpus().calibration_loader(batch_size=self.calibration_batch_size))
         for criterion in wanted:
             found = criterion.score(model, layout, batches).tensors()
             cut = {*self._width_axes()} if criterion is self.criterion else {*self._depth_axes()}
