@@ -16,12 +16,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from distill.pruning.base import CriterionSpec, Scores
-from distill.pruning.layout import WIDTH_AXES, Layout, check, config_of, spans
+from distill.pruning.layout import HEAD_AXES, WIDTH_AXES, Layout, config_of
+from distill.pruning.tally import Tally
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from distill.pruning.base import Batches
 
 
 class Magnitude(CriterionSpec):
@@ -31,31 +30,27 @@ class Magnitude(CriterionSpec):
 
     kind: Literal["magnitude"] = "magnitude"
 
-    def score(self, model: nn.Module, layout: Layout, batches: Batches) -> Scores:
-        """See :meth:`CriterionSpec.score`; ``batches`` is not read."""
-        return magnitude(model, layout)
+    def judge(self, model: nn.Module, layout: Layout, tally: Tally) -> Scores:
+        """See :meth:`CriterionSpec.judge`."""
+        import torch
 
-
-def magnitude(model: nn.Module, layout: Layout) -> Scores:
-    """Width scores of a model from its weights alone; see the module."""
-    import torch
-
-    sizes = check(model, layout)
-    squares: dict[str, Tensor] = {axis: torch.zeros(sizes["layers"], sizes[axis]) for axis in WIDTH_AXES}
-    for name, layer, parameter in layout.named_parameters(config_of(model)):
-        weight = model.get_parameter(name).detach()
-        if weight.ndim < 2:
-            continue
-        for dim, dimension in enumerate(parameter.axes):
-            entries = weight.movedim(dim, 0).flatten(1).float().square().sum(1).cpu()
-            for span in spans(dimension, sizes):
-                if span.axis in WIDTH_AXES:
-                    owned = entries[span.start : span.start + span.length].unflatten(0, (span.units, span.width))
-                    squares[span.axis][layer or 0] += owned.sum(1)
-    group_of_heads = squares["attention_heads"].unflatten(1, (sizes["kv_groups"], -1)).sum(-1)
-    return Scores(
-        mlp_neurons=squares["mlp_neurons"].sqrt(),
-        attention_heads=squares["attention_heads"].sqrt(),
-        kv_groups=(squares["kv_groups"] + group_of_heads).sqrt(),
-        hidden_channels=squares["hidden_channels"].sum(0).sqrt(),
-    )
+        sizes = layout.sizes(config_of(model))
+        squares: dict[str, Tensor] = {axis: torch.zeros(sizes["layers"], sizes[axis]) for axis in WIDTH_AXES}
+        for name, layer, parameter in layout.named_parameters(config_of(model)):
+            weight = model.get_parameter(name).detach()
+            if weight.ndim < 2:
+                continue
+            for dim, axis in enumerate(parameter.axes):
+                if axis not in WIDTH_AXES:
+                    continue
+                entries = weight.movedim(dim, 0).flatten(1).float().square().sum(1).cpu()
+                if axis in HEAD_AXES:
+                    entries = entries.unflatten(0, (sizes[axis], -1)).sum(1)
+                squares[axis][layer or 0] += entries
+        group_of_heads = squares["attention_heads"].unflatten(1, (sizes["kv_groups"], -1)).sum(-1)
+        return Scores(
+            mlp_neurons=squares["mlp_neurons"].sqrt(),
+            attention_heads=squares["attention_heads"].sqrt(),
+            kv_groups=(squares["kv_groups"] + group_of_heads).sqrt(),
+            hidden_channels=squares["hidden_channels"].sum(0).sqrt(),
+        )
