@@ -7,7 +7,7 @@ import torch
 
 from distill.pruning import Fluctuation, Wanda
 from distill.pruning.tally import Tally
-from distill.pruning.watch import Passage
+from distill.pruning.watch import Counted, Passage
 
 
 def columns(model, batches, module):
@@ -58,7 +58,7 @@ def test_a_large_mean_does_not_drown_the_variance(layout):
     tally = Tally()
     path, watcher = next(iter(Fluctuation().watchers(layout, {"layers": 1}, tally)))
     for half in (slice(2), slice(2, 4)):
-        watcher(Passage(values[half], values[half], mask[half]))
+        watcher(Passage(values[half], values[half], Counted(mask[half], values.device)))
     tokens, total, squares = (tally[f"{path} {name}"] for name in ("tokens", "sum", "squares"))
     got = (squares / tokens - (total / tokens) ** 2).item()
     assert got == pytest.approx(values.var(correction=0).item(), rel=0.02)
