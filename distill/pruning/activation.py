@@ -10,18 +10,21 @@ can be chosen: ``l2`` is the root of the sum of squares, ``variance`` the mean s
     kv_groups         L2 over the channels of all query heads of the group
     hidden_channels   a = what attention and MLP read of the residual stream, so after a norm that stands before them;
                       summed over all of them
+    experts           mean over the tokens sent to the expert of router weight * |output|_2; its neurons as above,
+                      with a = 0 where a token is sent elsewhere
 
 The default for width. Its lead over magnitude grows with the share of MLP neurons that goes; for heads and hidden
 channels the two are close. Tokens that the mask leaves out (padding, prompts) do not count.
 
 Source: Muralidharan et al. 2024, arXiv 2407.14679, section 3.1, with (batch = L2, sequence = mean). The paper's head
-score takes the norm over the head's channels first; this is the form of NVIDIA's implementation.
+score takes the norm over the head's channels first; this is the form of NVIDIA's implementation. Experts: Lasby et al.
+2025, arXiv 2510.13999 (REAP), without the router's renormalisation, which is the model's own affair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.layout import WIDTH_AXES, Layout, config_of
@@ -30,13 +33,13 @@ from distill.pruning.tally import Tally
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from distill.pruning.watch import Passage, Watcher
+    from distill.pruning.watch import ExpertWatcher, Passage, Routed, Watcher
 
 
 class Activation(CriterionSpec):
-    """Mean absolute activation over tokens, L2 over samples; scores width."""
+    """Mean absolute activation over tokens, L2 over samples; scores width, and experts by what they add."""
 
-    axes: ClassVar[tuple[str, ...]] = WIDTH_AXES
+    axes: ClassVar[tuple[str, ...]] = (*WIDTH_AXES, "experts")
 
     kind: Literal["activation"] = "activation"
     sequence: Literal["mean", "l2", "variance"] = "mean"
@@ -44,22 +47,33 @@ class Activation(CriterionSpec):
     batch: Literal["l2", "mean", "variance"] = "l2"
     """How the samples' values become one score."""
 
-    def watchers(self, layout: Layout, sizes: Mapping[str, int], tally: Tally) -> Iterator[tuple[str, Watcher]]:
+    def watchers(self, layout: Layout, sizes: Mapping[str, int], tally: Tally) -> Iterator[tuple[str, Any]]:
         """See :meth:`CriterionSpec.watchers`."""
 
-        def watcher(path: str) -> tuple[str, Watcher]:
+        def channels(path: str) -> Watcher:
             def add(passage: Passage) -> None:
-                samples = aggregated(passage.given, passage.mask, self.sequence).double()
                 # A sample without a token that counts is none.
                 tally.add(f"{path} samples", passage.mask.any(1).sum())
-                tally.add(f"{path} sum", samples.sum(0))
-                tally.add(f"{path} squares", samples.square().sum(0))
+                _add_samples(tally, path, aggregated(passage.given, passage.mask, self.sequence))
 
-            return path, add
+            return add
+
+        def experts(path: str) -> ExpertWatcher:
+            def add(routed: Routed) -> None:
+                name = f"{path} {routed.expert}"
+                tally.add(f"{name} samples", (routed.tokens_of_samples > 0).sum())
+                _add_samples(tally, name, aggregated_neurons(routed, self.sequence))
+                tally.add(f"{name} tokens", routed.weights.new_tensor(len(routed.weights)))
+                tally.add(f"{name} output", (routed.weights.float() * routed.output.float().norm(dim=-1)).sum())
+
+            return add
 
         for layer in range(sizes["layers"]):
             for path in (layout.mlp_down, layout.attention_out, *layout.reads):
-                yield watcher(path.format(layer=layer))
+                if path is not None:
+                    yield path.format(layer=layer), channels(path.format(layer=layer))
+            if layout.experts is not None:
+                yield layout.experts.format(layer=layer), experts(layout.experts.format(layer=layer))
 
     def judge(self, model: nn.Module, layout: Layout, tally: Tally) -> Scores:
         """See :meth:`CriterionSpec.judge`."""
@@ -67,17 +81,29 @@ class Activation(CriterionSpec):
 
         sizes = layout.sizes(config_of(model))
         layers = range(sizes["layers"])
-        channels = {
-            name: torch.stack([self._channels(tally, path.format(layer=layer)) for layer in layers])
-            for name, path in (("mlp", layout.mlp_down), ("attention", layout.attention_out))
+
+        def rows(path: str) -> Tensor:
+            return torch.stack([self._channels(tally, path.format(layer=layer)) for layer in layers])
+
+        found = {} if layout.experts is None else self._experts(tally, layout.experts, sizes)
+        if layout.mlp_down is not None:
+            found["mlp_neurons"] = rows(layout.mlp_down)
+        queries = rows(layout.attention_out)
+        found |= {
+            "attention_heads": queries.unflatten(1, (sizes["attention_heads"], -1)).norm(dim=-1),
+            "kv_groups": queries.unflatten(1, (sizes["kv_groups"], -1)).norm(dim=-1),
+            "hidden_channels": torch.stack([rows(path).sum(0) for path in layout.reads]).sum(0),
         }
-        reads = [self._channels(tally, path.format(layer=layer)) for layer in layers for path in layout.reads]
-        return Scores(
-            mlp_neurons=channels["mlp"].float(),
-            attention_heads=channels["attention"].unflatten(1, (sizes["attention_heads"], -1)).norm(dim=-1).float(),
-            kv_groups=channels["attention"].unflatten(1, (sizes["kv_groups"], -1)).norm(dim=-1).float(),
-            hidden_channels=torch.stack(reads).sum(0).float(),
-        )
+        return Scores(**{axis: values.float() for axis, values in found.items()})
+
+    def _experts(self, tally: Tally, experts: str, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        """Scores of the experts and of the neurons in each; 0 for an expert that no token was sent to."""
+        import torch
+
+        names = [[f"{experts.format(layer=i)} {e}" for e in range(sizes["experts"])] for i in range(sizes["layers"])]
+        output = torch.stack([torch.stack([tally[f"{n} output"] / tally[f"{n} tokens"] for n in row]) for row in names])
+        neurons = torch.stack([torch.stack([self._channels(tally, n) for n in row]) for row in names])
+        return {"experts": output.nan_to_num(0.0), "mlp_neurons": neurons}
 
     def _channels(self, tally: Tally, path: str) -> Tensor:
         """Scores of the channels at a path, [channels]."""
@@ -86,6 +112,12 @@ class Activation(CriterionSpec):
             return squares.sqrt()
         mean = total / samples
         return mean if self.batch == "mean" else (squares / samples - mean.square()).clamp(min=0)
+
+
+def _add_samples(tally: Tally, name: str, samples: Tensor) -> None:
+    """Add the values of a batch's samples, [batch, channels]."""
+    tally.add(f"{name} sum", samples.double().sum(0))
+    tally.add(f"{name} squares", samples.double().square().sum(0))
 
 
 def aggregated(values: Tensor, mask: Tensor, how: str) -> Tensor:
@@ -108,6 +140,22 @@ def aggregated(values: Tensor, mask: Tensor, how: str) -> Tensor:
     if how == "l2":
         return values.float().square().sum(1).sqrt()
     return centred(values, mask)[1] / tokens
+
+
+def aggregated_neurons(routed: Routed, how: str) -> Tensor:
+    """As :func:`aggregated`, for the neurons of an expert, which are 0 for tokens that are sent elsewhere."""
+    import torch
+
+    batch = len(routed.tokens_of_samples)
+
+    def over_tokens(values: Tensor) -> Tensor:
+        return values.new_zeros(batch, values.shape[1], dtype=torch.float32).index_add_(0, routed.samples, values)
+
+    neurons, tokens = routed.neurons.float(), routed.tokens_of_samples.clamp(min=1).unsqueeze(1)
+    if how == "mean":
+        return over_tokens(neurons.abs()) / tokens
+    squares = over_tokens(neurons.square())
+    return squares.sqrt() if how == "l2" else squares / tokens - (over_tokens(neurons) / tokens).square()
 
 
 def centred(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

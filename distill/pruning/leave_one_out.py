@@ -29,7 +29,7 @@ from distill.core.errors import InputError
 from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.keep import KeepSpec
 from distill.pruning.layout import Layout, config_of
-from distill.pruning.likelihood import cross_entropy, divergence
+from distill.pruning.likelihood import cross_entropy, divergence, require_causal
 from distill.pruning.tally import Tally
 from distill.pruning.watch import evaluating, prepared
 
@@ -67,6 +67,8 @@ class LeaveOneOut(CriterionSpec):
         """A pass over each batch with all layers, and one a block from where the block begins."""
         import torch
 
+        if self.loss == "cross_entropy":
+            require_causal(layout, self.kind)
         causal: Any = model
         blocks = [
             model.get_submodule(layout.block.format(layer=layer))

@@ -7,11 +7,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from distill.core.errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from distill.pruning.layout import Layout
+
 CHUNK_TOKENS = 1024
 """Tokens whose logits are held in fp32 at once."""
+
+
+def require_causal(layout: Layout, what: str) -> None:
+    """Refuse a model that does not predict the next token.
+
+    Raises:
+        InputError: it is an encoder.
+    """
+    if layout.task != "causal_lm":
+        raise InputError(
+            f"{what} needs the loss of the next token, which {layout.model_type} does not predict; "
+            "choose a criterion that reads activations"
+        )
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

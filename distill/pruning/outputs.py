@@ -6,24 +6,27 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from distill.pruning.base import Scores
-from distill.pruning.layout import HEAD_AXES, Layout, config_of
+from distill.pruning.layout import Layout, config_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-OUTPUT_AXES = ("mlp_neurons", *HEAD_AXES)
+OUTPUT_AXES = ("mlp_neurons", "attention_heads", "kv_groups")
 """Axes whose units are inputs of these projections."""
 
 
 def output_paths(layout: Layout, sizes: Mapping[str, int]) -> Iterator[str]:
-    """Module paths of the MLP's and the attention's output projection of every layer."""
+    """Module paths of the MLP's and the attention's output projection of every layer; experts have none."""
     for layer in range(sizes["layers"]):
-        yield layout.mlp_down.format(layer=layer)
+        if layout.mlp_down is not None:
+            yield layout.mlp_down.format(layer=layer)
         yield layout.attention_out.format(layer=layer)
 
 
 def scores_of_channels(model: nn.Module, layout: Layout, channels: Callable[[str, Tensor], Tensor]) -> Scores:
     """Scores of the output axes, where a head is worth the sum of its channels, and a KV group that of its heads.
+
+    Of a mixture of experts the neurons are not scored.
 
     Args:
         model: see :meth:`CriterionSpec.score`.
@@ -45,7 +48,7 @@ def scores_of_channels(model: nn.Module, layout: Layout, channels: Callable[[str
 
     queries = rows(layout.attention_out, "attention_heads")
     return Scores(
-        mlp_neurons=rows(layout.mlp_down, "mlp_neurons").float(),
+        mlp_neurons=None if layout.mlp_down is None else rows(layout.mlp_down, "mlp_neurons").float(),
         attention_heads=queries.unflatten(1, (sizes["attention_heads"], -1)).sum(-1).float(),
         kv_groups=queries.unflatten(1, (sizes["kv_groups"], -1)).sum(-1).float(),
     )

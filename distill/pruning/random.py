@@ -36,6 +36,10 @@ def random(sizes: dict[str, int], seed: int) -> Scores:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    rows = {axis: torch.rand(sizes["layers"], sizes[axis], generator=generator) for axis in WIDTH_AXES}
-    layers = torch.rand(sizes["layers"], generator=generator)
-    return Scores(**{**rows, "hidden_channels": rows["hidden_channels"][0]}, layers=layers)
+    shapes: dict[str, tuple[int, ...]] = {axis: (sizes["layers"], sizes[axis]) for axis in WIDTH_AXES}
+    if "experts" in sizes:
+        shapes["experts"] = (sizes["layers"], sizes["experts"])
+        shapes["mlp_neurons"] = (sizes["layers"], sizes["experts"], sizes["mlp_neurons"])
+    shapes["layers"] = (sizes["layers"],)
+    rows = {axis: torch.rand(*shape, generator=generator) for axis, shape in shapes.items()}
+    return Scores(**{**rows, "hidden_channels": rows["hidden_channels"][0]})

@@ -11,6 +11,8 @@ value 1 on all that unit j hands on, so minus what first order says L gains if t
     hidden_channels   a = what attention and MLP of every layer read of the residual stream
     layers            a = what the layer adds to the residual stream
 
+Experts and their neurons are not scored.
+
 Right after the cut as good as any for MLP neurons; it costs a backward pass (no weight gradients), so about three
 forward passes. First order says little about a whole layer; ``leave_one_out`` measures instead.
 
@@ -25,8 +27,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from distill.pruning.base import CriterionSpec, Scores
-from distill.pruning.layout import AXES, Layout, config_of
-from distill.pruning.likelihood import cross_entropy
+from distill.pruning.layout import WIDTH_AXES, Layout, config_of
+from distill.pruning.likelihood import cross_entropy, require_causal
 from distill.pruning.tally import Tally
 from distill.pruning.watch import evaluating, prepared
 
@@ -39,12 +41,13 @@ if TYPE_CHECKING:
 class Taylor(CriterionSpec):
     """First-order change of the loss without a unit; scores width and depth, with gradients."""
 
-    axes: ClassVar[tuple[str, ...]] = AXES
+    axes: ClassVar[tuple[str, ...]] = (*WIDTH_AXES, "layers")
 
     kind: Literal["taylor"] = "taylor"
 
     def measure(self, model: nn.Module, layout: Layout, batches: Batches, tally: Tally) -> None:
         """A forward and a backward pass over each batch."""
+        require_causal(layout, self.kind)
         with _gated(model, layout) as gates:
             for inputs, mask in prepared(model, batches):
                 gates.clear()
@@ -63,6 +66,7 @@ class Taylor(CriterionSpec):
         rows = {
             axis: torch.stack([tally[f"{axis} {layer}"] for layer in layers]).squeeze(-1) / tally["tokens"]
             for axis in ("mlp_neurons", "attention_heads", "kv_groups", "layers")
+            if f"{axis} 0" in tally.sums
         }
         rows["hidden_channels"] = tally["hidden_channels"] / tally["tokens"]
         return Scores(**{axis: values.float() for axis, values in rows.items()})
@@ -118,7 +122,7 @@ def _gated(model: nn.Module, layout: Layout) -> Iterator[dict[str, Tensor]]:
     ]
     for layer in range(sizes["layers"]):
         sites = {
-            layout.mlp_down: {f"mlp_neurons {layer}": sizes["mlp_neurons"]},
+            **({layout.mlp_down: {f"mlp_neurons {layer}": sizes["mlp_neurons"]}} if layout.mlp_down else {}),
             layout.attention_out: {f"{axis} {layer}": sizes[axis] for axis in ("attention_heads", "kv_groups")},
             **{path: {"hidden_channels": sizes["hidden_channels"]} for path in layout.reads},
         }

@@ -11,7 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from distill.core.errors import InputError
 from distill.models.layouts import layout_for
 from distill.pruning import CRITERIA, Activation, LeaveOneOut
-from distill.pruning.base import count, score
+from distill.pruning.base import Scores, count, score
+from distill.pruning.layout import AXES
+
+from .architectures import MODELS, make
 
 SHAPE = {
     "vocab_size": 47,
@@ -150,3 +153,39 @@ def test_all_who_only_watch_share_one_pass(model, rows):
     assert len(passes) == 2
     for one, expected in zip(together, alone, strict=True):
         assert_equal(one.tensors(), expected)
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("kind", CRITERIA)
+def test_every_architecture_is_scored_on_the_axes_that_it_has(kind, architecture):
+    """Twice alike, fp32, finite, in the shape that plans expect; the watched model computes what it always does."""
+    whole = make(architecture)
+    layout, criterion = layout_for(whole.config.model_type), CRITERIA[kind]()
+    ids = torch.randint(0, 101, (3, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, -1] = False
+    batches = [{"input_ids": ids, "mask": mask}]
+    if layout.task != "causal_lm" and kind in ("taylor", "leave_one_out"):
+        with pytest.raises(InputError, match=f"{kind} needs the loss of the next token"):
+            criterion.score(whole, layout, batches)
+        return
+    outputs = []
+    handle = whole.get_submodule(layout.body).register_forward_hook(lambda *hook: outputs.append(hook[-1][0]))
+    first, again = (criterion.score(whole, layout, batches) for _ in range(2))
+    whole.eval()(ids)
+    handle.remove()
+    torch.testing.assert_close(outputs[0], outputs[-1], rtol=1e-4, atol=1e-5)
+
+    sizes = layout.sizes(whole.config.to_dict())
+    assert set(criterion.axes) <= set(AXES)
+    unscored = {"mlp_neurons"} if "experts" in sizes and kind in ("fluctuation", "wanda", "taylor") else set()
+    assert set(first.tensors()) == {axis for axis in criterion.axes if axis in sizes} - unscored
+    for axis, tensor in first.tensors().items():
+        rows = () if axis in ("hidden_channels", "layers") else (sizes["layers"],)
+        rows += (sizes["experts"],) if axis == "mlp_neurons" and "experts" in sizes else ()
+        assert tensor.shape == (*rows, sizes[axis])
+        assert tensor.dtype == torch.float32
+        assert tensor.device.type == "cpu"
+        assert torch.equal(tensor, again.tensors()[axis])
+        assert tensor.unique().numel() > 1
+    assert Scores(**first.tensors()).tensors().keys() == first.tensors().keys()
