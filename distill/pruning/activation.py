@@ -54,7 +54,7 @@ class Activation(CriterionSpec):
             def add(passage: Passage) -> None:
                 # A sample without a token that counts is none.
                 tally.add(f"{path} samples", passage.mask.any(1).sum())
-                _add_samples(tally, path, aggregated(passage.given, passage.mask, self.sequence))
+                _add_samples(tally, path, activation(passage.given, passage.mask, self.sequence))
 
             return add
 
@@ -62,7 +62,7 @@ class Activation(CriterionSpec):
             def add(routed: Routed) -> None:
                 name = f"{path} {routed.expert}"
                 tally.add(f"{name} samples", (routed.tokens_of_samples > 0).sum())
-                _add_samples(tally, name, aggregated_neurons(routed, self.sequence))
+                _add_samples(tally, name, expert_activation(routed, self.sequence))
                 tally.add(f"{name} tokens", routed.weights.new_tensor(len(routed.weights)))
                 tally.add(f"{name} output", (routed.weights.float() * routed.output.float().norm(dim=-1)).sum())
 
@@ -120,7 +120,7 @@ def _add_samples(tally: Tally, name: str, samples: Tensor) -> None:
     tally.add(f"{name} squares", samples.double().square().sum(0))
 
 
-def aggregated(values: Tensor, mask: Tensor, how: str) -> Tensor:
+def activation(values: Tensor, mask: Tensor, how: str) -> Tensor:
     """One value a sample and channel, fp32.
 
     Args:
@@ -142,8 +142,8 @@ def aggregated(values: Tensor, mask: Tensor, how: str) -> Tensor:
     return centred(values, mask)[1] / tokens
 
 
-def aggregated_neurons(routed: Routed, how: str) -> Tensor:
-    """As :func:`aggregated`, for the neurons of an expert, which are 0 for tokens that are sent elsewhere."""
+def expert_activation(routed: Routed, how: str) -> Tensor:
+    """As :func:`activation`, for the neurons of an expert, which are 0 for tokens that are sent elsewhere."""
     import torch
 
     batch = len(routed.tokens_of_samples)

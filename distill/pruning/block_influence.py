@@ -20,7 +20,7 @@ from distill.pruning.layout import Layout, config_of
 from distill.pruning.tally import Tally
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from distill.pruning.watch import Passage, Watcher
 
@@ -34,12 +34,11 @@ class BlockInfluence(CriterionSpec):
 
     def watchers(self, layout: Layout, sizes: Mapping[str, int], tally: Tally) -> Iterator[tuple[str, Watcher]]:
         """See :meth:`CriterionSpec.watchers`."""
-        import torch
 
         def watcher(path: str) -> Watcher:
             def add(passage: Passage) -> None:
-                cosine = torch.cosine_similarity(passage.given.float(), passage.output.float(), dim=-1)
-                tally.add(f"{path} turned", ((1 - cosine) * passage.mask).double().sum())
+                turned = block_influence(passage.given, passage.output)
+                tally.add(f"{path} turned", (turned * passage.mask).double().sum())
                 tally.add(f"{path} tokens", passage.mask.sum())
 
             return add
@@ -53,3 +52,10 @@ class BlockInfluence(CriterionSpec):
 
         paths = [layout.block.format(layer=layer) for layer in range(layout.sizes(config_of(model))["layers"])]
         return Scores(layers=torch.stack([tally[f"{path} turned"] / tally[f"{path} tokens"] for path in paths]).float())
+
+
+def block_influence(given: Tensor, output: Tensor) -> Tensor:
+    """One minus the cosine, fp32: what enters and what leaves, [batch, sequence, hidden] each -> [batch, sequence]."""
+    import torch
+
+    return 1 - torch.cosine_similarity(given.float(), output.float(), dim=-1)

@@ -62,6 +62,11 @@ class Fluctuation(CriterionSpec):
         def channels(path: str, weight: Tensor) -> Tensor:
             tokens, total, squares = (tally[f"{path} {name}"] for name in ("tokens", "sum", "squares"))
             variance = (squares / tokens - (total / tokens).square()).clamp(min=0)
-            return variance * weight.square().sum(1)
+            return fluctuation(variance, weight)
 
         return scores_of_channels(model, layout, channels)
+
+
+def fluctuation(variance: Tensor, weight: Tensor) -> Tensor:
+    """What each channel is worth, [channels]: its variance over tokens [channels], its weight [channels, hidden]."""
+    return variance * weight.square().sum(1)

@@ -19,7 +19,7 @@ Source: Muralidharan et al. 2024, arXiv 2407.14679, section 3.1 (perplexity); Sr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -69,7 +69,6 @@ class LeaveOneOut(CriterionSpec):
 
         if self.loss == "cross_entropy":
             require_causal(layout, self.kind)
-        causal: Any = model
         blocks = [
             model.get_submodule(layout.block.format(layer=layer))
             for layer in range(layout.sizes(config_of(model))["layers"])
@@ -77,16 +76,13 @@ class LeaveOneOut(CriterionSpec):
         length = self._length(len(blocks))
         with torch.no_grad(), evaluating(model):
             for inputs, mask in prepared(model, batches):
-                with _recording(blocks) as entered:
-                    whole = causal(**inputs, use_cache=False).logits[mask]
                 targets = inputs["input_ids"].roll(-1, dims=1)[mask]
-                for start in range(len(blocks) - length + 1):
-                    with _leading_to(blocks[: start + length], entered[start]):
-                        logits = causal(**inputs, use_cache=False).logits[mask]
-                    if self.loss == "kl":
-                        rise = divergence(whole, logits)
-                    else:
-                        rise = cross_entropy(logits, targets) - cross_entropy(whole, targets)
+                every = leave_one_out(model, blocks, length, inputs)
+                whole = next(every)[mask]
+                before = cross_entropy(whole, targets)
+                for start, without in enumerate(every):
+                    logits = without[mask]
+                    rise = divergence(whole, logits) if self.loss == "kl" else cross_entropy(logits, targets) - before
                     tally.add(f"without {start}", rise)
                 tally.add("tokens", mask.sum())
 
@@ -105,6 +101,30 @@ class LeaveOneOut(CriterionSpec):
         if length >= num_layers:
             raise InputError(f"block_layers ({length}) must be less than the model's {num_layers} layers")
         return length
+
+
+def leave_one_out(
+    model: nn.Module, blocks: list[nn.Module], length: int, inputs: Mapping[str, Tensor]
+) -> Iterator[Tensor]:
+    """Logits of the whole model, then of the model without layers s to s + length - 1 for each s.
+
+    Args:
+        model: a transformers model.
+        blocks: its layers.
+        length: layers left out together.
+        inputs: of the model.
+
+    Yields:
+        [batch, sequence, vocabulary].
+    """
+    causal: Any = model
+    with _recording(blocks) as entered:
+        logits = causal(**inputs, use_cache=False).logits
+    yield logits
+    for start in range(len(blocks) - length + 1):
+        with _leading_to(blocks[: start + length], entered[start]):
+            logits = causal(**inputs, use_cache=False).logits
+        yield logits
 
 
 @contextmanager

@@ -33,27 +33,32 @@ class Magnitude(CriterionSpec):
 
     def judge(self, model: nn.Module, layout: Layout, tally: Tally) -> Scores:
         """See :meth:`CriterionSpec.judge`."""
-        import torch
+        return magnitude(model, layout)
 
-        sizes = layout.sizes(config_of(model))
-        squares: dict[str, Tensor] = {axis: torch.zeros(sizes["layers"], sizes[axis]) for axis in WIDTH_AXES}
-        if "experts" in sizes:
-            squares["experts"] = torch.zeros(sizes["layers"], sizes["experts"])
-            squares["mlp_neurons"] = torch.zeros(sizes["layers"], sizes["experts"], sizes["mlp_neurons"])
-        for name, layer, parameter in layout.named_parameters(config_of(model)):
-            weight, dimensions = model.get_parameter(name).detach(), parameter.axes
-            if weight.ndim < 2:
-                continue
-            in_experts = dimensions[0] == "experts"
-            entries = (weight if in_experts else weight.unsqueeze(0)).float().square()  # [experts or 1, ...]
-            if in_experts:
-                squares["experts"][layer or 0] += entries.flatten(1).sum(1).cpu()
-            for dim, dimension in enumerate(dimensions[1:] if in_experts else dimensions, 1):
-                sums = entries.movedim(dim, 1).flatten(2).sum(2).cpu() if entries.ndim > 2 else entries.cpu()
-                for span in (span for span in spans(dimension, sizes) if span.axis in squares):
-                    owned = sums[:, span.start : span.start + span.length].unflatten(1, (span.units, span.width)).sum(2)
-                    of_each = in_experts and span.axis == "mlp_neurons"
-                    squares[span.axis][layer or 0] += owned if of_each else owned.sum(0)
-        squares["kv_groups"] += squares["attention_heads"].unflatten(1, (sizes["kv_groups"], -1)).sum(-1)
-        squares["hidden_channels"] = squares["hidden_channels"].sum(0)
-        return Scores(**{axis: values.sqrt() for axis, values in squares.items()})
+
+def magnitude(model: nn.Module, layout: Layout) -> Scores:
+    """Scores of a model from its weights alone; see the module."""
+    import torch
+
+    sizes = layout.sizes(config_of(model))
+    squares: dict[str, Tensor] = {axis: torch.zeros(sizes["layers"], sizes[axis]) for axis in WIDTH_AXES}
+    if "experts" in sizes:
+        squares["experts"] = torch.zeros(sizes["layers"], sizes["experts"])
+        squares["mlp_neurons"] = torch.zeros(sizes["layers"], sizes["experts"], sizes["mlp_neurons"])
+    for name, layer, parameter in layout.named_parameters(config_of(model)):
+        weight, dimensions = model.get_parameter(name).detach(), parameter.axes
+        if weight.ndim < 2:
+            continue
+        in_experts = dimensions[0] == "experts"
+        entries = (weight if in_experts else weight.unsqueeze(0)).float().square()  # [experts or 1, ...]
+        if in_experts:
+            squares["experts"][layer or 0] += entries.flatten(1).sum(1).cpu()
+        for dim, dimension in enumerate(dimensions[1:] if in_experts else dimensions, 1):
+            sums = entries.movedim(dim, 1).flatten(2).sum(2).cpu() if entries.ndim > 2 else entries.cpu()
+            for span in (span for span in spans(dimension, sizes) if span.axis in squares):
+                owned = sums[:, span.start : span.start + span.length].unflatten(1, (span.units, span.width)).sum(2)
+                of_each = in_experts and span.axis == "mlp_neurons"
+                squares[span.axis][layer or 0] += owned if of_each else owned.sum(0)
+    squares["kv_groups"] += squares["attention_heads"].unflatten(1, (sizes["kv_groups"], -1)).sum(-1)
+    squares["hidden_channels"] = squares["hidden_channels"].sum(0)
+    return Scores(**{axis: values.sqrt() for axis, values in squares.items()})

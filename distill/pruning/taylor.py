@@ -72,6 +72,14 @@ class Taylor(CriterionSpec):
         return Scores(**{axis: values.float() for axis, values in rows.items()})
 
 
+def taylor(values: Tensor, gradient: Tensor) -> Tensor:
+    """Derivative to a gate on each channel, fp32, [batch, channels]; values and gradient [batch, sequence, channels]."""
+    import torch
+
+    # What gets no gradient adds nothing, whatever stands there.
+    return torch.where(gradient == 0, 0.0, values.float() * gradient.float()).sum(1)
+
+
 @contextmanager
 def _gated(model: nn.Module, layout: Layout) -> Iterator[dict[str, Tensor]]:
     """A dict that a backward pass fills: gate -> derivative of the loss to it, [batch, units].
@@ -90,10 +98,9 @@ def _gated(model: nn.Module, layout: Layout) -> Iterator[dict[str, Tensor]]:
         """When the gradient of ``seen`` comes by, add to each gate; a name stands with the number of its units."""
 
         def hook(gradient: Tensor) -> None:
-            # What gets no gradient adds nothing, whatever stands there.
-            product = torch.where(gradient == 0, 0.0, seen.detach().float() * gradient.float()).sum(1)
+            derivative = taylor(seen.detach(), gradient)
             for name, units in names.items():
-                add(name, product.unflatten(1, (units, -1)).sum(-1))
+                add(name, derivative.unflatten(1, (units, -1)).sum(-1))
 
         seen.register_hook(hook)
 
@@ -106,12 +113,8 @@ def _gated(model: nn.Module, layout: Layout) -> Iterator[dict[str, Tensor]]:
                 args[0] if args else kwargs["hidden_states"],
                 output[0] if isinstance(output, tuple) else output,
             )
-            before = given.detach()
-            out.register_hook(
-                lambda gradient: add(
-                    name, ((out.detach() - before).float() * gradient.float()).sum((1, 2)).unsqueeze(1)
-                )
-            )
+            added = out.detach() - given.detach()
+            out.register_hook(lambda gradient: add(name, taylor(added, gradient).sum(1, keepdim=True)))
 
         return hook
 

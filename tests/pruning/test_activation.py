@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distill.core.errors import InputError
-from distill.pruning.activation import Activation, aggregated
+from distill.pruning.activation import Activation, activation
 from distill.pruning.base import Scores
 
 
@@ -74,9 +74,9 @@ def test_activation_does_not_depend_on_batching_or_masked_tokens(model, layout, 
 
 def test_sums_are_kept_in_fp32():
     values, mask = torch.full((1, 4, 1), 30000.0, dtype=torch.float16), torch.ones(1, 4, dtype=torch.bool)
-    assert aggregated(values, mask, "mean").item() == 30000  # the sum of four is no float16
-    assert aggregated(values, mask, "l2").item() == 60000
-    assert aggregated(values, mask, "variance").item() == 0
+    assert activation(values, mask, "mean").item() == 30000  # the sum of four is no float16
+    assert activation(values, mask, "l2").item() == 60000
+    assert activation(values, mask, "variance").item() == 0
 
 
 @pytest.mark.parametrize("sequence", ["mean", "l2", "variance"])
