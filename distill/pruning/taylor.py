@@ -73,7 +73,7 @@ class Taylor(CriterionSpec):
 
 
 def taylor(values: Tensor, gradient: Tensor) -> Tensor:
-    """Derivative to a gate on each channel, fp32, [batch, channels]; values and gradient [batch, sequence, channels]."""
+    """Derivative to a gate on each channel, fp32 [batch, channels]; values and gradient [batch, sequence, channels]."""
     import torch
 
     # What gets no gradient adds nothing, whatever stands there.
