@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from distill.core.artifact import write_bytes, write_text
+from distill.core.errors import InputError
 from distill.pruning import CRITERIA, Activation, BlockInfluence
 from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.keep import AXIS_OF_KEY, KeepSpec
@@ -85,6 +86,11 @@ class Prune(StageSpec):
         location = context.session.artifact(self.model).location
         dtype = stored_dtype_of(location, self.save_dtype)
         check_speaks(context, location)
+        lineage = context.session.artifact(self.model).lineage()
+        if lineage is not None and lineage.mask is not None:
+            raise InputError(
+                f"{self.model}: its weights are masked ({lineage.mask}), which a cut would break; cut first, mask then"
+            )
         config = load_config(location)
         layout = layout_for(config.model_type)
         target_sizes(self.keep, config.to_dict(), layout)  # what cannot be is refused before anything is computed
