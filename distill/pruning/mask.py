@@ -9,7 +9,7 @@ A mask by itself makes nothing smaller or faster: zeros are stored and multiplie
 sparse matrix units of some GPUs can skip, in engines that ask for it.
 
 Source: Sun et al. 2023, arXiv 2306.11695 (Wanda, which compares within a row); here all layers are judged by what
-enters them in the unmasked model, in one pass. Mishra et al. 2021, arXiv 2104.08378 (2:4, trained on with the mask fixed).
+enters them in the unmasked model, in one pass. Mishra et al. 2021, arXiv 2104.08378 (2:4, trained with a fixed mask).
 """
 
 from __future__ import annotations
