@@ -150,6 +150,28 @@ def schema(
         write_text(file, schema_text())
 
 
+cache = typer.Typer(help="Look at a teacher cache on disk.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(cache, name="cache")
+CacheFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a cache, as its stage prints it.")]
+
+
+@cache.command("info")
+def cache_info(folder: CacheFolder) -> None:
+    """Say whose a teacher cache is, how it is coded, how large and how near to the teacher."""
+    from distill.data.teacher_cache.verify import caches, describe
+
+    for place in caches(folder):
+        print(describe(place))
+
+
+@cache.command("verify")
+def cache_verify(folder: CacheFolder) -> None:
+    """Hold every byte of a teacher cache against its checksums; exit code 1 when some have changed."""
+    from distill.data.teacher_cache.verify import verify
+
+    print(verify(folder))
+
+
 @app.command()
 def doctor() -> None:
     """Show versions, devices and what can be reached; paste it into a bug report."""

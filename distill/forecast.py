@@ -13,12 +13,13 @@ from typing import Any
 
 from distill.core.errors import InputError, RecipeError
 from distill.data.hub import Hub
+from distill.data.spec import FULL
 from distill.models.layouts import LAYOUTS, layout_for
 from distill.models.load import locate
 from distill.pruning.layout import shape
 from distill.pruning.select import target_sizes
 from distill.recipe import Recipe
-from distill.stages.base import StageSpec
+from distill.stages.base import SELF, StageSpec
 from distill.stages.distill import Distill
 from distill.stages.evaluate import Evaluate
 from distill.stages.finetune import Finetune, NewModel
@@ -60,7 +61,7 @@ def describe(recipe: Recipe) -> str:
             mistakes.append(f"{recipe.name}: teacher: {error}")
         lines.append(f"  teacher {recipe.teacher}: {_size(known['teacher'])}")
     lines.append(
-        f"  data {recipe.data.train.kind}, blocks of {recipe.data.sequence_length} tokens, "
+        f"  data {recipe.data.train.kind}, blocks of {recipe.data.sequence_length} tokens ({recipe.data.packing}), "
         + (
             f"validation from {recipe.data.validation.kind}"
             if recipe.data.validation
@@ -150,7 +151,12 @@ def _budget(stage: BudgetSpec, recipe: Recipe) -> str:
     steps = stage.steps(length)
     if steps == 0:
         return "no training;"
-    return f"{steps * stage.batch_size * length:,} tokens = {steps:,} steps of {stage.batch_size} x {length};"
+    tokens = steps * stage.batch_size * length
+    if recipe.data.packing not in FULL:  # how full rows are is known when the text is read
+        if stage.num_tokens is None:
+            return f"at most {tokens:,} tokens = {steps:,} steps of {stage.batch_size} x {length};"
+        return f"{stage.num_tokens:,} tokens = at least {steps:,} steps of {stage.batch_size} x {length};"
+    return f"{tokens:,} tokens = {steps:,} steps of {stage.batch_size} x {length};"
 
 
 def _config(reference: str) -> Config | None:
@@ -209,7 +215,7 @@ def _memory(name: str, stage: BudgetSpec, known: dict[str, Config | None]) -> st
     trained = TRAINED_BYTES if getattr(stage, "lora", None) is None else FROZEN_BYTES
     total = student * trained
     teacher = getattr(stage, "teacher", None)
-    if teacher is not None:
+    if teacher not in (None, SELF):
         config = known[teacher] if teacher in known else _config(teacher)
         total += (_count(config) or 0) * FROZEN_BYTES
     return f"{total / 1e9:,.2f} GB for weights, gradients and optimizer; activations come on top"

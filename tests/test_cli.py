@@ -145,9 +145,8 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
 
 def test_help_names_every_verb(distill: Distill) -> None:
     result = distill("--help")
-    assert [
-        v for v in ("run", "resume", "check", "list", "report", "compare", "schema", "doctor") if v not in result.out
-    ] == []
+    verbs = ("run", "resume", "check", "list", "report", "compare", "schema", "cache", "doctor")
+    assert [v for v in verbs if v not in result.out] == []
     assert distill().code == 2
 
 
@@ -413,3 +412,26 @@ def test_doctor(distill: Distill) -> None:
     result = distill("doctor")
     assert result.code == 0
     assert f"distill {__version__}" in result.out
+
+
+def test_cache_info_and_verify(distill: Distill, recipe: Path, tmp_path: Path) -> None:
+    stage = f"  cache: {{kind: cache_teacher, codec: hidden, folder: {tmp_path / 'cache'}}}\n"
+    text = recipe.read_text(encoding="utf-8").replace("  distill:\n", stage + "  distill:\n    teacher: cache\n")
+    recipe.write_text(text, encoding="utf-8")
+    assert distill("run", recipe, "--run-dir", tmp_path / "run", "--only", "prune").code == 0
+    assert distill("run", recipe, "--run-dir", tmp_path / "run", "--only", "cache").code == 0
+    result = distill("cache", "info", tmp_path / "cache")
+    assert result.code == 0
+    assert "hidden" in result.out
+    assert "read as wrapped rows of 16 tokens" in result.out
+    assert distill("cache", "verify", tmp_path / "cache").code == 0
+    file = next((tmp_path / "cache" / "train").glob("shard-*"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    result = distill("cache", "verify", tmp_path / "cache")
+    assert result.code == 1
+    assert f"{file}: damaged (rows " in result.err
+    result = distill("cache", "verify", tmp_path / "nowhere")
+    assert result.code == 2
+    assert "no teacher cache there" in result.err

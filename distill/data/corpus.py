@@ -15,7 +15,7 @@ from distill.data import loader
 from distill.data.blocks import Blocks
 from distill.data.encoder import Encoder
 from distill.data.packing import TokenFile, alone, read_tokens, token_too_large, write_tokens
-from distill.data.spec import DataSpec
+from distill.data.spec import FULL, DataSpec
 from distill.data.split import Split
 from distill.data.stream import Stream
 from distill.data.tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
@@ -35,7 +35,7 @@ class Corpus:
         validation: validation blocks, at most the tokens that the recipe asks for, spread over the validation text.
         seed: decides the order of training.
         calibration_sequences: blocks for calibration.
-        hash: stands for the text, the split, the tokenizer and the block length; equal hash and seed, equal order.
+        hash: stands for the text, the split, the tokenizer and the blocks; equal hash and seed, equal order.
     """
 
     train: Blocks | Stream
@@ -72,15 +72,15 @@ class Corpus:
                 for name in (["validation"] if data.train.is_stream() else ["train", "validation"])
             }
         _check(tokens, data, vocabulary_size)
-        everything = Blocks(tokens["validation"], data.sequence_length)
-        validation = Blocks(tokens["validation"], data.sequence_length, _spread(len(everything), data))
+        everything = Blocks(tokens["validation"], data.sequence_length, packing=data.packing)
+        validation = everything.only(_spread(everything, data))
         train: Blocks | Stream
         if data.train.is_stream():
-            train = Stream(split, encoder, data.sequence_length, vocabulary_size)
+            train = Stream(split, encoder, data.sequence_length, vocabulary_size, data.packing == "documents")
             train.first(1)  # an empty stream is found now, not in the middle of a run
         else:
-            train = Blocks(tokens["train"], data.sequence_length)
-        identity = hash_of(key, data.sequence_length, data.validation_tokens)
+            train = Blocks(tokens["train"], data.sequence_length, packing=data.packing)
+        identity = hash_of(key, data.sequence_length, data.packing, data.validation_tokens)
         return cls(train, validation, seed, data.calibration_sequences, identity)
 
     def train_loader(
@@ -121,6 +121,13 @@ class Corpus:
         )
 
     @cached_property
+    def tokens_per_sequence(self) -> float:
+        """Tokens of text in a training block, on average."""
+        if isinstance(self.train, Stream) or self.train.packing in FULL:
+            return self.train.sequence_length  # but for the last one
+        return float(self.train.lengths().mean())
+
+    @cached_property
     def validation_bytes(self) -> int:
         """UTF-8 bytes that the counted predictions of :meth:`validation_loader` stand for, exactly.
 
@@ -145,6 +152,8 @@ def _described(train: Blocks | Stream) -> str:
         f"train {tokens.num_documents:,} documents, {tokens.num_tokens:,} tokens "
         f"({tokens.num_bytes / tokens.num_tokens:.2f} bytes each), {len(train):,} blocks of {train.sequence_length}"
     )
+    if train.packing not in FULL:
+        line += f" at most, {train.lengths().mean():.0f} tokens of text in each"
     repeated = tokens.num_repeated
     return line + (f", {repeated:,} documents left out as validation has them" if repeated else "")
 
@@ -205,16 +214,18 @@ def _check(tokens: dict[str, TokenFile], data: DataSpec, vocabulary_size: int) -
         # Said here too, as the file may have been written for a larger model.
         if file.largest >= vocabulary_size:
             raise InputError(token_too_large(f"data.{name}", file.largest, vocabulary_size))
-        needed = data.sequence_length if name == "train" else 2
+        cut = name == "train" and data.packing in FULL
+        needed = data.sequence_length if cut else 2
         if file.num_tokens < needed:
             raise InputError(
                 f"data.{name}: empty corpus: {file.num_tokens} tokens in {file.num_documents} documents, expected at "
-                f"least {needed}; give more text"
-                + (f" or shorter blocks (sequence_length {needed})" * (name == "train"))
+                f"least {needed}; give more text" + (f" or shorter blocks (sequence_length {needed})" * cut)
             )
 
 
-def _spread(num_blocks: int, data: DataSpec) -> np.ndarray:
+def _spread(blocks: Blocks, data: DataSpec) -> np.ndarray:
     """Numbers of the validation blocks to use: evenly over all, so that one end of the text does not stand for it."""
-    wanted = min(num_blocks, max(1, data.validation_tokens // data.sequence_length))
-    return np.arange(wanted) * num_blocks // wanted
+    full = data.packing in FULL
+    tokens = data.sequence_length if full else float(blocks.lengths().mean())
+    wanted = min(len(blocks), max(1, int(data.validation_tokens // tokens)))
+    return np.arange(wanted) * len(blocks) // wanted

@@ -1,9 +1,11 @@
 """The order of samples, and data loaders that follow it.
 
 The order of training blocks is one endless list that the seed alone decides: pass after pass over all blocks, each pass
-shuffled anew. Micro-step ``m`` takes the next ``micro_batch_size * world_size`` of them and rank ``r`` its part, so the
-blocks of an optimizer step are the same whatever the split into ranks, micro-batches and accumulation. A position in
-the list is one number, and starting there is exact.
+shuffled anew. (Blocks that are filled up to the longest of their batch are sorted into buckets of like length first,
+stretch by stretch of the shuffled list, and the buckets shuffled.) Micro-step ``m`` takes the next
+``micro_batch_size * world_size`` of them and rank ``r`` its part, so the blocks of an optimizer step are the same
+whatever the split into ranks, micro-batches and accumulation. A position in the list is one number, and starting there
+is exact.
 """
 
 from __future__ import annotations
@@ -12,16 +14,22 @@ import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from distill.data.blocks import Blocks
-from distill.data.stream import Stream, StreamBatches, full_batch
+from distill.data.stream import Stream, StreamBatches
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     Batches = DataLoader[dict[str, Tensor]]
+
+BUCKET = 32
+"""Rows of like length that follow each other when rows are filled up."""
+BUCKETS = 32
+"""Buckets that one stretch of the shuffled list is sorted into."""
 
 
 class GlobalOrder(Sampler[list[int]]):
@@ -36,6 +44,7 @@ class GlobalOrder(Sampler[list[int]]):
         world_size: processes that share the list.
         end_sequences: stop when the list is taken up to here; None never stops. The last micro-batch is
             full all the same.
+        lengths: tokens of each block, when blocks of like length shall follow each other. int64 [num_blocks]
     """
 
     def __init__(
@@ -47,6 +56,7 @@ class GlobalOrder(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         end_sequences: int | None = None,
+        lengths: np.ndarray | None = None,
     ):
         if not 0 <= rank < world_size or num_blocks < 1 or micro_batch_size < 1 or consumed_sequences < 0:
             raise ValueError(f"{rank=} {world_size=} {num_blocks=} {micro_batch_size=} {consumed_sequences=}")
@@ -57,6 +67,7 @@ class GlobalOrder(Sampler[list[int]]):
         self.rank = rank
         self.world_size = world_size
         self.end_sequences = end_sequences
+        self.lengths = lengths
         self._pass: tuple[int, Tensor] | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -76,7 +87,10 @@ class GlobalOrder(Sampler[list[int]]):
         """The block that stands at a position of the endless list."""
         number, within = divmod(position, self.num_blocks)
         if self._pass is None or self._pass[0] != number:
-            self._pass = (number, shuffled(self.num_blocks, self.seed, f"pass {number}"))
+            order = shuffled(self.num_blocks, self.seed, f"pass {number}")
+            if self.lengths is not None:
+                order = bucketed(order, self.lengths, self.seed, f"buckets {number}")
+            self._pass = (number, order)
         return int(self._pass[1][within])
 
 
@@ -85,6 +99,28 @@ def shuffled(count: int, seed: int, purpose: str) -> Tensor:
     generator = torch.Generator()
     generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:7], "big"))
     return torch.randperm(count, generator=generator)
+
+
+def bucketed(order: Tensor, lengths: np.ndarray, seed: int, purpose: str) -> Tensor:
+    """``order`` with numbers of like length beside each other.
+
+    Each stretch of :data:`BUCKET` x :data:`BUCKETS` numbers is sorted by length, and its buckets are shuffled.
+    """
+    stretch, done = BUCKET * BUCKETS, []
+    for start in range(0, len(order), stretch):
+        part = order[start : start + stretch]
+        part = part[torch.from_numpy(np.argsort(lengths[part.numpy()], kind="stable"))]
+        buckets = part.split(BUCKET)
+        done += [buckets[i] for i in shuffled(len(buckets), seed, f"{purpose} {start}").tolist()]
+    return torch.cat(done)
+
+
+def order_of(blocks: Blocks, seed: int, micro_batch_size: int, *where: Any) -> GlobalOrder:
+    """The order in which blocks train; ``where`` are the other arguments of :class:`GlobalOrder`, up to the end."""
+    order = GlobalOrder(len(blocks), seed, micro_batch_size, *where)
+    if blocks.packing == "padded":
+        order.lengths = blocks.lengths()
+    return order
 
 
 def in_turn(count: int, batch_size: int) -> list[list[int]]:
@@ -103,7 +139,7 @@ def train_batches(
     end_sequences: int | None = None,
 ) -> Batches:
     """Micro-batches of training blocks, endless unless ``end_sequences`` is set. See :class:`GlobalOrder`."""
-    order = GlobalOrder(len(blocks), seed, micro_batch_size, consumed_sequences, rank, world_size, end_sequences)
+    order = order_of(blocks, seed, micro_batch_size, consumed_sequences, rank, world_size, end_sequences)
     return loader(blocks, order, num_workers)
 
 
@@ -122,8 +158,8 @@ def stream_batches(
 
 
 def validation_batches(blocks: Blocks, batch_size: int, num_workers: int = 0) -> Batches:
-    """All blocks, once, in their order; the last batch may be smaller."""
-    return loader(blocks, in_turn(len(blocks), batch_size), num_workers)
+    """All blocks, once, in a fixed order; the last batch may be smaller."""
+    return loader(blocks, _alike(blocks, np.arange(len(blocks)), batch_size), num_workers)
 
 
 def calibration_batches(blocks: Blocks | Stream, seed: int, num_sequences: int, batch_size: int) -> Batches:
@@ -133,9 +169,16 @@ def calibration_batches(blocks: Blocks | Stream, seed: int, num_sequences: int, 
     """
     if isinstance(blocks, Stream):
         first = blocks.first(num_sequences)
-        return loader([full_batch(first[rows]) for rows in in_turn(len(first), batch_size)], None, 0)
-    chosen = shuffled(len(blocks), seed, "calibration")[:num_sequences].tolist()
-    return loader(blocks, [chosen[rows[0] : rows[-1] + 1] for rows in in_turn(len(chosen), batch_size)], 0)
+        return loader([blocks.batch(first[rows]) for rows in in_turn(len(first), batch_size)], None, 0)
+    chosen = shuffled(len(blocks), seed, "calibration")[:num_sequences].numpy()
+    return loader(blocks, _alike(blocks, chosen, batch_size), 0)
+
+
+def _alike(blocks: Blocks, numbers: np.ndarray, batch_size: int) -> list[list[int]]:
+    """Lists of ``batch_size`` of the numbers, in their order, or by length where rows are filled up."""
+    if blocks.packing == "padded":
+        numbers = numbers[np.argsort(blocks.lengths()[numbers], kind="stable")]
+    return [numbers[rows].tolist() for rows in in_turn(len(numbers), batch_size)]
 
 
 def loader(dataset: Any, order: Any, num_workers: int) -> Batches:

@@ -14,6 +14,7 @@ from distill.core.errors import InputError
 from distill.data.blocks import batch_of
 from distill.data.encoder import Encoder
 from distill.data.packing import batches, token_too_large
+from distill.data.rows import document_spans
 from distill.data.split import Split
 
 if TYPE_CHECKING:
@@ -32,12 +33,14 @@ class Stream:
         encoder: text to ids.
         sequence_length: tokens in a block.
         vocabulary_size: every id must be below it.
+        apart: whether documents in a block must not see each other.
     """
 
     split: Split
     encoder: Encoder
     sequence_length: int
     vocabulary_size: int
+    apart: bool = False
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Blocks from the first one on. int64 [sequence]
@@ -70,6 +73,12 @@ class Stream:
     def first(self, num_blocks: int) -> np.ndarray:
         """The first blocks of the list. int64 [num_blocks, sequence]"""
         return np.stack(list(islice(self, num_blocks)))
+
+    def batch(self, blocks: np.ndarray) -> dict[str, Tensor]:
+        """A batch of blocks; see :func:`distill.data.blocks.batch_of`. blocks: int64 [batch, sequence]"""
+        whole = [[(0, blocks.shape[1])]] * len(blocks)
+        pieces = [document_spans(row, self.encoder.end) for row in blocks] if self.apart else whole
+        return batch_of(blocks, pieces, apart=self.apart)
 
 
 class StreamBatches(IterableDataset[dict[str, "Tensor"]]):
@@ -108,10 +117,5 @@ class StreamBatches(IterableDataset[dict[str, "Tensor"]]):
         while self.end_sequences is None or position < self.end_sequences:
             everyone = list(islice(blocks, step))
             mine = everyone[self.rank * self.micro_batch_size : (self.rank + 1) * self.micro_batch_size]
-            yield full_batch(np.stack(mine))
+            yield self.stream.batch(np.stack(mine))
             position += step
-
-
-def full_batch(ids: np.ndarray) -> dict[str, Tensor]:
-    """A batch of blocks without filling. ids: int64 [batch, sequence]."""
-    return batch_of(ids, np.full(len(ids), ids.shape[1]))

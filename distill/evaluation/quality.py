@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from distill.core.batch import model_inputs
 from distill.core.errors import InputError
 
 
@@ -123,7 +124,7 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def _predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Logits of the positions that count [tokens, vocabulary], in the model's type, and their targets [tokens]."""
     device = next(model.parameters()).device
-    inputs = {key: value.to(device) for key, value in batch.items() if key != "mask"}
+    inputs = model_inputs(batch, device)
     mask = batch["mask"].to(device)
     targets = inputs["input_ids"].roll(-1, dims=1)[mask]
     logits = model(**inputs, use_cache=False).logits

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from distill.core.artifact import LINEAGE, Artifact
+from distill.core.batch import model_inputs
 from distill.core.errors import DistillError, InputError
 from distill.exporters.base import ExporterSpec, VerifyResult, require_close
 
@@ -146,7 +147,4 @@ def _reload(folder: Path) -> PreTrainedModel:
 
 def _logits(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """[batch, sequence, vocabulary], fp32."""
-    inputs = {
-        name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "position_ids") if name in batch
-    }
-    return model(**inputs, use_cache=False).logits.float()
+    return model(**model_inputs(batch, model.device), use_cache=False).logits.float()

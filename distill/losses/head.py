@@ -39,14 +39,17 @@ class Head:
 
 @dataclass(frozen=True)
 class Signal:
-    """The teacher's side of a batch: its final hidden states [batch, sequence, hidden] and its head."""
+    """The teacher's side of a batch: its final hidden states [batch, sequence, hidden] and its head.
+
+    The hidden states may be on another device than the student's; the head's logits are on the student's.
+    """
 
     hidden: Tensor
     head: Head
 
     def take(self, keep: Tensor) -> Signal:
         """The positions ``keep`` of the flattened batch."""
-        return Signal(self.hidden.flatten(0, 1).index_select(0, keep), self.head)
+        return Signal(self.hidden.flatten(0, 1).index_select(0, keep.to(self.hidden.device)), self.head)
 
 
 def head_losses(

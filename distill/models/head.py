@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,10 +37,29 @@ def output_head(model: PreTrainedModel) -> Head:
     Raises:
         InputError: the model has no output embeddings.
     """
+    return _scaled(_head_module(model), _scales(model))
+
+
+def head_copy(model: PreTrainedModel, device: torch.device) -> Head:
+    """A frozen copy of the model's head on another device; it fetches the hidden states that it is given.
+
+    Raises:
+        InputError: the model has no output embeddings.
+    """
+    whole = _scaled(deepcopy(_head_module(model)).to(device).requires_grad_(False), _scales(model))
+    return Head(lambda hidden: whole.logits(hidden.to(device)), whole.parameters)
+
+
+def _head_module(model: PreTrainedModel) -> torch.nn.Module:
+    """The output embeddings.
+
+    Raises:
+        InputError: the model has no output embeddings.
+    """
     module = model.get_output_embeddings()
     if module is None:
         raise InputError(f"{type(model).__name__} has no output head, so it gives no logits to learn from")
-    return _scaled(module, _scales(model))
+    return module
 
 
 def _scales(model: PreTrainedModel) -> dict[str, float]:

@@ -5,7 +5,9 @@ Source: Hu et al. 2021, arXiv 2106.09685.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import Field
 
@@ -14,6 +16,7 @@ from distill.core.spec import Spec
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -71,3 +74,21 @@ def _shared_weights(model: PreTrainedModel) -> dict[int, str]:
         if getattr(module, "weight", None) is not None:
             owners.setdefault(id(module.weight), []).append(name)
     return {weight: " and ".join(names) for weight, names in owners.items() if len(names) > 1}
+
+
+ADAPTER = "lora_"
+"""In the name of every parameter that belongs to an adapter."""
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Within the block the model computes as if its adapters were not there."""
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "lora_A") and not layer.disable_adapters]
+    try:
+        for layer in layers:
+            # not enable_adapters(): that also switches requires_grad, maybe in the middle of a graph
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from distill.core.batch import model_inputs
 from distill.core.errors import InputError
 from distill.pruning.layout import Layout
 
@@ -178,7 +179,7 @@ def prepared(model: nn.Module, batches: Batches) -> Iterator[tuple[dict[str, Ten
                 f"a calibration batch has a mask {mask.dtype} {tuple(mask.shape)}, "
                 f"expected bool {tuple(batch['input_ids'].shape)}, the shape of its input_ids"
             )
-        yield {k: batch[k].to(device) for k in ("input_ids", "attention_mask", "position_ids") if k in batch}, mask
+        yield model_inputs(batch, device), mask
         tokens += int(mask.sum())
     if tokens == 0:
         raise InputError("no token of the calibration data counts (0 masked in, expected 1 or more); give it more data")

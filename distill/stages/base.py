@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from distill.data.corpus import Corpus
     from distill.tracking.wandb import SafeLogger
 
+SELF = "self"
+"""What a stage writes in place of a teacher to learn from its student as it starts."""
+
 
 class StageSpec(Spec):
     """One step of a run. Its name in the recipe is its address; its kind defaults to the name."""

@@ -1,8 +1,8 @@
 """The teacher asked once: its output on the training text, on disk, for any number of students.
 
-A cache belongs to a teacher and a text. The stages that name it may differ in student, order, batch size and devices,
-and pay for no teacher: neither its time nor its memory. The validation text is cached too, always as hidden states, so
-that the validation's KL is the exact one whatever the codec.
+A cache belongs to a teacher and a text. The stages that name it may differ in student, order, batch size, packing and
+devices, and pay for no teacher: neither its time nor its memory. The validation text is cached too, always as hidden
+states, so that the validation's KL is the exact one whatever the codec.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from distill.training.spec import DistillSpec
 if TYPE_CHECKING:
     from distill.data.blocks import Blocks
     from distill.data.corpus import Corpus
+    from distill.data.spec import DataSpec, Packing
     from distill.data.teacher_cache.cache import Place
     from distill.data.teacher_cache.write import Live
     from distill.training.cached_teacher import CachedTeacher
@@ -45,6 +46,8 @@ class CacheTeacher(StageSpec):
     """How much of each distribution is kept."""
     num_sequences: int | None = Field(None, ge=1)
     """Training blocks to cache, the first in the order of training; unset: all that the stages of this recipe use."""
+    window: int | None = Field(None, ge=2)
+    """Tokens that the teacher reads at once; unset: as in the cache that is in `folder`, else data.sequence_length."""
     batch_size: int = Field(8, ge=1)
     """Sequences a forward pass of the teacher."""
     folder: str | None = None
@@ -71,11 +74,11 @@ class CacheTeacher(StageSpec):
         """Training sequences that the stages which name this one take from the order of training; None is all."""
         if self.num_sequences is not None:
             return self.num_sequences
-        length = context.session.data.sequence_length
+        tokens = context.session.corpus().tokens_per_sequence
         users: list[Any] = [
             stage for stage in context.session.stages.values() if getattr(stage, "teacher", None) == context.name
         ]
-        wanted = [stage.steps(length) * stage.batch_size for stage in users if isinstance(stage, DistillSpec)]
+        wanted = [stage.steps(tokens) * stage.batch_size for stage in users if isinstance(stage, DistillSpec)]
         return max(wanted) if any(wanted) else None
 
     def fill(self, context: StageContext, num_sequences: int | None) -> tuple[dict[str, Any], tuple[Place, Place]]:
@@ -90,12 +93,22 @@ class CacheTeacher(StageSpec):
         places = self.places(context, corpus)
         for place in places:
             place.header()  # another's cache is refused before any teacher is loaded
-        teacher = _Loaded(context, self, places[0].folder.parent / HEAD)
-        train = _first(corpus, num_sequences)
-        texts = zip(places, (_blocks(corpus), corpus.validation), (train, range(len(corpus.validation))), strict=True)
+        teacher = _Loaded(context, self, places[0])
+        train, validation = _blocks(corpus), corpus.validation
+        wanted = (_first(corpus, num_sequences), range(len(validation)))
         headers = [
-            fill(place, blocks, wanted, teacher, batch_size=self.batch_size, what=what, say=context.say)
-            for what, (place, blocks, wanted) in zip(("train", "validation"), texts, strict=True)
+            fill(
+                place,
+                blocks.tokens,
+                place.needed(blocks, numbers),
+                teacher,
+                batch_size=self.batch_size,
+                what=what,
+                say=context.say,
+            )
+            for what, place, blocks, numbers in zip(
+                ("train", "validation"), places, (train, validation), wanted, strict=True
+            )
         ]
         teacher.keep_head()
         return headers[0], places
@@ -107,6 +120,7 @@ class CacheTeacher(StageSpec):
             InputError: the source is a stream, or the vocabulary is too large for the codec.
         """
         from distill.core.artifact import fingerprint
+        from distill.data.blocks import Blocks
         from distill.data.teacher_cache.cache import Place
         from distill.data.teacher_cache.identity import Identity
         from distill.data.tokenizer import tokenizer_hash
@@ -118,13 +132,13 @@ class CacheTeacher(StageSpec):
         if why := self.codec.refuses(config.vocab_size):
             raise InputError(why)
         tokenizer, teacher = tokenizer_hash(session.tokenizer()), fingerprint(location)
+        shared = Path(self.folder).expanduser() if self.folder else None
+        window, packing = self._reading(shared, session.data)
         ours = [
-            Identity.of(teacher, tokenizer, blocks, codec)
+            Identity.of(teacher, tokenizer, Blocks(blocks.tokens, window, packing=packing), codec)
             for blocks, codec in ((_blocks(corpus), self.codec), (corpus.validation, Hidden()))
         ]
-        folder = (
-            Path(self.folder).expanduser() if self.folder else session.run.folder / "data" / f"teacher-{ours[0].key()}"
-        )
+        folder = shared or session.run.folder / "data" / f"teacher-{ours[0].key()}"
         train = Place(folder / "train", ours[0], self.codec, 0, config.vocab_size)
         train = replace(train, width=config.hidden_size if self.codec.reads == "hidden" else config.vocab_size)
         # validation settings change more often than the training text does
@@ -132,6 +146,14 @@ class CacheTeacher(StageSpec):
             folder / f"validation-{ours[1].key()}", ours[1], Hidden(), config.hidden_size, config.vocab_size
         )
         return train, validation
+
+    def _reading(self, folder: Path | None, data: DataSpec) -> tuple[int, Packing]:
+        """The teacher's window and packing: of the shared cache that is there, else of this run."""
+        from distill.data.teacher_cache.identity import read_header
+
+        header = read_header(folder / "train") if folder is not None else None
+        there = header["identity"] if header is not None else {}
+        return self.window or there.get("window", data.sequence_length), there.get("packing", data.packing)
 
 
 def open_cache(context: StageContext, name: str, num_sequences: int) -> tuple[Corpus, CachedTeacher]:
@@ -164,6 +186,12 @@ def open_cache(context: StageContext, name: str, num_sequences: int) -> tuple[Co
     cached = replace(
         corpus, train=CachedBlocks(_blocks(corpus), train), validation=CachedBlocks(corpus.validation, validation)
     )
+    read, data = train.identity, context.session.data
+    if (read.window, read.packing) != (data.sequence_length, data.packing):
+        context.say(
+            f"the teacher read {read.packing} rows of {read.window}, this run has {data.packing} rows of "
+            f"{data.sequence_length}: at each token it says what it said after the text that it had seen"
+        )
     dtype = None if resolve_device(context.session.compute) == "cuda" else torch.float32
     head = train.folder.parent / HEAD / "head.safetensors"
     return cached, CachedTeacher(train.vocabulary, head, whole=stage.codec.whole, dtype=dtype)
@@ -179,37 +207,41 @@ def _blocks(corpus: Corpus) -> Blocks:
 
 def _first(corpus: Corpus, num_sequences: int | None) -> list[int]:
     """The different blocks among the first sequences of the order of training."""
-    from distill.data.loader import GlobalOrder
+    from distill.data.loader import order_of
 
     count = len(_blocks(corpus))
     if num_sequences is None or num_sequences >= count:
         return list(range(count))  # the first pass holds each block once
-    order = GlobalOrder(count, corpus.seed, 1)
+    order = order_of(_blocks(corpus), corpus.seed, 1)
     return sorted(order.block_at(position) for position in range(num_sequences))
 
 
 class _Loaded:
     """The teacher, loaded when it is first asked for, and its head to be kept."""
 
-    def __init__(self, context: StageContext, stage: CacheTeacher, head: Path):
-        self.context, self.stage, self.head = context, stage, head
+    def __init__(self, context: StageContext, stage: CacheTeacher, train: Place):
+        self.context, self.stage, self.read = context, stage, train.identity
+        self.head = train.folder.parent / HEAD
         self._live: Live | None = None
 
     def __call__(self) -> Live:
-        import torch
-
+        from distill.data.spec import APART
         from distill.data.teacher_cache.write import Live
         from distill.models.head import check_head, hidden_states, output_head
         from distill.models.load import move
-        from distill.stages.train import load_frozen
-        from distill.training.trainer import resolve_device
+        from distill.models.packed import check_apart
+        from distill.stages.train import check_context_length, load_frozen
+        from distill.training.trainer import resolve_teacher
 
         if self._live is None:
-            device = torch.device(resolve_device(self.context.session.compute))
+            device, _ = resolve_teacher(self.context.session.compute)
             model = move(load_frozen(self.context, self.stage.teacher), device)
             check_head(model)
+            check_context_length(model, self.read.window, "the teacher's window")
+            if self.read.packing in APART:
+                check_apart(model)
             self._model = model
-            self._live = Live(lambda ids: hidden_states(model, ids), output_head(model).logits, device)
+            self._live = Live(lambda batch: hidden_states(model, **batch), output_head(model).logits, device)
         return self._live
 
     def keep_head(self) -> None:

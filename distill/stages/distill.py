@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+from pydantic import model_validator
+
 from distill.models.lora import LoraSpec
-from distill.stages.base import StageContext, StageSpec
+from distill.stages.base import SELF, StageContext, StageSpec
 from distill.stages.finetune import starting_model
+from distill.stages.train import check_own_teacher
 from distill.training.spec import DistillSpec
 
 
@@ -19,7 +22,8 @@ class Distill(DistillSpec, StageSpec):
     student: str
     """What to train: an earlier stage, a folder or a Hub id."""
     teacher: str = "teacher"
-    """Whom to learn from: "teacher", an earlier stage (a corrected teacher, a cache), a folder or a Hub id."""
+    """Whom to learn from: "teacher", an earlier stage (a corrected teacher, a cache), a folder, a Hub id, or "self":
+    the student as it starts, at no memory (needs lora)."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """random: keep the student's architecture, forget its weights (a control)."""
     lora: LoraSpec | None = None
@@ -27,9 +31,14 @@ class Distill(DistillSpec, StageSpec):
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the stored weights; auto is that of the student it starts from."""
 
+    @model_validator(mode="after")
+    def _own_teacher(self) -> Distill:
+        check_own_teacher(self.teacher, self.lora, silent=all(loss.needs_teacher for loss in self.losses))
+        return self
+
     def references(self) -> list[tuple[tuple[str | int, ...], str]]:
         """Student and teacher."""
-        return [(("student",), self.student), (("teacher",), self.teacher)]
+        return [(("student",), self.student), *([(("teacher",), self.teacher)] if self.teacher != SELF else [])]
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Train, then write the student."""
@@ -46,7 +55,7 @@ class Distill(DistillSpec, StageSpec):
             save_plain(disassemble(student), dtype),
             kind=self.kind,
             parent=self.student,
-            teacher=context.session.teacher_behind(self.teacher),
+            teacher=context.session.teacher_behind(self.student if self.teacher == SELF else self.teacher),
             figures=figures,
             mask=mask,
         )

@@ -84,9 +84,10 @@ class Evaluate(StageSpec):
 
     def _load(self, context: StageContext, location: str) -> Any:
         from distill.models.load import load_model
+        from distill.stages.train import check_packing
 
         device = _device(context)
-        return load_model(location, dtype=_dtype(device), device=device)
+        return check_packing(context, load_model(location, dtype=_dtype(device), device=device))
 
     def _row(self, context: StageContext, reference: str, teacher: Any) -> Row:
         """Everything but speed."""

@@ -11,7 +11,8 @@ from distill.core.errors import InputError
 from distill.models.lora import LoraSpec
 from distill.quantization import QUANTIZERS, Int4Group
 from distill.quantization.base import QuantizerSpec
-from distill.stages.base import StageContext, StageSpec
+from distill.stages.base import SELF, StageContext, StageSpec
+from distill.stages.train import check_own_teacher
 from distill.training.spec import DistillSpec
 
 
@@ -27,7 +28,8 @@ class Quantize(DistillSpec, StageSpec):
     student: str
     """What to quantize: an earlier stage, "teacher", a folder or a Hub id."""
     teacher: str = "teacher"
-    """Whom to learn from, a model or a cache of one; without effect (and not read) when nothing is trained."""
+    """Whom to learn from: a model, a cache of one, or "self": the student before quantization, at no memory (needs
+    lora). Without effect (and not read) when nothing is trained."""
     quantizer: Annotated[QuantizerSpec, QUANTIZERS] = Int4Group()
     """The grid of the weights."""
     lora: LoraSpec | None = None
@@ -44,13 +46,20 @@ class Quantize(DistillSpec, StageSpec):
                 raise ValueError(f"nothing is trained (a budget of 0), so {', '.join(idle)} has no effect; remove it")
         return self
 
+    @model_validator(mode="after")
+    def _own_teacher(self) -> Quantize:
+        if self.trains():
+            check_own_teacher(self.teacher, self.lora, silent=False)
+        return self
+
     def trains(self) -> bool:
         """Whether there is any training."""
         return bool(self.num_tokens or self.num_steps)
 
     def references(self) -> list[tuple[tuple[str | int, ...], str]]:
         """The student, and the teacher when there is training."""
-        return [(("student",), self.student), *([(("teacher",), self.teacher)] if self.trains() else [])]
+        taught = self.trains() and self.teacher != SELF
+        return [(("student",), self.student), *([(("teacher",), self.teacher)] if taught else [])]
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Prepare, train, convert; then hold the packed model against the trained one."""
@@ -95,7 +104,9 @@ class Quantize(DistillSpec, StageSpec):
             write,
             kind=self.kind,
             parent=self.student,
-            teacher=context.session.teacher_behind(self.teacher) if self.trains() else None,
+            teacher=context.session.teacher_behind(self.student if self.teacher == SELF else self.teacher)
+            if self.trains()
+            else None,
             figures=figures | {"scheme": self.quantizer.label()},
             mask=mask,
         )

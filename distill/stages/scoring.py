@@ -36,8 +36,9 @@ def scores_of(
     Returns:
         The scores by each criterion, and what identifies them: the model's fingerprint, the calibration set's hash.
     """
-    from distill.models.load import load_model
+    from distill.models.load import load_model, move
     from distill.pruning.base import score
+    from distill.stages.train import check_packing
     from distill.training.trainer import resolve_device
 
     device = resolve_device(context.session.compute)
@@ -46,7 +47,8 @@ def scores_of(
     files = [_file(context, criterion, about) for criterion in criteria]
     found = [_read(file) for file in files]
     if missing := [i for i, scores in enumerate(found) if scores is None]:
-        model = load_model(location, dtype="float32" if device == "cpu" else "auto", device=device)
+        loaded = check_packing(context, load_model(location, dtype="float32" if device == "cpu" else "auto"))
+        model = move(loaded, device)
         for i, scores in zip(missing, score([criteria[i] for i in missing], model, layout, batches), strict=True):
             write(files[i], scores, {**about, "criterion": criteria[i].model_dump_json()})
             found[i] = scores
@@ -58,11 +60,12 @@ def scores_of(
 
 
 def calibration_hash(batches: Iterable[Mapping[str, Tensor]]) -> str:
-    """Stands for the tokens that are read and which of them count, however they are split into batches."""
+    """Stands for the tokens that are read, where they stand and which of them count, however they are batched."""
     digest = hashlib.sha256()
     for batch in batches:
-        for ids, mask in zip(batch["input_ids"], batch["mask"], strict=True):
-            digest.update(ids.numpy().tobytes() + mask.numpy().tobytes())
+        read = [batch[key] for key in ("input_ids", "mask", "position_ids", "attention_mask") if key in batch]
+        for row in zip(*read, strict=True):
+            digest.update(b"".join(tensor.numpy().tobytes() for tensor in row))
     return digest.hexdigest()[:16]
 
 

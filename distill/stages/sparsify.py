@@ -48,7 +48,7 @@ class Sparsify(StageSpec):
         from distill.models.layouts import layout_for
         from distill.models.load import load_config, load_model, move
         from distill.pruning.mask import apply_mask, masked_layers, nonzero_share, squares_of_inputs
-        from distill.stages.train import check_speaks, save_plain, stored_dtype_of
+        from distill.stages.train import check_packing, check_speaks, save_plain, stored_dtype_of
         from distill.training.trainer import resolve_device
 
         location = context.session.artifact(self.model).location
@@ -56,7 +56,8 @@ class Sparsify(StageSpec):
         check_speaks(context, location)
         layout = layout_for(load_config(location).model_type)
         device = resolve_device(context.session.compute)
-        model = load_model(location, dtype="float32" if device == "cpu" else "auto", device=device)
+        loaded = check_packing(context, load_model(location, dtype="float32" if device == "cpu" else "auto"))
+        model = move(loaded, device)
         layers = masked_layers(model, layout)
         squares = {}
         if self.criterion == "wanda":

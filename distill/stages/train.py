@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.core.errors import InputError
 from distill.losses.base import LossSpec
-from distill.stages.base import StageContext
+from distill.stages.base import SELF, StageContext
 from distill.training.spec import BudgetSpec
 
 if TYPE_CHECKING:
@@ -27,27 +27,33 @@ def train(
         student: what to train.
         losses: at least one.
         budget: how long; a budget of 0 does nothing.
-        teacher: reference of the frozen teacher or of its cache, or None.
+        teacher: reference of the frozen teacher or of its cache, "self", or None.
 
     Returns:
         Figures: steps, tokens, seconds of training, tokens a second.
     """
     from distill.stages.cache_teacher import open_cache
+    from distill.training.live_teacher import LiveTeacher
     from distill.training.module import DistillationModule
-    from distill.training.trainer import fit
+    from distill.training.own_weights import OwnWeights
+    from distill.training.trainer import fit, resolve_teacher
 
     session = context.session
     corpus = session.corpus()
-    length = session.data.sequence_length
-    num_steps = budget.steps(length)
+    tokens_per_sequence = corpus.tokens_per_sequence
+    num_steps = budget.steps(tokens_per_sequence)
     if num_steps == 0:
         return {"training_steps": 0, "training_tokens": 0, "training_seconds": 0.0}
-    check_context_length(student.model, length)
-    source: PreTrainedModel | Teacher | None = None
-    if teacher in session.stages and session.stages[teacher].makes_signal:
+    check_context_length(student.model, session.data.sequence_length)
+    check_packing(context, student.model)
+    source: Teacher | None = None
+    if teacher == SELF:
+        source = OwnWeights(student.model)
+    elif teacher in session.stages and session.stages[teacher].makes_signal:
         corpus, source = open_cache(context, teacher, num_steps * budget.batch_size)
     elif teacher is not None:
-        source = load_frozen(context, teacher)
+        device, _ = resolve_teacher(session.compute)
+        source = LiveTeacher(load_frozen(context, teacher), device)
     module = DistillationModule(
         student.model,
         losses,
@@ -62,7 +68,7 @@ def train(
         session.compute,
         name=context.name,
         folder=context.folder,
-        sequence_length=length,
+        tokens_per_sequence=tokens_per_sequence,
         train_loader=lambda micro, consumed: corpus.train_loader(
             micro, consumed_sequences=consumed, num_workers=session.compute.num_workers
         ),
@@ -71,23 +77,48 @@ def train(
         say=session.say,
     )
     seconds = time.perf_counter() - started
-    tokens = num_steps * budget.batch_size * length
+    tokens = round(num_steps * budget.batch_size * tokens_per_sequence)
     return {"training_steps": num_steps, "training_tokens": tokens, "training_seconds": round(seconds, 1)}
 
 
+def check_own_teacher(teacher: str, lora: object, *, silent: bool) -> None:
+    """Refuse ``teacher: self`` where the student cannot be it.
+
+    Args:
+        teacher: of a stage.
+        lora: of it, or None.
+        silent: whether the student starts as its own teacher exactly and no loss of the stage looks at the text.
+
+    Raises:
+        ValueError: with one line.
+    """
+    if teacher != SELF:
+        return
+    if lora is None:
+        raise ValueError(
+            "teacher: self is the student as it starts, which only adapters keep; add lora: {}, or name the model that "
+            "the student starts from (it is then loaded a second time)"
+        )
+    if silent:
+        raise ValueError(
+            "teacher: self teaches nothing here, as student and teacher start the same; add a loss on the text "
+            "(cross_entropy) or name another teacher"
+        )
+
+
 def load_frozen(context: StageContext, reference: str) -> PreTrainedModel:
-    """A teacher in its own precision (fp32 on a CPU, which is slow in bf16).
+    """A teacher in the precision that ``compute`` asks for.
 
     Raises:
         InputError: it speaks another vocabulary than the run.
     """
     from distill.models.load import load_model
-    from distill.training.trainer import resolve_device
+    from distill.training.trainer import resolve_teacher
 
     location = context.session.artifact(reference).location
-    dtype = "auto" if resolve_device(context.session.compute) == "cuda" else "float32"
+    _, dtype = resolve_teacher(context.session.compute)
     check_speaks(context, location)
-    return load_model(location, dtype=dtype)
+    return check_packing(context, load_model(location, dtype=dtype))
 
 
 def check_speaks(context: StageContext, location: str, *, tokens: bool = True) -> None:
@@ -115,17 +146,28 @@ def check_speaks(context: StageContext, location: str, *, tokens: bool = True) -
         check_same_vocabulary(load_tokenizer(location), tokenizer)
 
 
-def check_context_length(model: PreTrainedModel, sequence_length: int) -> None:
+def check_packing(context: StageContext, model: PreTrainedModel) -> PreTrainedModel:
+    """The model, if it keeps documents apart where the run's rows hold several of them.
+
+    Raises:
+        InputError: it lets them see each other.
+    """
+    from distill.models.packed import check_apart
+
+    if context.session.data.keeps_apart:
+        check_apart(model)
+    return model
+
+
+def check_context_length(model: PreTrainedModel, length: int, what: str = "data.sequence_length") -> None:
     """Refuse sequences that are longer than the positions the model was made for.
 
     Raises:
         InputError: they are.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and sequence_length > limit:
-        raise InputError(
-            f"data.sequence_length ({sequence_length}) is longer than the model's {limit} positions; lower it"
-        )
+    if limit is not None and length > limit:
+        raise InputError(f"{what} ({length}) is longer than the model's {limit} positions; lower it")
 
 
 def hold_mask(context: StageContext, reference: str, model: PreTrainedModel, *, lora: bool) -> str | None:

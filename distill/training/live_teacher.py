@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from distill.losses.head import Signal
-from distill.models.head import check_head, hidden_states, output_head
+from distill.core.batch import model_inputs
+from distill.losses.head import Head, Signal
+from distill.models.head import check_head, head_copy, hidden_states, output_head
 from distill.models.load import move
 from distill.training.teacher import Teacher
 
@@ -20,24 +21,37 @@ if TYPE_CHECKING:
 
 
 class LiveTeacher(Teacher):
-    """A frozen model, in its own precision.
+    """A frozen model that computes in its own precision, whatever that of training is.
 
     Args:
         model: frozen and put into evaluation mode here.
+        device: where it runs; None is beside the student. From another device its hidden states travel, a chunk at a
+            time, to a copy of its head beside the student: logits would be many times as large.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, device: torch.device | None = None):
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
+        self._device = device
+        self._copy: Head | None = None
 
     def check(self, losses: Iterable[LossSpec]) -> None:
         """Refuse a model whose logits are not its head's."""
         check_head(self.model)
 
     def move(self, device: torch.device) -> None:
-        """Bring the model to the student's device."""
-        move(self.model, device)
+        """Bring the model to its own device, or the student's."""
+        move(self.model, self._device or device)
+        away = self.model.device != device
+        self._copy = head_copy(self.model, device) if away else None
 
     def signal(self, batch: dict[str, Tensor]) -> Signal:
         """Its final hidden states and its head."""
-        with torch.inference_mode():
-            return Signal(hidden_states(self.model, batch["input_ids"]), output_head(self.model))
+        head = self._copy or output_head(self.model)
+        with torch.inference_mode(), torch.autocast(self.model.device.type, enabled=False):
+            hidden = hidden_states(self.model, **model_inputs(batch, self.model.device))
+
+        def logits(rows: Tensor) -> Tensor:
+            with torch.autocast(rows.device.type, enabled=False):
+                return head.logits(rows)
+
+        return Signal(hidden, Head(logits, head.parameters))

@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from distill.core.batch import model_inputs
 from distill.losses import CrossEntropy, LossSpec, LossTerm
 from distill.losses.head import head_losses
 from distill.models.head import check_head, hidden_states, output_head
@@ -42,7 +43,8 @@ class DistillationModule(pl.LightningModule):
             many as the Trainer will make.
 
     Batches are dicts with ``input_ids`` int64 [batch, sequence] and ``mask`` bool [batch, sequence], True where the
-    prediction made at a position (of the next token) counts; the last position never does.
+    prediction made at a position (of the next token) counts; the last position never does. With ``position_ids`` int64
+    [batch, sequence] that start anew with each document of a row, the documents do not see each other.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class DistillationModule(pl.LightningModule):
         """Weighted sum of the losses over a batch, and each term; see :func:`distill.losses.head.head_losses`."""
         input_ids, mask = batch["input_ids"], batch["mask"]
         signal = self.teacher.signal(batch) if self.teacher is not None else None
-        hidden = hidden_states(self.student, input_ids)
+        hidden = hidden_states(self.student, **model_inputs(batch))
         return head_losses(hidden, output_head(self.student), signal, input_ids.roll(-1, dims=1), mask, losses)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
@@ -120,6 +122,10 @@ class DistillationModule(pl.LightningModule):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, scale)
         self._step_tokens.zero_()
+
+    def counted_tokens(self) -> int:
+        """Tokens that a loss was taken from since the last drain (this synchronises with the device)."""
+        return max((int(term.count) for term in self._terms.values()), default=0)
 
     def drain_terms(self) -> dict[str, float]:
         """Mean of each loss per token since the last call (this synchronises with the device).

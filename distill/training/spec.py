@@ -62,12 +62,12 @@ class BudgetSpec(Spec):
             raise ValueError("give the budget once: num_tokens or num_steps")
         return self
 
-    def steps(self, sequence_length: int) -> int:
-        """Optimizer steps of the budget."""
+    def steps(self, tokens_per_sequence: float) -> int:
+        """Optimizer steps of the budget, by the tokens of text in a sequence, on average."""
         if self.num_steps is not None:
             return self.num_steps
         assert self.num_tokens is not None
-        return math.ceil(self.num_tokens / (self.batch_size * sequence_length))
+        return math.ceil(self.num_tokens / (self.batch_size * tokens_per_sequence))
 
 
 def split_batch(budget: BudgetSpec, compute: ComputeSpec) -> tuple[int, int]:
@@ -105,10 +105,16 @@ class ComputeSpec(Spec):
     """Device to use; auto takes a GPU where there is one."""
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
     """Arithmetic of training; auto is bf16-mixed on a GPU and 32-true on a CPU."""
+    teacher_device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Where a teacher that is in memory runs, such as cpu or cuda:1; auto is beside the student."""
+    teacher_precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights and arithmetic of that teacher; auto is its file's precision on a GPU and float32 on a CPU."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Sequences in memory at once (gradients accumulate to batch_size); unset: the whole batch."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile student and teacher: minutes at the start, faster steps on a GPU; a CPU gains nothing."""
     num_workers: int = Field(0, ge=0)
     """Processes that prepare batches; 0 does it in the training process."""
     checkpoint_every_steps: int = Field(200, ge=1)

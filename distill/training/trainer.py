@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from distill.core.errors import MachineError
 from distill.core.run import CHECKPOINTS
 from distill.training.callbacks import Checkpoints, Record, ShowProgress, Waited
 from distill.training.checkpoint import AtomicCheckpointIO, checkpoint_step, newest_valid
+from distill.training.compile import compiled_bodies
 from distill.training.metrics import MetricsLog
 from distill.training.module import DistillationModule
 from distill.training.spec import BudgetSpec, ComputeSpec, split_batch
@@ -41,6 +43,22 @@ def resolve_device(compute: ComputeSpec) -> str:
     return "cuda" if compute.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def resolve_teacher(compute: ComputeSpec) -> tuple[torch.device, str]:
+    """Where a teacher runs, and the precision to load it in (fp32 on a CPU, which is slow in bf16).
+
+    Raises:
+        MachineError: a GPU is asked for that is not there.
+    """
+    wanted = compute.teacher_device
+    device = torch.device(resolve_device(compute) if wanted == "auto" else wanted)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MachineError(
+            f"compute.teacher_device: {wanted}: PyTorch sees {torch.cuda.device_count()} GPUs here; use auto or cpu"
+        )
+    auto = "auto" if device.type == "cuda" else "float32"
+    return device, auto if compute.teacher_precision == "auto" else compute.teacher_precision
+
+
 def fit(
     module: DistillationModule,
     budget: BudgetSpec,
@@ -48,7 +66,7 @@ def fit(
     *,
     name: str,
     folder: Path,
-    sequence_length: int,
+    tokens_per_sequence: float,
     train_loader: Callable[[int, int], Loader],
     validation_loader: Loader,
     logger: Logger | None = None,
@@ -62,7 +80,7 @@ def fit(
         compute: on what.
         name: shown to people.
         folder: of the stage; checkpoints go to ``checkpoints/``, metrics beside them.
-        sequence_length: tokens a sequence.
+        tokens_per_sequence: of text, on average.
         train_loader: (micro-batch size, sequences consumed already) -> batches without end.
         validation_loader: the validation split in a fixed order.
         logger: Lightning's logger, for W&B.
@@ -72,7 +90,7 @@ def fit(
         Optimizer steps of the budget.
     """
     _quiet_lightning()
-    num_steps = budget.steps(sequence_length)
+    num_steps = budget.steps(tokens_per_sequence)
     micro, accumulate = split_batch(budget, compute)
     checkpoint, complaints = newest_valid(folder / CHECKPOINTS)
     for line in complaints:
@@ -82,7 +100,8 @@ def fit(
         say(f"  going on from step {step} of {num_steps} ({checkpoint.name})")
     log = MetricsLog(folder, step)
     data = Waited(train_loader(micro, step * budget.batch_size))
-    record = Record(log, name, data, every=compute.log_every_steps, tokens_per_step=budget.batch_size * sequence_length)
+    tokens_per_step = budget.batch_size * tokens_per_sequence
+    record = Record(log, name, data, every=compute.log_every_steps, tokens_per_step=tokens_per_step)
     saver = Checkpoints(folder / CHECKPOINTS, every=compute.checkpoint_every_steps, keep=compute.keep_checkpoints)
     validate_every = min(budget.validate_every_steps or max(1, num_steps // 4), num_steps)
     trainer = pl.Trainer(
@@ -107,14 +126,17 @@ def fit(
         default_root_dir=folder,
     )
     module.student.train()
+    teacher = module.teacher.model if module.teacher is not None else None
+    models = {id(model): model for model in (module.student, teacher) if model is not None}
     try:
-        trainer.fit(
-            module,
-            train_dataloaders=data,
-            val_dataloaders=validation_loader,
-            ckpt_path=checkpoint,
-            weights_only=True,
-        )
+        with compiled_bodies(*models.values()) if compute.compile else nullcontext():
+            trainer.fit(
+                module,
+                train_dataloaders=data,
+                val_dataloaders=validation_loader,
+                ckpt_path=checkpoint,
+                weights_only=True,
+            )
     except torch.OutOfMemoryError as error:
         raise MachineError(
             f"{name}: out of GPU memory; lower compute.micro_batch_size ({micro}) "

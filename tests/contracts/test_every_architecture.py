@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from distill.core.errors import InputError
 from distill.models.head import check_head
 from distill.models.layouts import LAYOUTS, layout_for
+from distill.models.packed import check_apart
 from distill.models.shards import carve_folder
 from distill.pruning.base import Scores
 from distill.pruning.plan import Plan, plan
@@ -147,6 +148,7 @@ def test_vanilla_transformers_loads_and_generates(name, ids, tmp_path):
         assert tied == model.config.tie_word_embeddings
         if is_causal(name):
             check_head(one)
+            check_apart(one)
             cached, uncached = (
                 one.generate(ids, max_new_tokens=10, do_sample=False, use_cache=cache) for cache in (True, False)
             )

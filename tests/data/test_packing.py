@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from distill.core.errors import InputError, MachineError
 from distill.data import packing
 from distill.data.base import Document
-from distill.data.blocks import Blocks, document_ids
+from distill.data.blocks import Blocks
 from distill.data.encoder import Encoder
 from distill.data.packing import read_tokens, write_tokens
 
@@ -187,11 +187,6 @@ def test_large_vocabularies_need_four_bytes(tmp_path, tokenizer, texts):
     large = write_tokens(tmp_path / "l-0.bin", documents(texts), Encoder(tokenizer), (1 << 16) + 1)
     assert (small.dtype, large.dtype) == ("uint16", "uint32")
     assert np.array_equal(small.ids(), large.ids())
-
-
-def test_document_ids_count_from_zero_in_each_row():
-    ids = torch.tensor([[5, 0, 6, 7, 0, 8], [0, 0, 1, 2, 3, 0]])
-    assert document_ids(ids, end=0).tolist() == [[0, 0, 1, 1, 1, 2], [0, 1, 2, 2, 2, 2]]
 
 
 def test_bits_per_byte_of_a_uniform_model_over_bytes(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from math import lgamma, log
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from distill.data.loader import train_batches
 from distill.data.packing import TokenFile
 from distill.data.teacher_cache import CODECS, Hidden, Sampled, TopK
 from distill.data.teacher_cache import write as writing
-from distill.data.teacher_cache.base import HIDDEN, IDS, PROBS, TAIL, CodecSpec, pack_ids, unpack_ids
+from distill.data.teacher_cache.base import HIDDEN, IDS, PROBS, TAIL, CodecSpec
 from distill.data.teacher_cache.cache import CachedBlocks, Place
 from distill.data.teacher_cache.fidelity import signal_of
 from distill.data.teacher_cache.identity import Identity
+from distill.data.teacher_cache.sorted_ids import num_bytes, pack_sorted, unpack_sorted
+from distill.data.teacher_cache.verify import describe, verify
 from distill.data.teacher_cache.write import Live, fill
 from distill.losses import CrossEntropy, ForwardKL, ReverseKL, forward_kl
 from distill.losses.head import KL, Head, head_losses
@@ -40,7 +43,7 @@ def logits_of(rows: int, vocabulary: int = VOCABULARY, seed: int = 0) -> Tensor:
 def coded(codec: CodecSpec, log_probs: Tensor, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     """The bytes, and what is decoded from them."""
     fields = codec.encode(log_probs, torch.Generator().manual_seed(seed))
-    data = torch.cat([field.flatten() for field in fields])
+    data = codec.pack(fields, log_probs.shape[-1])
     return data, codec.decode(data, *log_probs.shape)
 
 
@@ -62,12 +65,26 @@ def value_and_gradient(student: Tensor, signal: Tensor | SparseSignal) -> tuple[
 # ---- codecs
 
 
-@pytest.mark.parametrize(("vocabulary", "size"), [(65536, 2), (65537, 3), (1 << 24, 3)])
-def test_ids_come_back_from_the_fewest_bytes(vocabulary: int, size: int) -> None:
-    ids = torch.tensor([[0, 1, 255], [256, vocabulary // 2, vocabulary - 1]])
-    packed = pack_ids(ids, vocabulary)
-    assert packed.shape == (2, 3, size)
-    assert torch.equal(unpack_ids(packed), ids)
+@pytest.mark.parametrize("universe", [40, 4096, 16 * 128_256, 1 << 30])
+@pytest.mark.parametrize("share", ["one", "few", "all"])
+def test_rising_numbers_come_back_from_nearly_the_fewest_bits(universe: int, share: str) -> None:
+    count = {"one": 1, "few": min(universe, 1024) // 2, "all": min(universe, 1024)}[share]
+    if share == "one" and universe > 1 << 24:
+        pytest.skip("more than 2**24 times the count")
+    random = np.random.default_rng(universe)
+    some = np.unique(random.integers(0, universe, count)) if universe > 4096 else np.arange(count)
+    for values in (some, some + (universe - 1 - some[-1])):  # the lowest and the highest that there can be
+        data = pack_sorted(values, universe)
+        assert len(data) == num_bytes(len(values), universe)
+        assert np.array_equal(unpack_sorted(np.append(data, np.uint8(255)), len(values), universe), values)
+        fewest = (lgamma(universe + 1) - lgamma(len(values) + 1) - lgamma(universe - len(values) + 1)) / log(2)
+        assert 8 * len(data) <= fewest + 2.1 * len(values) + 24
+
+
+def test_numbers_of_few_bits_are_near_what_any_code_needs() -> None:
+    values = np.sort(np.random.default_rng(0).choice(128_256, 64, replace=False))
+    bits = 8 * len(pack_sorted(values, 128_256)) / 64
+    assert bits < 13.3  # log2 of 128,256 over 64 is 12.4 a number; three bytes would be 24
 
 
 def test_top_k_of_everything_is_exact() -> None:
@@ -140,7 +157,9 @@ def test_sampled_counts_its_draws_and_is_small() -> None:
     data, decoded = coded(Sampled(draws=50), logits_of(200).log_softmax(-1))
     torch.testing.assert_close(decoded[PROBS].sum(-1), torch.ones(200))
     kept = decoded[PROBS] > 0
-    assert len(data) == 3 * 200 + 3 * int(kept.sum())
+    ids = num_bytes(int(kept.sum()), 200 * VOCABULARY)
+    assert len(data) == 2 * 200 + 200 * 50 // 8 + ids
+    assert ids < int(kept.sum())
     for ids, on in zip(decoded[IDS], kept, strict=True):
         assert len(set(ids[on].tolist())) == int(on.sum())
 
@@ -226,11 +245,11 @@ class Teacher:
         self.batches = 0
         self.dies_after = dies_after
 
-    def hidden(self, ids: Tensor) -> Tensor:
+    def hidden(self, batch: dict[str, Tensor]) -> Tensor:
         self.batches += 1
         if self.dies_after is not None and self.batches > self.dies_after:
             raise KeyboardInterrupt
-        return self.embedding(ids)
+        return self.embedding(batch["input_ids"])
 
     def __call__(self) -> Live:
         return Live(self.hidden, lambda rows: 3 * self.head(rows), torch.device("cpu"))
@@ -251,7 +270,8 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fill_all(place: Place, blocks: Blocks, wanted: Any = range(20), teacher: Teacher | None = None) -> list[str]:
     said: list[str] = []
-    fill(place, blocks, list(wanted), teacher or Teacher(), batch_size=2, what="train", say=said.append)
+    wanted = place.needed(blocks, list(wanted))
+    fill(place, blocks.tokens, wanted, teacher or Teacher(), batch_size=2, what="train", say=said.append)
     return said
 
 
@@ -271,7 +291,7 @@ def test_what_is_read_is_what_the_teacher_says(codec: CodecSpec, blocks: Blocks,
     batch = cached[numbers]
     assert torch.equal(batch["input_ids"], blocks[numbers]["input_ids"])
     mask = batch["mask"]
-    live = teacher.hidden(batch["input_ids"])
+    live = teacher.hidden(batch)
     if codec.reads == "hidden":
         assert torch.equal(batch[HIDDEN][mask], live[mask].bfloat16())
         assert not batch[HIDDEN][~mask].any()
@@ -280,8 +300,9 @@ def test_what_is_read_is_what_the_teacher_says(codec: CodecSpec, blocks: Blocks,
     assert not batch[PROBS][~mask].any()
     if codec.kind == "top_k":
         top = expected.topk(4, -1)
-        assert torch.equal(batch[IDS][mask], top.indices[mask])
-        torch.testing.assert_close(batch[PROBS][mask], top.values[mask], atol=0, rtol=5e-3)
+        ids, order = top.indices.sort(-1)
+        assert torch.equal(batch[IDS][mask], ids[mask])
+        torch.testing.assert_close(batch[PROBS][mask], top.values.gather(-1, order)[mask], atol=0, rtol=5e-3)
         torch.testing.assert_close(batch[TAIL][mask], 1 - top.values.sum(-1)[mask], atol=1e-3, rtol=5e-3)
     else:
         torch.testing.assert_close(batch[PROBS].sum(-1)[mask], torch.ones(int(mask.sum())))
@@ -363,7 +384,7 @@ def test_a_full_cache_loads_no_teacher(blocks: Blocks, tmp_path: Path) -> None:
     def never() -> Live:
         raise AssertionError("loaded")
 
-    fill(place, blocks, range(20), never, batch_size=2, what="train", say=said.append)
+    fill(place, blocks.tokens, range(20), never, batch_size=2, what="train", say=said.append)
     assert len(said) == 1
 
 
@@ -382,6 +403,33 @@ def test_a_cut_shard_is_written_anew_and_a_damaged_block_is_refused(blocks: Bloc
     file.write_bytes(damaged)
     with pytest.raises(MachineError, match=r"damaged|other text"):
         CachedBlocks(blocks, place)[list(range(20))]
+
+
+def test_verify_names_every_damaged_file(blocks: Blocks, tmp_path: Path) -> None:
+    place = place_of(tmp_path / "cache" / "train", blocks, TopK(k=4))
+    fill_all(place, blocks)
+    assert "20 rows in" in verify(tmp_path / "cache")
+    assert "every checksum is right" in verify(place.folder)
+    for line in ("top_k (k 4, value_dtype float16)", "rows of 16 tokens", "311 tokens in", "bytes a token, KL"):
+        assert line in describe(place)
+    whole = {file: file.read_bytes() for file in sorted(place.folder.glob("shard-*"))}
+    first, second, *_ = whole
+    header_bytes = 8 + int.from_bytes(whole[first][:8], "little")
+    for where in range(header_bytes, len(whole[first]), 7):  # rows, sizes, offsets, checks, payload
+        data = bytearray(whole[first])
+        data[where] ^= 1
+        first.write_bytes(data)
+        with pytest.raises(MachineError, match=r"shard-00000.*: damaged"):
+            verify(tmp_path / "cache")
+    second.write_bytes(whole[second][:-5])
+    with pytest.raises(MachineError) as raised:
+        verify(tmp_path / "cache")
+    assert [line.rpartition(": ")[0] for line in str(raised.value).splitlines()[:2]] == [str(first), str(second)]
+    assert "remove these files" in str(raised.value)
+    first.write_bytes(whole[first])
+    second.write_bytes(whole[second])
+    with pytest.raises(InputError, match="no teacher cache there"):
+        verify(tmp_path)
 
 
 def test_another_text_teacher_tokenizer_or_codec_is_refused_by_name(blocks: Blocks, tmp_path: Path) -> None:
@@ -435,4 +483,104 @@ def test_the_fidelity_report_tells_the_codecs_apart(blocks: Blocks, tmp_path: Pa
     assert sampled["gradient_cosine"] < sampled["summed_cosine"] <= 1.0
     assert hidden["kl"] < 1e-3
     assert hidden["bytes_per_token"] == 2 * WIDTH
-    assert few["bytes_per_token"] == 2 * 2 + 3 * 2
+    assert few["bytes_per_token"] == pytest.approx(3 * 2 + 2 * (log(VOCABULARY / 2, 2) + 2.5) / 8, abs=0.5)
+
+
+# ---- one cache, any rows
+
+
+class Remembers(Teacher):
+    """A teacher whose hidden states say what it has seen before each token: in the row, or in its document there."""
+
+    def hidden(self, batch: dict[str, Tensor]) -> Tensor:
+        ids = batch["input_ids"]
+        there = torch.arange(ids.shape[1]).expand(ids.shape)
+        starts = there - batch.get("position_ids", there)
+        seen = (there.unsqueeze(1) <= there.unsqueeze(2)) & (there.unsqueeze(1) >= starts.unsqueeze(2))
+        return seen.float() @ super().hidden(batch)
+
+
+def text_of(folder: Path, *, documents_of_one: bool = False) -> TokenFile:
+    """Documents of 2 to 24 tokens and one of 40, end to end; 0 ends each. Cut at 24, none leaves a token alone."""
+    random, file = np.random.default_rng(4), folder / "documents.bin"
+    sizes = [1, 5] if documents_of_one else [*random.integers(2, 24, 14), 40]
+    ids = np.concatenate([np.append(random.integers(1, VOCABULARY, size - 1), 0) for size in sizes]).astype(np.uint16)
+    ids.tofile(file)
+    return TokenFile(str(file), "uint16", len(ids), len(sizes), 1, VOCABULARY - 1, 0)
+
+
+def said(teacher: Teacher, rows: Blocks) -> dict[int, Tensor]:
+    """Position in the file -> hidden state, by running the teacher on each of its rows."""
+    found = {}
+    for number in range(len(rows)):
+        states = teacher.hidden(rows[number])[0]
+        at = [start + i for start, size in rows.rows.spans(number) for i in range(size)]
+        found |= dict(zip(at, states, strict=False))
+    return found
+
+
+PACKINGS = ("wrapped", "documents", "best_fit", "padded")
+
+
+@pytest.mark.parametrize("read", PACKINGS)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_one_cache_serves_rows_cut_in_any_way(read: Any, packing: Any, tmp_path: Path) -> None:
+    tokens, codec = text_of(tmp_path), Hidden()
+    place = place_of(tmp_path / "cache", Blocks(tokens, 24, packing=read), codec)
+    expected = said(Remembers(), place.rows(tokens))
+    for length in (24, 10, 33):
+        blocks = Blocks(tokens, length, packing=packing)
+        fill_all(place, blocks, range(len(blocks)), Remembers())
+        cached = CachedBlocks(blocks, place)
+        numbers = list(range(len(blocks)))[::-1]
+        batch = cached[numbers]
+        for number, states, mask in zip(numbers, batch[HIDDEN], batch["mask"], strict=True):
+            at = [start + i for start, size in blocks.pieces(number) for i in range(size - 1)]
+            assert torch.equal(states[mask], torch.stack([expected[position] for position in at]).bfloat16())
+    before = files(place.folder)
+    fill_all(place, blocks, range(len(blocks)), Remembers(dies_after=0))  # every token is there
+    assert files(place.folder) == before
+
+
+def test_rows_like_the_teachers_hold_what_a_live_one_says(tmp_path: Path) -> None:
+    for packing in PACKINGS:
+        blocks = Blocks(text_of(tmp_path), 24, packing=packing)  # type: ignore[arg-type]
+        place = place_of(tmp_path / packing, blocks, Hidden())
+        numbers = list(range(len(blocks)))
+        fill_all(place, blocks, numbers, Remembers())
+        batch = CachedBlocks(blocks, place)[numbers]
+        live = Remembers().hidden(blocks[numbers])
+        assert torch.equal(batch[HIDDEN][batch["mask"]], live[batch["mask"]].bfloat16())
+
+
+@pytest.mark.parametrize("codec", [TopK(k=4), Sampled(draws=5)], ids=lambda codec: codec.kind)
+def test_a_row_over_several_of_the_teachers_joins_them(codec: CodecSpec, blocks: Blocks, tmp_path: Path) -> None:
+    place = place_of(tmp_path / "cache", blocks, codec)
+    longer = Blocks(blocks.tokens, 3 * LENGTH - 5)
+    fill_all(place, longer, range(len(longer)))
+    whole = CachedBlocks(longer, place)[0]
+    parts = CachedBlocks(blocks, place)[[0, 1, 2]]
+    for key in set(whole) - {"input_ids", "mask"}:
+        for row in range(3):
+            at = whole[key][0, row * LENGTH : (row + 1) * LENGTH - 1][: 3 * LENGTH - 6 - row * LENGTH]
+            there = parts[key][row, : len(at)]
+            most = min(at.shape[-1], there.shape[-1]) if at.ndim == 2 else None
+            assert torch.equal(at[..., :most] if most else at, there[..., :most] if most else there)
+            assert not most or not (at[..., most:].any() or there[..., most:].any())
+
+
+def test_text_that_the_teachers_packing_leaves_out_is_refused(tmp_path: Path) -> None:
+    tokens = text_of(tmp_path, documents_of_one=True)
+    place = place_of(tmp_path / "cache", Blocks(tokens, 24, packing="best_fit"), Hidden())
+    with pytest.raises(InputError, match="packing best_fit, which leaves out what is a single token in its row"):
+        place.needed(Blocks(tokens, 24), [0])
+
+
+def test_another_window_or_packing_of_the_teacher_is_another_cache(blocks: Blocks, tmp_path: Path) -> None:
+    fill_all(place_of(tmp_path / "cache", blocks, TopK(k=4)), blocks)
+    for name, other in {
+        "another window": Blocks(blocks.tokens, LENGTH + 1),
+        "another packing": Blocks(blocks.tokens, LENGTH, packing="documents"),
+    }.items():
+        with pytest.raises(InputError, match=f"written with {name}"):
+            place_of(tmp_path / "cache", other, TopK(k=4)).header()

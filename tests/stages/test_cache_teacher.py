@@ -37,31 +37,6 @@ logging: {{wandb: disabled}}
 CODECS = ("{kind: top_k, k: 300, value_dtype: float32}", "{kind: top_k, k: 8}", "sampled", "hidden")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.jsonl"
-    rows = [{"text": f"row {i} of the text that a small model reads, and {i * i} more words"} for i in range(80)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_teacher(tmp_path_factory.mktemp("teacher") / "model", seed=0)
-
-
-def make_teacher(folder: Path, seed: int) -> Path:
-    from distill.data.tokenizer import train_tokenizer
-    from distill.models.load import new_config, new_model
-
-    tokenizer = train_tokenizer(["row of the text that a small model reads, and more words"] * 5, 270, folder)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    keys = {"model_type": "llama", "num_key_value_heads": 2, "max_position_embeddings": 32, "initializer_range": 0.3}
-    new_model(new_config(keys | sizes | {"vocab_size": len(tokenizer)}), seed=seed).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def recipe(teacher: Path, text: Path) -> Any:
     def make(codec: str = "sampled", set: tuple[str, ...] = (), **names: Any) -> Recipe:
@@ -145,10 +120,10 @@ def test_a_cache_that_is_too_short_is_refused(recipe: Any, tmp_path: Path) -> No
         run(short, tmp_path / "run", say=quiet)
 
 
-def test_another_teachers_cache_is_refused_by_name(recipe: Any, tmp_path: Path) -> None:
+def test_another_teachers_cache_is_refused_by_name(recipe: Any, new_teacher: Any, tmp_path: Path) -> None:
     shared = f"stages.cache.folder={tmp_path / 'shared'}"
     run(recipe(set=(shared,)), tmp_path / "run", say=quiet)
-    other = make_teacher(tmp_path / "other" / "model", seed=1)
+    other = new_teacher(tmp_path / "other" / "model", seed=1)
     with pytest.raises(InputError, match="written with another teacher"):
         run(recipe(set=(shared,), teacher=other), tmp_path / "again", say=quiet)
 
@@ -172,3 +147,33 @@ def test_hidden_takes_every_loss(recipe: Any, tmp_path: Path) -> None:
     run(recipe("hidden", set=(losses, "stages.cached.num_steps=1")), tmp_path / "run", say=quiet)
     (row,) = [row for row in read_rows(tmp_path / "run" / "cached") if "train/kl" in row]
     assert min(row["train/reverse_kl"], row["train/forward_kl"], row["train/kl"]) > 0
+
+
+def test_rows_of_another_length_and_packing_read_the_cache_and_say_so(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = f"stages.cache.folder={tmp_path / 'shared'}"
+    run(recipe("hidden", set=(shared, "stages.cached.num_steps=500")), tmp_path / "run", say=quiet)
+    import distill.stages.train as training
+
+    monkeypatch.setattr(training, "load_frozen", None)
+    other = ("data.sequence_length=24", "data.packing=documents", "stages.cached.num_steps=2")
+    again = recipe("hidden", set=(shared, *other))
+    without_live = Recipe.model_validate(
+        again.model_dump() | {"stages": {k: v.model_dump() for k, v in again.stages.items() if k != "live"}}
+    )
+    said: list[str] = []
+    run(without_live, tmp_path / "other", say=said.append)
+    assert any("the teacher read wrapped rows of 16, this run has documents rows of 24" in line for line in said)
+
+
+def test_a_window_of_its_own(recipe: Any, tmp_path: Path) -> None:
+    shared = f"stages.cache.folder={tmp_path / 'shared'}"
+    done = run(recipe("hidden", set=(shared, "stages.cache.window=32")), tmp_path / "run", say=quiet).done("cache")
+    assert done is not None
+    header = json.loads((Path(done.figures["folder"]) / "cache.json").read_text())
+    assert header["identity"]["window"] == 32
+    with pytest.raises(InputError, match=r"another window of the teacher \(32\), this run has 16"):
+        run(recipe("hidden", set=(shared, "stages.cache.window=16")), tmp_path / "other", say=quiet)
+    with pytest.raises(InputError, match=r"the teacher's window \(33\) is longer than the model's 32 positions"):
+        run(recipe("hidden", set=("stages.cache.window=33",)), tmp_path / "long", say=quiet)

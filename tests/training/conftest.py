@@ -143,7 +143,7 @@ def train(tmp_path: Path) -> Callable[..., list[str]]:
             ),
             name="distill",
             folder=tmp_path / folder,
-            sequence_length=LENGTH,
+            tokens_per_sequence=LENGTH,
             train_loader=lambda size, consumed: Stream(size, consumed, at),
             validation_loader=DataLoader([rows(500, 2), rows(502, 1)], batch_size=None),  # type: ignore[arg-type]
             say=said.append,

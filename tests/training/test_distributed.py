@@ -5,13 +5,27 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from distill.data.blocks import Blocks
+from distill.data.loader import train_batches
+from distill.data.packing import TokenFile
+from distill.data.teacher_cache import Sampled
+from distill.data.teacher_cache.cache import CachedBlocks, Place
+from distill.data.teacher_cache.identity import Identity
+from distill.data.teacher_cache.write import Live, fill
+from distill.losses import CrossEntropy, ForwardKL
+from distill.models.head import hidden_states, output_head, save_head
+from distill.training.cached_teacher import CachedTeacher
 from distill.training.module import DistillationModule
+
+VOCABULARY, LENGTH = 32, 8  # of the student in conftest
 
 
 class Seen(pl.Callback):
@@ -33,15 +47,43 @@ def test_two_ranks_take_the_step_of_one(tmp_path: Path, module: Any, llama: Any,
     assert min(sizes) == 0
     assert len(set(sizes)) > 4
     single: DistillationModule = module()
+    given = {**models(single.student, single.teacher.model), "batches": [pieces[0::2], pieces[1::2]]}  # type: ignore[union-attr]
+    hold_against_two_ranks(single, pieces, given, tmp_path)
+
+
+def test_two_ranks_read_one_cache_and_take_the_step_of_one(tmp_path: Path, llama: Any) -> None:
+    student, teacher = llama(0), llama(1)
+    ids = np.random.default_rng(0).integers(1, VOCABULARY, 30 * LENGTH).astype(np.uint16)
+    ids[:: 2 * LENGTH - 3] = 0  # the ends of documents
+    ids.tofile(tmp_path / "train.bin")
+    tokens = TokenFile(str(tmp_path / "train.bin"), "uint16", len(ids), 1, 1, VOCABULARY - 1, 0)
+    codec, read = Sampled(draws=20), Blocks(tokens, 2 * LENGTH, packing="documents")
+    place = Place(tmp_path / "cache", Identity.of("t", "k", read, codec), codec, VOCABULARY, VOCABULARY)
+    live = Live(lambda batch: hidden_states(teacher, **batch), output_head(teacher).logits, torch.device("cpu"))
+    blocks = Blocks(tokens, LENGTH)  # not the rows that the teacher read
+    wanted = place.needed(blocks, range(len(blocks)))
+    fill(place, tokens, wanted, lambda: live, batch_size=4, what="train", say=lambda line: None)
+    save_head(teacher, tmp_path / "head.safetensors")
+    cached = CachedTeacher(VOCABULARY, tmp_path / "head.safetensors", whole=False)
+    single = DistillationModule(student, [ForwardKL(), CrossEntropy(weight=0.5)], cached)
     given = {
-        "config": {
-            k: v for k, v in single.student.config.to_diff_dict().items() if isinstance(v, int | float | bool | None)
-        },
-        "student": single.student.state_dict(),
-        "teacher": single.teacher.model.state_dict(),  # type: ignore[union-attr]
-        "accumulate": 2,
-        "batches": [pieces[0::2], pieces[1::2]],
+        **models(student, teacher),
+        "cache": {"tokens": asdict(tokens), "length": LENGTH, "folder": str(place.folder)},
     }
+    pieces = list(train_batches(CachedBlocks(blocks, place), 3, 2, end_sequences=16))
+    hold_against_two_ranks(single, pieces, given, tmp_path)
+
+
+def models(student: Any, teacher: Any) -> dict[str, Any]:
+    """What the script makes them again from."""
+    config = {k: v for k, v in student.config.to_diff_dict().items() if isinstance(v, int | float | bool | None)}
+    return {"config": config, "student": student.state_dict(), "teacher": teacher.state_dict(), "accumulate": 2}
+
+
+def hold_against_two_ranks(
+    single: DistillationModule, pieces: list[Any], given: dict[str, Any], tmp_path: Path
+) -> None:
+    """Train ``single`` on all pieces, and what was ``given`` in two processes; steps and weights must be the same."""
     torch.save(given, tmp_path / "given.pt")
     script = Path(__file__).with_name("two_ranks.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}

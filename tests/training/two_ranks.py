@@ -14,7 +14,12 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from distill.data.blocks import Blocks
+from distill.data.loader import train_batches
+from distill.data.packing import TokenFile
+from distill.data.teacher_cache.cache import CachedBlocks, Place
 from distill.losses import CrossEntropy, ForwardKL
+from distill.training.cached_teacher import CachedTeacher
 from distill.training.module import DistillationModule
 
 
@@ -26,13 +31,23 @@ class Watched(DistillationModule):
 
 
 class Ranks(pl.LightningDataModule):
-    def __init__(self, per_rank: list[list[Any]]):
+    """Either the batches of each rank, or a text and the cache of it that all ranks read."""
+
+    def __init__(self, given: dict[str, Any]):
         super().__init__()
-        self.per_rank = per_rank
+        self.given = given
 
     def train_dataloader(self) -> Any:
         assert self.trainer is not None
-        return DataLoader(self.per_rank[self.trainer.global_rank], batch_size=None)  # type: ignore[arg-type]
+        rank = self.trainer.global_rank
+        if "cache" in self.given:
+            return train_batches(cached_blocks(self.given["cache"]), 3, 2, rank=rank, world_size=2, end_sequences=16)
+        return DataLoader(self.given["batches"][rank], batch_size=None)
+
+
+def cached_blocks(cache: dict[str, Any]) -> CachedBlocks:
+    blocks = Blocks(TokenFile(**cache["tokens"]), cache["length"])
+    return CachedBlocks(blocks, Place.there(Path(cache["folder"])))
 
 
 def model(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> LlamaForCausalLM:
@@ -44,8 +59,11 @@ def model(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> LlamaForC
 def main(folder: Path) -> None:
     given = torch.load(folder / "given.pt", weights_only=True)
     student, teacher = (model(given["config"], given[name]) for name in ("student", "teacher"))
-    losses = [ForwardKL(temperature=2.0), CrossEntropy(weight=0.5)]
-    module = Watched(student, losses, teacher)
+    if "cache" in given:
+        cached = CachedTeacher(given["config"]["vocab_size"], folder / "head.safetensors", whole=False)
+        module = Watched(student, [ForwardKL(), CrossEntropy(weight=0.5)], cached)
+    else:
+        module = Watched(student, [ForwardKL(temperature=2.0), CrossEntropy(weight=0.5)], teacher)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=2,
@@ -59,7 +77,7 @@ def main(folder: Path) -> None:
         enable_model_summary=False,
         callbacks=[Keep(folder)],
     )
-    trainer.fit(module, datamodule=Ranks(given["batches"]))
+    trainer.fit(module, datamodule=Ranks(given))
 
 
 class Keep(pl.Callback):

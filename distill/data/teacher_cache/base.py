@@ -18,8 +18,8 @@ IDS, PROBS, TAIL, ENTROPY = "teacher_ids", "teacher_probs", "teacher_tail", "tea
 class CodecSpec(Spec):
     """How much of a teacher's distribution is kept, and in which bytes.
 
-    A block is coded position by position, so that chunks of it give the same bytes as the whole: each field's bytes of
-    all its positions stand together, one field after the other.
+    A row is encoded position by position, so that chunks of it give the same fields as the whole, and the fields of all
+    its positions are packed into bytes together.
     """
 
     whole: ClassVar[bool] = False
@@ -37,17 +37,26 @@ class CodecSpec(Spec):
             generator: for a codec that draws; on the device of ``teacher``.
 
         Returns:
-            uint8 tensors that join along their first dimension.
+            Tensors that join along their first dimension.
+        """
+        raise NotImplementedError
+
+    def pack(self, fields: list[Tensor], width: int) -> Tensor:
+        """The bytes of a row, uint8.
+
+        Args:
+            fields: what :meth:`encode` gave for all its positions, on the CPU.
+            width: vocabulary (rows of the teacher's head) or hidden size, whichever is coded.
         """
         raise NotImplementedError
 
     def decode(self, data: Tensor, num_positions: int, width: int) -> dict[str, Tensor]:
-        """What :meth:`encode` was given, as far as it was kept.
+        """What :meth:`encode` was given, as far as it was kept, from what :meth:`pack` returned.
 
         Args:
-            data: uint8, all bytes of a block.
+            data: uint8, all bytes of a row.
             num_positions: in it.
-            width: vocabulary (rows of the teacher's head) or hidden size, whichever is coded.
+            width: as for :meth:`pack`.
 
         Returns:
             Key of the batch -> [positions] or [positions, any].
@@ -57,36 +66,15 @@ class CodecSpec(Spec):
     def refuses(self, vocabulary: int) -> str | None:
         """Why this vocabulary cannot be coded, as one line; None when it can."""
         if vocabulary > 1 << 24:
-            return f"codec {self.kind}: ids have 24 bits, the vocabulary has {vocabulary:,} tokens"
+            return f"codec {self.kind}: ids have at most 24 bits, the vocabulary has {vocabulary:,} tokens"
         return None
 
 
-def id_bytes(vocabulary: int) -> int:
-    """Bytes that an id takes: 2 up to 65,536 tokens, else 3."""
-    return 2 if vocabulary <= 1 << 16 else 3
-
-
-def pack_ids(ids: Tensor, vocabulary: int) -> Tensor:
-    """int64 [...] to uint8 [..., 2 or 3], the least byte first."""
-    import torch
-
-    return as_bytes(ids.to(torch.int32))[..., : id_bytes(vocabulary)].contiguous()
-
-
-def unpack_ids(packed: Tensor) -> Tensor:
-    """uint8 [..., 2 or 3] to int64 [...]."""
-    import torch
-
-    full = packed.new_zeros((*packed.shape[:-1], 4))
-    full[..., : packed.shape[-1]] = packed
-    return full.view(torch.int32).squeeze(-1).long()
-
-
 def as_bytes(values: Tensor) -> Tensor:
-    """[...] of any dtype to uint8 [..., bytes of one], in the machine's (little-endian) order."""
+    """[...] of any dtype to uint8 [bytes], in the machine's (little-endian) order."""
     import torch
 
-    return values.contiguous().unsqueeze(-1).view(torch.uint8)
+    return values.contiguous().flatten().view(torch.uint8)
 
 
 def from_bytes(data: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""A teacher cache: open it, see which blocks it lacks, and train from it as from any blocks."""
+"""A teacher cache: open it, see what it lacks, and train from it as from any text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -13,11 +13,15 @@ import torch
 from distill.core.errors import InputError
 from distill.data.blocks import Blocks
 from distill.data.teacher_cache.base import CodecSpec
-from distill.data.teacher_cache.identity import Identity, read_header
+from distill.data.teacher_cache.identity import HEADER, Identity, check_version, read_header
+from distill.data.teacher_cache.positions import Positions, predicted
 from distill.data.teacher_cache.shards import Shard, open_shards
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from distill.data.packing import TokenFile
+    from distill.data.spec import Packing
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,23 @@ class Place:
     width: int
     vocabulary: int
 
+    @classmethod
+    def there(cls, folder: Path) -> Place:
+        """The cache in a folder, whatever it belongs to.
+
+        Raises:
+            InputError: there is none, or one of another version of distill.
+        """
+        from distill.data.teacher_cache import CODECS
+
+        header = read_header(folder)
+        if header is None:
+            raise InputError(f"{folder}: no teacher cache there (no {HEADER} in it)")
+        check_version(folder, header)
+        identity = Identity(**header["identity"])
+        codec = CODECS[identity.codec["kind"]].model_validate(identity.codec)
+        return cls(folder, identity, cast("CodecSpec", codec), header["width"], header["vocabulary"])
+
     def header(self) -> dict[str, Any] | None:
         """Its header when there is a cache.
 
@@ -49,34 +70,56 @@ class Place:
             self.identity.check(self.folder, header)
         return header
 
+    def rows(self, tokens: TokenFile) -> Blocks:
+        """The rows in which the teacher reads a text."""
+        return Blocks(tokens, self.identity.window, packing=cast("Packing", self.identity.packing))
+
+    def needed(self, blocks: Blocks, numbers: Iterable[int]) -> list[int]:
+        """The teacher's rows that hold what the rows ``numbers`` of ``blocks`` predict, in rising order.
+
+        Raises:
+            InputError: the teacher's packing leaves some of it out.
+        """
+        places, wanted = Positions(self.rows(blocks.tokens)), [predicted(blocks, number) for number in numbers]
+        rows, _ = places.find(np.concatenate(wanted))
+        if (rows < 0).any():
+            raise InputError(
+                f"{self.folder}: read with packing {self.identity.packing}, which leaves out what is a single token in "
+                f"its row, and this run's packing {blocks.packing} learns from it; set data.packing to the same, or "
+                "another folder"
+            )
+        return [int(row) for row in np.unique(rows)]
+
     def missing(self, wanted: Iterable[int]) -> list[int]:
-        """Those of the blocks ``wanted`` that are not cached, in rising order.
+        """Those of the teacher's rows ``wanted`` that are not cached, in rising order.
 
         Raises:
             InputError: the cache is another's.
         """
         there: set[int] = set()
         if self.header() is not None:
-            there = {int(number) for shard in open_shards(self.folder) for number in shard.blocks}
+            there = {int(number) for shard in open_shards(self.folder) for number in shard.rows}
         return sorted(set(wanted) - there)
 
 
 class CachedBlocks(Blocks):
-    """Blocks whose batches also hold what the teacher said about them.
+    """Rows of a text whose batches also hold what the teacher said about them.
 
     Args:
-        blocks: the text.
-        place: the cache of it.
+        blocks: the student's rows, which need not be the teacher's.
+        place: the cache of their text.
 
     Raises:
         InputError: there is no cache, or it is another's.
     """
 
     def __init__(self, blocks: Blocks, place: Place):
-        super().__init__(blocks.tokens, blocks.sequence_length, blocks.chosen)
+        super().__init__(blocks.tokens, blocks.sequence_length, blocks.chosen, packing=blocks.packing)
         if place.header() is None:
             raise InputError(f"{place.folder}: no teacher cache there; run its cache_teacher stage first")
         self.place = place
+        self.read = place.rows(blocks.tokens)
+        self._positions = Positions(self.read)
         self._shards: list[Shard] | None = None
         self._where: dict[int, tuple[int, int]] = {}
 
@@ -84,43 +127,58 @@ class CachedBlocks(Blocks):
         """As in :class:`Blocks`, and the codec's keys: [batch, sequence] or [batch, sequence, any], 0 where no
         prediction counts.
 
-        Without these keys when a block is not cached: loaders read ahead, over the end of training, and only who uses
+        Without these keys when something is not cached: loaders read ahead, over the end of training, and only who uses
         such a batch makes a mistake.
         """
         batch = super().__getitem__(numbers)
         numbers = [numbers] if isinstance(numbers, int) else numbers
-        if not all(self._find(number) for number in numbers):
+        found = [self._positions.find(predicted(self, number)) for number in numbers]
+        rows = np.unique(np.concatenate([row for row, _ in found])).tolist()
+        if not all(self._find(row) for row in rows):
             return batch
-        rows = [
-            self._decoded(number, ids, int(mask.sum()))
-            for number, ids, mask in zip(numbers, batch["input_ids"], batch["mask"], strict=True)
-        ]
-        return batch | {key: _placed([row[key] for row in rows], batch["mask"]) for key in rows[0]}
+        decoded = {row: self._decoded(row) for row in rows}
+        return batch | {
+            key: _placed([_picked(decoded, key, *where) for where in found], batch["mask"]) for key in decoded[rows[0]]
+        }
 
-    def _decoded(self, number: int, ids: Tensor, num_positions: int) -> dict[str, Tensor]:
-        shard, row = self._find(number) or (None, 0)
+    def _decoded(self, row: int) -> dict[str, Tensor]:
+        shard, index = self._find(row) or (None, 0)
         assert shard is not None
-        return self.place.codec.decode(shard.read(row, ids.numpy()), num_positions, self.place.width)
+        ids = ids_of(self.read, row)
+        return self.place.codec.decode(shard.read(index, ids), len(ids), self.place.width)
 
-    def _find(self, number: int) -> tuple[Shard, int] | None:
+    def _find(self, row: int) -> tuple[Shard, int] | None:
         if self._shards is None:
             self._shards = open_shards(self.place.folder)
             self._where = {
-                int(block): (index, row)
+                int(there): (index, number)
                 for index, shard in enumerate(self._shards)
-                for row, block in enumerate(shard.blocks)
+                for number, there in enumerate(shard.rows)
             }
-        if number not in self._where:
+        if row not in self._where:
             return None
-        index, row = self._where[number]
-        return self._shards[index], row
+        index, number = self._where[row]
+        return self._shards[index], number
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_shards": None, "_where": {}}  # a worker maps the files itself
 
 
+def _picked(decoded: dict[int, dict[str, Tensor]], key: str, rows: np.ndarray, within: np.ndarray) -> Tensor:
+    """[positions] or [positions, any] of one of the student's rows, from all of the teacher's that it touches."""
+    parts = [decoded[row][key] for row in np.unique(rows).tolist()]
+    if len(parts) == 1:
+        return parts[0][torch.from_numpy(within)]
+    most = [max(part.shape[1] for part in parts)] if parts[0].ndim == 2 else []
+    out = torch.zeros(len(rows), *most, dtype=parts[0].dtype)
+    for row, part in zip(np.unique(rows), parts, strict=True):
+        on = torch.from_numpy(rows == row)
+        out[(on, slice(part.shape[1])) if most else on] = part[torch.from_numpy(within[rows == row])]
+    return out
+
+
 def _placed(rows: list[Tensor], mask: Tensor) -> Tensor:
-    """[positions] or [positions, any] of each block to where ``mask`` [batch, sequence] has them; else 0."""
+    """[positions] or [positions, any] of each row to where ``mask`` [batch, sequence] has them; else 0."""
     most = [max(row.shape[1] for row in rows)] if rows[0].ndim == 2 else []
     out = torch.zeros(*mask.shape, *most, dtype=rows[0].dtype)
     for slot, row, on in zip(out, rows, mask, strict=True):
@@ -131,6 +189,7 @@ def _placed(rows: list[Tensor], mask: Tensor) -> Tensor:
     return out
 
 
-def ids_of(blocks: Blocks, number: int) -> np.ndarray:
-    """The token ids of a block with its filling, int64 [sequence]."""
-    return Blocks.__getitem__(blocks, number)["input_ids"][0].numpy()
+def ids_of(read: Blocks, row: int) -> np.ndarray:
+    """The token ids of a row, without filling. int64 [positions]"""
+    size = sum(size for _, size in read.rows.spans(row))
+    return Blocks.__getitem__(read, row)["input_ids"][0, :size].numpy()

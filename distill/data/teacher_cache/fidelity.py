@@ -73,7 +73,7 @@ def measure(
     """Compare a sample with itself after coding.
 
     Args:
-        pairs: of each block the teacher's hidden states [positions, hidden] and its bytes, uint8.
+        pairs: of each row the teacher's hidden states [positions, hidden] and its bytes, uint8.
         codec: that made the bytes.
         width: what :meth:`CodecSpec.decode` takes.
         vocabulary: rows of the teacher's head.

@@ -26,7 +26,10 @@ class Hidden(CodecSpec):
     def encode(self, teacher: Tensor, generator: torch.Generator) -> list[Tensor]:
         import torch
 
-        return [as_bytes(teacher.to(torch.bfloat16))]
+        return [teacher.to(torch.bfloat16)]
+
+    def pack(self, fields: list[Tensor], width: int) -> Tensor:
+        return as_bytes(fields[0])
 
     def decode(self, data: Tensor, num_positions: int, width: int) -> dict[str, Tensor]:
         import torch

@@ -1,6 +1,7 @@
-"""What a cache belongs to: a teacher, a tokenizer, a text cut into blocks, and a codec. Nothing else.
+"""What a cache belongs to: a teacher, a tokenizer, a text, how the teacher read it, and a codec. Nothing else.
 
-No order, batch size, number of ranks or student is among it, so that all of them can share a cache.
+No order, batch size, number of ranks or student is among it, nor how the student's rows are cut, so that all of them
+can share a cache.
 """
 
 from __future__ import annotations
@@ -17,10 +18,18 @@ from distill.data.teacher_cache.base import CodecSpec
 
 if TYPE_CHECKING:
     from distill.data.blocks import Blocks
+    from distill.data.packing import TokenFile
 
 HEADER = "cache.json"
-VERSION = 1
-_CALLED = {"teacher": "another teacher", "tokenizer": "another tokenizer", "text": "another text", "codec": "a codec"}
+VERSION = 2
+_CALLED = {
+    "teacher": "another teacher",
+    "tokenizer": "another tokenizer",
+    "text": "another text",
+    "window": "another window of the teacher",
+    "packing": "another packing",
+    "codec": "a codec",
+}
 
 
 @dataclass(frozen=True)
@@ -30,19 +39,24 @@ class Identity:
     Attributes:
         teacher: of the model's content.
         tokenizer: of how text becomes ids.
-        text: of the token ids and how they are cut into blocks.
+        text: of the token ids.
+        window: tokens in a row of the teacher, at most.
+        packing: how its rows are cut and what a token of them sees.
         codec: its settings.
     """
 
     teacher: str
     tokenizer: str
     text: str
+    window: int
+    packing: str
     codec: dict[str, Any]
 
     @classmethod
-    def of(cls, teacher: str, tokenizer: str, blocks: Blocks, codec: CodecSpec) -> Identity:
-        """Of a teacher and a tokenizer given as hashes, and the blocks that are to be cached."""
-        return cls(teacher, tokenizer, hash_of_blocks(blocks), codec.model_dump(mode="json"))
+    def of(cls, teacher: str, tokenizer: str, read: Blocks, codec: CodecSpec) -> Identity:
+        """Of a teacher and a tokenizer given as hashes, and the rows that the teacher reads."""
+        text = hash_of_tokens(read.tokens)
+        return cls(teacher, tokenizer, text, read.sequence_length, read.packing, codec.model_dump(mode="json"))
 
     def key(self) -> str:
         """One short hash of all of it."""
@@ -54,8 +68,7 @@ class Identity:
         Raises:
             InputError: with the name of what is not the same.
         """
-        if header.get("version") != VERSION:
-            raise InputError(f"{folder}: a teacher cache of version {header.get('version')}, expected {VERSION}")
+        check_version(folder, header)
         for name, ours in asdict(self).items():
             theirs = header["identity"][name]
             if theirs != ours:
@@ -83,10 +96,23 @@ def read_header(folder: Path) -> dict[str, Any] | None:
     return header
 
 
-def hash_of_blocks(blocks: Blocks) -> str:
-    """Stands for the ids of a token file and the way they are cut; where the file lies does not matter."""
+def check_version(folder: Path, header: dict[str, Any]) -> None:
+    """Refuse what another version of distill has written.
+
+    Raises:
+        InputError: it is such a cache.
+    """
+    if header.get("version") != VERSION:
+        raise InputError(
+            f"{folder}: a teacher cache of version {header.get('version')}, expected {VERSION}; "
+            "remove it to write it anew"
+        )
+
+
+def hash_of_tokens(tokens: TokenFile) -> str:
+    """Stands for the ids of a token file; where it lies does not matter."""
     digest = hashlib.sha256()
-    with Path(blocks.tokens.path).open("rb") as stream:
+    with Path(tokens.path).open("rb") as stream:
         while piece := stream.read(16 << 20):
             digest.update(piece)
-    return hash_of(digest.hexdigest(), blocks.tokens.dtype, blocks.sequence_length, blocks.chosen.tolist())
+    return hash_of(digest.hexdigest(), tokens.dtype, tokens.end)

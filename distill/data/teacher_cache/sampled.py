@@ -3,8 +3,7 @@
 Each position keeps ``draws`` ids drawn with replacement; their counts over ``draws`` have the teacher's probabilities
 as expected value, so value and gradient of forward KL are right on average, the tail included, at about a dozen
 different ids a token. The noise shrinks with the batch and with ``draws``. The exact entropy is kept beside them, so
-that the logged KL is one. A block has the same draws in every
-epoch.
+that the logged KL is one. A position has the same draws in every epoch.
 
 Source: Anshumann et al. 2025, "Sparse Logit Sampling", arXiv 2503.16870, with the teacher's own
 distribution as the proposal (importance weights of 1), which needs no weights but the counts.
@@ -16,17 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from distill.data.teacher_cache.base import (
-    ENTROPY,
-    IDS,
-    PROBS,
-    CodecSpec,
-    as_bytes,
-    from_bytes,
-    id_bytes,
-    pack_ids,
-    unpack_ids,
-)
+from distill.data.teacher_cache.base import ENTROPY, IDS, PROBS, CodecSpec, as_bytes, from_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +23,8 @@ if TYPE_CHECKING:
 
 
 class Sampled(CodecSpec):
-    """Ids drawn from the teacher with their counts, an unbiased estimate; 3 bytes + 3 (or 4) each different id."""
+    """Ids drawn from the teacher with their counts, an unbiased estimate; 2 bytes, a bit a draw, and about
+    log2(vocabulary / different ids) + 2.5 bits each different id."""
 
     kind: Literal["sampled"] = "sampled"
     draws: int = Field(50, ge=1, le=255)
@@ -48,24 +38,40 @@ class Sampled(CodecSpec):
         drawn = probs.multinomial(self.draws, replacement=True, generator=generator)
         rows = torch.arange(positions, device=teacher.device).unsqueeze(1)
         found, counts = torch.unique(rows * vocabulary + drawn, return_counts=True)  # sorted by position, then id
-        different = torch.bincount(found // vocabulary, minlength=positions)
         entropy = -torch.special.xlogy(probs, probs).sum(-1)
-        return [
-            as_bytes(different.to(torch.uint8)),
-            as_bytes(entropy.to(torch.float16)),
-            pack_ids(found % vocabulary, vocabulary),
-            as_bytes(counts.to(torch.uint8)),
-        ]
+        return [entropy.to(torch.float16), found % vocabulary, counts]
 
-    def decode(self, data: Tensor, num_positions: int, width: int) -> dict[str, Tensor]:
+    def pack(self, fields: list[Tensor], width: int) -> Tensor:
+        import numpy as np
         import torch
 
-        of_ids = id_bytes(width)
-        different = data[:num_positions].long()
-        entropy = from_bytes(data[num_positions : 3 * num_positions], torch.float16, num_positions).float()
-        total, start = int(different.sum()), 3 * num_positions
-        there = torch.arange(int(different.max())) < different.unsqueeze(1)
-        ids, weights = torch.zeros(there.shape, dtype=torch.int64), torch.zeros(there.shape)
-        ids[there] = unpack_ids(data[start : start + total * of_ids].view(total, of_ids))
-        weights[there] = data[start + total * of_ids :].float() / self.draws
-        return {IDS: ids, PROBS: weights, ENTROPY: entropy}
+        from distill.data.teacher_cache.sorted_ids import pack_sorted
+
+        entropy, ids, counts = fields
+        # as many bits as draws, a one at the last draw of each id: that tells its count, and its position too
+        last = counts.numpy().cumsum() - 1
+        draws = np.zeros(len(entropy) * self.draws, np.uint8)
+        draws[last] = 1
+        rising = pack_sorted(last // self.draws * width + ids.numpy(), len(entropy) * width)
+        bits = np.packbits(draws, bitorder="little")
+        return torch.cat([as_bytes(entropy), torch.from_numpy(np.concatenate([bits, rising]))])
+
+    def decode(self, data: Tensor, num_positions: int, width: int) -> dict[str, Tensor]:
+        import numpy as np
+        import torch
+
+        from distill.data.teacher_cache.sorted_ids import unpack_sorted
+
+        entropy = from_bytes(data[: 2 * num_positions], torch.float16, num_positions).float()
+        rest, num_draws = data[2 * num_positions :].numpy(), num_positions * self.draws
+        split = -(-num_draws // 8)
+        last = np.flatnonzero(np.unpackbits(rest[:split], count=num_draws, bitorder="little").view(bool))
+        position = last // self.draws
+        rising = unpack_sorted(rest[split:], len(last), num_positions * width)
+        different = np.bincount(position, minlength=num_positions)
+        column = np.arange(len(last)) - np.repeat(different.cumsum() - different, different)
+        ids = np.zeros((num_positions, int(different.max())), np.int64)
+        weights = np.zeros(ids.shape, np.float32)
+        ids[position, column] = rising - position * width
+        weights[position, column] = np.diff(last, prepend=-1) / self.draws
+        return {IDS: torch.from_numpy(ids), PROBS: torch.from_numpy(weights), ENTROPY: entropy}

@@ -1,7 +1,8 @@
-"""A shard: some blocks of a cache in one safetensors file, written whole or not at all, read by memory mapping.
+"""A shard: some rows of a cache in one safetensors file, written whole or not at all, read by memory mapping.
 
-``blocks`` [n] are their numbers, ``offsets`` [n + 1] where each begins in ``payload``, ``checks`` [n, 2] the CRC-32 of
-each block's token ids and of its bytes: a block is never handed to other text, and a damaged one never trained on.
+``rows`` [n] are their numbers, ``sizes`` [n] their tokens, ``offsets`` [n + 1] where each begins in ``payload``,
+``checks`` [n, 2] the CRC-32 of each row's token ids, and that of this one, its other fields and its bytes: a row is
+never handed to other text, and a damaged one never trained on.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Coded:
-    """One block.
+    """One row of the teacher.
 
     Attributes:
-        number: of the block.
+        number: of the row.
+        size: tokens in it.
         ids: CRC-32 of its token ids.
         data: uint8, what the codec made of it.
     """
 
     number: int
+    size: int
     ids: int
     data: Tensor
 
@@ -49,19 +52,19 @@ def shard_file(folder: Path, number: int) -> Path:
 
 
 def write_shard(file: Path, coded: list[Coded]) -> None:
-    """Write blocks to ``file``; a kill leaves none of it.
+    """Write rows to ``file``; a kill leaves none of it.
 
     Raises:
         MachineError: the disk is full or not writable.
     """
     from safetensors.torch import save_file
 
-    sizes = torch.tensor([0, *(len(block.data) for block in coded)])
     tensors = {
-        "blocks": torch.tensor([block.number for block in coded]),
-        "offsets": sizes.cumsum(0),
-        "checks": torch.tensor([[block.ids, checksum(block.data.numpy())] for block in coded]),
-        "payload": torch.cat([block.data for block in coded]),
+        "rows": torch.tensor([row.number for row in coded]),
+        "sizes": torch.tensor([row.size for row in coded]),
+        "offsets": torch.tensor([0, *(len(row.data) for row in coded)]).cumsum(0),
+        "checks": torch.tensor([[row.ids, _check(row.number, row.size, row.ids, row.data.numpy())] for row in coded]),
+        "payload": torch.cat([row.data for row in coded]),
     }
     temporary = file.with_name(f".{file.name}.writing")
     try:
@@ -100,29 +103,58 @@ class Shard:
             start, end = layout[name]["data_offsets"]
             return np.frombuffer(self._bytes[start:end].tobytes(), np.int64)
 
-        self.blocks, self.offsets, self.checks = array("blocks"), array("offsets"), array("checks").reshape(-1, 2)
-        self._start = layout["payload"]["data_offsets"][0]
+        self.rows, self.sizes, self.offsets = array("rows"), array("sizes"), array("offsets")
+        self.checks = array("checks").reshape(-1, 2)
+        self._start, end = layout["payload"]["data_offsets"]
+        if self.offsets[-1] != end - self._start:
+            raise ValueError(f"{file}: damaged")
 
-    def read(self, row: int, ids: np.ndarray) -> Tensor:
-        """The bytes of the block in ``row``; uint8. ``ids``: int64, the token ids it should belong to.
+    def read(self, index: int, ids: np.ndarray) -> Tensor:
+        """The bytes of the row at an index of ``rows``; uint8. ``ids``: int64, the token ids it should belong to.
 
         Raises:
             MachineError: it belongs to other ids, or its bytes have changed.
         """
-        start, end = self._start + self.offsets[row], self._start + self.offsets[row + 1]
-        data = self._bytes[start:end].copy()
-        for what, found, expected in zip(
-            ("belongs to other text", "is damaged"), (checksum(ids), checksum(data)), self.checks[row], strict=True
-        ):
-            if found != expected:
-                raise MachineError(f"{self.file}: block {self.blocks[row]} {what}; remove this file and run again")
+        data = self._data(index)
+        if checksum(ids) != self.checks[index, 0]:
+            raise self._refusal(index, "belongs to other text")
+        if not self._whole(index, data):
+            raise self._refusal(index, "is damaged")
         return torch.from_numpy(data)
+
+    def damaged(self) -> list[int]:
+        """Numbers of the rows whose bytes have changed."""
+        return [int(row) for index, row in enumerate(self.rows) if not self._whole(index, self._data(index))]
+
+    def num_bytes(self) -> int:
+        """Of all rows."""
+        return int(self.offsets[-1])
+
+    def _data(self, index: int) -> np.ndarray:
+        return self._bytes[self._start + self.offsets[index] : self._start + self.offsets[index + 1]].copy()
+
+    def _whole(self, index: int, data: np.ndarray) -> bool:
+        ids, expected = self.checks[index].tolist()
+        return _check(int(self.rows[index]), int(self.sizes[index]), ids, data) == expected
+
+    def _refusal(self, index: int, what: str) -> MachineError:
+        return MachineError(f"{self.file}: row {self.rows[index]} {what}; remove this file and run again")
+
+
+def _check(number: int, size: int, ids: int, data: np.ndarray) -> int:
+    """CRC-32 of all that is known of a row."""
+    return zlib.crc32(data.tobytes(), checksum(np.array([number, size, ids])))
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The shards of a folder, whole or not."""
+    return sorted(folder.glob("shard-*.safetensors"))
 
 
 def open_shards(folder: Path) -> list[Shard]:
     """The whole shards of a folder; those that are not whole count as not there."""
     found = []
-    for file in sorted(folder.glob("shard-*.safetensors")):
+    for file in shard_files(folder):
         try:
             found.append(Shard(file))
         except ValueError:

@@ -12,17 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from distill.data.teacher_cache.base import (
-    IDS,
-    PROBS,
-    TAIL,
-    CodecSpec,
-    as_bytes,
-    from_bytes,
-    id_bytes,
-    pack_ids,
-    unpack_ids,
-)
+from distill.data.teacher_cache.base import IDS, PROBS, TAIL, CodecSpec, as_bytes, from_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TopK(CodecSpec):
-    """The k likeliest tokens, the rest as one bucket; 4 k + 2 bytes a token (5 k + 2 from 65,537 tokens on)."""
+    """The k likeliest tokens, the rest as one bucket; 2 k + 2 bytes and about k (log2(vocabulary / k) + 2.5) bits."""
 
     kind: Literal["top_k"] = "top_k"
     k: int = Field(64, ge=1)
@@ -44,15 +34,33 @@ class TopK(CodecSpec):
         top = teacher.topk(min(self.k, teacher.shape[-1]), dim=-1)
         # not 1 - sum, which has no digits left when the head is sure
         tail = teacher.scatter(-1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
-        values = torch.cat([top.values, tail], -1).to(getattr(torch, self.value_dtype))
-        return [pack_ids(top.indices, teacher.shape[-1]), as_bytes(values)]
+        ids, order = top.indices.sort(-1)
+        values = torch.cat([top.values.gather(-1, order), tail], -1)
+        return [ids, values.to(getattr(torch, self.value_dtype))]
+
+    def pack(self, fields: list[Tensor], width: int) -> Tensor:
+        import torch
+
+        from distill.data.teacher_cache.sorted_ids import pack_sorted
+
+        ids, values = fields
+        rising = ids + width * torch.arange(len(ids)).unsqueeze(1)
+        packed = pack_sorted(rising.flatten().numpy(), len(ids) * width)
+        return torch.cat([torch.from_numpy(packed), as_bytes(values)])
 
     def decode(self, data: Tensor, num_positions: int, width: int) -> dict[str, Tensor]:
         import torch
 
-        kept, of_ids = min(self.k, width), id_bytes(width)
-        split = num_positions * kept * of_ids
-        values = from_bytes(data[split:], getattr(torch, self.value_dtype), num_positions, kept + 1)
+        from distill.data.teacher_cache.sorted_ids import num_bytes, unpack_sorted
+
+        kept, universe = min(self.k, width), num_positions * width
+        rising = unpack_sorted(data.numpy(), num_positions * kept, universe)
+        ids = torch.from_numpy(rising).view(num_positions, kept) - width * torch.arange(num_positions).unsqueeze(1)
+        values = from_bytes(
+            data[num_bytes(num_positions * kept, universe) :],
+            getattr(torch, self.value_dtype),
+            num_positions,
+            kept + 1,
+        )
         probs = values.float().softmax(-1)  # the k + 1 outcomes are all there is: rounding must not change their sum
-        ids = unpack_ids(data[:split].view(num_positions, kept, of_ids))
         return {IDS: ids, PROBS: probs[:, :-1], TAIL: probs[:, -1]}

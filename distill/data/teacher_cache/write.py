@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distill.core.artifact import hash_of, write_text
+from distill.core.batch import model_inputs
 from distill.core.errors import MachineError
 from distill.data.blocks import Blocks
 from distill.data.packing import alone
@@ -24,6 +25,8 @@ from distill.data.teacher_cache.shards import Coded, checksum, open_shards, shar
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from distill.data.packing import TokenFile
 
 _SHARD_BYTES = 64 << 20
 _CHUNK = 512
@@ -36,19 +39,19 @@ class Live:
     """A teacher in memory.
 
     Attributes:
-        hidden: int64 [batch, sequence] -> final hidden states [batch, sequence, hidden].
+        hidden: a batch -> final hidden states [batch, sequence, hidden].
         logits: [tokens, hidden] -> [tokens, vocabulary].
         device: where both want their inputs.
     """
 
-    hidden: Callable[[Tensor], Tensor]
+    hidden: Callable[[dict[str, Tensor]], Tensor]
     logits: Callable[[Tensor], Tensor]
     device: torch.device
 
 
 def fill(
     place: Place,
-    blocks: Blocks,
+    tokens: TokenFile,
     wanted: Sequence[int],
     live: Callable[[], Live],
     *,
@@ -56,16 +59,16 @@ def fill(
     what: str,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Bring all blocks ``wanted`` into the cache; what is there already is left alone.
+    """Bring the teacher's rows ``wanted`` into the cache (see :meth:`Place.needed`); what is there is left alone.
 
     Processes that fill the same cache at once wait for each other.
 
     Args:
         place: the cache.
-        blocks: the text.
-        wanted: numbers of blocks.
+        tokens: the text.
+        wanted: numbers of rows.
         live: loads the teacher; only called when something is missing.
-        batch_size: blocks a forward pass.
+        batch_size: rows a forward pass.
         what: shown to people, such as ``"train"``.
         say: prints a line.
 
@@ -80,25 +83,26 @@ def fill(
         missing = place.missing(wanted)
         header = place.header()
         if missing:
-            teacher = live()
-            header = header or _begin(place, blocks, missing, teacher)
-            fidelity = Fidelity(**header["fidelity"])
-            _announce(place, fidelity, len(missing) * (blocks.sequence_length - 1), what, say)
-            _write(place, blocks, missing, teacher, header["blocks_per_shard"], batch_size, what)
+            teacher, read = live(), place.rows(tokens)
+            header = header or _begin(place, read, missing, teacher)
+            _announce(place, Fidelity(**header["fidelity"]), int(read.lengths()[missing].sum()), what, say)
+            _write(place, read, missing, teacher, header["rows_per_shard"], batch_size, what)
         assert header is not None
         return header
 
 
-def _begin(place: Place, blocks: Blocks, missing: Sequence[int], live: Live) -> dict[str, Any]:
-    """Measure the codec on a sample, spread over the blocks to come, and write the header."""
-    count = min(len(missing), max(1, _SAMPLE_TOKENS // blocks.sequence_length))
+def _begin(place: Place, read: Blocks, missing: Sequence[int], live: Live) -> dict[str, Any]:
+    """Measure the codec on a sample, spread over the rows to come, and write the header."""
+    count = min(len(missing), max(1, _SAMPLE_TOKENS // read.sequence_length))
     sample = [missing[i * len(missing) // count] for i in range(count)]
-    pairs = [(hidden, coded.data) for hidden, coded in _encode(place, blocks, sample, live, count)]
+    pairs = [(hidden, coded.data) for hidden, coded in _encode(place, read, sample, live, count)]
     fidelity = measure(pairs, place.codec, place.width, place.vocabulary, live.logits)
     header = {
         "version": VERSION,
         "identity": asdict(place.identity),
-        "blocks_per_shard": max(1, round(_SHARD_BYTES / (fidelity.bytes_per_token * blocks.sequence_length))),
+        "width": place.width,
+        "vocabulary": place.vocabulary,
+        "rows_per_shard": max(1, round(_SHARD_BYTES / (fidelity.bytes_per_token * read.sequence_length))),
         "fidelity": asdict(fidelity),
     }
     write_text(place.folder / HEADER, json.dumps(header, indent=2) + "\n")
@@ -117,14 +121,14 @@ def _announce(place: Place, fidelity: Fidelity, tokens: int, what: str, say: Cal
 
 
 def _write(
-    place: Place, blocks: Blocks, missing: list[int], live: Live, per_shard: int, batch_size: int, what: str
+    place: Place, read: Blocks, missing: list[int], live: Live, per_shard: int, batch_size: int, what: str
 ) -> None:
     progress = _Progress(f"caching the teacher: {what}", len(missing))
     names = _free_names(place.folder)
     for start in range(0, len(missing), per_shard):
         coded = []
-        for _, block in _encode(place, blocks, missing[start : start + per_shard], live, batch_size):
-            coded.append(block)
+        for _, row in _encode(place, read, missing[start : start + per_shard], live, batch_size):
+            coded.append(row)
             progress.advance()
         write_shard(next(names), coded)
 
@@ -141,27 +145,32 @@ def _free_names(folder: Path) -> Iterator[Path]:
 
 @torch.inference_mode()
 def _encode(
-    place: Place, blocks: Blocks, numbers: Sequence[int], live: Live, batch_size: int
+    place: Place, read: Blocks, numbers: Sequence[int], live: Live, batch_size: int
 ) -> Iterator[tuple[Tensor, Coded]]:
-    """The teacher's hidden states [positions, hidden] and the coded bytes of each block."""
+    """The teacher's hidden states [positions, hidden] and the coded bytes of each row, at every token of it.
+
+    The last one of a row too: another way to cut the text goes on there.
+    """
+    sizes = read.lengths()
     for start in range(0, len(numbers), batch_size):
         some = list(numbers[start : start + batch_size])
-        batch = Blocks.__getitem__(blocks, some)
-        states = live.hidden(batch["input_ids"].to(live.device))
-        for number, state, mask in zip(some, states, batch["mask"].to(live.device), strict=True):
-            hidden = state[mask]
-            yield hidden, Coded(number, checksum(ids_of(blocks, number)), encode_block(place, hidden, number, live))
+        batch = read[some]
+        states = live.hidden(model_inputs(batch, live.device))
+        for number, state in zip(some, states, strict=True):
+            hidden = state[: sizes[number]]
+            data = encode_row(place, hidden, number, live)
+            yield hidden, Coded(number, len(hidden), checksum(ids_of(read, number)), data)
 
 
-def encode_block(place: Place, hidden: Tensor, number: int, live: Live) -> Tensor:
-    """A block's bytes, uint8; they depend on the block and its place alone. hidden: [positions, hidden]"""
+def encode_row(place: Place, hidden: Tensor, number: int, live: Live) -> Tensor:
+    """A row's bytes, uint8; they depend on the row and its place alone. hidden: [positions, hidden]"""
     generator = torch.Generator(hidden.device)
     generator.manual_seed(int(hash_of(place.identity.key(), number), 16) % 2**63)
     fields: list[list[Tensor]] = []
     for rows in hidden.split(_CHUNK):
         taught = rows if place.codec.reads == "hidden" else live.logits(rows).float().log_softmax(-1)
         fields.append(place.codec.encode(taught, generator))
-    return torch.cat([torch.cat(parts).flatten() for parts in zip(*fields, strict=True)]).cpu()
+    return place.codec.pack([torch.cat(parts).cpu() for parts in zip(*fields, strict=True)], place.width)
 
 
 class _Progress:
@@ -172,11 +181,11 @@ class _Progress:
         self._start = self._last = time.monotonic()
 
     def advance(self) -> None:
-        """One block more."""
+        """One row more."""
         self.done += 1
         now = time.monotonic()
         if now - self._last >= _LINE_EVERY_S:
             self._last = now
             left_s = (now - self._start) / self.done * (self.total - self.done)
-            line = f"{self.what}: {self.done:,} of {self.total:,} blocks, {left_s:.0f} s left"
+            line = f"{self.what}: {self.done:,} of {self.total:,} rows, {left_s:.0f} s left"
             print(f"  {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,215 @@
+"""A live teacher against its caches: speed, size, fidelity, and the students that come of them.
+
+For each seed one run: a student is pruned out of the teacher and trained on the same tokens in the same order without a
+teacher (cross-entropy), by the live teacher, and from a cache by each codec. Then, in one process and a step of each in
+turn, so that they share what else the machine does, the training step is timed, with the decoding of the cache in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import distill
+from benchmarks import hardware, result
+from distill.core.run import Run
+from distill.data.blocks import Blocks
+from distill.data.loader import train_batches
+from distill.data.packing import read_tokens
+from distill.data.teacher_cache.cache import CachedBlocks, Place
+from distill.losses import CrossEntropy, ForwardKL
+from distill.models.load import load_model, locate
+from distill.stages.cache_teacher import HEAD
+from distill.stages.evaluate import ROWS
+from distill.tracking.tradeoff import from_json
+from distill.training.cached_teacher import CachedTeacher
+from distill.training.module import DistillationModule
+
+CODECS: dict[str, dict[str, Any]] = {
+    "top_k 64": {"kind": "top_k", "k": 64},
+    "top_k 16": {"kind": "top_k", "k": 16},
+    "sampled 50": {"kind": "sampled", "draws": 50},
+    "hidden": {"kind": "hidden"},
+}
+BATCH_SIZE, LENGTH = 8, 256
+NO_TEACHER, LIVE = "no teacher", "live"
+
+
+def stages(keep: dict[str, Any], num_tokens: int, lr: float, caches: Path) -> dict[str, Any]:
+    """One run with all students."""
+    budget = {"num_tokens": num_tokens, "batch_size": BATCH_SIZE, "optimizer": {"lr": lr}}
+    distilled = {"kind": "distill", "student": "prune", **budget}
+    found: dict[str, Any] = {
+        "prune": {"keep": keep},
+        slug(NO_TEACHER): {"kind": "finetune", "model": "prune", **budget},
+        slug(LIVE): distilled,
+    }
+    for name, codec in CODECS.items():
+        found[f"cache-{slug(name)}"] = {"kind": "cache_teacher", "codec": codec, "folder": str(caches / slug(name))}
+        found[slug(name)] = distilled | {"teacher": f"cache-{slug(name)}"}
+    students = [slug(name) for name in (NO_TEACHER, LIVE, *CODECS)]
+    return found | {"evaluate": {"models": ["prune", *students], "speed": None}}
+
+
+def slug(name: str) -> str:
+    """A name that a stage can have."""
+    return name.replace(" ", "-").replace("_", "-")
+
+
+def train(options: argparse.Namespace, seed: int) -> Run:
+    """The run of a seed; what is finished is not done again."""
+    data: dict[str, Any] = {"train": {"kind": "python_docs"}}
+    if options.corpus is not None:
+        data = {
+            key: {"kind": "jsonl", "path": str(options.corpus / f"{part}.jsonl.gz")}
+            for key, part in (("train", "train"), ("validation", "test"))
+        }
+    recipe = {
+        "name": "live-vs-cached",
+        "teacher": options.teacher,
+        "data": data | {"sequence_length": LENGTH, "validation_tokens": 30_000},
+        "seed": seed,
+        "stages": stages(yaml.safe_load(options.keep), options.tokens, options.lr, options.work / "caches"),
+        "logging": {"wandb": "disabled"},
+    }
+    loaded = distill.Recipe.from_text(yaml.safe_dump(recipe, sort_keys=False))
+    return distill.run(loaded, run_dir=options.work / f"seed-{seed}")
+
+
+def quality(runs: list[Run]) -> dict[str, dict[str, Any]]:
+    """Student -> its figures over the seeds."""
+    tables = [from_json((run.stage("evaluate") / ROWS).read_text(encoding="utf-8")) for run in runs]
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("prune", *map(slug, (NO_TEACHER, LIVE, *CODECS))):
+        rows = [row for table in tables for row in table if row.name == name]
+        found[name] = {
+            key: result.spread([getattr(row, key) for row in rows])
+            for key in ("perplexity", "kl_to_teacher", "top1_agreement")
+        }
+    return found
+
+
+def steppers(run: Run, teacher: str, caches: Path) -> dict[str, Callable[[], None]]:
+    """Name -> one whole training step: batch, losses, backward, AdamW."""
+    (tokens,) = filter(None, (read_tokens(file) for file in (run.folder / "data").glob("train-*.bin")))
+    blocks = Blocks(tokens, LENGTH)
+    student = str(run.stage("prune") / "model")
+    live = load_model(locate(teacher), dtype="float32")
+    found = {
+        NO_TEACHER: _stepper(DistillationModule(_student(student), [CrossEntropy()]), blocks),
+        LIVE: _stepper(DistillationModule(_student(student), [ForwardKL()], live), blocks),
+    }
+    for name in CODECS:
+        place = Place.there(caches / slug(name) / "train")
+        head = place.folder.parent / HEAD / "head.safetensors"
+        cached = CachedTeacher(place.vocabulary, head, whole=place.codec.whole, dtype=torch.float32)
+        module = DistillationModule(_student(student), [ForwardKL()], cached)
+        found[name] = _stepper(module, CachedBlocks(blocks, place))
+    return found
+
+
+def _student(folder: str) -> Any:
+    return load_model(folder, dtype="float32").train()
+
+
+def _stepper(module: DistillationModule, blocks: Blocks) -> Callable[[], None]:
+    batches: Iterator[Any] = iter(train_batches(blocks, 0, BATCH_SIZE))
+    optimizer = torch.optim.AdamW(module.student.parameters(), lr=1e-6, fused=True)
+    if module.teacher is not None:
+        module.teacher.move(torch.device("cpu"))
+
+    def step() -> None:
+        total, _ = module.batch_losses(next(batches), module.losses)
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def speeds(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Name -> tokens a second, and their ratio to training without a teacher; in each round each has its turn."""
+    for step in steps.values():
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - started)
+    per_step = BATCH_SIZE * LENGTH
+    return {
+        name: {
+            "tokens_per_s": per_step / statistics.median(taken),
+            "speed_to_no_teacher": statistics.median(
+                alone / one for alone, one in zip(seconds[NO_TEACHER], taken, strict=True)
+            ),
+        }
+        for name, taken in seconds.items()
+    }
+
+
+def table(runs: list[Run], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the result: a way to learn each, and the pruned student before it learned."""
+    caches, learned = options.work / "caches", quality(runs)
+    measured = speeds(steppers(runs[0], options.teacher, caches), options.rounds)
+    rows: list[dict[str, Any]] = [{"signal": "before training", "seeds": len(runs), **learned["prune"]}]
+    for name in (NO_TEACHER, LIVE, *CODECS):
+        row = {"signal": name, "seeds": len(runs), **measured[name], **learned[slug(name)]}
+        if name in CODECS:
+            header = json.loads((caches / slug(name) / "train" / "cache.json").read_text(encoding="utf-8"))
+            fidelity = header["fidelity"]
+            keys = {"bytes_per_token": "bytes_per_token", "kl": "codec_kl", "gradient_cosine": "codec_gradient_cosine"}
+            row |= {ours: fidelity[theirs] for theirs, ours in keys.items()}
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--corpus", type=Path, help="folder of train and test.jsonl.gz; unset: Python's documentation")
+    parser.add_argument("--teacher", default="builtin:quickstart-teacher", help="its folder (default: %(default)s)")
+    parser.add_argument(
+        "--keep", default="{intermediate_size: 160, num_attention_heads: 4}", help="the student's sizes"
+    )
+    parser.add_argument("--work", type=Path, required=True, help="folder for models and half-finished runs")
+    parser.add_argument("--tokens", type=int, default=100_000, help="of each training (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="of each training (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each kind (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads to compute with (default: %(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    runs = [train(options, seed) for seed in range(options.seeds)]
+    rows = table(runs, options)
+    for row in rows:
+        print(json.dumps(row))
+    where = " --corpus BOOKS --teacher TEACHER" if options.corpus else ""
+    text = "the corpus" if options.corpus else "Python's documentation"
+    file = result.write(
+        "live_vs_cached",
+        command=f"python -m benchmarks.live_vs_cached{where} --work WORK",
+        hardware=hardware.describe(options.threads),
+        versions=hardware.versions(),
+        rows=rows,
+        notes=[
+            f"Each student learned from {options.tokens:,} tokens of {text}, {BATCH_SIZE} x {LENGTH} a step, the same "
+            "ones in the same order for one seed.",
+            f"Speed: the median of {options.rounds} steps, one of each kind in turn, decoding in the same process; the "
+            "ratio is the median of the ratios within a turn.",
+        ],
+    )
+    print(file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""What a benchmark leaves: one JSON file in ``results/``, all of the same shape, of which ``tables`` makes the docs."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def write(
+    benchmark: str,
+    *,
+    command: str,
+    hardware: Mapping[str, Any],
+    versions: Mapping[str, str],
+    rows: Iterable[Mapping[str, Any]],
+    notes: Iterable[str] = (),
+    folder: Path = FOLDER,
+) -> Path:
+    """Write ``<folder>/<benchmark>.json``, whole or not at all.
+
+    Args:
+        benchmark: name of the script, without ``.py``.
+        command: what a reader types to repeat it; names folders by capitals (``--corpus BOOKS``), never by a path.
+        hardware: of :func:`benchmarks.hardware.describe`.
+        versions: of :func:`benchmarks.hardware.versions`.
+        rows: the figures: text, numbers, None, or what :func:`spread` gives. Rows with different ``"table"`` become
+            tables of their own.
+        notes: sentences below the tables: how it was measured, what failed and what it printed.
+        folder: where to.
+    """
+    result = {
+        "benchmark": benchmark,
+        "date": date.today().isoformat(),
+        "hardware": dict(hardware),
+        "versions": dict(versions),
+        "command": command,
+        "rows": [dict(row) for row in rows],
+        "notes": list(notes),
+    }
+    file = folder / f"{benchmark}.json"
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
+    return file
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (None of a single value) and the values themselves."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": deviation, "values": list(values)}

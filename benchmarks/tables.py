@@ -1,0 +1,140 @@
+"""Write docs/benchmarks.md from results/*.json: `python -m benchmarks.tables`.
+
+The words stand in ``benchmarks.md.jinja`` (the head of the page) and in ``results/<benchmark>.md.jinja`` beside the
+figures; a benchmark without words of its own gets its tables as they are. In the words all keys of the JSON are at
+hand, and two functions, so that no figure is ever typed:
+
+    {{ table(rows, where={"vocabulary": 32768}, columns={"loss": "loss", "ratio": "time / limit"}) }}
+    {{ value(rows, "ratio", loss="forward_kl", vocabulary=32768) }}
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from benchmarks.result import FOLDER
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+WORDS = "benchmarks.md.jinja"
+ORDER = ("loss_alone", "whole_step", "live_vs_cached", "losses")
+"""Benchmarks in the order of the page; others follow by name."""
+
+Row = Mapping[str, Any]
+
+
+def render(folder: Path = FOLDER) -> str:
+    """The page, of all results in ``folder``."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([folder, Path(__file__).parent]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=False,
+        autoescape=False,
+    )
+    environment.globals.update(table=table, value=value)
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
+    results.sort(key=lambda result: (_rank(result["benchmark"]), result["benchmark"]))
+    sections = [_section(environment, folder, result) for result in results]
+    return environment.get_template(WORDS).render(sections=sections).strip() + "\n"
+
+
+def _rank(benchmark: str) -> int:
+    return ORDER.index(benchmark) if benchmark in ORDER else len(ORDER)
+
+
+def _section(environment: jinja2.Environment, folder: Path, result: Mapping[str, Any]) -> str:
+    """One benchmark: its words, or its bare tables, and below them how it was made."""
+    name = f"{result['benchmark']}.md.jinja"
+    if (folder / name).is_file():
+        body = environment.get_template(name).render(**result).strip()
+    else:
+        tables = "\n\n".join(_all_tables(result["rows"]))
+        body = f"## {result['benchmark'].replace('_', ' ').capitalize()}\n\n{tables}"
+    notes = "".join(f"- {note}\n" for note in result["notes"])
+    return "\n\n".join(part.strip() for part in (body, notes, _origin(result)) if part.strip())
+
+
+def _origin(result: Mapping[str, Any]) -> str:
+    machine = result["hardware"]
+    gpu = f"{machine['gpu']}, " if machine["gpu"] else ""
+    where = f"{gpu}{machine['cpu']}, {machine['cores_used']} cores, {machine['memory_gb']} GB, {machine['os']}"
+    packages = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    return f"Measured {result['date']} by `{result['command']}` on {where}; {packages}."
+
+
+def _all_tables(rows: Sequence[Row]) -> Iterable[str]:
+    """Every row, a table for each value of ``"table"``."""
+    for name in dict.fromkeys(row.get("table") for row in rows):
+        title = f"**{name}**\n\n" if name is not None else ""
+        yield title + table([row for row in rows if row.get("table") == name])
+
+
+def table(rows: Sequence[Row], columns: Mapping[str, str] | None = None, where: Mapping[str, Any] | None = None) -> str:
+    """A Markdown table.
+
+    Args:
+        rows: of a result.
+        columns: key -> heading, in order; unset: every key of the rows but ``"table"``.
+        where: only rows that have these values.
+    """
+    rows = _matching(rows, where or {})
+    keys = dict.fromkeys(key for row in rows for key in row if key != "table")
+    columns = columns or {key: key.replace("_", " ") for key in keys}
+    cells = [[cell(row.get(key)) for key in columns] for row in rows]
+    numeric = [
+        all(not isinstance(row.get(key), str) for row in rows) and any(row.get(key) is not None for row in rows)
+        for key in columns
+    ]
+    lines = [list(columns.values()), ["---:" if right else "---" for right in numeric], *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def value(rows: Sequence[Row], key: str, **where: Any) -> str:
+    """The figure ``key`` of the one row that has the values ``where``.
+
+    Raises:
+        LookupError: no row, or several, have them; words must not go on about another figure.
+    """
+    found = _matching(rows, where)
+    if len(found) != 1:
+        raise LookupError(f"{key}: {len(found)} rows have {where}, expected 1")
+    return cell(found[0][key])
+
+
+def cell(entry: Any) -> str:
+    """A figure as people read it: three digits that count, thousands apart, and ± its standard deviation."""
+    if isinstance(entry, Mapping):
+        mean, deviation = entry["mean"], entry["std"]
+        unit = max(abs(mean) / 200, deviation or 0.0)  # a tiny deviation buys no row of digits
+        return cell(mean) if deviation is None else f"{_rounded(mean, unit)} ± {_rounded(deviation, unit)}"
+    if entry is None:
+        return "-"
+    if isinstance(entry, float):
+        return _rounded(entry, entry / 10)
+    if isinstance(entry, int) and not isinstance(entry, bool):
+        return f"{entry:,}"
+    return str(entry).replace("|", "\\|").replace("\n", " ")
+
+
+def _rounded(number: float, unit: float) -> str:
+    """``number`` with two of the digits of ``unit``."""
+    decimals = 0
+    while decimals < 9 and 0 < abs(unit) * 10**decimals < 10:
+        decimals += 1
+    return f"{number:,.{decimals}f}"
+
+
+def _matching(rows: Sequence[Row], where: Mapping[str, Any]) -> list[Row]:
+    return [row for row in rows if all(row.get(key) == wanted for key, wanted in where.items())]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}", file=sys.stderr)

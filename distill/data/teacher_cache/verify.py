@@ -1,0 +1,71 @@
+"""What a cache on disk is, and whether it is still what was written; needs neither the teacher nor the text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from distill.core.errors import InputError, MachineError
+from distill.data.teacher_cache.cache import Place
+from distill.data.teacher_cache.fidelity import Fidelity
+from distill.data.teacher_cache.identity import HEADER, read_header
+from distill.data.teacher_cache.shards import Shard, open_shards, shard_files
+
+
+def caches(folder: Path) -> list[Place]:
+    """The caches in a folder: itself, or those of the training and the validation text in it.
+
+    Raises:
+        InputError: there is none, or one of another version.
+    """
+    found = [file.parent for file in sorted([*folder.glob(HEADER), *folder.glob(f"*/{HEADER}")])]
+    if not found:
+        raise InputError(f"{folder}: no teacher cache there (no {HEADER} in it or one level below)")
+    return [Place.there(place) for place in found]
+
+
+def describe(place: Place) -> str:
+    """A cache for people: whose it is, how it was read and coded, what it holds and how near it is to the teacher."""
+    header, shards, identity = read_header(place.folder), open_shards(place.folder), place.identity
+    assert header is not None
+    tokens, size = sum(int(shard.sizes.sum()) for shard in shards), sum(shard.num_bytes() for shard in shards)
+    settings = ", ".join(f"{key} {value}" for key, value in identity.codec.items() if key != "kind")
+    return "\n".join(
+        [
+            f"{place.folder}: {place.codec.kind}" + (f" ({settings})" if settings else ""),
+            f"  teacher {identity.teacher}, tokenizer {identity.tokenizer}, text {identity.text}",
+            f"  read as {identity.packing} rows of {identity.window} tokens, vocabulary {place.vocabulary:,}",
+            f"  {tokens:,} tokens in {len(shards)} shards, {size / 1e6:,.1f} MB, "
+            f"{size / max(tokens, 1):.1f} bytes a token",
+            f"  when it was begun: {Fidelity(**header['fidelity']).line()}",
+        ]
+    )
+
+
+def damages(place: Place) -> Iterator[str]:
+    """A line for each shard that is not what was written."""
+    for file in shard_files(place.folder):
+        try:
+            damaged = Shard(file).damaged()
+        except ValueError as error:
+            yield str(error)
+            continue
+        if damaged:
+            shown = ", ".join(map(str, damaged[:8])) + (f" and {len(damaged) - 8} more" if len(damaged) > 8 else "")
+            yield f"{file}: damaged (rows {shown})"
+
+
+def verify(folder: Path) -> str:
+    """One line about a cache that is whole.
+
+    Raises:
+        InputError: there is no cache.
+        MachineError: some of it is damaged; names every such file.
+    """
+    places = caches(folder)
+    if lines := [line for place in places for line in damages(place)]:
+        mend = f"remove {'these files' if len(lines) > 1 else 'this file'}; the next run writes anew what was in them"
+        raise MachineError("\n".join([*lines, mend]))
+    shards = [shard for place in places for shard in open_shards(place.folder)]
+    rows = sum(len(shard.rows) for shard in shards)
+    return f"{folder}: whole ({rows:,} rows in {len(shards)} shards, every checksum is right)"
