@@ -27,6 +27,7 @@ from distill.stages.evaluate import Evaluate
 from distill.stages.finetune import Finetune, NewModel
 from distill.stages.prune import Prune
 from distill.stages.quantize import Quantize
+from distill.stages.sparsify import Sparsify
 from distill.training.ends import agreed_ends
 from distill.training.spec import BudgetSpec, DistillSpec, split_batch
 
@@ -35,6 +36,14 @@ TRAINED_BYTES = 16
 FROZEN_BYTES = 4
 """Bytes a frozen parameter at most (fp32, as on a CPU; half of it in bf16 on a GPU)."""
 
+SOURCES: dict[type[StageSpec], str] = {
+    Prune: "model",
+    Sparsify: "model",
+    Finetune: "model",
+    Distill: "student",
+    Quantize: "student",
+}
+"""Stage that makes a model of another -> key of that other."""
 Config = dict[str, Any]
 
 
@@ -214,7 +223,7 @@ def _after(stage: StageSpec, known: dict[str, Config | None]) -> Config | None:
     """The config of the model that a stage makes, as far as it can be known."""
     if isinstance(stage, Finetune) and isinstance(stage.model, NewModel):
         return dict(stage.model.config)
-    source = {Prune: "model", Finetune: "model", Distill: "student", Quantize: "student"}.get(type(stage))
+    source = SOURCES.get(type(stage))
     if source is None:
         return None
     reference = getattr(stage, source)

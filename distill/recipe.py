@@ -38,7 +38,7 @@ FAMILIES: dict[str, Family] = {
 }
 """Every family, by the plural that ``distill list`` takes."""
 
-RESERVED = {"teacher", "self", "data", "wandb", "comparison"}
+RESERVED = {"teacher", "self", "data", "scores", "wandb", "comparison"}
 """What a stage cannot be called: a model's reference, and folders of a run that are no stage's."""
 
 

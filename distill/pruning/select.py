@@ -110,8 +110,9 @@ def _check_hidden(layout: Layout, config: Config, before: Sizes, after: Sizes) -
 def kept_layers(scores: Scores, keep: KeepSpec, before: Sizes) -> tuple[int, ...]:
     """Layers that stay; the first and the last always, unless they are named one by one.
 
-    A contiguous block is the one with the lowest sum of scores: cutting neighbours leaves one seam in the residual
-    stream, where scattered cuts leave many (Sreenivas et al. 2024, arXiv 2408.11796, section on depth pruning).
+    A contiguous block is the one with the lowest score, measured as a whole or summed: cutting neighbours leaves one
+    seam in the residual stream, where scattered cuts leave many (Sreenivas et al. 2024, arXiv 2408.11796, section on
+    depth pruning).
     """
     total = before["layers"]
     if keep.layers is not None:
@@ -127,12 +128,20 @@ def kept_layers(scores: Scores, keep: KeepSpec, before: Sizes) -> tuple[int, ...
             f"keep.num_hidden_layers ({count}) must be 2 or more, as the first and the last layer stay; "
             "name the layers in keep.layers to drop one of them"
         )
-    values = _scores_of(scores, "layers", (total,), "num_hidden_layers")
     if keep.layer_choice == "contiguous":
-        sums = [float(values[start : start + drop].sum()) for start in range(1, total - drop)]
-        start = 1 + sums.index(min(sums))
+        costs = _block_scores(scores, total, drop)
+        start = 1 + costs.index(min(costs))
         return tuple(layer for layer in range(total) if not start <= layer < start + drop)
+    values = _scores_of(scores, "layers", (total,), "num_hidden_layers")
     return (0, *(1 + layer for layer in _best(values[1:-1], count - 2)), total - 1)
+
+
+def _block_scores(scores: Scores, total: int, drop: int) -> list[float]:
+    """What each block of ``drop`` layers is worth, the first beginning at layer 1, the last ending before the last."""
+    if scores.layer_blocks is not None:
+        return _scores_of(scores, "layer_blocks", (total - drop + 1,), "num_hidden_layers")[1 : total - drop].tolist()
+    values = _scores_of(scores, "layers", (total,), "num_hidden_layers")
+    return [float(values[start : start + drop].sum()) for start in range(1, total - drop)]
 
 
 def kept_experts(scores: Scores, layers: tuple[int, ...], before: Sizes, after: Sizes) -> Rows | None:

@@ -71,7 +71,7 @@ class Quantize(DistillSpec, StageSpec):
         from distill.exporters.huggingface import verify
         from distill.models.load import load_config, load_model, low_bit_scheme, move
         from distill.quantization.convert import round_unquantized
-        from distill.stages.train import check_speaks, stored_dtype_of, train
+        from distill.stages.train import check_speaks, hold_mask, stored_dtype_of, train
         from distill.training.assemble import assemble, disassemble
 
         location = context.session.artifact(self.student).location
@@ -80,8 +80,10 @@ class Quantize(DistillSpec, StageSpec):
                 f"{self.student}: its weights are low-bit already; quantize the model that it was made from"
             )
         check_speaks(context, location)
+        start = load_model(location, dtype="float32")
+        mask = hold_mask(context, self.student, start, lora=self.lora is not None)
         student = assemble(
-            load_model(location, dtype="float32"),
+            start,
             quantizer=self.quantizer,
             lora=self.lora,
             gradient_checkpointing=context.session.compute.gradient_checkpointing and self.trains(),
@@ -109,6 +111,7 @@ class Quantize(DistillSpec, StageSpec):
             if self.trains()
             else None,
             figures=figures | {"scheme": self.quantizer.label()},
+            mask=mask,
         )
         size, worst = measured["share_of_bfloat16"], measured["verified_worst_kl"]
         context.say(

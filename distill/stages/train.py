@@ -222,6 +222,36 @@ def check_context_length(model: PreTrainedModel, length: int, what: str = "data.
         raise InputError(f"{what} ({length}) is longer than the model's {limit} positions; lower it")
 
 
+def hold_mask(context: StageContext, reference: str, model: PreTrainedModel, *, lora: bool) -> str | None:
+    """Hold the zeros of a masked model through the training to come; nothing to do where there is no mask.
+
+    Args:
+        context: of the stage.
+        reference: of the model that training starts from.
+        model: that model, before anything is wrapped.
+        lora: whether adapters are to be trained.
+
+    Returns:
+        The mask in words, for the lineage of what is made, or None.
+
+    Raises:
+        InputError: adapters would fill the zeros when they are merged.
+    """
+    lineage = context.session.artifact(reference).lineage()
+    if lineage is None or lineage.mask is None:
+        return None
+    if lora:
+        raise InputError(
+            f"{reference}: its weights are masked ({lineage.mask}), and a merged adapter would fill the zeros; "
+            "train the weights (no lora), or mask after this stage"
+        )
+    from distill.models.layouts import layout_for
+    from distill.pruning.mask import hold_zeros, masked_layers
+
+    hold_zeros(masked_layers(model, layout_for(model.config.model_type)))
+    return lineage.mask
+
+
 def save_plain(model: PreTrainedModel, stored_dtype: str) -> Any:
     """A writer of a plain Hugging Face folder for :meth:`StageContext.write_model`, in ``stored_dtype``."""
     import torch
