@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from distill.core.errors import InputError
 from distill.core.spec import Spec
-from distill.losses import LOSSES, AnyLossSpec, ForwardKL, StateLossSpec
+from distill.losses import LOSSES, AnyLossSpec, ForwardKL, LossSpec, StateLossSpec
 from distill.losses.schedule import Schedule, Share
 
 
