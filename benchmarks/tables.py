@@ -23,7 +23,7 @@ from benchmarks.result import FOLDER
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 WORDS = "benchmarks.md.jinja"
-ORDER = ("loss_alone", "whole_step", "live_vs_cached", "losses")
+ORDER = ("loss_alone", "whole_step", "live_vs_cached", "books", "losses")
 """Benchmarks in the order of the page; others follow by name."""
 
 Row = Mapping[str, Any]
@@ -81,11 +81,11 @@ def table(rows: Sequence[Row], columns: Mapping[str, str] | None = None, where: 
 
     Args:
         rows: of a result.
-        columns: key -> heading, in order; unset: every key of the rows but ``"table"``.
+        columns: key -> heading, in order; unset: every key of the rows but ``"table"`` and lists (single measurements).
         where: only rows that have these values.
     """
     rows = _matching(rows, where or {})
-    keys = dict.fromkeys(key for row in rows for key in row if key != "table")
+    keys = dict.fromkeys(key for row in rows for key in row if key != "table" and not isinstance(row[key], list))
     columns = columns or {key: key.replace("_", " ") for key in keys}
     cells = [[cell(row.get(key)) for key in columns] for row in rows]
     numeric = [

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from distill.core.errors import InputError, RecipeError
 from distill.data.hub import Hub
+from distill.data.spec import FULL
+from distill.losses import StateLossSpec
 from distill.models.layouts import LAYOUTS, layout_for
 from distill.models.load import locate
+from distill.models.states import Shapes, pairs_of
 from distill.pruning.layout import shape
 from distill.pruning.select import target_sizes
 from distill.recipe import Recipe
@@ -23,13 +27,23 @@ from distill.stages.evaluate import Evaluate
 from distill.stages.finetune import Finetune, NewModel
 from distill.stages.prune import Prune
 from distill.stages.quantize import Quantize
-from distill.training.spec import BudgetSpec, split_batch
+from distill.stages.sparsify import Sparsify
+from distill.training.ends import agreed_ends
+from distill.training.spec import BudgetSpec, DistillSpec, split_batch
 
 TRAINED_BYTES = 16
 """Bytes a trained parameter: fp32 weight, gradient and AdamW's two moments."""
 FROZEN_BYTES = 4
 """Bytes a frozen parameter at most (fp32, as on a CPU; half of it in bf16 on a GPU)."""
 
+SOURCES: dict[type[StageSpec], str] = {
+    Prune: "model",
+    Sparsify: "model",
+    Finetune: "model",
+    Distill: "student",
+    Quantize: "student",
+}
+"""Stage that makes a model of another -> key of that other."""
 Config = dict[str, Any]
 
 
@@ -50,7 +64,7 @@ def describe(recipe: Recipe) -> str:
             mistakes.append(f"{recipe.name}: teacher: {error}")
         lines.append(f"  teacher {recipe.teacher}: {_size(known['teacher'])}")
     lines.append(
-        f"  data {recipe.data.train.kind}, blocks of {recipe.data.sequence_length} tokens, "
+        f"  data {recipe.data.train.kind}, blocks of {recipe.data.sequence_length} tokens ({recipe.data.packing}), "
         + (
             f"validation from {recipe.data.validation.kind}"
             if recipe.data.validation
@@ -61,6 +75,8 @@ def describe(recipe: Recipe) -> str:
         try:
             known[name] = _after(stage, known)
             _check(stage, recipe, known[name])
+            _check_states(stage, known)
+            _check_ends(stage, known)
         except InputError as error:
             mistakes.append(f"{recipe.name}: stages.{name}: {error}")
             known.setdefault(name, None)
@@ -105,6 +121,34 @@ def _check(stage: StageSpec, recipe: Recipe, config: Config | None) -> None:
                 stage.quantizer.groups(shape(parameter, sizes)[1])
 
 
+def _check_states(stage: StageSpec, known: dict[str, Config | None]) -> None:
+    """Hold losses on inner states against the shapes of both models, where they are known.
+
+    Raises:
+        InputError: a layer that is not there, or heads that do not divide.
+    """
+    losses = [loss for loss in getattr(stage, "losses", []) if isinstance(loss, StateLossSpec)]
+    if not losses or not isinstance(stage, Distill | Quantize):
+        return
+    configs = [known[name] if name in known else _config(name) for name in (stage.student, stage.teacher)]
+    student, teacher = (Shapes.of(c) if c is not None and _count(c) is not None else None for c in configs)
+    if student is not None and teacher is not None:
+        for loss in losses:
+            pairs_of(loss, student, teacher)
+
+
+def _check_ends(stage: StageSpec, known: dict[str, Config | None]) -> None:
+    """Whether student and teacher end a text alike, as far as their configs are known and the stage asks for it.
+
+    Raises:
+        InputError: they do not.
+    """
+    if isinstance(stage, DistillSpec) and stage.on_policy is not None:
+        ends = [(_known(reference, known) or {}).get("eos_token_id") for _, reference in stage.references()]
+        if len(ends) == 2 and None not in ends:
+            agreed_ends(*ends)
+
+
 def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config | None]) -> str:
     title = name if stage.kind == name else f"{name} ({stage.kind})"
     parts = [f"{title}:"]
@@ -125,6 +169,8 @@ def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config |
         and (memory := _memory(name, stage, known))
     ):
         parts.append(f"({memory})")
+    if isinstance(stage, Prune) and (memory := _cut_memory(stage, known[name], known)):
+        parts.append(f"({memory})")
     return " ".join(parts).rstrip(";")
 
 
@@ -138,7 +184,12 @@ def _budget(stage: BudgetSpec, recipe: Recipe) -> str:
     steps = stage.steps(length)
     if steps == 0:
         return "no training;"
-    return f"{steps * stage.batch_size * length:,} tokens = {steps:,} steps of {stage.batch_size} x {length};"
+    tokens = steps * stage.batch_size * length
+    if recipe.data.packing not in FULL:  # how full rows are is known when the text is read
+        if stage.num_tokens is None:
+            return f"at most {tokens:,} tokens = {steps:,} steps of {stage.batch_size} x {length};"
+        return f"{stage.num_tokens:,} tokens = at least {steps:,} steps of {stage.batch_size} x {length};"
+    return f"{tokens:,} tokens = {steps:,} steps of {stage.batch_size} x {length};"
 
 
 def _config(reference: str) -> Config | None:
@@ -155,23 +206,32 @@ def _config(reference: str) -> Config | None:
         except ValueError as error:
             raise InputError(f"{location}: neither a folder nor a Hub id ({' '.join(str(error).split())})") from None
         file = Path(cached) if isinstance(cached, str) else None
-    return json.loads(file.read_text()) if file is not None else None
+    if file is None:
+        return None
+    config = json.loads(file.read_text())
+    generation = file.with_name("generation_config.json")
+    if generation.is_file():  # it has the last word on what ends a text
+        config["eos_token_id"] = json.loads(generation.read_text()).get("eos_token_id", config.get("eos_token_id"))
+    return config
+
+
+def _known(reference: str, known: dict[str, Config | None]) -> Config | None:
+    return known[reference] if reference in known else _config(reference)
 
 
 def _after(stage: StageSpec, known: dict[str, Config | None]) -> Config | None:
     """The config of the model that a stage makes, as far as it can be known."""
     if isinstance(stage, Finetune) and isinstance(stage.model, NewModel):
         return dict(stage.model.config)
-    source = {Prune: "model", Finetune: "model", Distill: "student", Quantize: "student"}.get(type(stage))
+    source = SOURCES.get(type(stage))
     if source is None:
         return None
     reference = getattr(stage, source)
-    config = known[reference] if reference in known else _config(reference)
+    config = _known(reference, known)
     if config is None or not isinstance(stage, Prune):
         return config
     layout = layout_for(str(config.get("model_type")))
-    sizes = target_sizes(stage.keep, layout.sizes(config), layout)
-    return config | {layout.size_keys[axis]: size for axis, size in sizes.items()}
+    return config | layout.resized(config, target_sizes(stage.keep, config, layout))
 
 
 def _count(config: Config | None) -> int | None:
@@ -199,9 +259,23 @@ def _memory(name: str, stage: BudgetSpec, known: dict[str, Config | None]) -> st
     total = student * trained
     teacher = getattr(stage, "teacher", None)
     if teacher not in (None, SELF):
-        config = known[teacher] if teacher in known else _config(teacher)
+        config = _known(teacher, known)
         total += (_count(config) or 0) * FROZEN_BYTES
     return f"{total / 1e9:,.2f} GB for weights, gradients and optimizer; activations come on top"
+
+
+def _cut_memory(stage: Prune, after: Config | None, known: dict[str, Config | None]) -> str | None:
+    """Bytes while the weights are cut: the student, and the largest weight of the model as stored and as cut."""
+    before = known[stage.model] if stage.model in known else _config(stage.model)
+    student = _count(after)
+    if before is None or student is None or _count(before) is None:
+        return None
+    layout = layout_for(str(before["model_type"]))
+    sizes = layout.sizes(before)
+    largest = max(prod(shape(parameter, sizes)) for parameter in layout.parameters if parameter.exists(before))
+    stored = before.get("dtype") or before.get("torch_dtype") if stage.save_dtype == "auto" else stage.save_dtype
+    size = 2 if stored in ("bfloat16", "float16") else 4
+    return f"{(student + 2 * largest) * size / 1e9:,.2f} GB to cut, after scoring"
 
 
 def _short(count: int) -> str:

@@ -25,7 +25,7 @@ from distill.quantization import QUANTIZERS
 from distill.stages import STAGES, StageSpec
 from distill.stages.cache_teacher import NO_STREAM, CacheTeacher
 from distill.tracking.spec import LoggingSpec
-from distill.training.spec import ComputeSpec
+from distill.training.spec import ComputeSpec, DistillSpec, OnPolicySpec
 
 FAMILIES: dict[str, Family] = {
     "stages": STAGES,
@@ -38,7 +38,7 @@ FAMILIES: dict[str, Family] = {
 }
 """Every family, by the plural that ``distill list`` takes."""
 
-RESERVED = {"teacher", "self", "data", "wandb", "comparison"}
+RESERVED = {"teacher", "self", "data", "scores", "wandb", "comparison"}
 """What a stage cannot be called: a model's reference, and folders of a run that are no stage's."""
 
 
@@ -120,6 +120,8 @@ class Recipe(Spec):
                 yield f"{source.place(path)}: {dotted(path)}: {NO_STREAM}"
             for key, reference in stage.references():
                 yield from self._reference_mistakes(source, (*path, *key), reference, earlier)
+            if isinstance(stage, DistillSpec) and stage.on_policy is not None:
+                yield from self._own_sequence_mistakes(source, (*path, "on_policy"), stage.on_policy)
             earlier.append(name)
         if self.teacher is not None and not _may_be_model(self.teacher):
             place = source.place(("teacher",))
@@ -157,6 +159,15 @@ class Recipe(Spec):
                 + suggest(reference, models)
             )
 
+    def _own_sequence_mistakes(self, source: Source, path: KeyPath, policy: OnPolicySpec) -> Iterable[str]:
+        """Own sequences that are longer than the text's blocks, for which memory and positions are meant."""
+        if (wanted := policy.num_tokens()) > self.data.sequence_length:
+            yield (
+                f"{source.place(path)}: {dotted(path)}: prompt_tokens ({policy.prompt_tokens}) + max_new_tokens "
+                f"({policy.max_new_tokens}) = {wanted} must fit a block of data.sequence_length "
+                f"({self.data.sequence_length}); lower one of them or raise it"
+            )
+
     def _signal_mistakes(self, path: KeyPath, reference: str, at: str) -> Iterable[str]:
         """What a stage asks of a cached teacher and cannot have."""
         cache, stage = self.stages[reference], self.stages[str(path[1])]
@@ -165,6 +176,11 @@ class Recipe(Spec):
                 yield at + f"{reference!r} is a cache already; name its teacher"
             elif why := cache.refuses(getattr(stage, "losses", [])):
                 yield at + why
+            elif getattr(stage, "on_policy", None) is not None:
+                yield (
+                    at + f"{reference!r} holds what its teacher says of the text, and on_policy asks about sequences "
+                    "that do not exist yet; name its teacher here, or remove on_policy"
+                )
 
 
 def _may_be_model(reference: str) -> bool:

@@ -1,15 +1,21 @@
-"""What the repository says it measured: results of one shape, and a page made of nothing else."""
+"""What the repository says it measured: results of one shape, a page made of nothing else, and cells that are kept."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
-from benchmarks import result, tables
+from benchmarks import books, losses, matrix, result, tables
+from distill.core.artifact import write_text
+from distill.core.run import Run
+from distill.losses import LOSSES
 from distill.recipe import Recipe
+from distill.tracking.tradeoff import Row, to_json
 
 RESULTS = sorted(result.FOLDER.glob("*.json"))
 each = pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
@@ -46,7 +52,10 @@ def _write(folder: Path, name: str, rows: list[dict], notes: list[str]) -> None:
 
 
 def test_a_result_without_words_shows_all_its_rows(tmp_path: Path) -> None:
-    rows = [{"table": "first", "loss": "a", "seconds": 0.12345}, {"table": "second", "loss": "b", "bytes": 123456}]
+    rows = [
+        {"table": "first", "loss": "a", "seconds": 0.12345},
+        {"table": "second", "loss": "b", "bytes": 123456, "each": [1, 2]},
+    ]
     _write(tmp_path, "something_else", rows, ["measured twice"])
     page = tables.render(tmp_path)
     assert "## Something else" in page
@@ -83,3 +92,65 @@ def test_words_beside_a_result_take_their_figures_from_it(tmp_path: Path) -> Non
 )
 def test_figures_as_people_read_them(entry: object, text: str) -> None:
     assert tables.cell(entry) == text
+
+
+def test_every_loss_is_compared_by_a_recipe_that_is_valid(tmp_path: Path) -> None:
+    compared = losses.variants()
+    kinds = {item["kind"] for stage in compared.values() for item in stage.get("losses", [])}
+    assert kinds == set(LOSSES)
+    for name, stage in compared.items():
+        cell = losses.cell(name, stage, tmp_path, num_tokens=4096, lr=1e-3, folder="seed-0", seed=0)
+        data = books.data(tmp_path, "test")
+        recipe = {"name": "losses", "teacher": str(tmp_path), "data": data, "stages": cell.stages}
+        assert Recipe.from_text(yaml.safe_dump(recipe, sort_keys=False)).stages["student"].steps(256) == 2
+
+
+def test_the_search_goes_on_past_its_edges() -> None:
+    found: dict[float, float] = {}
+    while (lr := losses.next_rate(found)) is not None:
+        found[lr] = abs(lr - 9e-3)
+    assert list(found) == [1e-3, 2e-3, 4e-3, 8e-3, 16e-3]
+    found = {}
+    while (lr := losses.next_rate(found)) is not None:
+        found[lr] = lr if lr > 3e-4 else 1
+    assert min(found, key=found.__getitem__) == 5e-4
+
+
+def test_losses_are_held_against_the_control_of_their_own_seed() -> None:
+    def of(*perplexities: float) -> list[dict[str, float]]:
+        return [{"perplexity": p, "kl_to_teacher": 1.0, "top1_agreement": 0.5} for p in perplexities]
+
+    start = {"teacher": {**of(10.0)[0], "parameters": 7, "non_embedding_parameters": 5}}
+    searched = {"cross_entropy": {1e-3: 2.0}, "forward_kl": {1e-3: 2.0, 2e-3: 1.0}, "reverse_kl": {}}
+    rates = {"cross_entropy": 1e-3, "forward_kl": 2e-3, "reverse_kl": 1e-3}
+    trained = {"cross_entropy": of(20.0, 40.0), "forward_kl": of(10.0), "reverse_kl": []}
+    rows = losses.rows(start, searched, rates, trained)
+    compared = [row for row in rows if row["table"] == "losses"]
+    assert [(row["loss"], row["seeds"]) for row in compared] == [("forward_kl", 1), ("cross_entropy", 2)]
+    assert compared[0]["to_control"]["values"] == [0.5]
+    assert compared[1]["to_control"] is None
+    assert {"table": "search", "loss": "cross_entropy", "0.001": 2.0, "0.002": None} in rows
+
+
+def test_a_finished_cell_is_not_run_again_until_what_it_is_made_of_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Path] = []
+
+    def run(recipe: Recipe, run_dir: Path, say: Callable[[str], None]) -> Run:
+        ran.append(run_dir)
+        row = Row("student", perplexity=float(len(ran)), kl_to_teacher=1.0, top1_agreement=0.5)
+        write_text(run_dir / "evaluate" / "rows.json", to_json([row]))
+        return Run(run_dir)
+
+    monkeypatch.setattr("distill.run", run, raising=False)
+    teacher = tmp_path / "teacher"
+    write_text(teacher / "config.json", "{}")
+    one = matrix.Matrix(tmp_path / "work", teacher, books.data(tmp_path, "test"), say=lambda line: None)
+    stages = {"evaluate": {"models": ["teacher"]}}
+    assert [one.run(matrix.Cell("a/seed-0", stages))["student"]["perplexity"] for _ in range(2)] == [1.0, 1.0]
+    one.run(matrix.Cell("a/seed-1", stages, seed=1))
+    assert ran == [tmp_path / "work" / "a" / "seed-0", tmp_path / "work" / "a" / "seed-1"]
+    assert (ran[0] / "data").resolve() == (ran[1] / "data").resolve()
+    write_text(teacher / "config.json", '{"another": "model"}')
+    assert one.run(matrix.Cell("a/seed-0", stages))["student"]["perplexity"] == 3.0

@@ -317,7 +317,13 @@ def test_run_then_run_again_then_parts_of_it(distill: Distill, recipe: Path, tmp
     first = distill("run", recipe)
     assert first.code == 0, first.err
     folder = tmp_path / "runs" / "tiny"
-    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["data", "distill", "prune", "quantize"]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [
+        "data",
+        "distill",
+        "prune",
+        "quantize",
+        "scores",
+    ]
 
     assert distill("run", recipe).out.count("finished before") == 3
     assert distill("run", recipe, "--from", "distill").out.count("finished before") == 1

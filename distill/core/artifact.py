@@ -30,6 +30,7 @@ class Lineage:
         licence: the base model's licence as its own folder states it; None when it states none.
         input_hash: hash of everything that the stage read.
         figures: what the stage measured while it made the model (tokens, parameters, ...).
+        mask: in words, what of its weights was set to zero and is held there; None when nothing was.
     """
 
     stage: str
@@ -40,6 +41,7 @@ class Lineage:
     licence: str | None
     input_hash: str
     figures: dict[str, Any] = field(default_factory=dict)
+    mask: str | None = None
 
 
 @dataclass(frozen=True)

@@ -96,9 +96,14 @@ class GlobalOrder(Sampler[list[int]]):
 
 def shuffled(count: int, seed: int, purpose: str) -> Tensor:
     """The numbers below ``count`` in an order that the seed and the purpose decide; global random state is not used."""
+    return torch.randperm(count, generator=seeded(seed, purpose))
+
+
+def seeded(seed: int, purpose: str) -> torch.Generator:
+    """Random numbers on the CPU that the seed and the purpose decide, and nothing that was drawn before."""
     generator = torch.Generator()
     generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:7], "big"))
-    return torch.randperm(count, generator=generator)
+    return generator
 
 
 def bucketed(order: Tensor, lengths: np.ndarray, seed: int, purpose: str) -> Tensor:

@@ -12,6 +12,8 @@ from distill.losses.schedule import Schedule, Weight
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from distill.losses.rows import Rows
+
 
 @dataclass(frozen=True)
 class LossTerm:
@@ -21,7 +23,7 @@ class LossTerm:
     :meth:`per_token` divides.
 
     Attributes:
-        sum: scalar, fp32, nats.
+        sum: scalar, fp32; nats where the loss compares distributions.
         count: scalar, number of tokens in the sum.
     """
 
@@ -36,11 +38,11 @@ class LossTerm:
         return LossTerm(self.sum.detach(), self.count.detach())
 
     def per_token(self) -> Tensor:
-        """Nats per token; 0 when no token counts. The one line in the project that divides a loss."""
+        """The loss per token; 0 when no token counts. The one line in the project that divides a loss."""
         return self.sum / self.count.clamp(min=1)
 
 
-class LossSpec(Spec):
+class AnyLossSpec(Spec):
     """What every loss has: a kind and a weight. A loss is on when it is named.
 
     Every number among its settings may follow a :class:`~distill.losses.schedule.Schedule`; such a loss is called only
@@ -48,6 +50,8 @@ class LossSpec(Spec):
     """
 
     needs_teacher: ClassVar[bool] = True
+    needs_text: ClassVar[bool] = False
+    """Whether it looks at the text's next token, which a sequence of the student's own does not have."""
 
     kind: str
     weight: Weight = 1.0
@@ -63,6 +67,10 @@ class LossSpec(Spec):
         now = {name: schedule.at(step, num_steps) for name, schedule in self.schedules().items()}
         return self.model_copy(update=now) if now else self
 
+
+class LossSpec(AnyLossSpec):
+    """A loss on what the models predict; the other kind is :class:`~distill.losses.states.StateLossSpec`."""
+
     def __call__(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor
     ) -> LossTerm:
@@ -75,6 +83,25 @@ class LossSpec(Spec):
             mask: [...], True where a prediction counts.
         """
         raise NotImplementedError
+
+    def value_and_gradient(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The same loss summed over a block of tokens, and its gradient in the student's logits: what training runs.
+
+        A loss may override this with the closed form of its gradient, which takes a fraction of the time; the contract
+        tests hold the two against each other. Without it autograd differentiates the loss through the logits.
+
+        Returns:
+            the sum, a scalar, and a new tensor [rows, vocabulary]: the student's, or the narrower one that both have.
+        """
+        import torch
+
+        # copies, as autograd saves no tensor that was made under inference_mode
+        with torch.inference_mode(False), torch.enable_grad():
+            student = rows.student.clone().requires_grad_()
+            teacher = None if rows.teacher is None else rows.teacher.clone()
+            on = torch.ones_like(rows.targets, dtype=torch.bool)
+            value = self(student, teacher, rows.targets.clone(), on).sum
+            return value.detach(), torch.autograd.grad(value, student)[0]
 
 
 def shared_log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Cross-entropy with the text itself: the loss of ordinary training, and the control of every distillation.
 
     loss = -log q_y,   q = softmax(student),  y the next token
+    d loss / d student = q - (1 at y, else 0)
 
 Alone it needs no teacher. Beside a divergence it ties the student to the data; it helps most where the teacher knows
 the data badly.
@@ -18,11 +19,14 @@ from distill.losses.base import LossSpec, LossTerm, masked_sum
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from distill.losses.rows import Rows
+
 
 class CrossEntropy(LossSpec):
     """Negative log-likelihood of the next token of the text."""
 
     needs_teacher: ClassVar[bool] = False
+    needs_text: ClassVar[bool] = True
 
     kind: Literal["cross_entropy"] = "cross_entropy"
 
@@ -30,6 +34,13 @@ class CrossEntropy(LossSpec):
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor
     ) -> LossTerm:
         return cross_entropy(student_logits, targets, mask)
+
+    def value_and_gradient(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        probs, log_probs, _ = rows.own()
+        target = rows.targets.unsqueeze(-1)
+        gradient = rows.copy(probs)
+        gradient.scatter_add_(-1, target, gradient.new_full(target.shape, -1.0))
+        return -log_probs.gather(-1, target).sum(), gradient
 
 
 def cross_entropy(student_logits: Tensor, targets: Tensor, mask: Tensor) -> LossTerm:

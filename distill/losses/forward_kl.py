@@ -1,12 +1,13 @@
 """Forward KL: the student covers all that the teacher thinks possible.
 
     loss = T^2 * sum_v p_v (log p_v - log q_v),   p = softmax(teacher / T),  q = softmax(student / T)
+    d loss / d student = T * (q - p)
 
 The default, and the only loss of Minitron's recipes. It spreads the student over the teacher's modes; a student much
 too small to do so may read better with :mod:`reverse_kl <distill.losses.reverse_kl>`.
 
 Source: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2 (with T^2, so that the gradient keeps its size when T
-changes); Muralidharan et al. 2024, arXiv 2407.14679, section 3.
+changes); Muralidharan et al. 2024, arXiv 2407.14679 (Minitron).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from distill.losses.schedule import Positive, number
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from distill.losses.rows import Rows
 
 
 class ForwardKL(LossSpec):
@@ -32,6 +35,11 @@ class ForwardKL(LossSpec):
     ) -> LossTerm:
         assert teacher_logits is not None
         return forward_kl(student_logits, teacher_logits, mask, temperature=number(self.temperature))
+
+    def value_and_gradient(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        temperature = number(self.temperature)
+        pair = rows.pair(temperature)
+        return temperature**2 * rows.forward_kl(temperature).sum(), rows.difference(pair.q, pair.p).mul_(temperature)
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, temperature: float = 1.0) -> LossTerm:

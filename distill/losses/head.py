@@ -1,13 +1,15 @@
 """The output head and the losses, a chunk of tokens at a time, so that tokens x vocabulary never exists at once.
 
-The heads are called as modules: LoRA, fake-quant, tied weights and soft-caps on them act and get their gradient. Each
-chunk's gradient is taken as soon as its loss is known, so memory is O(chunk x vocabulary) and nothing is recomputed.
-Masked positions are dropped before a head is paid for.
+Each chunk's gradient is taken as soon as its loss is known, so memory is O(chunk x vocabulary) and nothing is
+recomputed: the losses write their gradient over the student's logits, a block of rows at a time, and the head turns
+it into those of the hidden states and of its own parameters (:mod:`projection <distill.losses.projection>`), whatever
+head it is. Masked positions are dropped before a head is paid for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distill.losses.base import LossSpec, LossTerm
-from distill.losses.forward_kl import forward_kl
+from distill.losses.projection import CalledProjection, LinearProjection, projection
+from distill.losses.rows import Rows, Workspace
 from distill.losses.schedule import number
-from distill.losses.sparse import SparseSignal, sparse_forward_kl
+from distill.losses.sparse import SparseRows, SparseSignal
 
 KL = "kl"
 """Name under which KL(teacher || student) at T = 1 is always reported, so that runs compare."""
@@ -60,7 +63,7 @@ def head_losses(
     mask: Tensor,
     losses: Sequence[tuple[str, LossSpec]],
     *,
-    chunk_tokens: int = 512,
+    chunk_tokens: int | None = None,
 ) -> tuple[Tensor, dict[str, LossTerm]]:
     """The weighted sum of all losses over a batch, ready for backward, and every term apart.
 
@@ -71,7 +74,7 @@ def head_losses(
         targets: the next tokens, [batch, sequence].
         mask: True where a prediction counts, [batch, sequence].
         losses: (name, loss) pairs; the weight is the loss's own, a number by now.
-        chunk_tokens: tokens whose logits exist at once.
+        chunk_tokens: tokens whose logits exist at once; None: what suits the vocabulary.
 
     Returns:
         The weighted sum over tokens (scalar, fp32, differentiable in ``hidden`` and the head's parameters) and the
@@ -80,37 +83,79 @@ def head_losses(
     # index_select by positions, not a boolean mask, so that hidden states and targets share one lookup
     keep = mask.flatten().nonzero().squeeze(1)
     student_hidden = hidden.flatten(0, 1).index_select(0, keep)
-    teacher = signal.take(keep) if signal is not None else None
-    wanted = targets.flatten().index_select(0, keep)
+    chunk = chunk_tokens or tokens_at_once(head, len(keep), hidden.device)
+    blocks = _blocks(signal.take(keep) if signal is not None else None, targets.flatten().index_select(0, keep), chunk)
+    learn = torch.is_grad_enabled()  # inside the Function it is always off
 
-    def against(student_logits: Tensor, start: int, end: int) -> dict[str, LossTerm]:
-        on = torch.ones_like(wanted[start:end], dtype=torch.bool)
-        if isinstance(teacher, SparseSignal):
-            few = teacher.part(start, end)
-            terms = {name: few.loss(loss, student_logits, wanted[start:end], on) for name, loss in losses}
-            for name, loss in losses:
-                if loss.needs_teacher:  # nothing but this very KL can be taken from a sparse signal
-                    return terms | {KL: terms[name].detach()}
-            with torch.no_grad():
-                return terms | {KL: sparse_forward_kl(student_logits, few, on)}
-        with torch.no_grad():
-            teacher_logits = teacher.head.logits(teacher.hidden[start:end]) if teacher is not None else None
-        terms = {name: loss(student_logits, teacher_logits, wanted[start:end], on) for name, loss in losses}
-        if teacher_logits is not None:
-            with torch.no_grad():
-                terms[KL] = forward_kl(student_logits, teacher_logits, on)
-        return terms
-
-    def chunk_terms(rows: Tensor, start: int, end: int) -> tuple[Tensor, dict[str, LossTerm]]:
-        terms = against(head.logits(rows), start, end)
-        total = torch.stack([number(loss.weight) * terms[name].sum for name, loss in losses]).sum()
-        return total, terms
+    def losses_of(logits: Tensor, start: int) -> Iterator[list[Tensor]]:
+        return (_losses_of_block(rows, losses, learn) for rows in blocks(logits, start))
 
     names = [*(name for name, _ in losses), *([KL] if signal is not None else [])]
-    learn = torch.is_grad_enabled()  # inside the Function it is always off
-    out = _Chunked.apply(chunk_terms, names, chunk_tokens, learn, student_hidden, *head.parameters)
+    student = projection(head.logits, head.parameters, student_hidden, min(chunk, len(keep)), learn)
+    sums = _Chunked.apply(losses_of, len(names), student, chunk, learn, student_hidden, *head.parameters)
     count = torch.tensor(len(keep), device=hidden.device)
-    return out[0], {name: LossTerm(value, count) for name, value in zip(names, out[1:], strict=True)}
+    return sums[0], {name: LossTerm(value, count) for name, value in zip(names, sums[1:], strict=True)}
+
+
+def tokens_at_once(head: Head, num_tokens: int, device: torch.device) -> int:
+    """Tokens of a chunk: enough to keep the products efficient, few enough to keep its two buffers of logits small.
+
+    On a CPU products of less than 128 rows lose a third of their speed and those of more than 256 gain little. The
+    chunks of a batch are of one size, so that none is left over with few tokens.
+    """
+    vocabulary = max((side for p in head.parameters for side in p.shape), default=2**15)
+    most = min(256, max(128, 3 * 2**23 // vocabulary)) if device.type == "cpu" else max(256, 2**26 // vocabulary)
+    return math.ceil(num_tokens / math.ceil(num_tokens / most)) if num_tokens else 1
+
+
+def _blocks(
+    teacher: Signal | SparseSignal | None, targets: Tensor, chunk_tokens: int
+) -> Callable[[Tensor, int], Iterator[Rows]]:
+    """What cuts a chunk's logits, from token ``start`` on, into rows with the teacher's side beside them."""
+    dense = teacher if isinstance(teacher, Signal) else None
+    head = projection(dense.head.logits, (), dense.hidden, chunk_tokens, False) if dense else None
+
+    workspace = Workspace()
+
+    def blocks(logits: Tensor, start: int) -> Iterator[Rows]:
+        theirs = head.forward(dense.hidden[start : start + len(logits)]) if dense and head else None
+        size = _rows_at_once(logits)
+        for first in range(0, len(logits), size):
+            ours = logits[first : first + size]
+            begin, end = start + first, start + first + len(ours)
+            if isinstance(teacher, SparseSignal):
+                yield SparseRows(ours, teacher.part(begin, end), targets[begin:end], workspace)
+            else:
+                block = None if theirs is None else theirs[first : first + size]
+                yield Rows(ours, block, targets[begin:end], workspace)
+
+    return blocks
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    """Rows whose losses are taken together: what a core's cache holds several tensors of, or a GPU is busy with."""
+    numbers = 2**16 * torch.get_num_threads() if logits.device.type == "cpu" else 2**25
+    return max(1, numbers // logits.shape[-1])
+
+
+def _losses_of_block(rows: Rows, losses: Sequence[tuple[str, LossSpec]], learn: bool) -> list[Tensor]:
+    """Weighted total, each loss, KL where there is a teacher; the total's gradient replaces the student's logits."""
+    found = [rows.value_and_gradient(loss) for _, loss in losses]
+    weights = [number(loss.weight) for _, loss in losses]
+    total = [weight * value for weight, (value, _) in zip(weights, found, strict=True)]
+    sums = [torch.stack(total).sum(), *(value for value, _ in found), *rows.kl()]
+    if learn:
+        _add_up([gradient for _, gradient in found], weights, rows.student)
+    return sums
+
+
+def _add_up(gradients: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
+    """Weighted sum of gradients [rows, vocabulary or what is shared of it]; a token beyond what is shared has none."""
+    widths = [gradient.shape[-1] for gradient in gradients]
+    torch.mul(gradients[0], weights[0], out=out[:, : widths[0]])
+    out[:, widths[0] :].zero_()
+    for gradient, weight, width in zip(gradients[1:], weights[1:], widths[1:], strict=True):
+        out[:, :width].add_(gradient, alpha=weight)
 
 
 class _Chunked(torch.autograd.Function):
@@ -118,40 +163,47 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, chunk_terms: Any, names: Any, chunk: int, learn: bool, hidden: Tensor, *parameters: Tensor
-    ) -> Any:
-        wanted = [learn and p.requires_grad for p in (hidden, *parameters)]
-        sums = {name: hidden.new_zeros((), dtype=torch.float32) for name in names}
-        total = hidden.new_zeros((), dtype=torch.float32)
+        ctx: Any,
+        losses_of: Callable[[Tensor, int], Iterator[list[Tensor]]],
+        num_terms: int,
+        head: LinearProjection | CalledProjection,
+        chunk: int,
+        learn: bool,
+        hidden: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        sums = [hidden.new_zeros((), dtype=torch.float32) for _ in range(1 + num_terms)]
         # fp32, because in bf16 a sum over many chunks loses the small ones
-        grad_hidden, *grad_parameters = (
-            torch.zeros_like(p, dtype=torch.float32) if on else None
-            for p, on in zip((hidden, *parameters), wanted, strict=True)
-        )
-        for start in range(0, hidden.shape[0], chunk):
-            end = min(start + chunk, hidden.shape[0])
-            rows = hidden[start:end].detach().requires_grad_(wanted[0])
-            with torch.set_grad_enabled(any(wanted)):
-                loss, terms = chunk_terms(rows, start, end)
-            for name in names:
-                sums[name] += terms[name].sum.detach()
-            total += loss.detach()
-            leaves = [leaf for leaf, on in zip((rows, *parameters), wanted, strict=True) if on]
-            if leaves:
-                grads = iter(torch.autograd.grad(loss, leaves, allow_unused=True))
-                if grad_hidden is not None:
-                    grad_hidden[start:end] = next(grads)
-                for slot in grad_parameters:
-                    if slot is not None and (grad := next(grads)) is not None:
-                        slot += grad
-        ctx.grads = (grad_hidden, *grad_parameters)
-        ctx.dtypes = [p.dtype for p in (hidden, *parameters)]
-        values = tuple(sums[name] for name in names)
-        ctx.mark_non_differentiable(*values)
-        return (total, *values)
+        ctx.grads = [
+            torch.zeros_like(leaf, dtype=torch.float32) if learn and leaf.requires_grad else None
+            for leaf in (hidden, *parameters)
+        ]
+        ctx.dtypes = [leaf.dtype for leaf in (hidden, *parameters)]
+        of_hidden, *of_parameters = ctx.grads
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            logits = head.forward(hidden[rows])
+            for values in losses_of(logits, start):
+                for sum_, value in zip(sums, values, strict=True):
+                    sum_ += value
+            if any(grad is not None for grad in ctx.grads):
+                head.backward(hidden[rows], logits, [None if of_hidden is None else of_hidden[rows], *of_parameters])
+        ctx.mark_non_differentiable(*sums[1:])
+        return tuple(sums)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:
-        pairs = zip(ctx.grads, ctx.dtypes, strict=True)
-        return (None,) * 4 + tuple(None if grad is None else (grad * grad_total).to(dtype) for grad, dtype in pairs)
+        grads = ctx.grads
+        if grads is None:
+            raise RuntimeError("backward through the chunked head a second time; give retain_graph=True to the first")
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            grads = [None if grad is None else grad * grad_total for grad in grads]
+        else:
+            # in place: the head's gradient is large, and nobody asks for it again
+            ctx.grads = None
+            for grad in grads:
+                if grad is not None:
+                    grad.mul_(grad_total)
+        pairs = zip(grads, ctx.dtypes, strict=True)
+        return (None,) * 5 + tuple(None if grad is None else grad.to(dtype) for grad, dtype in pairs)

@@ -2,6 +2,7 @@
 
     loss = T^2 * (beta * KL(p || m) + (1 - beta) * KL(q || m)),   m = beta * p + (1 - beta) * q,
     p = softmax(teacher / T),  q = softmax(student / T)
+    d loss / d student = T * (1 - beta) * q * (r - sum_v q_v r_v),   r = log q - log m
 
 It is bounded (by T^2 log 2, and less for a beta near an end), so that no token can pull without limit; prefer it where
 the student is far from the teacher or writes its own text. Plain forward KL is the better start for a pruned student,
@@ -12,7 +13,7 @@ to 0 at both ends, and its gradient near agreement is beta (1 - beta) times that
 replaced by a loss of another size: use :mod:`forward_kl <distill.losses.forward_kl>` or
 :mod:`reverse_kl <distill.losses.reverse_kl>` for them, and raise the weight for a beta near one.
 
-Source: Agarwal et al. 2023, arXiv 2306.13649 (GKD), section 2, generalised JSD; T^2 as in arXiv 1503.02531, section 2.
+Source: Agarwal et al. 2023, arXiv 2306.13649 (GKD), equation 1; T^2 as in arXiv 1503.02531, section 2.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from distill.losses.base import LossSpec, LossTerm, kl, log_mixture, masked_sum, shared_log_probs
+from distill.losses.rows import through_softmax
 from distill.losses.schedule import Fraction, Positive, number
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from distill.losses.rows import Rows
 
 
 class JensenShannon(LossSpec):
@@ -41,6 +45,15 @@ class JensenShannon(LossSpec):
         assert teacher_logits is not None
         beta, temperature = number(self.beta), number(self.temperature)
         return jensen_shannon(student_logits, teacher_logits, mask, beta=beta, temperature=temperature)
+
+    def value_and_gradient(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        beta, temperature = number(self.beta), number(self.temperature)
+        pair = rows.pair(temperature)
+        log_m = rows.mixture(pair.p, pair.q, beta).log_()
+        of_teacher = rows.total(rows.difference(pair.log_p, log_m).mul_(pair.p)).sum()
+        of_student = rows.difference(pair.log_q, log_m).mul_(pair.q)
+        value = temperature**2 * (beta * of_teacher + (1 - beta) * of_student.sum())
+        return value, through_softmax(of_student, pair.q).mul_(temperature * (1 - beta))
 
 
 def jensen_shannon(

@@ -7,8 +7,8 @@ Steps count from 0. It depends on nothing but the step, so a run that goes on fr
 Prefer a number; a schedule pays where the start and the end of training want different things: a soft teacher first
 (temperature from 4 to 1), or the text itself at last (the weight of cross_entropy from 0 to 1).
 
-Source: Jafari et al. 2021, arXiv 2104.07163 (annealed temperature); Clark et al. 2019, arXiv 1907.04829, section 3
-(teacher annealing: weights).
+Source: Jafari et al. 2021, arXiv 2104.07163 (annealed temperature); Clark et al. 2019, arXiv 1907.04829 (teacher
+annealing: weights).
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ Weight = Annotated[float | Schedule, Within(gt=0, to_zero=True)]
 Positive = Annotated[float | Schedule, Within(gt=0)]
 NotNegative = Annotated[float | Schedule, Within(ge=0)]
 Fraction = Annotated[float | Schedule, Within(gt=0, lt=1)]
+Share = Annotated[float | Schedule, Within(ge=0, le=1)]
 
 
 def number(setting: float | Schedule) -> float:

@@ -1,13 +1,14 @@
 """Skewed forward KL: forward KL to a mixture that holds a little of the teacher itself.
 
-    loss = T^2 * KL(p || alpha * p + (1 - alpha) * q),   p = softmax(teacher / T),  q = softmax(student / T)
+    loss = T^2 * KL(p || m),   m = alpha * p + (1 - alpha) * q,   p = softmax(teacher / T),  q = softmax(student / T)
+    d loss / d student = -T * (1 - alpha) * q * (r - sum_v q_v r_v),   r = p / m
 
 The mixture is nowhere less than alpha * p, so a token that the student has ruled out costs log(1 / alpha) at most and
 its gradient stays small: steadier than forward KL where student and teacher are far apart, and on the student's own
 text. Where they are near, it is forward KL with (1 - alpha)^2 of its gradient and nothing is gained.
 
-Source: Ko et al. 2024, arXiv 2402.03898 (DistiLLM), section 3.1, skew KL; alpha = 0.1 as there. T^2 as in arXiv
-1503.02531, section 2.
+Source: Ko et al. 2024, arXiv 2402.03898 (DistiLLM), skew KL; alpha = 0.1 as there. T^2 as in
+arXiv 1503.02531, section 2.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from distill.losses.base import LossSpec, LossTerm, kl, log_mixture, masked_sum, shared_log_probs
+from distill.losses.rows import through_softmax
 from distill.losses.schedule import Fraction, Positive, number
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from distill.losses.rows import Rows
 
 
 class SkewedForwardKL(LossSpec):
@@ -36,6 +40,14 @@ class SkewedForwardKL(LossSpec):
         assert teacher_logits is not None
         alpha, temperature = number(self.alpha), number(self.temperature)
         return skewed_forward_kl(student_logits, teacher_logits, mask, alpha=alpha, temperature=temperature)
+
+    def value_and_gradient(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        alpha, temperature = number(self.alpha), number(self.temperature)
+        pair = rows.pair(temperature)
+        m = rows.mixture(pair.p, pair.q, alpha)
+        slope = rows.copy(pair.p).div_(m).mul_(pair.q)
+        value = temperature**2 * rows.total(rows.difference(pair.log_p, m.log_()).mul_(pair.p)).sum()
+        return value, through_softmax(slope, pair.q).mul_(-temperature * (1 - alpha))
 
 
 def skewed_forward_kl(

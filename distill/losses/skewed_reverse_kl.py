@@ -1,13 +1,14 @@
 """Skewed reverse KL: reverse KL to a mixture that holds a little of the student itself.
 
-    loss = T^2 * KL(q || alpha * q + (1 - alpha) * p),   p = softmax(teacher / T),  q = softmax(student / T)
+    loss = T^2 * KL(q || m),   m = alpha * q + (1 - alpha) * p,   p = softmax(teacher / T),  q = softmax(student / T)
+    d loss / d student = T * q * (r - sum_v q_v r_v),   r = log q - log m - alpha * q / m
 
 The mixture is nowhere less than alpha * q, so a token that the teacher rules out costs log(1 / alpha) at most instead
 of exploding: prefer it to reverse KL wherever reverse KL is wanted. It keeps the price of reverse KL: modes instead of
 coverage, and usually a worse perplexity. The gradient flows through both places of q.
 
-Source: Ko et al. 2024, arXiv 2402.03898 (DistiLLM), section 3.1, skew reverse KL; alpha = 0.1 as there. T^2 as in arXiv
-1503.02531, section 2.
+Source: Ko et al. 2024, arXiv 2402.03898 (DistiLLM), skew reverse KL; alpha = 0.1 as there. T^2 as in
+arXiv 1503.02531, section 2.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from distill.losses.base import LossSpec, LossTerm, kl, log_mixture, masked_sum, shared_log_probs
+from distill.losses.rows import through_softmax
 from distill.losses.schedule import Fraction, Positive, number
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from distill.losses.rows import Rows
 
 
 class SkewedReverseKL(LossSpec):
@@ -36,6 +40,15 @@ class SkewedReverseKL(LossSpec):
         assert teacher_logits is not None
         alpha, temperature = number(self.alpha), number(self.temperature)
         return skewed_reverse_kl(student_logits, teacher_logits, mask, alpha=alpha, temperature=temperature)
+
+    def value_and_gradient(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        alpha, temperature = number(self.alpha), number(self.temperature)
+        pair = rows.pair(temperature)
+        m = rows.mixture(pair.q, pair.p, alpha)
+        share = rows.copy(pair.q).div_(m).mul_(pair.q)
+        slope = rows.difference(pair.log_q, m.log_()).mul_(pair.q)
+        value = temperature**2 * slope.sum()
+        return value, through_softmax(slope.sub_(share, alpha=alpha), pair.q).mul_(temperature)
 
 
 def skewed_reverse_kl(

@@ -22,9 +22,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from distill.losses.base import LossSpec, LossTerm, masked_sum
+from distill.losses.rows import Rows, Workspace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,11 +66,38 @@ class SparseSignal:
         tail, entropy = (None if values is None else values[start:end] for values in (self.tail, self.entropy))
         return SparseSignal(self.ids[start:end], self.probs[start:end], self.vocabulary, tail, entropy)
 
-    def loss(self, loss: LossSpec, student_logits: Tensor, targets: Tensor, mask: Tensor) -> LossTerm:
-        """``loss`` against this signal; :func:`refusal` must have let it through."""
-        if not loss.needs_teacher:
-            return loss(student_logits, None, targets, mask)
-        return sparse_forward_kl(student_logits, self, mask)
+
+class SparseRows(Rows):
+    """A block of tokens of whose teacher only a part is known; :func:`refusal` must have let the losses through.
+
+    Args:
+        student: logits, fp32 [rows, student vocabulary].
+        few: the teacher's side.
+        targets: the next tokens, [rows].
+        workspace: of the blocks before, whose tensors are given up.
+    """
+
+    def __init__(self, student: Tensor, few: SparseSignal, targets: Tensor, workspace: Workspace | None = None):
+        super().__init__(student, None, targets, workspace)
+        self.few = few
+
+    @cached_property
+    def _sparse_kl(self) -> tuple[Tensor, Tensor]:
+        import torch
+
+        with torch.inference_mode(False), torch.enable_grad():
+            student = self.student.clone().requires_grad_()
+            on = torch.ones_like(self.targets, dtype=torch.bool)
+            value = sparse_forward_kl(student, self.few, on).sum
+            return value.detach(), torch.autograd.grad(value, student)[0]
+
+    def value_and_gradient(self, loss: LossSpec) -> tuple[Tensor, Tensor]:
+        """Of a loss, or of forward KL to what is known of the teacher."""
+        return self._sparse_kl if loss.needs_teacher else loss.value_and_gradient(self)
+
+    def kl(self) -> list[Tensor]:
+        """Forward KL at T = 1 again: nothing but it can be taken from a sparse signal."""
+        return [self._sparse_kl[0]]
 
 
 def refusal(losses: Iterable[LossSpec]) -> str | None:

@@ -1,6 +1,8 @@
 """Forward KL of standardised logits: the student learns the teacher's order and shape, not its certainty.
 
-    loss = T^2 * KL(softmax(Z(teacher) / T) || softmax(Z(student) / T)),   Z(z) = (z - mean(z)) / std(z), each token
+    loss = T^2 * KL(p || q),   p = softmax(Z(teacher) / T),  q = softmax(Z(student) / T),
+    Z(z) = (z - mean(z)) / std(z), each token
+    d loss / d student = T * (q - p - Z * mean((q - p) * Z)) / std(student),   Z = Z(student)
 
 A small student often cannot make logits as large as its teacher's; this asks only for their relations. The price: the
 scale of the student's logits is free, so it is zero at any q = softmax(a * teacher) with a > 0 and calibrates nothing.
@@ -8,8 +10,8 @@ Alone it does not make a language model whose perplexity means anything: put cro
 The larger the vocabulary, the flatter a standardised teacher is at the same T (its largest logit is some few standard
 deviations above the mean), so T = 2, the paper's choice for 100 to 1000 classes, is too soft for a language model.
 
-Source: Sun et al. 2024, arXiv 2403.01427 (logit standardisation), section 3 and algorithm 1, with the standard
-deviation of the whole population and the gradient through it; T^2 as in arXiv 1503.02531, section 2.
+Source: Sun et al. 2024, arXiv 2403.01427 (logit standardisation), algorithm 1, with the standard deviation of
+the whole population and the gradient through it; T^2 as in arXiv 1503.02531, section 2.
 """
 
 from __future__ import annotations
@@ -22,6 +24,11 @@ from distill.losses.schedule import Positive, number
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from distill.losses.rows import Rows
+
+_VARIANCE = 1e-6
+"""Added to the variance: keeps the gradient finite where all logits are equal."""
 
 
 class StandardizedKL(LossSpec):
@@ -36,6 +43,15 @@ class StandardizedKL(LossSpec):
     ) -> LossTerm:
         assert teacher_logits is not None
         return standardized_kl(student_logits, teacher_logits, mask, temperature=number(self.temperature))
+
+    def value_and_gradient(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        temperature = number(self.temperature)
+        (student, per_std), (teacher, _) = (_standardized(rows, logits) for logits in rows.shared())
+        (q, log_q, _), (p, log_p, _) = (rows.softmax(z, temperature) for z in (student, teacher))
+        value = temperature**2 * rows.total(rows.difference(log_p, log_q).mul_(p)).sum()
+        slope = rows.difference(q, p)
+        along = (teacher.copy_(slope).mul_(student)).mean(-1, keepdim=True)
+        return value, slope.addcmul_(student, along, value=-1).mul_(temperature * per_std)
 
 
 def standardized_kl(
@@ -57,5 +73,11 @@ def standardized_kl(
 def standardized(logits: Tensor) -> Tensor:
     """Mean 0 and variance 1 over the last dimension; equal logits, such as a new head's, become 0."""
     centred = logits - logits.mean(-1, keepdim=True)
-    # the small number keeps the gradient finite where all logits are equal
-    return centred * (centred.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    return centred * (centred.square().mean(-1, keepdim=True) + _VARIANCE).rsqrt()
+
+
+def _standardized(rows: Rows, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in the block's memory, and one over the standard deviation, [rows, 1]."""
+    centred = rows.difference(logits, logits.mean(-1, keepdim=True))
+    per_std = (rows.total(rows.copy(centred).square_()).unsqueeze(-1) / logits.shape[-1] + _VARIANCE).rsqrt()
+    return centred.mul_(per_std), per_std

@@ -74,6 +74,8 @@ def _scales(model: PreTrainedModel) -> dict[str, float]:
 
 def _scaled(module: torch.nn.Module, scales: dict[str, float]) -> Head:
     softcap, factor = scales["softcap"], scales["multiply"] / scales["divide"]
+    if factor == 1.0 and not softcap:
+        return Head(module, tuple(module.parameters()))
 
     def logits(hidden: Tensor) -> Tensor:
         out = module(hidden)

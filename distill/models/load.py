@@ -58,7 +58,7 @@ def _from_pretrained(loader: Any, location: str, what: str, **arguments: Any) ->
         raise InputError(f"{location}: cannot load the {what} ({reason})") from error
 
 
-def _quiet_transformers() -> None:
+def quiet_transformers() -> None:
     """No bars for loading and writing shards and no renaming notices; they would run across our own progress."""
     from transformers.utils import logging
 
@@ -98,7 +98,8 @@ def load_model(location: str, *, dtype: str | torch.dtype = "auto", device: str 
     """
     from transformers import AutoModelForCausalLM
 
-    _quiet_transformers()
+    quiet_transformers()
+    _refuse_encoders(location)
     arguments = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with without_bars(location):
         model, report = _from_pretrained(AutoModelForCausalLM, location, "model", **arguments)
@@ -113,6 +114,18 @@ def load_model(location: str, *, dtype: str | torch.dtype = "auto", device: str 
         with without_bars(location):
             unpack(model)
     return move(model, device).eval()
+
+
+def _refuse_encoders(location: str) -> None:
+    """transformers would load an encoder as a causal model that sees the future."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config = load_config(location)
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise InputError(
+            f"{location}: {config.model_type} is an encoder, which predicts masked tokens; distill trains and measures "
+            "causal language models only so far"
+        )
 
 
 def move(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:

@@ -1,21 +1,24 @@
-"""The contract of a criterion: it scores units, high means keep, and edits nothing; and how a model is watched."""
+"""The contract of a criterion: it scores units, high means keep, and edits nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
-from distill.core.batch import model_inputs
 from distill.core.errors import InputError
 from distill.core.spec import Spec
-from distill.pruning.layout import Layout
+from distill.pruning.layout import Layout, check
+from distill.pruning.tally import Tally
+from distill.pruning.watch import watch
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from torch import Tensor, nn
 
-    Batches = Iterable[Mapping[str, Tensor]]
-    Watcher = Callable[[Tensor, Tensor, Tensor], None]
+    from distill.pruning.keep import KeepSpec
+    from distill.pruning.watch import Batches, Watcher
 
 
 @dataclass(frozen=True)
@@ -25,18 +28,23 @@ class Scores:
     ``Scores(**scores.tensors())`` is a round trip, so the scores may be kept as a safetensors file.
 
     Attributes:
-        mlp_neurons: [layers, intermediate], compared within a layer.
+        mlp_neurons: [layers, intermediate], compared within a layer; in a mixture of experts
+            [layers, experts, intermediate], compared within an expert.
         attention_heads: [layers, heads], compared within a layer's KV group.
         kv_groups: [layers, kv_heads], compared within a layer.
         hidden_channels: [hidden], one order for the whole model, as the residual stream runs through it.
+        experts: [layers, experts], compared within a layer.
         layers: [layers].
+        layer_blocks: [layers - n + 1], of n neighbours from each layer on, taken together; in place of ``layers``.
     """
 
     mlp_neurons: Tensor | None = None
     attention_heads: Tensor | None = None
     kv_groups: Tensor | None = None
     hidden_channels: Tensor | None = None
+    experts: Tensor | None = None
     layers: Tensor | None = None
+    layer_blocks: Tensor | None = None
 
     def __post_init__(self) -> None:
         for axis, tensor in self.tensors().items():
@@ -63,75 +71,67 @@ class Scores:
 
 
 class CriterionSpec(Spec):
-    """What every criterion has: a kind, and the axes that it scores."""
+    """What every criterion has: a kind, the axes that it scores, what it counts, and how it judges.
+
+    A criterion counts in one or both of two ways: it watches the pass over the data that it shares with others
+    (:meth:`watchers`), or makes passes of its own (:meth:`measure`). It then judges by the tally and the weights.
+    """
 
     axes: ClassVar[tuple[str, ...]]
 
     kind: str
 
-    def score(self, model: nn.Module, layout: Layout, batches: Batches) -> Scores:
-        """Score the units of a model by forward passes only.
-
-        Args:
-            model: a transformers causal language model; unchanged afterwards, its train or eval mode included.
-            layout: the layout of its architecture.
-            batches: dicts of ``input_ids`` int64 [batch, sequence] and ``mask`` bool [batch, sequence]; optionally
-                ``attention_mask`` and ``position_ids``. A list, if several criteria are to read it.
+    def fitted_to(self, keep: KeepSpec, num_layers: int) -> Self:
+        """The criterion with what it leaves open settled by the sizes to keep.
 
         Raises:
-            InputError: no token counts, or an activation is not finite.
+            InputError: what it measures is not what the plan will cut.
         """
+        return self
+
+    def watchers(self, layout: Layout, sizes: Mapping[str, int], tally: Tally) -> Iterator[tuple[str, Watcher]]:
+        """What it wants to see in the shared pass: (module path, function that adds to ``tally``)."""
+        return iter(())
+
+    def measure(self, model: nn.Module, layout: Layout, batches: Batches, tally: Tally) -> None:
+        """Passes of its own, if it needs any; adds to ``tally``."""
+
+    def judge(self, model: nn.Module, layout: Layout, tally: Tally) -> Scores:
+        """The scores that follow from what was counted."""
         raise NotImplementedError
 
+    def score(self, model: nn.Module, layout: Layout, batches: Batches) -> Scores:
+        """:func:`score` for this criterion alone."""
+        return score([self], model, layout, batches)[0]
 
-def watch(model: nn.Module, layout: Layout, batches: Batches, watchers: Mapping[str, Watcher]) -> int:
-    """Run all batches through the model's body and show each watcher what passes its module.
 
-    The output head is not run: no score needs logits, and they are the largest tensor of a pass.
+def score(criteria: Sequence[CriterionSpec], model: nn.Module, layout: Layout, batches: Batches) -> list[Scores]:
+    """Score the units of a model by several criteria; those that only watch share one pass over the data.
 
     Args:
-        model: see :meth:`CriterionSpec.score`.
+        criteria: each scores all its axes.
+        model: a plain transformers causal language model; unchanged afterwards, its train or eval mode included.
         layout: the layout of its architecture.
-        batches: see :meth:`CriterionSpec.score`.
-        watchers: module path -> function of (input, output, mask); the mask is bool [batch, sequence].
-
-    Returns:
-        number of tokens that counted.
+        batches: dicts of ``input_ids`` int64 [batch, sequence] and ``mask`` bool [batch, sequence]; optionally
+            ``attention_mask`` and ``position_ids``. A list, if several criteria read it.
 
     Raises:
-        InputError: no token counts, or a mask of the wrong shape.
+        InputError: no token counts, an activation is not finite, or the layout does not fit the model.
     """
-    import torch
+    tallies = count(criteria, model, layout, batches)
+    return [criterion.judge(model, layout, tally) for criterion, tally in zip(criteria, tallies, strict=True)]
 
-    body, device, was_training = model.get_submodule(layout.body), next(model.parameters()).device, model.training
-    mask = torch.empty(0)
 
-    def hook_for(watcher: Watcher) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-            given = args[0] if args else kwargs["hidden_states"]
-            watcher(given, output[0] if isinstance(output, tuple) else output, mask)
+def count(criteria: Sequence[CriterionSpec], model: nn.Module, layout: Layout, batches: Batches) -> list[Tally]:
+    """What each criterion counts on some batches: the half of :func:`score` that reads data.
 
-        return hook
-
-    handles, tokens = [], 0
-    try:
-        for path, watcher in watchers.items():
-            handles.append(model.get_submodule(path).register_forward_hook(hook_for(watcher), with_kwargs=True))
-        model.eval()
-        with torch.no_grad():
-            for batch in batches:
-                mask = batch["mask"].to(device)
-                if mask.shape != batch["input_ids"].shape or mask.dtype != torch.bool:
-                    raise InputError(
-                        f"a calibration batch has a mask {mask.dtype} {tuple(mask.shape)}, "
-                        f"expected bool {tuple(batch['input_ids'].shape)}, the shape of its input_ids"
-                    )
-                body(**model_inputs(batch, device), use_cache=False)
-                tokens += int(mask.sum())
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(was_training)
-    if tokens == 0:
-        raise InputError("no token of the calibration data counts (0 masked in, expected 1 or more); give it more data")
-    return tokens
+    Tallies of several parts of the data, as several processes may make them, add up to that of the whole.
+    """
+    sizes = check(model, layout)
+    tallies = [Tally() for _ in criteria]
+    pairs = list(zip(criteria, tallies, strict=True))
+    if watchers := [pair for criterion, tally in pairs for pair in criterion.watchers(layout, sizes, tally)]:
+        watch(model, layout, batches, watchers)
+    for criterion, tally in pairs:
+        criterion.measure(model, layout, batches, tally)
+    return tallies

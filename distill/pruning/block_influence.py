@@ -12,15 +12,17 @@ Source: Men et al. 2024, arXiv 2403.03853, equation 1 (ShortGPT); used by Minitr
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from distill.pruning.base import CriterionSpec, Scores, watch
-from distill.pruning.layout import Layout, check
+from distill.pruning.base import CriterionSpec, Scores
+from distill.pruning.layout import Layout, config_of
+from distill.pruning.tally import Tally
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from distill.pruning.base import Batches, Watcher
+    from distill.pruning.watch import Passage, Watcher
 
 
 class BlockInfluence(CriterionSpec):
@@ -30,25 +32,30 @@ class BlockInfluence(CriterionSpec):
 
     kind: Literal["block_influence"] = "block_influence"
 
-    def score(self, model: nn.Module, layout: Layout, batches: Batches) -> Scores:
-        """See :meth:`CriterionSpec.score`."""
-        return block_influence(model, layout, batches)
+    def watchers(self, layout: Layout, sizes: Mapping[str, int], tally: Tally) -> Iterator[tuple[str, Watcher]]:
+        """See :meth:`CriterionSpec.watchers`."""
+
+        def watcher(path: str) -> Watcher:
+            def add(passage: Passage) -> None:
+                turned = block_influence(passage.given, passage.output)
+                tally.add(f"{path} turned", (turned * passage.mask).double().sum())
+                tally.add(f"{path} tokens", passage.mask.sum())
+
+            return add
+
+        paths = (layout.block.format(layer=layer) for layer in range(sizes["layers"]))
+        return ((path, watcher(path)) for path in paths)
+
+    def judge(self, model: nn.Module, layout: Layout, tally: Tally) -> Scores:
+        """See :meth:`CriterionSpec.judge`."""
+        import torch
+
+        paths = [layout.block.format(layer=layer) for layer in range(layout.sizes(config_of(model))["layers"])]
+        return Scores(layers=torch.stack([tally[f"{path} turned"] / tally[f"{path} tokens"] for path in paths]).float())
 
 
-def block_influence(model: nn.Module, layout: Layout, batches: Batches) -> Scores:
-    """Depth scores of a model from calibration batches; see the module and :meth:`CriterionSpec.score`."""
+def block_influence(given: Tensor, output: Tensor) -> Tensor:
+    """One minus the cosine, fp32: what enters and what leaves, [batch, sequence, hidden] each -> [batch, sequence]."""
     import torch
 
-    layers = range(check(model, layout)["layers"])
-    # Python floats are fp64: the sum over millions of tokens loses nothing.
-    turned = [0.0 for _ in layers]
-
-    def watcher(layer: int) -> Watcher:
-        def add(given: Tensor, output: Tensor, mask: Tensor) -> None:
-            cosine = torch.cosine_similarity(given[mask].float(), output[mask].float(), dim=-1)
-            turned[layer] += float((1 - cosine).sum())
-
-        return add
-
-    tokens = watch(model, layout, batches, {layout.block.format(layer=i): watcher(i) for i in layers})
-    return Scores(layers=torch.tensor(turned) / tokens)
+    return 1 - torch.cosine_similarity(given.float(), output.float(), dim=-1)

@@ -12,17 +12,33 @@ if TYPE_CHECKING:
     from typing import Self
 
 
+AXIS_OF_KEY = {
+    "hidden_size": "hidden_channels",
+    "intermediate_size": "mlp_neurons",
+    "num_attention_heads": "attention_heads",
+    "num_key_value_heads": "kv_groups",
+    "num_experts": "experts",
+    "num_hidden_layers": "layers",
+}
+"""Key of :class:`KeepSpec` -> the axis that it cuts."""
+
+
 class KeepSpec(Spec):
-    """Sizes of the pruned model, by the names of the config; a size that is left out stays."""
+    """Sizes of the pruned model, by the names that most configs use; a size that is left out stays."""
 
     hidden_size: int | None = Field(None, gt=0)
     """Hidden channels to keep; null keeps all."""
     intermediate_size: int | None = Field(None, gt=0)
-    """MLP neurons to keep in each layer; null keeps all."""
+    """MLP neurons to keep in each layer, in a mixture of experts in each expert; null keeps all."""
     num_attention_heads: int | None = Field(None, gt=0)
     """Query heads to keep in each layer, as many in each KV group; null keeps all those of the groups that stay."""
     num_key_value_heads: int | None = Field(None, gt=0)
-    """KV groups to keep in each layer; a group takes its query heads along; null keeps all."""
+    """KV groups to keep in each layer; null keeps all."""
+    group_choice: Literal["drop", "pool", "silence"] = "drop"
+    """What becomes of KV groups: drop takes their query heads along; pool averages neighbours, all query heads stay;
+    silence keeps the query heads of dropped groups on those that stay, with an output of zero, to learn anew."""
+    num_experts: int | None = Field(None, gt=0)
+    """Experts to keep in each layer of a mixture of experts; null keeps all."""
     num_hidden_layers: int | None = Field(None, gt=0)
     """Layers to keep, the first and the last among them, the others by score; null keeps all."""
     layers: tuple[int, ...] | None = None
@@ -38,4 +54,8 @@ class KeepSpec(Spec):
             raise ValueError(f"layer_choice {self.layer_choice!r} has no effect without num_hidden_layers")
         if self.layers is not None and (not self.layers or list(self.layers) != sorted({*self.layers})):
             raise ValueError(f"layers must rise and name each layer once (got {list(self.layers)})")
+        if self.group_choice != "drop" and self.num_key_value_heads is None:
+            raise ValueError(f"group_choice {self.group_choice!r} has no effect without num_key_value_heads")
+        if self.group_choice == "silence" and self.num_attention_heads is not None:
+            raise ValueError("group_choice 'silence' keeps all query heads; leave num_attention_heads out")
         return self

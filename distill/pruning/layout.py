@@ -7,10 +7,10 @@ blindly. The instances, one file an architecture, are in ``distill/models/layout
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from distill.core.errors import InputError
 
@@ -18,8 +18,33 @@ if TYPE_CHECKING:
     from torch import nn
 
 WIDTH_AXES = ("mlp_neurons", "attention_heads", "kv_groups", "hidden_channels")
-AXES = (*WIDTH_AXES, "layers")
-HEAD_AXES = ("attention_heads", "kv_groups")
+AXES = (*WIDTH_AXES, "experts", "layers")
+FIXED_AXES = ("head_dim", "positions", "token_types")
+"""Axes that nothing cuts: the rotary frequencies and the positions that a model was trained on belong to them."""
+
+HEAD_LABELS = {
+    "attention_heads": ("attention_heads", 1),
+    "kv_groups": ("kv_groups", 1),
+    "qkv_heads": ("attention_heads", 3),
+}
+"""Label of a dimension with several entries a unit -> (its axis, entries a unit in multiples of ``head_dim``)."""
+
+Dimension = str | tuple[str, ...]
+Config = Mapping[str, Any]
+
+
+class Span(NamedTuple):
+    """A stretch of a dimension along one axis: unit ``u`` owns ``width`` entries from ``start + u * width`` on."""
+
+    axis: str
+    start: int
+    units: int
+    width: int
+
+    @property
+    def length(self) -> int:
+        """Number of entries."""
+        return self.units * self.width
 
 
 @dataclass(frozen=True)
@@ -28,23 +53,29 @@ class Parameter:
 
     Attributes:
         path: its name in the model; ``{layer}`` stands for the layer's index.
-        axes: the axis of each dimension: one of ``WIDTH_AXES``, ``head_dim`` or ``vocabulary``. A dimension along
-            ``attention_heads`` or ``kv_groups`` holds ``head_dim`` entries a head, one head after the other.
+        axes: for each dimension an axis, or several axes whose stretches stand one after the other, as in a fused
+            projection. A dimension along ``attention_heads`` or ``kv_groups`` holds ``head_dim`` entries a head;
+            ``qkv_heads`` holds a head's query, key and value side by side. In a parameter whose first dimension is
+            ``experts``, the ``mlp_neurons`` are those of each expert. See :func:`spans`.
         only_if: config key that must be true for the parameter to exist; None: it always does.
         unless: config key that must be false for the parameter to exist; None: it always does.
-        follows_norm_eps: multiply by sqrt(d / d') when hidden channels are cut from d to d' (see surgery).
+        grows: what is multiplied by sqrt(d / d') when hidden channels are cut from d to d': nothing, the weight, or one
+            plus the weight, where the module adds that one (see surgery).
     """
 
     path: str
-    axes: tuple[str, ...]
+    axes: tuple[Dimension, ...]
     only_if: str | None = None
     unless: str | None = None
-    follows_norm_eps: bool = False
+    grows: Literal["no", "weight", "one_plus_weight"] = "no"
 
-    def exists(self, config: Mapping[str, Any]) -> bool:
+    def exists(self, config: Config) -> bool:
         """Whether a model of this config has the parameter."""
         wanted = self.only_if is None or bool(config.get(self.only_if))
         return wanted and not (self.unless is not None and config.get(self.unless))
+
+
+HiddenRule = Literal["free", "multiple_of_heads", "heads_times_head_dim"]
 
 
 @dataclass(frozen=True)
@@ -53,77 +84,145 @@ class Layout:
 
     Attributes:
         model_type: the config's ``model_type``.
-        parameters: every parameter of the causal language model; tied ones once.
-        size_keys: axis -> config key that holds its size; every axis, and ``head_dim`` and ``vocabulary``.
+        parameters: every parameter of the language model; tied ones once.
+        size_keys: axis -> config key that holds its size, or several keys of which the first one present counts. An
+            axis that the architecture lacks is not there; one whose size follows from others may be left out:
+            ``kv_groups`` equal the heads, ``head_dim`` is hidden size / heads.
         body: module that turns token ids into hidden states, without the output head.
         block: a layer; its input and output are hidden states [batch, sequence, hidden].
-        mlp_down: module whose input is the MLP's neurons [batch, sequence, intermediate].
+        reads: in a layer, the modules whose input is what attention and MLP read of the residual stream
+            [batch, sequence, hidden].
         attention_out: module whose input is the heads' outputs [batch, sequence, heads * head_dim].
-        norms: in a layer, the norms whose outputs feed attention and MLP.
-        norm_eps_key: config key of the RMSNorms' epsilon.
+        mlp_down: module whose input is the MLP's neurons [batch, sequence, intermediate]; None in a mixture of experts.
+        projections: "queries", "keys" and "values" -> module whose output is that of all heads side by side [batch,
+            sequence, heads * head_dim]; empty where they have no modules of their own.
+        experts: in a mixture of experts the module of all experts of a layer, called with hidden states
+            [tokens, hidden], the chosen experts [tokens, k] and their weights [tokens, k]; its parameters are
+            ``gate_up_proj`` and ``down_proj``. None elsewhere.
+        norm_eps_key: config key of the norms' epsilon; None where the class fixes it.
         per_layer_keys: config keys that hold a list with one entry a layer.
-        hidden_divisible_by_heads: the config class refuses a hidden size that the number of heads does not divide,
-            even when ``head_dim`` is given.
+        hidden_rule: what the config class demands of the hidden size: nothing, a multiple of the heads even when
+            ``head_dim`` is given, or exactly heads x ``head_dim``. A function of the config where it depends on it.
+        neurons_per_channel: MLP neurons for each hidden channel where the config's size is null.
+        expects: config key -> the one value that the layout describes; missing keys count as that value.
+        pinned_tokens: config keys of token ids that cutting the vocabulary may not move.
+        task: what the model predicts: the next token, or masked ones (an encoder).
     """
 
     model_type: str
     parameters: tuple[Parameter, ...]
-    size_keys: Mapping[str, str]
+    size_keys: Mapping[str, str | tuple[str, ...]]
     body: str
     block: str
-    mlp_down: str
+    reads: tuple[str, ...]
     attention_out: str
-    norms: tuple[str, ...]
-    norm_eps_key: str
-    per_layer_keys: tuple[str, ...]
-    hidden_divisible_by_heads: bool
+    mlp_down: str | None
+    projections: Mapping[str, str] = field(default_factory=dict)
+    experts: str | None = None
+    norm_eps_key: str | None = "rms_norm_eps"
+    per_layer_keys: tuple[str, ...] = ()
+    hidden_rule: HiddenRule | Callable[[Config], HiddenRule] = "free"
+    neurons_per_channel: int | None = None
+    expects: Mapping[str, Any] = field(default_factory=dict)
+    pinned_tokens: tuple[str, ...] = ()
+    task: Literal["causal_lm", "masked_lm"] = "causal_lm"
 
-    def sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
+    def key(self, axis: str, config: Config) -> str | None:
+        """The config key that holds an axis' size; None if the size follows from others."""
+        keys = self.size_keys.get(axis)
+        if keys is None or isinstance(keys, str):
+            return keys
+        return next((key for key in keys if key in config), keys[0])
+
+    def sizes(self, config: Config) -> dict[str, int]:
         """Size of every axis, from ``config.to_dict()`` or a parsed ``config.json``.
 
         Raises:
-            InputError: the config is of another architecture or lacks a size.
+            InputError: the config is of another architecture, lacks a size, or is of a variant that the layout does
+                not describe.
         """
         if config.get("model_type") != self.model_type:
             raise InputError(f"the config's model_type is {config.get('model_type')!r}, expected {self.model_type!r}")
-        sizes = {axis: config.get(key) for axis, key in self.size_keys.items()}
+        for key, value in self.expects.items():
+            if config.get(key, value) not in (value, None):
+                raise InputError(f"{self.model_type} with {key} {config[key]!r} cannot be pruned (expected {value!r})")
+        found: dict[str, Any] = {axis: config.get(self.key(axis, config) or "") for axis in self.size_keys}
+        hidden, heads = found["hidden_channels"], found["attention_heads"]
         # As the config classes do: absent or null means "derived".
-        if sizes["kv_groups"] is None:
-            sizes["kv_groups"] = sizes["attention_heads"]
-        if sizes["head_dim"] is None and sizes["hidden_channels"] and sizes["attention_heads"]:
-            sizes["head_dim"] = sizes["hidden_channels"] // sizes["attention_heads"]
-        for axis, size in sizes.items():
+        if found.get("kv_groups") is None:
+            found["kv_groups"] = heads
+        if found.get("head_dim") is None and hidden and heads:
+            found["head_dim"] = hidden // heads
+        if found["mlp_neurons"] is None and self.neurons_per_channel and hidden:
+            found["mlp_neurons"] = self.neurons_per_channel * hidden
+        for axis, size in found.items():
             if not isinstance(size, int) or size < 1:
-                raise InputError(f"the config's {self.size_keys[axis]} is {size!r}, expected a whole number above 0")
-        found = {axis: int(size) for axis, size in sizes.items() if size is not None}
-        if found["attention_heads"] % found["kv_groups"]:
+                what = self.key(axis, config) or axis
+                raise InputError(f"the config's {what} is {size!r}, expected a whole number above 0")
+        if heads % found["kv_groups"]:
             raise InputError(
-                f"the config has {found['attention_heads']} attention heads for {found['kv_groups']} KV groups, "
+                f"the config has {heads} attention heads for {found['kv_groups']} KV groups, "
                 "expected a multiple; such a model cannot be pruned"
             )
         return found
 
-    def named_parameters(self, config: Mapping[str, Any]) -> Iterator[tuple[str, int | None, Parameter]]:
+    def resized(self, config: Config, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """The config keys to change so that a model has these sizes; a size is stated where it would be derived.
+
+        Raises:
+            InputError: the config cannot say one of the sizes.
+        """
+        changes: dict[str, Any] = {}
+        for axis in self.size_keys:
+            if (key := self.key(axis, config)) and config.get(key) is not None and config[key] != sizes[axis]:
+                changes[key] = sizes[axis]
+        derived = self.sizes({**config, **changes})
+        for axis in (axis for axis in sizes if derived[axis] != sizes[axis]):
+            key = self.key(axis, config)
+            if key is None:
+                raise InputError(
+                    f"the config of {self.model_type} has no key for {axis}: it would be {derived[axis]}, "
+                    f"not {sizes[axis]}"
+                )
+            changes[key] = sizes[axis]
+        return changes
+
+    def rule_of_hidden(self, config: Config) -> HiddenRule:
+        """What the config class demands of the hidden size of this config."""
+        return self.hidden_rule(config) if callable(self.hidden_rule) else self.hidden_rule
+
+    def named_parameters(self, config: Config) -> Iterator[tuple[str, int | None, Parameter]]:
         """(name, layer or None, row of the table) of every parameter that a model of this config has."""
+        layers = self.sizes(config)["layers"]
         for parameter in self.parameters:
             if not parameter.exists(config):
                 continue
             if "{layer}" not in parameter.path:
                 yield parameter.path, None, parameter
                 continue
-            for layer in range(self.sizes(config)["layers"]):
+            for layer in range(layers):
                 yield parameter.path.format(layer=layer), layer, parameter
 
-    def count(self, config: Mapping[str, Any]) -> int:
+    def count(self, config: Config) -> int:
         """Number of parameters of a model of this config; tied ones counted once."""
         sizes = self.sizes(config)
         rows = [p for p in self.parameters if p.exists(config)]
         return sum((sizes["layers"] if "{layer}" in p.path else 1) * prod(shape(p, sizes)) for p in rows)
 
 
+def spans(dimension: Dimension, sizes: Mapping[str, int]) -> list[Span]:
+    """The stretches of a dimension, in order, under these axis sizes; most dimensions have one."""
+    found: list[Span] = []
+    for label in (dimension,) if isinstance(dimension, str) else dimension:
+        axis, head_dims = HEAD_LABELS.get(label, (label, 0))
+        start = found[-1].start + found[-1].length if found else 0
+        found.append(Span(axis, start, sizes[axis], head_dims * sizes["head_dim"] or 1))
+    return found
+
+
 def shape(parameter: Parameter, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Shape of a parameter under these axis sizes."""
-    return tuple(sizes[axis] * (sizes["head_dim"] if axis in HEAD_AXES else 1) for axis in parameter.axes)
+    return tuple(sum(span.length for span in spans(dimension, sizes)) for dimension in parameter.axes)
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
@@ -149,7 +248,7 @@ def check(model: nn.Module, layout: Layout) -> dict[str, int]:
         if expected.get(name) != got.get(name):
             raise InputError(
                 f"{layout.model_type}: parameter {name} is {got.get(name, 'missing')}, "
-                f"expected {expected.get(name, 'no such parameter')}; prune a plain causal language model, "
+                f"expected {expected.get(name, 'no such parameter')}; prune a plain language model, "
                 "before adapters or quantization go in"
             )
     return sizes

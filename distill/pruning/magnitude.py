@@ -4,7 +4,8 @@
 
 A neuron owns its rows of gate and up and its column of down; a head its rows of q and its columns of the output
 projection; a KV group its rows of k and v and all that its query heads own; a hidden channel its slice of every matrix,
-embeddings included. Biases and norm weights do not count: they are no matrices.
+embeddings included; an expert its slice of the stacked weights and its row of the router, a neuron what it has in its
+own expert. Biases and norm weights do not count: they are no matrices.
 
 A control, and for when there is no data. For MLP neurons it falls far behind activation as the cut deepens.
 
@@ -16,47 +17,48 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from distill.pruning.base import CriterionSpec, Scores
-from distill.pruning.layout import HEAD_AXES, WIDTH_AXES, Layout, check, config_of
+from distill.pruning.layout import WIDTH_AXES, Layout, config_of, spans
+from distill.pruning.tally import Tally
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from distill.pruning.base import Batches
 
 
 class Magnitude(CriterionSpec):
     """L2 norm of the weights that belong to a unit; scores width without data."""
 
-    axes: ClassVar[tuple[str, ...]] = WIDTH_AXES
+    axes: ClassVar[tuple[str, ...]] = (*WIDTH_AXES, "experts")
 
     kind: Literal["magnitude"] = "magnitude"
 
-    def score(self, model: nn.Module, layout: Layout, batches: Batches) -> Scores:
-        """See :meth:`CriterionSpec.score`; ``batches`` is not read."""
+    def judge(self, model: nn.Module, layout: Layout, tally: Tally) -> Scores:
+        """See :meth:`CriterionSpec.judge`."""
         return magnitude(model, layout)
 
 
 def magnitude(model: nn.Module, layout: Layout) -> Scores:
-    """Width scores of a model from its weights alone; see the module."""
+    """Scores of a model from its weights alone; see the module."""
     import torch
 
-    sizes = check(model, layout)
+    sizes = layout.sizes(config_of(model))
     squares: dict[str, Tensor] = {axis: torch.zeros(sizes["layers"], sizes[axis]) for axis in WIDTH_AXES}
+    if "experts" in sizes:
+        squares["experts"] = torch.zeros(sizes["layers"], sizes["experts"])
+        squares["mlp_neurons"] = torch.zeros(sizes["layers"], sizes["experts"], sizes["mlp_neurons"])
     for name, layer, parameter in layout.named_parameters(config_of(model)):
-        weight = model.get_parameter(name).detach()
+        weight, dimensions = model.get_parameter(name).detach(), parameter.axes
         if weight.ndim < 2:
             continue
-        for dim, axis in enumerate(parameter.axes):
-            if axis not in WIDTH_AXES:
-                continue
-            entries = weight.movedim(dim, 0).flatten(1).float().square().sum(1).cpu()
-            if axis in HEAD_AXES:
-                entries = entries.unflatten(0, (sizes[axis], -1)).sum(1)
-            squares[axis][layer or 0] += entries
-    group_of_heads = squares["attention_heads"].unflatten(1, (sizes["kv_groups"], -1)).sum(-1)
-    return Scores(
-        mlp_neurons=squares["mlp_neurons"].sqrt(),
-        attention_heads=squares["attention_heads"].sqrt(),
-        kv_groups=(squares["kv_groups"] + group_of_heads).sqrt(),
-        hidden_channels=squares["hidden_channels"].sum(0).sqrt(),
-    )
+        in_experts = dimensions[0] == "experts"
+        entries = (weight if in_experts else weight.unsqueeze(0)).float().square()  # [experts or 1, ...]
+        if in_experts:
+            squares["experts"][layer or 0] += entries.flatten(1).sum(1).cpu()
+        for dim, dimension in enumerate(dimensions[1:] if in_experts else dimensions, 1):
+            sums = entries.movedim(dim, 1).flatten(2).sum(2).cpu() if entries.ndim > 2 else entries.cpu()
+            for span in (span for span in spans(dimension, sizes) if span.axis in squares):
+                owned = sums[:, span.start : span.start + span.length].unflatten(1, (span.units, span.width)).sum(2)
+                of_each = in_experts and span.axis == "mlp_neurons"
+                squares[span.axis][layer or 0] += owned if of_each else owned.sum(0)
+    squares["kv_groups"] += squares["attention_heads"].unflatten(1, (sizes["kv_groups"], -1)).sum(-1)
+    squares["hidden_channels"] = squares["hidden_channels"].sum(0)
+    return Scores(**{axis: values.sqrt() for axis, values in squares.items()})

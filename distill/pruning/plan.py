@@ -6,7 +6,7 @@ any weight moves. What the smaller architecture could not be built with is refus
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,21 +15,35 @@ from pydantic import ValidationError
 from distill.core.errors import InputError
 from distill.pruning.base import Scores
 from distill.pruning.keep import KeepSpec
-from distill.pruning.layout import Layout
-from distill.pruning.select import kept_heads, kept_layers, kept_rows, target_sizes
+from distill.pruning.layout import Config, Layout
+from distill.pruning.select import (
+    Rows,
+    kept_channels,
+    kept_experts,
+    kept_groups,
+    kept_heads,
+    kept_layers,
+    kept_neurons,
+    target_sizes,
+)
+from distill.pruning.tokens import kept_tokens, moved_tokens
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays of a model, and what it becomes. Indices are of the unpruned model and rise.
+    """What stays of a model, and what it becomes. Indices are of the unpruned model and rise, but for silent heads.
 
     Attributes:
         model_type: the architecture.
         layers: the layers that stay.
-        mlp_neurons: a row for each layer that stays.
-        attention_heads: a row for each layer that stays; grouped by KV group, as the model's own order is.
-        kv_groups: a row for each layer that stays.
+        mlp_neurons: a row for each layer that stays; in a mixture of experts the neurons of all experts that stay,
+            neuron ``n`` of expert ``e`` numbered ``e * neurons + n``.
+        attention_heads: a row for each layer that stays, KV group by KV group of the pruned model.
+        kv_groups: a row for each layer that stays; all groups when they are pooled.
         hidden_channels: one order for the whole model.
+        experts: a row for each layer that stays; None where there are none.
+        vocabulary: tokens that stay, in their new order; None keeps all.
+        group_choice: what becomes of KV groups; see :class:`KeepSpec`.
         config: config keys that change, with their new values.
         before: axis sizes of the model that the plan is for.
         after: axis sizes of the pruned model.
@@ -39,15 +53,34 @@ class Plan:
 
     model_type: str
     layers: tuple[int, ...]
-    mlp_neurons: tuple[tuple[int, ...], ...]
-    attention_heads: tuple[tuple[int, ...], ...]
-    kv_groups: tuple[tuple[int, ...], ...]
+    mlp_neurons: Rows
+    attention_heads: Rows
+    kv_groups: Rows
     hidden_channels: tuple[int, ...]
+    experts: Rows | None
+    vocabulary: tuple[int, ...] | None
+    group_choice: str
     config: dict[str, Any]
     before: dict[str, int]
     after: dict[str, int]
     parameters_before: int
     parameters: int
+
+    def kept(self, axis: str, layer: int | None) -> tuple[int, ...]:
+        """Units of an axis that stay; ``layer`` counts the layers that stay, None is outside of them."""
+        if axis == "hidden_channels":
+            return self.hidden_channels
+        if axis == "vocabulary" and self.vocabulary is not None:
+            return self.vocabulary
+        rows: Rows | None = getattr(self, axis, None)
+        if axis == "vocabulary" or rows is None:
+            return tuple(range(self.before[axis]))
+        return rows[layer or 0]
+
+    def silent_heads(self, layer: int) -> list[int]:
+        """Positions in ``attention_heads[layer]`` of heads whose own KV group is gone: their output is to be zero."""
+        per_group, groups = self.before["attention_heads"] // self.before["kv_groups"], self.kv_groups[layer]
+        return [i for i, head in enumerate(self.attention_heads[layer]) if head // per_group not in groups]
 
     def summary(self) -> list[str]:
         """The plan in words, a line for each axis that is cut and one for the parameters."""
@@ -55,11 +88,14 @@ class Plan:
         if self.before["layers"] != self.after["layers"]:
             gone = [str(layer) for layer in range(self.before["layers"]) if layer not in self.layers]
             lines.append(f"layers {self.before['layers']} -> {self.after['layers']}, without {', '.join(gone)}")
-        for axis in ("mlp_neurons", "attention_heads", "kv_groups", "hidden_channels"):
-            if self.before[axis] != self.after[axis]:
-                where = "" if axis == "hidden_channels" else f" in each of {self.after['layers']} layers"
+        for axis in ("mlp_neurons", "attention_heads", "kv_groups", "hidden_channels", "experts", "vocabulary"):
+            if self.before.get(axis) != self.after.get(axis):
+                whole = axis in ("hidden_channels", "vocabulary")
+                where = "" if whole else f" in each of {self.after['layers']} layers"
                 name = axis.replace("_", " ").replace("kv", "KV").replace("mlp", "MLP")
-                lines.append(f"{name} {self.before[axis]} -> {self.after[axis]}{where}")
+                how = {"pool": ", pooled", "silence": ", their heads silent"}.get(self.group_choice, "")
+                how = how if axis == "kv_groups" else ""
+                lines.append(f"{name} {self.before[axis]} -> {self.after[axis]}{where}{how}")
         share = self.parameters / self.parameters_before
         return [*lines, f"parameters {self.parameters_before:,} -> {self.parameters:,} ({share:.1%})"]
 
@@ -70,23 +106,37 @@ class Plan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """The plan that :meth:`to_dict` wrote."""
-        rows = {key: tuple(map(tuple, data[key])) for key in ("mlp_neurons", "attention_heads", "kv_groups")}
-        flat = {key: tuple(data[key]) for key in ("layers", "hidden_channels")}
-        return cls(**{**data, **rows, **flat})
+
+        def rows(key: str) -> Rows | None:
+            return None if data[key] is None else tuple(map(tuple, data[key]))
+
+        def flat(key: str) -> tuple[int, ...] | None:
+            return None if data[key] is None else tuple(data[key])
+
+        changed = {key: rows(key) for key in ("mlp_neurons", "attention_heads", "kv_groups", "experts")}
+        return cls(**{**data, **changed, **{key: flat(key) for key in ("layers", "hidden_channels", "vocabulary")}})
 
 
-def plan(scores: Scores, keep: KeepSpec | Mapping[str, Any], layout: Layout, config: Mapping[str, Any]) -> Plan:
+def plan(
+    scores: Scores,
+    keep: KeepSpec | Mapping[str, Any],
+    layout: Layout,
+    config: Config,
+    vocabulary: Sequence[int] | None = None,
+) -> Plan:
     """Choose what stays.
 
     Width is ranked within each layer; query heads within their KV group, the same number in each, as grouped-query
-    attention shares keys by position. Depth drops the lowest scores but never the first or last layer, whose loss no
-    training makes good, unless ``keep.layers`` says so. Equal scores: the lower index stays.
+    attention shares keys by position; neurons of experts within their expert. Depth drops the lowest scores but never
+    the first or last layer, whose loss no training makes good, unless ``keep.layers`` says so. Equal scores: the lower
+    index stays.
 
     Args:
         scores: of the axes that ``keep`` cuts; others are not read.
         keep: the sizes to keep.
         layout: the architecture's layout.
         config: ``model.config.to_dict()``, or a parsed ``config.json`` that states all sizes.
+        vocabulary: ids of the tokens that stay; the token at position i gets the id i. None keeps all.
 
     Raises:
         InputError: a size that the model does not have or its architecture cannot take, or scores that are missing or
@@ -95,17 +145,24 @@ def plan(scores: Scores, keep: KeepSpec | Mapping[str, Any], layout: Layout, con
     if not isinstance(keep, KeepSpec):
         keep = _validated(keep)
     before = layout.sizes(config)
-    after = target_sizes(keep, before, layout)
+    after = target_sizes(keep, config, layout)
+    tokens = None if vocabulary is None else kept_tokens(vocabulary, before)
+    after["vocabulary"] = before["vocabulary"] if tokens is None else len(tokens)
     layers = kept_layers(scores, keep, before)
-    groups = kept_rows(scores, "kv_groups", layers, before, after)
+    groups, experts = kept_groups(scores, keep, layers, before, after), kept_experts(scores, layers, before, after)
     changes = _config_changes(layout, config, before, after, layers)
+    if tokens is not None:
+        changes |= moved_tokens(layout, config, tokens)
     return Plan(
         model_type=layout.model_type,
         layers=layers,
-        mlp_neurons=kept_rows(scores, "mlp_neurons", layers, before, after),
-        attention_heads=kept_heads(scores, groups, layers, before, after),
+        mlp_neurons=kept_neurons(scores, experts, layers, before, after),
+        attention_heads=kept_heads(scores, keep, groups, layers, before, after),
         kv_groups=groups,
-        hidden_channels=kept_rows(scores, "hidden_channels", None, before, after)[0],
+        hidden_channels=kept_channels(scores, before, after),
+        experts=experts,
+        vocabulary=tokens,
+        group_choice=keep.group_choice,
         config=changes,
         before=before,
         after=after,
@@ -125,14 +182,11 @@ def _validated(keep: Mapping[str, Any]) -> KeepSpec:
 
 
 def _config_changes(
-    layout: Layout, config: Mapping[str, Any], before: dict[str, int], after: dict[str, int], layers: tuple[int, ...]
+    layout: Layout, config: Config, before: dict[str, int], after: dict[str, int], layers: tuple[int, ...]
 ) -> dict[str, Any]:
-    """The config keys that change: sizes, head_dim made explicit, epsilon rescaled, per-layer lists sliced."""
-    changes: dict[str, Any] = {layout.size_keys[axis]: after[axis] for axis in after if after[axis] != before[axis]}
-    if before["hidden_channels"] != after["hidden_channels"] or before["attention_heads"] != after["attention_heads"]:
-        # A class that derives head_dim from hidden size and heads would derive another one.
-        changes[layout.size_keys["head_dim"]] = before["head_dim"]
-    if before["hidden_channels"] != after["hidden_channels"]:
+    """The config keys that change: sizes, epsilon rescaled, per-layer lists sliced."""
+    changes = layout.resized(config, after)
+    if before["hidden_channels"] != after["hidden_channels"] and layout.norm_eps_key is not None:
         # The mean of squares over d' of d channels is d / d' times what it was; so must epsilon be.
         ratio = before["hidden_channels"] / after["hidden_channels"]
         changes[layout.norm_eps_key] = config[layout.norm_eps_key] * ratio

@@ -10,32 +10,36 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from distill.pruning.base import CriterionSpec, Scores
-from distill.pruning.layout import WIDTH_AXES, Layout, config_of
+from distill.pruning.layout import AXES, WIDTH_AXES, Layout, config_of
+from distill.pruning.tally import Tally
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from distill.pruning.base import Batches
-
 
 class Random(CriterionSpec):
-    """Uniform random scores of width, from a seed; reads neither data nor weights."""
+    """Uniform random scores, from a seed; reads neither data nor weights."""
 
-    axes: ClassVar[tuple[str, ...]] = WIDTH_AXES
+    axes: ClassVar[tuple[str, ...]] = AXES
 
     kind: Literal["random"] = "random"
     seed: int = Field(0, ge=0)
     """Seed of the scores; no off-value."""
 
-    def score(self, model: nn.Module, layout: Layout, batches: Batches) -> Scores:
-        """See :meth:`CriterionSpec.score`; ``batches`` is not read."""
+    def judge(self, model: nn.Module, layout: Layout, tally: Tally) -> Scores:
+        """See :meth:`CriterionSpec.judge`."""
         return random(layout.sizes(config_of(model)), self.seed)
 
 
 def random(sizes: dict[str, int], seed: int) -> Scores:
-    """Uniform width scores for axis sizes as :meth:`Layout.sizes` gives them."""
+    """Uniform scores for axis sizes as :meth:`Layout.sizes` gives them."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    rows = {axis: torch.rand(sizes["layers"], sizes[axis], generator=generator) for axis in WIDTH_AXES}
+    shapes: dict[str, tuple[int, ...]] = {axis: (sizes["layers"], sizes[axis]) for axis in WIDTH_AXES}
+    if "experts" in sizes:
+        shapes["experts"] = (sizes["layers"], sizes["experts"])
+        shapes["mlp_neurons"] = (sizes["layers"], sizes["experts"], sizes["mlp_neurons"])
+    shapes["layers"] = (sizes["layers"],)
+    rows = {axis: torch.rand(*shape, generator=generator) for axis, shape in shapes.items()}
     return Scores(**{**rows, "hidden_channels": rows["hidden_channels"][0]})

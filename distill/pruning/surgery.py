@@ -1,7 +1,8 @@
 """Surgery: from a model and a plan to a new, smaller model of the same class, which plain transformers loads.
 
-The new model is built from the smaller config and its weights are slices of the old ones; the old model is not touched.
-What remains computes exactly what the old model would with the removed units' outputs held at zero.
+The new model is built from the smaller config and its weights are slices of the old ones, read one parameter at a
+time; the old model is not touched. What remains computes exactly what the old model would with the removed units'
+outputs held at zero.
 
 Hidden channels need care, since an RMSNorm divides by the root mean square over all d of them. With only d' left
 
@@ -9,36 +10,63 @@ Hidden channels need care, since an RMSNorm divides by the root mean square over
 
 so the norm's output is as before if eps is multiplied by d/d' (the plan does so) and the weight by sqrt(d/d'). Where a
 norm over each head's channels reads the same eps (Qwen3), the projection before it is multiplied by sqrt(d/d') instead,
-which that norm takes out again. The layout marks all these parameters with ``follows_norm_eps``.
+which that norm takes out again. A LayerNorm is treated alike; it also centres, over the channels that stay. Embeddings
+that the model multiplies by sqrt(d) (Gemma) are multiplied by sqrt(d/d'). The layout marks all these parameters with
+``grows``.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from math import sqrt
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from distill.core.errors import InputError
-from distill.pruning.layout import HEAD_AXES, Layout, Parameter, check, config_of
+from distill.pruning.layout import FIXED_AXES, Dimension, Layout, Parameter, check, config_of, spans
 from distill.pruning.plan import Plan
+from distill.pruning.tokens import renumbered
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
+
+    Read = Callable[[str], Tensor]
 
 Model = TypeVar("Model", bound="nn.Module")
 
 
 def apply(model: Model, plan: Plan, layout: Layout) -> Model:
-    """Cut a model down to a plan.
+    """Cut a model in memory down to a plan.
 
     Args:
-        model: a transformers causal language model; unchanged afterwards. Dtype, device, mode, attention
-            implementation and generation config carry over.
+        model: a transformers language model; unchanged afterwards. Dtype, device, mode, attention implementation and
+            generation config carry over.
         plan: made by :func:`distill.pruning.plan.plan` for this model.
         layout: the layout of its architecture.
 
     Raises:
         InputError: the plan is for another model, or the layout does not fit the model.
+        AssertionError: the result is not what the plan forecast; a defect of the layout.
+    """
+    some = next(model.parameters())
+    pruned = carve(model, plan, layout, lambda name: model.get_parameter(name).detach(), some.dtype)
+    return pruned.to(some.device)
+
+
+def carve(model: Model, plan: Plan, layout: Layout, read: Read, dtype: torch.dtype) -> Model:
+    """The pruned model, from weights that are read one at a time and may lie anywhere.
+
+    Args:
+        model: stands for the model that is cut: its class, shapes, config, generation config and mode; its weights are
+            not read and may be on the device "meta".
+        plan: made for this model.
+        layout: the layout of its architecture.
+        read: name of a parameter of ``model`` -> its value.
+        dtype: of the pruned model.
+
+    Raises:
+        InputError: the plan is for another model, or the layout or the config class refuses it.
         AssertionError: the result is not what the plan forecast; a defect of the layout.
     """
     import torch
@@ -47,65 +75,114 @@ def apply(model: Model, plan: Plan, layout: Layout) -> Model:
         raise InputError(
             f"the plan is for a {plan.model_type} of {plan.before}, got {sizes}; make a plan of this model"
         )
-    old_config: Any = model.config
-    config = type(old_config).from_dict({**config_of(model), **plan.config})
-    config._attn_implementation = old_config._attn_implementation
-    build: Any = type(model)
-    with torch.device("meta"):  # nothing is drawn at random only to be overwritten
-        pruned = build(config)
+    config = _smaller_config(model, plan)
     with torch.no_grad():
-        _fill(pruned, model, plan, layout)
-    pruned.tie_weights()
-    if getattr(model, "generation_config", None) is not None:
-        pruned.generation_config = copy.deepcopy(model.generation_config)
+        weights = {
+            name: cut(read(_old_name(parameter, layer, plan)).to(dtype), parameter, layer, plan, layout)
+            for name, layer, parameter in layout.named_parameters(config.to_dict())
+        }
+    # The loader of transformers fills an empty model, ties what is tied and computes the buffers of the smaller config.
+    build: Any = type(model)
+    pruned = build.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    pruned.name_or_path = pruned.config.name_or_path = config.name_or_path  # "None", after the file that there was not
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        pruned.generation_config = copy.deepcopy(generation)
+        if plan.vocabulary is not None:
+            pruned.generation_config.update(**renumbered(generation.to_dict(), plan.vocabulary))
     pruned.train(model.training)
-    _check_result(pruned, plan)
+    _check_result(pruned, plan, layout)
     return cast(Model, pruned)
 
 
-def _fill(pruned: nn.Module, model: nn.Module, plan: Plan, layout: Layout) -> None:
-    """Give the empty model its slices of the old one's parameters, and the old one's buffers."""
-    weights = {}
-    for name, layer, parameter in layout.named_parameters(config_of(pruned)):
-        old_name = name if layer is None else parameter.path.format(layer=plan.layers[layer])
-        weights[name] = _cut(model.get_parameter(old_name), parameter, layer, plan)
-    # A tied parameter has a second name, which stays empty until the weights are tied again.
-    second_names = pruned.state_dict().keys() - dict(pruned.named_parameters()).keys()
-    missing, unexpected = pruned.load_state_dict(weights, strict=False, assign=True)
-    if unexpected or not set(missing) <= second_names:
-        raise AssertionError(f"the layout of {plan.model_type} does not fill {missing} and names {unexpected}")
-    old_buffers = dict(model.named_buffers())
-    for name, buffer in pruned.named_buffers():
-        # Rotary frequencies depend on head_dim alone, and no axis cuts that; the old ones are also never on "meta".
-        old = old_buffers.get(name)
-        if old is None or old.shape != buffer.shape or name.startswith(layout.block.split("{")[0]):
-            raise AssertionError(f"the layout of {plan.model_type} does not know how to fill the buffer {name}")
-        path, _, last = name.rpartition(".")
-        setattr(pruned.get_submodule(path), last, old.clone())
+def _smaller_config(model: nn.Module, plan: Plan) -> Any:
+    old: Any = model.config
+    try:
+        config = type(old).from_dict({**config_of(model), **plan.config})
+    except ValueError as error:
+        raise InputError(f"the config class of {plan.model_type} refuses the plan: {error}") from error
+    config._attn_implementation = old._attn_implementation
+    return config
 
 
-def _cut(weight: Tensor, parameter: Parameter, layer: int | None, plan: Plan) -> Tensor:
-    """The slice of a parameter that stays; ``layer`` counts the layers that stay."""
-    import torch
+def _old_name(parameter: Parameter, layer: int | None, plan: Plan) -> str:
+    return parameter.path if layer is None else parameter.path.format(layer=plan.layers[layer])
 
-    result = weight.detach()
-    for dim, axis in enumerate(parameter.axes):
-        if axis in ("vocabulary", "head_dim"):
-            continue
-        kept = getattr(plan, axis) if axis == "hidden_channels" else getattr(plan, axis)[layer]
-        index = torch.tensor(kept, device=weight.device)
-        if axis in HEAD_AXES:
-            within = torch.arange(plan.before["head_dim"], device=weight.device)
-            index = (index.unsqueeze(1) * plan.before["head_dim"] + within).flatten()
-        result = result.index_select(dim, index)
-    if parameter.follows_norm_eps and plan.before["hidden_channels"] != plan.after["hidden_channels"]:
+
+def cut(weight: Tensor, parameter: Parameter, layer: int | None, plan: Plan, layout: Layout) -> Tensor:
+    """The part of a parameter that stays, in memory of its own.
+
+    Args:
+        weight: the unpruned parameter.
+        parameter: its row of the layout's table.
+        layer: counts the layers that stay; None outside of them.
+        plan: what stays.
+        layout: the layout of the architecture.
+    """
+    result = weight
+    for dim, dimension in enumerate(parameter.axes):
+        if parameter.axes[0] == "experts" and "mlp_neurons" in dimension:
+            result = _cut_neurons_of_experts(result, dim, dimension, layer or 0, plan)
+        else:
+            result = _cut_dimension(result, dim, dimension, layer, plan)
+    if plan.group_choice == "silence" and parameter.path == f"{layout.attention_out}.weight":
+        result = _silenced(result, parameter, layer or 0, plan)
+    if parameter.grows != "no" and plan.before["hidden_channels"] != plan.after["hidden_channels"]:
         # In fp32, so that a bfloat16 weight is rounded once.
         factor = sqrt(plan.before["hidden_channels"] / plan.after["hidden_channels"])
-        result = (result.float() * factor).to(weight.dtype)
-    return result.clone(memory_format=torch.contiguous_format)
+        one = 1.0 if parameter.grows == "one_plus_weight" else 0.0
+        result = ((result.float() + one) * factor - one).to(weight.dtype)
+    return result.clone() if result.data_ptr() == weight.data_ptr() else result.contiguous()
 
 
-def _check_result(pruned: nn.Module, plan: Plan) -> None:
+def _cut_dimension(weight: Tensor, dim: int, dimension: Dimension, layer: int | None, plan: Plan) -> Tensor:
+    """The entries along one dimension that stay, stretch by stretch."""
+    import torch
+
+    pieces = []
+    for span in spans(dimension, plan.before):
+        piece = weight.narrow(dim, span.start, span.length)
+        kept = tuple(range(span.units)) if span.axis in FIXED_AXES else plan.kept(span.axis, layer)
+        if kept != tuple(range(span.units)):
+            index = torch.tensor(kept, device=weight.device)
+            entries = (index.unsqueeze(1) * span.width + torch.arange(span.width, device=weight.device)).flatten()
+            piece = piece.index_select(dim, entries)
+        if span.axis == "kv_groups" and plan.group_choice == "pool":
+            runs = piece.float().unflatten(dim, (plan.after["kv_groups"], -1, span.width))
+            piece = runs.mean(dim + 1).flatten(dim, dim + 1).to(weight.dtype)
+        pieces.append(piece)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def _cut_neurons_of_experts(weight: Tensor, dim: int, dimension: Dimension, layer: int, plan: Plan) -> Tensor:
+    """The neurons that stay of each expert that stays; ``weight`` holds those experts alone."""
+    import torch
+
+    if plan.before["mlp_neurons"] == plan.after["mlp_neurons"]:
+        return weight
+    neurons = torch.tensor(plan.mlp_neurons[layer], device=weight.device) % plan.before["mlp_neurons"]
+    rows = neurons.unflatten(0, (plan.after["experts"], -1))
+    starts = [span.start for span in spans(dimension, plan.before)]
+    entries = torch.cat([rows + start for start in starts], 1)
+    return torch.stack([expert.index_select(dim - 1, kept) for expert, kept in zip(weight, entries, strict=True)])
+
+
+def _silenced(weight: Tensor, parameter: Parameter, layer: int, plan: Plan) -> Tensor:
+    """The output projection with zeros where silent heads enter."""
+    import torch
+
+    dim, head_dim = parameter.axes.index("attention_heads"), plan.before["head_dim"]
+    heads = torch.tensor(plan.silent_heads(layer), device=weight.device, dtype=torch.long)
+    entries = (heads.unsqueeze(1) * head_dim + torch.arange(head_dim, device=weight.device)).flatten()
+    return weight.index_fill(dim, entries, 0.0)
+
+
+def _check_result(pruned: nn.Module, plan: Plan, layout: Layout) -> None:
+    """Hold the pruned model against the plan: every parameter of the expected shape and filled, as many as forecast."""
+    try:
+        check(pruned, layout)
+    except InputError as error:
+        raise AssertionError(f"the pruned model is not what the plan says: {error}") from error
     got = sum(parameter.numel() for parameter in pruned.parameters())
     if got != plan.parameters:
         raise AssertionError(f"the pruned model has {got:,} parameters, the plan forecast {plan.parameters:,}")

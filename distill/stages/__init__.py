@@ -10,7 +10,8 @@ from distill.stages.finetune import Finetune
 from distill.stages.prune import Prune
 from distill.stages.quantize import Quantize
 from distill.stages.report import Report
+from distill.stages.sparsify import Sparsify
 
-STAGES = Family("stage", Finetune, Prune, CacheTeacher, Distill, Quantize, Evaluate, Export, Report)
+STAGES = Family("stage", Finetune, Prune, Sparsify, CacheTeacher, Distill, Quantize, Evaluate, Export, Report)
 
 __all__ = ["STAGES", "StageSpec"]

@@ -185,7 +185,14 @@ class StageContext:
         self.session.say(f"  {line}")
 
     def write_model(
-        self, save: Callable[[Path], None], *, kind: str, parent: str, teacher: str | None, figures: dict[str, Any]
+        self,
+        save: Callable[[Path], None],
+        *,
+        kind: str,
+        parent: str,
+        teacher: str | None,
+        figures: dict[str, Any],
+        mask: str | None = None,
     ) -> Artifact:
         """Write the stage's model folder, whole or not at all, with tokenizer and lineage.
 
@@ -195,6 +202,7 @@ class StageContext:
             parent: reference of the model that this one was made from.
             teacher: reference of the model that it learned from.
             figures: go into the lineage.
+            mask: see :class:`~distill.core.artifact.Lineage`.
         """
         from distill.models.load import licence_of
 
@@ -215,6 +223,7 @@ class StageContext:
                     licence=line.licence if line else licence_of(above.location),
                     input_hash=self.input_hash,
                     figures=figures,
+                    mask=mask,
                 ),
             )
         return artifact

@@ -18,7 +18,7 @@ from distill.core.artifact import replacing
 from distill.core.errors import InputError
 from distill.data.teacher_cache import CODECS, Hidden, TopK
 from distill.data.teacher_cache.base import CodecSpec
-from distill.losses import LossSpec
+from distill.losses import AnyLossSpec, LossSpec, states
 from distill.losses.sparse import refusal
 from distill.stages.base import StageContext, StageSpec
 from distill.training.spec import DistillSpec
@@ -61,9 +61,11 @@ class CacheTeacher(StageSpec):
         """The teacher."""
         return [(("teacher",), self.teacher)]
 
-    def refuses(self, losses: Sequence[LossSpec]) -> str | None:
+    def refuses(self, losses: Sequence[AnyLossSpec]) -> str | None:
         """Why a stage with these losses cannot learn from this cache, as one line; None when it can."""
-        return None if self.codec.whole else refusal(losses)
+        if why := states.refusal(losses):
+            return why
+        return None if self.codec.whole else refusal([loss for loss in losses if isinstance(loss, LossSpec)])
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Fill the cache with what the stages after this one will use."""

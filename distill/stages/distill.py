@@ -42,18 +42,21 @@ class Distill(DistillSpec, StageSpec):
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Train, then write the student."""
-        from distill.stages.train import save_plain, stored_dtype_of, train
+        from distill.stages.train import hold_mask, save_plain, stored_dtype_of, train
         from distill.training.assemble import assemble, disassemble
 
         start = starting_model(context, self.student, self.weights)
         dtype = stored_dtype_of(context.session.artifact(self.student).location, self.save_dtype)
+        pretrained = self.weights == "pretrained"
+        mask = hold_mask(context, self.student, start, lora=self.lora is not None) if pretrained else None
         student = assemble(start, lora=self.lora, gradient_checkpointing=context.session.compute.gradient_checkpointing)
-        figures = train(context, student, self.losses, self, teacher=self.teacher)
+        figures = train(context, student, self.losses, self, teacher=self.teacher, start=self.student)
         context.write_model(
             save_plain(disassemble(student), dtype),
             kind=self.kind,
             parent=self.student,
             teacher=context.session.teacher_behind(self.student if self.teacher == SELF else self.teacher),
             figures=figures,
+            mask=mask,
         )
         return figures

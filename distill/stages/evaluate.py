@@ -94,6 +94,7 @@ class Evaluate(StageSpec):
         from distill.evaluation.quality import measure_quality
         from distill.models.load import load_config, low_bit_scheme
         from distill.models.size import measure_size
+        from distill.pruning.mask import nonzero_share
         from distill.stages.train import check_speaks
 
         artifact, corpus = context.session.artifact(reference), context.session.corpus()
@@ -101,6 +102,8 @@ class Evaluate(StageSpec):
         model = teacher if reference == self.teacher else self._load(context, artifact.location)
         quality = measure_quality(model, teacher, corpus.validation_loader(self.batch_size), corpus.validation_bytes)
         size = measure_size(local_folder(artifact))
+        lineage = artifact.lineage()
+        masked = lineage is not None and lineage.mask is not None
         return Row(
             name=reference,
             role=self._role(reference),
@@ -108,6 +111,7 @@ class Evaluate(StageSpec):
             parameters=size.parameters,
             non_embedding_parameters=size.non_embedding_parameters,
             weight_bytes=size.weight_bytes,
+            nonzero_share=nonzero_share(model) if masked else None,
             bits_per_parameter=size.bits_per_parameter,
             perplexity=quality.perplexity,
             loss_nats=quality.loss_nats,
@@ -179,6 +183,7 @@ def _history(context: StageContext, reference: str, artifact: Artifact) -> dict[
         "kind": lineage.kind,
         "parent": lineage.parent if getattr(context.session.stages[reference], "weights", "") != "random" else None,
         "scheme": figures.get("scheme"),
+        "notes": f"mask {lineage.mask}, stored and run as dense" if lineage.mask else "",
         "training_tokens": figures.get("training_tokens", 0),
         "training_seconds": figures.get("training_seconds", 0.0),
     }

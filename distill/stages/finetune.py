@@ -40,17 +40,25 @@ class Finetune(BudgetSpec, StageSpec):
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Train, then write the model."""
-        from distill.stages.train import save_plain, stored_dtype_of, train
+        from distill.stages.train import hold_mask, save_plain, stored_dtype_of, train
         from distill.training.assemble import assemble, disassemble
 
         start = starting_model(context, self.model, self.weights)
         location = context.session.artifact(self.model).location if isinstance(self.model, str) else None
         dtype = stored_dtype_of(location, self.save_dtype) if location else self.save_dtype.replace("auto", "float32")
+        mask = None
+        if isinstance(self.model, str) and self.weights == "pretrained":
+            mask = hold_mask(context, self.model, start, lora=self.lora is not None)
         student = assemble(start, lora=self.lora, gradient_checkpointing=context.session.compute.gradient_checkpointing)
         figures = train(context, student, [CrossEntropy()], self, teacher=None)
         parent = self.model if isinstance(self.model, str) else "a new model"
         context.write_model(
-            save_plain(disassemble(student), dtype), kind=self.kind, parent=parent, teacher=None, figures=figures
+            save_plain(disassemble(student), dtype),
+            kind=self.kind,
+            parent=parent,
+            teacher=None,
+            figures=figures,
+            mask=mask,
         )
         return figures
 

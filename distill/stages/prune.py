@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from distill.core.artifact import write_bytes, write_text
+from distill.core.errors import InputError
 from distill.pruning import CRITERIA, Activation, BlockInfluence
 from distill.pruning.base import CriterionSpec, Scores
-from distill.pruning.keep import KeepSpec
+from distill.pruning.keep import AXIS_OF_KEY, KeepSpec
 from distill.stages.base import StageContext, StageSpec
+from distill.stages.scoring import scores_of, write
+
+if TYPE_CHECKING:
+    from distill.pruning.layout import Layout
+    from distill.stages.report_page.plots import Plot
 
 PLAN = "plan.json"
 SCORES = "scores.safetensors"
 
 
 class Prune(StageSpec):
-    """Cut layers, MLP neurons, attention heads and hidden channels; the result is a smaller plain model."""
+    """Cut layers, MLP neurons, heads, KV groups, hidden channels and experts; the result is a smaller plain model."""
 
     makes_model: ClassVar[bool] = True
 
@@ -28,7 +35,9 @@ class Prune(StageSpec):
     keep: KeepSpec
     """Sizes that stay; what is not named stays whole."""
     criterion: Annotated[CriterionSpec, CRITERIA] = Activation()
-    """How neurons, heads and hidden channels are scored."""
+    """How neurons, heads, hidden channels and experts are scored."""
+    mlp_criterion: Annotated[CriterionSpec, CRITERIA] | None = None
+    """How MLP neurons are scored, where otherwise than by criterion; null is by criterion."""
     depth_criterion: Annotated[CriterionSpec, CRITERIA] = BlockInfluence()
     """How layers are scored, where keep lowers their number."""
     calibration_batch_size: int = Field(8, ge=1)
@@ -38,26 +47,26 @@ class Prune(StageSpec):
 
     @model_validator(mode="after")
     def _criteria_score_what_is_cut(self) -> Prune:
-        for key, axes in (("criterion", self._width_axes()), ("depth_criterion", self._depth_axes())):
+        choices = self._choices()
+        for axis, key in choices.items():
             criterion: CriterionSpec = getattr(self, key)
-            lacking = [axis for axis in axes if axis not in criterion.axes]
-            if lacking:
-                raise ValueError(f"{key}: {criterion.kind} does not score {', '.join(lacking)}; choose another")
-            if key in self.model_fields_set and not axes and criterion != type(self).model_fields[key].default:
+            if axis not in criterion.axes:
+                raise ValueError(f"{key}: {criterion.kind} does not score {axis}; choose another")
+        for key in ("criterion", "mlp_criterion", "depth_criterion"):
+            given = key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default
+            if given and key not in choices.values():
                 raise ValueError(f"{key} has no effect: keep cuts nothing that it scores")
         return self
 
-    def _width_axes(self) -> list[str]:
-        keys = {
-            "hidden_size": "hidden_channels",
-            "intermediate_size": "mlp_neurons",
-            "num_attention_heads": "attention_heads",
-            "num_key_value_heads": "kv_groups",
-        }
-        return [axis for key, axis in keys.items() if getattr(self.keep, key) is not None]
-
-    def _depth_axes(self) -> list[str]:
-        return ["layers"] if self.keep.num_hidden_layers is not None else []
+    def _choices(self) -> dict[str, str]:
+        """Axis that is cut by score -> key of the criterion that scores it."""
+        cut = {axis for key, axis in AXIS_OF_KEY.items() if getattr(self.keep, key) is not None}
+        if self.keep.group_choice == "pool":
+            cut.discard("kv_groups")
+        special = {"layers": "depth_criterion"}
+        if self.mlp_criterion is not None:
+            special["mlp_neurons"] = "mlp_criterion"
+        return {axis: special.get(axis, "criterion") for axis in AXIS_OF_KEY.values() if axis in cut}
 
     def references(self) -> list[tuple[tuple[str | int, ...], str]]:
         """The model that is cut."""
@@ -65,29 +74,34 @@ class Prune(StageSpec):
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Score, plan, cut, and write the smaller model with its scores and plan."""
-        from safetensors.torch import save
+        import torch
 
         from distill.models.layouts import layout_for
-        from distill.models.load import load_config, load_model, move
-        from distill.pruning.layout import config_of
+        from distill.models.load import load_config
+        from distill.models.shards import carve_folder
         from distill.pruning.plan import plan
-        from distill.pruning.surgery import apply
-        from distill.stages.train import check_packing, check_speaks, save_plain, stored_dtype_of
+        from distill.pruning.select import target_sizes
+        from distill.stages.train import check_speaks, save_plain, stored_dtype_of
 
         location = context.session.artifact(self.model).location
         dtype = stored_dtype_of(location, self.save_dtype)
         check_speaks(context, location)
-        layout = layout_for(load_config(location).model_type)
-        model = check_packing(
-            context, load_model(location, dtype="float32" if self._device(context) == "cpu" else "auto")
-        )
-        scores = self._scores(context, model, layout)
-        the_plan = plan(scores, self.keep, layout, config_of(model))
+        lineage = context.session.artifact(self.model).lineage()
+        if lineage is not None and lineage.mask is not None:
+            raise InputError(
+                f"{self.model}: its weights are masked ({lineage.mask}), which a cut would break; cut first, mask then"
+            )
+        config = load_config(location)
+        layout = layout_for(config.model_type)
+        target_sizes(self.keep, config.to_dict(), layout)  # what cannot be is refused before anything is computed
+        scores = self._scores(context, location, layout, layout.sizes(config.to_dict())["layers"])
+        the_plan = plan(scores, self.keep, layout, config.to_dict())
         for line in the_plan.summary():
             context.say(line)
-        pruned = apply(move(model, "cpu"), the_plan, layout)
-        write_bytes(context.folder / SCORES, save({axis: t.contiguous() for axis, t in scores.tensors().items()}))
+        pruned = carve_folder(location, the_plan, layout, getattr(torch, dtype))
         write_text(context.folder / PLAN, json.dumps(the_plan.to_dict()))
+        for plot in score_plots_of(context.folder, context.name):
+            write_bytes(context.folder / f"{plot.name}.png", plot.png)
         figures = {
             "parameters_before": the_plan.parameters_before,
             "parameters": the_plan.parameters,
@@ -96,27 +110,31 @@ class Prune(StageSpec):
         context.write_model(save_plain(pruned, dtype), kind=self.kind, parent=self.model, teacher=None, figures=figures)
         return figures
 
-    def _device(self, context: StageContext) -> str:
-        from distill.training.trainer import resolve_device
-
-        return resolve_device(context.session.compute)
-
-    def _scores(self, context: StageContext, model: Any, layout: Any) -> Scores:
-        """Forward passes over the calibration set, for the axes that are cut and no others."""
-        from distill.models.load import move
-
-        corpus = context.session.corpus()
-        wanted = [
-            c for c, axes in ((self.criterion, self._width_axes()), (self.depth_criterion, self._depth_axes())) if axes
-        ]
-        scores = Scores()
-        if not wanted:
-            return scores
-        move(model, self._device(context))
-        batches = list(corpus.calibration_loader(batch_size=self.calibration_batch_size))
-        for criterion in wanted:
-            found = criterion.score(model, layout, batches).tensors()
-            cut = {*self._width_axes()} if criterion is self.criterion else {*self._depth_axes()}
-            scores = scores.merge(Scores(**{axis: tensor for axis, tensor in found.items() if axis in cut}))
-        context.say(f"scored {', '.join(scores.tensors())} on {sum(len(b['mask']) for b in batches)} sequences")
+    def _scores(self, context: StageContext, location: str, layout: Layout, num_layers: int) -> Scores:
+        """Scores of the axes that are cut, into the stage's folder; forward passes only where none were made before."""
+        choices = self._choices()
+        if not choices:
+            return Scores()
+        keys = list(dict.fromkeys(choices.values()))
+        criteria = [getattr(self, key).fitted_to(self.keep, num_layers) for key in keys]
+        found, about = scores_of(context, location, criteria, layout, self.calibration_batch_size)
+        tensors: dict[str, Any] = {}
+        for axis, key in choices.items():
+            scored = found[keys.index(key)].tensors()
+            tensors |= {name: scored[name] for name in (axis, "layer_blocks") if name in scored}
+        scores = Scores(**tensors)
+        write(context.folder / SCORES, scores, about | {key: criteria[i].kind for i, key in enumerate(keys)})
         return scores
+
+
+def score_plots_of(folder: Path, name: str) -> list[Plot]:
+    """The pictures of a finished stage's scores, with what its plan keeps; none where nothing was scored."""
+    from safetensors.torch import load_file
+
+    from distill.pruning.plan import Plan
+    from distill.stages.report_page.score_plots import score_plots
+
+    if not (folder / SCORES).is_file():
+        return []
+    the_plan = Plan.from_dict(json.loads((folder / PLAN).read_text(encoding="utf-8")))
+    return score_plots(name, Scores(**load_file(folder / SCORES)), the_plan)

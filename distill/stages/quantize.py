@@ -39,7 +39,9 @@ class Quantize(DistillSpec, StageSpec):
     def _nothing_without_effect(self) -> Quantize:
         if not self.trains():
             idle = [
-                key for key in ("losses", "lora", "optimizer") if key in self.model_fields_set and getattr(self, key)
+                key
+                for key in ("losses", "on_policy", "lora", "optimizer")
+                if key in self.model_fields_set and getattr(self, key)
             ]
             idle = [key for key in idle if getattr(self, key) != type(self).model_fields[key].default]
             if idle:
@@ -69,7 +71,7 @@ class Quantize(DistillSpec, StageSpec):
         from distill.exporters.huggingface import verify
         from distill.models.load import load_config, load_model, low_bit_scheme, move
         from distill.quantization.convert import round_unquantized
-        from distill.stages.train import check_speaks, stored_dtype_of, train
+        from distill.stages.train import check_speaks, hold_mask, stored_dtype_of, train
         from distill.training.assemble import assemble, disassemble
 
         location = context.session.artifact(self.student).location
@@ -78,13 +80,16 @@ class Quantize(DistillSpec, StageSpec):
                 f"{self.student}: its weights are low-bit already; quantize the model that it was made from"
             )
         check_speaks(context, location)
+        start = load_model(location, dtype="float32")
+        mask = hold_mask(context, self.student, start, lora=self.lora is not None)
         student = assemble(
-            load_model(location, dtype="float32"),
+            start,
             quantizer=self.quantizer,
             lora=self.lora,
             gradient_checkpointing=context.session.compute.gradient_checkpointing and self.trains(),
         )
-        figures = train(context, student, self.losses, self, teacher=self.teacher if self.trains() else None)
+        teacher = self.teacher if self.trains() else None
+        figures = train(context, student, self.losses, self, teacher=teacher, start=self.student)
         model = move(disassemble(student), "cpu")  # merged where it was trained: elsewhere the bits may differ
         dtype = torch.float32 if stored_dtype_of(location, "auto") == "float32" else torch.bfloat16
         round_unquantized(model, dtype)
@@ -106,6 +111,7 @@ class Quantize(DistillSpec, StageSpec):
             if self.trains()
             else None,
             figures=figures | {"scheme": self.quantizer.label()},
+            mask=mask,
         )
         size, worst = measured["share_of_bfloat16"], measured["verified_worst_kl"]
         context.say(

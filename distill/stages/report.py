@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from distill.core.run import Run
+from distill.core.run import Done, Run
 from distill.stages.base import StageContext, StageSpec
 from distill.stages.evaluate import Evaluate, measured_rows
-from distill.stages.prune import Prune
+from distill.stages.prune import Prune, score_plots_of
 
 PROMPTS = ("The ", "In the beginning", "def main(")
 
@@ -46,9 +46,11 @@ class Report(StageSpec):
         if not rows:
             raise InputError("there is nothing to report: no evaluate stage stands before this one")
         answers = self._answers(context, rows)
-        page = write_report(
-            rows, loss_curves(session.run, session.stages), answers, self._facts(context, rows), context.folder
-        )
+        curves = loss_curves(session.run, session.stages)
+        cuts = {
+            name: score_plots_of(session.run.stage(name), name) for name in session.stages if self._cut(context, name)
+        }
+        page = write_report(rows, curves, answers, self._facts(context, rows), context.folder, cuts)
         if session.logger() is not None:
             from distill.tracking.wandb import log_tradeoff
 
@@ -76,6 +78,10 @@ class Report(StageSpec):
             simulated=[row.name for row in rows if row.kernel == "simulated"],
         )
 
+    def _cut(self, context: StageContext, name: str) -> Done | None:
+        """What a prune stage that is finished left; None for any other stage."""
+        return context.session.run.done(name) if isinstance(context.session.stages[name], Prune) else None
+
     def _facts(self, context: StageContext, rows: list[Any]) -> Any:
         from distill.core.versions import versions
         from distill.stages.report_page.write import RunFacts
@@ -90,9 +96,8 @@ class Report(StageSpec):
         measured = next((row for row in rows if row.device), rows[0])
         corpus = session.corpus()
         pruning = []
-        for name, stage in session.stages.items():
-            done = session.run.done(name)
-            if isinstance(stage, Prune) and done is not None:
+        for name in session.stages:
+            if done := self._cut(context, name):
                 pruning += [f"{name}: {line}" for line in done.figures["plan"]]
         return RunFacts(
             name=session.recipe,

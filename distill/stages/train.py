@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from distill.core.errors import InputError
-from distill.losses.base import LossSpec
+from distill.losses.base import AnyLossSpec
 from distill.stages.base import SELF, StageContext
 from distill.training.spec import BudgetSpec
 
@@ -14,11 +15,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from distill.training.assemble import Student
+    from distill.training.on_policy import OnPolicy
     from distill.training.teacher import Teacher
 
 
 def train(
-    context: StageContext, student: Student, losses: list[LossSpec], budget: BudgetSpec, *, teacher: str | None
+    context: StageContext,
+    student: Student,
+    losses: Sequence[AnyLossSpec],
+    budget: BudgetSpec,
+    *,
+    teacher: str | None,
+    start: str | None = None,
 ) -> dict[str, Any]:
     """Train an assembled student in place, from the stage's last checkpoint if there is one.
 
@@ -28,11 +36,13 @@ def train(
         losses: at least one.
         budget: how long; a budget of 0 does nothing.
         teacher: reference of the frozen teacher or of its cache, "self", or None.
+        start: reference of the model that the student starts from, or None without a teacher.
 
     Returns:
         Figures: steps, tokens, seconds of training, tokens a second.
     """
     from distill.stages.cache_teacher import open_cache
+    from distill.stages.origin import origin_of
     from distill.training.live_teacher import LiveTeacher
     from distill.training.module import DistillationModule
     from distill.training.own_weights import OwnWeights
@@ -58,9 +68,13 @@ def train(
         student.model,
         losses,
         source,
+        on_policy=open_on_policy(context, budget, student.model, source, teacher),
         optimizer=budget.optimizer,
         num_steps=num_steps,
+        origin=origin_of(session, start, teacher) if start is not None and teacher is not None else None,
     )
+    for line in module.states.summary() if module.states is not None else ():
+        context.say(line)
     started = time.perf_counter()
     fit(
         module,
@@ -77,7 +91,8 @@ def train(
         say=session.say,
     )
     seconds = time.perf_counter() - started
-    tokens = round(num_steps * budget.batch_size * tokens_per_sequence)
+    planned = round(num_steps * budget.batch_size * tokens_per_sequence)
+    tokens = planned if module.on_policy is None else int(module.tokens_read)
     return {"training_steps": num_steps, "training_tokens": tokens, "training_seconds": round(seconds, 1)}
 
 
@@ -104,6 +119,43 @@ def check_own_teacher(teacher: str, lora: object, *, silent: bool) -> None:
             "teacher: self teaches nothing here, as student and teacher start the same; add a loss on the text "
             "(cross_entropy) or name another teacher"
         )
+
+
+def open_on_policy(
+    context: StageContext, budget: BudgetSpec, student: PreTrainedModel, teacher: Teacher | None, reference: str | None
+) -> OnPolicy | None:
+    """What writes the student's own sequences, when the stage asks for them.
+
+    Args:
+        context: of the stage.
+        budget: of the stage.
+        student: what is trained.
+        teacher: what it learns from.
+        reference: the teacher's, in the recipe.
+
+    Raises:
+        InputError: student, teacher and the run's tokenizer do not end a text alike.
+    """
+    from distill.data.tokenizer import load_tokenizer
+    from distill.training.ends import agreed_ends
+    from distill.training.on_policy import OnPolicy
+    from distill.training.spec import DistillSpec
+
+    if not isinstance(budget, DistillSpec) or budget.on_policy is None:
+        return None
+    tokenizer, session = context.session.tokenizer(), context.session
+    end: int = tokenizer.eos_token_id
+    ours = theirs = student.generation_config.eos_token_id
+    if teacher is not None and teacher.model is not None and teacher.model is not student:
+        theirs = teacher.model.generation_config.eos_token_id
+        written = load_tokenizer(session.artifact(str(reference)).location).eos_token_id
+        if written != end:
+            raise InputError(
+                f"on_policy: the run's tokenizer ends a text with token {end}, the teacher's with {written}; "
+                "set data.tokenizer: teacher, or mend eos_token in the teacher's tokenizer_config.json"
+            )
+    ends = agreed_ends(ours, theirs, end)
+    return OnPolicy(budget.on_policy, seed=session.seed, ends=ends, vocabulary=len(tokenizer))
 
 
 def load_frozen(context: StageContext, reference: str) -> PreTrainedModel:
@@ -168,6 +220,36 @@ def check_context_length(model: PreTrainedModel, length: int, what: str = "data.
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise InputError(f"{what} ({length}) is longer than the model's {limit} positions; lower it")
+
+
+def hold_mask(context: StageContext, reference: str, model: PreTrainedModel, *, lora: bool) -> str | None:
+    """Hold the zeros of a masked model through the training to come; nothing to do where there is no mask.
+
+    Args:
+        context: of the stage.
+        reference: of the model that training starts from.
+        model: that model, before anything is wrapped.
+        lora: whether adapters are to be trained.
+
+    Returns:
+        The mask in words, for the lineage of what is made, or None.
+
+    Raises:
+        InputError: adapters would fill the zeros when they are merged.
+    """
+    lineage = context.session.artifact(reference).lineage()
+    if lineage is None or lineage.mask is None:
+        return None
+    if lora:
+        raise InputError(
+            f"{reference}: its weights are masked ({lineage.mask}), and a merged adapter would fill the zeros; "
+            "train the weights (no lora), or mask after this stage"
+        )
+    from distill.models.layouts import layout_for
+    from distill.pruning.mask import hold_zeros, masked_layers
+
+    hold_zeros(masked_layers(model, layout_for(model.config.model_type)))
+    return lineage.mask
 
 
 def save_plain(model: PreTrainedModel, stored_dtype: str) -> Any:

@@ -66,6 +66,7 @@ COLUMNS = (
     Column("non_embedding_parameters", "Non-embedding", "M", 1e-6),
     Column("weight_bytes", "On disk", "MB", 1e-6),
     Column("bits_per_parameter", "Bits per parameter", "bit"),
+    Column("nonzero_share", "Not zero", "%", 100, compare=False, style=lambda value: f"{value:.1f}"),
     Column("perplexity", "Perplexity", ""),
     Column("loss_nats", "Loss", "nats/token", style=lambda value: f"{value:.3f}"),
     Column("bits_per_byte", "Bits per byte", "bit"),

@@ -40,6 +40,7 @@ class Row:
         notes: a few words for the table.
         parameters: logical parameters; non_embedding_parameters: without embedding and head.
         weight_bytes: weight files on disk; bits_per_parameter: their mean width.
+        nonzero_share: of the parameters of a masked model, those that are not zero; None without a mask.
         perplexity, loss_nats, bits_per_byte, kl_to_teacher, top1_agreement: as in ``evaluation.quality``.
         prefill_ms, decode_tokens_per_s: medians of the least disturbed round; decode_tokens_per_s_p90: its slow tenth.
         peak_memory_bytes: of the whole process or device; memory_above_start_bytes: what the model added to it.
@@ -58,6 +59,7 @@ class Row:
     non_embedding_parameters: int | None = None
     weight_bytes: int | None = None
     bits_per_parameter: float | None = None
+    nonzero_share: float | None = None
     perplexity: float | None = None
     loss_nats: float | None = None
     bits_per_byte: float | None = None

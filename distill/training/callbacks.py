@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from distill.core.errors import DistillError, Interrupted
+from distill.training.alarms import Alarms
 from distill.training.checkpoint import checkpoint_path, rotate
 from distill.training.metrics import MetricsLog
 from distill.training.module import DistillationModule
@@ -68,20 +69,32 @@ class Waited:
 class Record(StepEnd):
     """Rows of metrics to disk and, through Lightning's logger, to W&B.
 
-    The losses are read from the device only every ``every`` steps; nothing else synchronises.
+    The losses are read from the device only every ``every`` steps; nothing else synchronises. Speed is in tokens that a
+    loss was taken from: filling and prompts that do not count are no work done.
     """
 
-    def __init__(self, metrics: MetricsLog, name: str, data: Waited, *, every: int, tokens_per_step: float):
+    def __init__(
+        self,
+        metrics: MetricsLog,
+        name: str,
+        data: Waited,
+        *,
+        every: int,
+        tokens_per_step: float,
+        alarms: Alarms | None = None,
+    ):
         super().__init__()
         self.data = data
         self.name = name
         self.metrics, self.every, self.tokens_per_step = metrics, every, tokens_per_step
+        self.alarms = alarms
         self.latest: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start the clock."""
         super().on_train_start(trainer, module)
-        self._since, self._at = time.perf_counter(), trainer.global_step
+        self._since = time.perf_counter()
+        self._counted = cast(DistillationModule, module).counted_tokens()  # of steps before a kill
         self.data.waited_s = 0.0
         self._flops_per_token = flops_per_token(cast(DistillationModule, module))
         self._peak_flops = get_available_flops(module.device, _arithmetic(trainer))
@@ -90,14 +103,15 @@ class Record(StepEnd):
         """Write a row when it is due."""
         if step % self.every and step != trainer.max_steps:
             return
+        tokens, self._counted = module.counted_tokens() - self._counted, 0
         terms = module.drain_terms()
         for name, value in terms.items():
             if not math.isfinite(value):
                 raise diverged(f"{name} is {value}", step)
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
-        speed = (step - self._at) * self.tokens_per_step / seconds
-        row = {f"train/{name}": value for name, value in terms.items()} | {
+        speed = tokens * trainer.world_size / seconds
+        row = {name if "/" in name else f"train/{name}": value for name, value in terms.items()} | {
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "perf/tokens_per_s": speed,
             "perf/data_wait_share": self.data.waited_s / seconds,
@@ -106,8 +120,10 @@ class Record(StepEnd):
         }
         if self._peak_flops:
             row["perf/mfu"] = speed * self._flops_per_token / self._peak_flops
-        self._since, self._at, self.data.waited_s = now, step, 0.0
+        self._since, self.data.waited_s = now, 0.0
         self._write(trainer, step, row)
+        if self.alarms is not None:
+            self.alarms.look(row, step)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         """A row of validation losses."""
@@ -124,9 +140,13 @@ class Record(StepEnd):
         if hasattr(self, "_since"):
             self._since += time.perf_counter() - self._paused
 
+    def _tokens(self, module: Any, step: int) -> int:
+        """Tokens trained on after ``step`` steps; own sequences are counted, as their length is not known before."""
+        return round(step * self.tokens_per_step) if module.on_policy is None else int(module.tokens_read)
+
     def _write(self, trainer: pl.Trainer, step: int, row: dict[str, float]) -> None:
         self.latest |= row
-        row = {"step": step, "tokens": round(step * self.tokens_per_step), **row}
+        row = {"step": step, "tokens": self._tokens(trainer.lightning_module, step), **row}
         self.metrics.write(row)
         if trainer.logger is not None:
             trainer.logger.log_metrics({f"{self.name}/{key}": value for key, value in row.items()}, step=step)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,24 @@ import torch
 from torch import Tensor
 
 from distill.core.batch import model_inputs
-from distill.losses import CrossEntropy, LossSpec, LossTerm
-from distill.losses.head import head_losses
+from distill.core.errors import InputError
+from distill.losses import AnyLossSpec, CrossEntropy, LossSpec, LossTerm, StateLossSpec
+from distill.losses.head import KL, head_losses
+from distill.losses.states import refusal
 from distill.models.head import check_head, hidden_states, output_head
 from distill.training.live_teacher import LiveTeacher
+from distill.training.on_policy import OnPolicy
 from distill.training.spec import OptimizerSpec
+from distill.training.state_losses import StateLosses
 from distill.training.teacher import Teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from distill.pruning.origin import Origin
+
 Batch = dict[str, Tensor]
+Losses = Sequence[tuple[str, AnyLossSpec]]
 
 
 class DistillationModule(pl.LightningModule):
@@ -35,12 +43,18 @@ class DistillationModule(pl.LightningModule):
 
     Args:
         student: causal language model; its parameters that require gradients are trained.
-        losses: at least one; those that need a teacher need ``teacher``.
+        losses: at least one on the predictions; those that need a teacher need ``teacher``.
         teacher: a model over the same tokens, which is frozen here, or another source of signal. It stays outside the
             module tree: never in a checkpoint, an optimizer or ``train()``.
+        on_policy: writes the student's own sequences, which some steps learn from in place of the text; unset is off.
         optimizer: AdamW and its schedule.
         num_steps: length of the schedules (learning rate, and any setting of a loss) in optimizer steps; unset: as
             many as the Trainer will make.
+        origin: where a student that was cut out of the teacher has its layers and channels from, for losses on inner
+            states; None when it was not, or when there are none.
+
+    Attributes:
+        tokens_read: int64 scalar, with ``on_policy`` the tokens that this rank has trained on so far, without filling.
 
     Batches are dicts with ``input_ids`` int64 [batch, sequence] and ``mask`` bool [batch, sequence], True where the
     prediction made at a position (of the next token) counts; the last position never does. With ``position_ids`` int64
@@ -50,15 +64,17 @@ class DistillationModule(pl.LightningModule):
     def __init__(
         self,
         student: PreTrainedModel,
-        losses: Sequence[LossSpec],
+        losses: Sequence[AnyLossSpec],
         teacher: PreTrainedModel | Teacher | None = None,
         *,
+        on_policy: OnPolicy | None = None,
         optimizer: OptimizerSpec | None = None,
         num_steps: int | None = None,
+        origin: Origin | None = None,
     ):
         super().__init__()
-        if not losses:
-            raise ValueError("no loss to train on; give at least one")
+        if not any(isinstance(loss, LossSpec) for loss in losses):
+            raise ValueError("no loss on the predictions to train on; give at least one")
         if teacher is None and any(loss.needs_teacher for loss in losses):
             raise ValueError(f"{[loss.kind for loss in losses if loss.needs_teacher]} need a teacher")
         self.student = student
@@ -66,40 +82,82 @@ class DistillationModule(pl.LightningModule):
         self.optimizer_spec = optimizer or OptimizerSpec()
         self.num_steps = num_steps
         self.teacher = LiveTeacher(teacher) if isinstance(teacher, torch.nn.Module) else teacher
+        self.on_policy = on_policy
+        self.tokens_read = torch.zeros((), dtype=torch.int64)
         self._step_tokens = torch.zeros((), dtype=torch.int64)
+        self._step_sequences = 0
         self._terms: dict[str, LossTerm] = {}
         self._settings: dict[str, float] = {}
         self._rng: dict[str, Any] | None = None
         check_head(student)
         if self.teacher is not None:
-            self.teacher.check(losses)
+            self.teacher.check([loss for loss in losses if isinstance(loss, LossSpec)])
+        inner = [loss for loss in losses if isinstance(loss, StateLossSpec)]
+        self.states: StateLosses | None = None
+        if inner and self.teacher is not None:
+            if self.teacher.model is None:
+                raise InputError(f"losses: {refusal(inner)}")
+            self.states = StateLosses(inner, student, self.teacher.model, origin)
+        if on_policy is not None and (self.teacher is None or self.teacher.model is None):
+            raise InputError(
+                "on_policy needs a teacher that runs, as nobody has written down what one says of sequences that do "
+                "not exist yet; name the model itself as teacher, or remove on_policy"
+            )
+        if on_policy is not None and all(loss.needs_text for loss in losses if isinstance(loss, LossSpec)):
+            raise InputError("on_policy needs a loss that does without the text's next token, such as reverse_kl")
 
     def on_fit_start(self) -> None:
         """Make the teacher ready for the student's device, and forget a step that was broken off."""
         self.on_validation_start()
         self._step_tokens = torch.zeros_like(self._step_tokens, device=self.device)
+        self.tokens_read = self.tokens_read.to(self.device)
+        self._step_sequences = 0
 
     def on_validation_start(self) -> None:
         """Make the teacher ready for the student's device."""
         if self.teacher is not None:
             self.teacher.move(self.device)
 
-    def batch_losses(self, batch: Batch, losses: Sequence[tuple[str, LossSpec]]) -> tuple[Tensor, dict[str, LossTerm]]:
+    def batch_losses(self, batch: Batch, losses: Losses) -> tuple[Tensor, dict[str, LossTerm]]:
         """Weighted sum of the losses over a batch, and each term; see :func:`distill.losses.head.head_losses`."""
         input_ids, mask = batch["input_ids"], batch["mask"]
-        signal = self.teacher.signal(batch) if self.teacher is not None else None
-        hidden = hidden_states(self.student, **model_inputs(batch))
-        return head_losses(hidden, output_head(self.student), signal, input_ids.roll(-1, dims=1), mask, losses)
+        inner = [(name, loss) for name, loss in losses if isinstance(loss, StateLossSpec)]
+        states = self.states if inner else None
+        with states.teacher.recording() if states else nullcontext():
+            signal = self.teacher.signal(batch) if self.teacher is not None else None
+        with states.student.recording() if states else nullcontext():
+            hidden = hidden_states(self.student, **model_inputs(batch))
+        outer = [(name, loss) for name, loss in losses if isinstance(loss, LossSpec)]
+        total, terms = head_losses(hidden, output_head(self.student), signal, input_ids.roll(-1, dims=1), mask, outer)
+        if states:
+            more, inner_terms = states(batch, inner)
+            total, terms = total + more, terms | inner_terms
+        return total, terms
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """One micro-batch: the sum of its losses over its tokens (not their mean)."""
-        total, terms = self.batch_losses(batch, self._losses_now())
+        losses = self._losses_now()
+        if self.on_policy is None:
+            total, terms = self.batch_losses(batch, losses)
+        else:
+            batch, total, terms = self._turn(self.on_policy, batch, losses)
         self._step_tokens += batch["mask"].sum()
         for name, term in terms.items():
             self._terms[name] = self._terms[name] + term if name in self._terms else term
         return total
 
-    def _losses_now(self) -> list[tuple[str, LossSpec]]:
+    def _turn(self, policy: OnPolicy, batch: Batch, losses: Losses) -> tuple[Batch, Tensor, dict[str, LossTerm]]:
+        """A micro-batch as text or as the student's own sequences: what was learned from, its losses and figures."""
+        place = self._step_sequences * self.trainer.world_size + self.trainer.global_rank * len(batch["input_ids"])
+        self._step_sequences += len(batch["input_ids"])
+        turn = policy.turn(self.student, batch, losses, self.trainer.global_step, self._schedule_steps(), place)
+        self.tokens_read += turn.tokens
+        total, terms = self.batch_losses(turn.batch, turn.losses)
+        if turn.batch is not batch:
+            terms["on_policy/kl"] = terms[KL]
+        return turn.batch, total, terms | turn.figures
+
+    def _losses_now(self) -> list[tuple[str, AnyLossSpec]]:
         """The losses with the settings of the step that is being made; all its micro-batches share them."""
         if not any(loss.schedules() for _, loss in self.losses):
             return self.losses
@@ -122,9 +180,16 @@ class DistillationModule(pl.LightningModule):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, scale)
         self._step_tokens.zero_()
+        self._step_sequences = 0
+
+    def counted_tokens(self) -> int:
+        """Tokens that a loss was taken from since the last drain (this synchronises with the device)."""
+        return max((int(term.count) for term in self._terms.values()), default=0)
 
     def drain_terms(self) -> dict[str, float]:
         """Mean of each loss per token since the last call (this synchronises with the device).
+
+        Figures of own sequences stand beside them under ``on_policy/``.
 
         Settings that follow a schedule stand beside them, as the last step had them (``forward_kl.temperature``).
         """
@@ -149,7 +214,7 @@ class DistillationModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW, without decay on vectors, and the schedule per step."""
         spec, num_steps = self.optimizer_spec, self._schedule_steps()
-        trained = [p for p in self.student.parameters() if p.requires_grad]
+        trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": spec.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
@@ -175,6 +240,7 @@ class DistillationModule(pl.LightningModule):
         frozen = {f"student.{name}" for name, p in self._named_parameters() if not p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
         checkpoint["terms"] = {name: asdict(term) for name, term in self._terms.items()}
+        checkpoint["tokens_read"] = self.tokens_read
         checkpoint["rng"] = {"torch": torch.get_rng_state()}
         if torch.cuda.is_available():
             checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state()
@@ -185,6 +251,7 @@ class DistillationModule(pl.LightningModule):
             if not p.requires_grad:
                 checkpoint["state_dict"].setdefault(f"student.{name}", p.detach())
         self._terms = {name: LossTerm(**term) for name, term in checkpoint["terms"].items()}
+        self.tokens_read = checkpoint["tokens_read"]
         self._rng = checkpoint["rng"]
 
     def on_train_start(self) -> None:

@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 
 from distill.core.errors import InputError
 from distill.core.spec import Spec
-from distill.losses import LOSSES, ForwardKL, LossSpec
+from distill.losses import LOSSES, AnyLossSpec, ForwardKL, LossSpec, StateLossSpec
+from distill.losses.schedule import Schedule, Share
 
 
 class OptimizerSpec(Spec):
@@ -82,11 +83,55 @@ def split_batch(budget: BudgetSpec, compute: ComputeSpec) -> tuple[int, int]:
     return micro, budget.batch_size // micro
 
 
+class AlarmSpec(Spec):
+    """What is held to be wrong with the student's own sequences: measured over each row of the metrics, and where the
+    text can be measured too, against the passages that stand in its place."""
+
+    at_limit: float | None = Field(0.5, gt=0, le=1)
+    """So much larger a share of own sequences than of the text's passages reaches max_new_tokens without an end (0.5:
+    80 % of them where 30 % of the text's do). Null is off."""
+    repetition: float | None = Field(0.3, gt=0, le=1)
+    """So much larger a share of 4-grams stood in the same sequence before than in the text's passages. Null is off."""
+    min_entropy: float | None = Field(0.1, gt=0)
+    """The student's distribution has less entropy than this on average, in nats a token. Null is off."""
+
+
+class OnPolicySpec(Spec):
+    """Steps that learn from sequences which the student writes itself, at prompts from the text (GKD)."""
+
+    share: Share = 0.5
+    """Probability that an optimizer step learns from own sequences in place of the text: 0 is never, 1 always. May
+    follow a schedule. Every step counts as whole blocks in the budget; the metrics count the tokens really read."""
+    prompt_tokens: int = Field(32, ge=1)
+    """Tokens at the start of a training block that the student goes on from."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Most tokens that it writes; with the prompt they must fit a block of data.sequence_length."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the sampling (not of a loss); 1 is the student's own distribution, which is what the method asks for."""
+    alarms: AlarmSpec = AlarmSpec()
+    """When own sequences are degenerate: {at_limit: 0.5, repetition: 0.3, min_entropy: 0.1}, each null for off."""
+    on_alarm: Literal["warn", "stop"] = "warn"
+    """stop: end the run with an error when num_alarms rows of metrics in a row gave an alarm."""
+    num_alarms: int = Field(3, ge=1)
+    """Rows of metrics in a row that must give an alarm before on_alarm: stop stops."""
+
+    def share_at(self, step: int, num_steps: int) -> float:
+        """The share with which optimizer step ``step`` (from 0) of ``num_steps`` is drawn."""
+        return self.share.at(step, num_steps) if isinstance(self.share, Schedule) else self.share
+
+    def num_tokens(self) -> int:
+        """Tokens of the longest sequence, prompt and all."""
+        return self.prompt_tokens + self.max_new_tokens
+
+
 class DistillSpec(BudgetSpec):
     """A budget and the losses against a teacher."""
 
-    losses: list[Annotated[LossSpec, LOSSES]] = Field([ForwardKL()], min_length=1)
+    losses: list[Annotated[AnyLossSpec, LOSSES]] = Field([ForwardKL()], min_length=1)
     """Losses, each with its weight; a loss is on when it is named."""
+    on_policy: OnPolicySpec | None = None
+    """Learn from the student's own sequences too, {share: 0.5, prompt_tokens: 32, max_new_tokens: 128}; unset is off.
+    Needs a teacher that runs, which ends a text as the student does."""
 
     @model_validator(mode="after")
     def _each_loss_once(self) -> DistillSpec:
@@ -95,6 +140,20 @@ class DistillSpec(BudgetSpec):
             raise ValueError(f"each kind of loss stands once (got {', '.join(kinds)}); add up their weights instead")
         if not any(loss.needs_teacher for loss in self.losses):
             raise ValueError("no loss looks at the teacher; use kind: finetune to train without one")
+        if all(isinstance(loss, StateLossSpec) for loss in self.losses):
+            raise ValueError(f"{kinds[0]} teaches no prediction; add a loss on the logits, such as forward_kl")
+        return self
+
+    @model_validator(mode="after")
+    def _own_sequences_have_a_loss(self) -> DistillSpec:
+        bound = [loss.kind for loss in self.losses if loss.needs_text]
+        if self.on_policy is None or not bound:
+            return self
+        why = f"{', '.join(bound)} needs the text's next token, and the student's own sequences have none"
+        if all(loss.needs_text for loss in self.losses if isinstance(loss, LossSpec)):
+            raise ValueError(f"{why}; add a loss such as reverse_kl, or remove on_policy")
+        if self.on_policy.share == 1.0:
+            raise ValueError(f"{why}; with on_policy.share: 1 it has no effect, so remove it")
         return self
 
 
@@ -113,6 +172,8 @@ class ComputeSpec(Spec):
     """Sequences in memory at once (gradients accumulate to batch_size); unset: the whole batch."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile student and teacher: minutes at the start, faster steps on a GPU; a CPU gains nothing."""
     num_workers: int = Field(0, ge=0)
     """Processes that prepare batches; 0 does it in the training process."""
     checkpoint_every_steps: int = Field(200, ge=1)

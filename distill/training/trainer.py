@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from pytorch_lightning.loggers import Logger
 
 from distill.core.errors import MachineError
 from distill.core.run import CHECKPOINTS
+from distill.training.alarms import Alarms
 from distill.training.callbacks import Checkpoints, Record, ShowProgress, Waited
 from distill.training.checkpoint import AtomicCheckpointIO, checkpoint_step, newest_valid
+from distill.training.compile import compiled_bodies
 from distill.training.metrics import MetricsLog
 from distill.training.module import DistillationModule
 from distill.training.spec import BudgetSpec, ComputeSpec, split_batch
@@ -98,8 +101,9 @@ def fit(
         say(f"  going on from step {step} of {num_steps} ({checkpoint.name})")
     log = MetricsLog(folder, step)
     data = Waited(train_loader(micro, step * budget.batch_size))
+    alarms = Alarms(module.on_policy.spec, name, say) if module.on_policy is not None else None
     tokens_per_step = budget.batch_size * tokens_per_sequence
-    record = Record(log, name, data, every=compute.log_every_steps, tokens_per_step=tokens_per_step)
+    record = Record(log, name, data, every=compute.log_every_steps, tokens_per_step=tokens_per_step, alarms=alarms)
     saver = Checkpoints(folder / CHECKPOINTS, every=compute.checkpoint_every_steps, keep=compute.keep_checkpoints)
     validate_every = min(budget.validate_every_steps or max(1, num_steps // 4), num_steps)
     trainer = pl.Trainer(
@@ -124,14 +128,17 @@ def fit(
         default_root_dir=folder,
     )
     module.student.train()
+    teacher = module.teacher.model if module.teacher is not None else None
+    models = {id(model): model for model in (module.student, teacher) if model is not None}
     try:
-        trainer.fit(
-            module,
-            train_dataloaders=data,
-            val_dataloaders=validation_loader,
-            ckpt_path=checkpoint,
-            weights_only=True,
-        )
+        with compiled_bodies(*models.values()) if compute.compile else nullcontext():
+            trainer.fit(
+                module,
+                train_dataloaders=data,
+                val_dataloaders=validation_loader,
+                ckpt_path=checkpoint,
+                weights_only=True,
+            )
     except torch.OutOfMemoryError as error:
         raise MachineError(
             f"{name}: out of GPU memory; lower compute.micro_batch_size ({micro}) "

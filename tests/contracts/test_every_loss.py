@@ -1,4 +1,4 @@
-"""Every loss through the same tests. A new loss is tested by standing in LOSSES; it owes one reference formula."""
+"""Every loss on predictions through the same tests. A new one is tested by standing in LOSSES; it owes a reference."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distill.losses import LOSSES, LossSpec, LossTerm
 from distill.losses.head import KL, Head, Signal, head_losses
+from distill.losses.rows import Rows
 
 VOCABULARY, TOKENS = 11, 24
 
@@ -124,9 +125,44 @@ KINKED = {"total_variation"}
 """Losses whose gradient does not vanish on the way to agreement, as their files say."""
 
 
+MEMBERS = {kind: member for kind, member in LOSSES.items() if issubclass(member, LossSpec)}
+
+
+class _ClosedForm(torch.autograd.Function):
+    """Value and gradient as training takes them, in the place of the pure function."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor | None, targets: Tensor, mask: Tensor, loss: Any) -> Tensor:
+        on = mask.flatten()
+        # copies of selected rows, as the closed form writes to its logits
+        ours, theirs = (None if x is None else x.flatten(0, -2)[on].float() for x in (student, teacher))
+        assert ours is not None
+        gradient = torch.zeros_like(student).flatten(0, -2)
+        value = torch.zeros(())
+        if on.any():
+            value, of_rows = loss.value_and_gradient(Rows(ours, theirs, targets.flatten()[on]))
+            gradient[on.nonzero(), torch.arange(of_rows.shape[-1])] = of_rows.to(student.dtype)
+        ctx.gradient = gradient.view_as(student)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return ctx.gradient * grad, None, None, None, None
+
+
+def _call(loss: Any, student: Tensor, teacher: Tensor | None, targets: Tensor, mask: Tensor) -> LossTerm:
+    return LossTerm(_ClosedForm.apply(student, teacher, targets, mask, loss), mask.sum())
+
+
+def _members() -> list[tuple[str, Any]]:
+    """Every loss, and once more with its closed form as the function that the tests call."""
+    closed = [(kind, type(f"Closed{m.__name__}", (m,), {"__call__": _call})) for kind, m in MEMBERS.items()]
+    return [*MEMBERS.items(), *closed]
+
+
 def _cases() -> list[LossSpec]:
     specs: list[Any] = []
-    for kind, member in LOSSES.items():
+    for kind, member in _members():
         specs.append(member(kind=kind))
         if "temperature" in member.model_fields:
             specs += [member(kind=kind, temperature=0.5), member(kind=kind, temperature=3.0)]
@@ -135,7 +171,8 @@ def _cases() -> list[LossSpec]:
 
 
 def _name(spec: LossSpec) -> str:
-    return "-".join(str(value) for key, value in spec.model_dump().items() if key != "weight")
+    settings = "-".join(str(value) for key, value in spec.model_dump().items() if key != "weight")
+    return f"{settings}-closed" if type(spec).__name__.startswith("Closed") else settings
 
 
 every_loss = pytest.mark.parametrize("loss", _cases(), ids=_name)
@@ -193,7 +230,7 @@ def reference(loss: LossSpec, data: Data, student: Tensor | None = None) -> Arra
 
 
 def test_every_loss_has_a_reference() -> None:
-    assert set(REFERENCES) == set(LOSSES)
+    assert set(REFERENCES) == set(MEMBERS)
 
 
 @every_loss
@@ -205,6 +242,16 @@ def test_value_is_the_papers(loss: LossSpec, data: Data) -> None:
     assert term.count.item() == len(expected) == data.mask.sum().item()
     assert term.sum.item() == pytest.approx(expected.sum(), rel=1e-5)
     assert term.per_token().item() == pytest.approx(expected.mean(), rel=1e-5)
+
+
+@every_loss
+def test_says_whether_it_needs_the_text(loss: LossSpec, data: Data) -> None:
+    """Sequences of the student's own have no next token of the text, and a loss that looks at it must not meet them."""
+    one, other = (
+        loss(data.student, data.teacher, targets, data.mask).sum
+        for targets in (data.targets, (data.targets + 1) % VOCABULARY)
+    )
+    assert loss.needs_text == (one.item() != other.item())
 
 
 @every_loss
@@ -320,6 +367,23 @@ def test_chunked_is_plain(loss: LossSpec, chunk_tokens: int, data: Data) -> None
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     kl = LOSSES["forward_kl"]()(logits.detach(), teacher_logits, data.targets, data.mask)  # type: ignore[call-arg, operator]
     torch.testing.assert_close(terms[KL].sum, kl.sum, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [s for s in _cases() if type(s) is MEMBERS[s.kind]], ids=_name)
+@pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
+def test_the_closed_form_is_what_autograd_finds(loss: LossSpec, size: float, data: Data) -> None:
+    """Over heads of different width too, and with what other losses have left of the same rows."""
+    student, teacher = (size * torch.randn(TOKENS, VOCABULARY + extra) for extra in (3, 1))
+    targets = data.targets.flatten()
+    expected, gradient = LossSpec.value_and_gradient(loss, Rows(student.clone(), teacher.clone(), targets))
+    rows = Rows(student.clone(), teacher.clone(), targets)
+    for spec in (LOSSES["cross_entropy"](), LOSSES["forward_kl"](), loss):  # type: ignore[call-arg]
+        value, found = spec.value_and_gradient(rows)  # type: ignore[attr-defined]
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+    width = found.shape[-1]
+    atol = 1e-5 * max(1.0, gradient.abs().max().item())
+    torch.testing.assert_close(found, gradient[:, :width], rtol=1e-4, atol=atol)
+    assert not gradient[:, width:].any()
 
 
 @every_loss

@@ -104,14 +104,21 @@ def test_the_head_is_the_fewest_tokens_that_hold_mu(mu: float, head: int) -> Non
     order = [1, 3, 2, 0]
     gap = (p - q).abs()
     expected = gap[order[:head]].sum() / gap.sum()
-    torch.testing.assert_close(head_share(p.log(), q.log(), mu), expected)
+    torch.testing.assert_close(head_share(p, gap, mu), expected)
+
+
+def test_tokens_as_likely_as_the_last_of_the_head_belong_to_it() -> None:
+    p, gap = torch.tensor([0.3, 0.3, 0.3, 0.1]), torch.tensor([1.0, 2.0, 4.0, 8.0])
+    for order in ([0, 1, 2, 3], [3, 2, 0, 1]):
+        torch.testing.assert_close(head_share(p[order], gap[order], 0.5), torch.tensor(7 / 15))
 
 
 def test_adaptive_kl_mixes_both_kls_token_by_token_and_gives_its_weights_no_gradient(
     pair: tuple[Tensor, Tensor],
 ) -> None:
     student, teacher = pair
-    w = head_share(teacher.log_softmax(-1), student.log_softmax(-1), 0.5)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    w = head_share(p, (q - p).abs(), 0.5)
     assert 0 < w.min() < w.max() <= 1
     terms = []
     for t in range(TOKENS):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.losses import CrossEntropy, ForwardKL, LossSpec, ReverseKL
 from distill.losses.head import KL, Head, Signal, head_losses
+from distill.losses.projection import is_plain
 from distill.quantization import Int8Channel
 from distill.quantization.lora import absorb_lora
 from distill.quantization.prepare import prepare
@@ -234,3 +236,63 @@ def test_bf16_weights_sum_their_chunks_in_fp32() -> None:
         assert head.weight.grad.dtype == torch.bfloat16  # type: ignore[union-attr]
         found.append(head.weight.grad.float())  # type: ignore[union-attr]
     assert (found[0] - found[1]).norm() < 0.003 * found[1].norm()  # 0.018 when summed in bf16
+
+
+def test_a_plain_head_is_multiplied_and_any_other_is_called() -> None:
+    hidden, layer = torch.randn(2, 8), nn.Linear(8, 5)
+    assert is_plain(layer, hidden)
+    assert not is_plain(layer.forward, hidden)
+    assert not is_plain(type("Other", (nn.Linear,), {})(8, 5), hidden)
+    assert not is_plain(layer, hidden.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_plain(layer, hidden.bfloat16())
+    for method in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+        handle = getattr(layer, method)(lambda *_: None)
+        assert not is_plain(layer, hidden)
+        handle.remove()
+    layer.forward = lambda x: 2 * x  # type: ignore[method-assign]
+    assert not is_plain(layer, hidden)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "autocast"])
+def test_both_ways_through_a_head_agree(dtype: torch.dtype | None, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    ids, targets, mask = batch
+    model, teacher = Model(), Model(seed=7)
+    found = []
+    for call in (model.lm_head, lambda hidden: model.lm_head(hidden)):
+        model.zero_grad()
+        signal = Signal(teacher.hidden(ids).detach(), teacher.head())
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            head = Head(call, tuple(model.lm_head.parameters()))
+            total, _ = head_losses(model.hidden(ids), head, signal, targets, mask, LOSSES, chunk_tokens=4)
+        total.backward()
+        found.append((total.detach(), gradients(model)))
+    (total, ours), (other, theirs) = found
+    torch.testing.assert_close(total, other, rtol=1e-5, atol=1e-5)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-2 if dtype else 1e-5, atol=1e-2 if dtype else 1e-6)
+
+
+def test_a_plain_head_makes_no_logits_of_more_than_a_chunk(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    class Largest(TorchDispatchMode):
+        rows = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **kwargs or {})
+            transposed = (HIDDEN, VOCABULARY)  # the weight, not logits
+            if isinstance(out, Tensor) and out.shape[1:] == (VOCABULARY,) and out.shape != transposed:
+                self.rows = max(self.rows, len(out))
+            return out
+
+    model = Model()
+    with Largest() as largest:
+        total, _ = chunked(model, batch, 4)
+        total.backward()
+    assert largest.rows == 4
+
+
+def test_a_second_backward_is_refused_unless_it_was_announced(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    total, _ = chunked(Model(), batch, 4)
+    total.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        total.backward()

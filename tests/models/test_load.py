@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from distill.core.errors import InputError
 from distill.exporters.compressed_tensors import save
@@ -92,7 +92,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "wide"}))
     assert "expected int, got str" in refused(lambda: load_config(str(folder)))
     (folder / "config.json").write_text(json.dumps({"model_type": "no_such_thing"}))
-    assert refused(lambda: load_model(str(folder))).startswith(f"{folder}: cannot load the model (")
+    assert refused(lambda: load_model(str(folder))).startswith(f"{folder}: cannot load the config (")
 
 
 def test_a_cut_file_is_refused(folder: Path) -> None:
@@ -177,3 +177,9 @@ def test_references() -> None:
 
 def test_a_folder_stays_itself(folder: Path) -> None:
     assert locate(str(folder)) == str(folder)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+def test_an_encoder_is_no_causal_model(kind, tmp_path):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    assert f"{kind} is an encoder, which predicts masked tokens" in refused(lambda: load_model(str(tmp_path)))

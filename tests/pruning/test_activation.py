@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distill.core.errors import InputError
-from distill.pruning.activation import ChannelNorm, activation
+from distill.pruning.activation import Activation, activation
 from distill.pruning.base import Scores
 
 
@@ -50,7 +50,7 @@ def naive(model, batches):
 
 @torch.no_grad()
 def test_activation_equals_the_naive_computation(model, layout, batches):
-    scores = activation(model, layout, batches)
+    scores = Activation().score(model, layout, batches)
     expected = naive(model, batches)
     got = (scores.mlp_neurons, scores.attention_heads, scores.kv_groups, scores.hidden_channels)
     for mine, reference in zip(got, expected, strict=True):
@@ -58,7 +58,7 @@ def test_activation_equals_the_naive_computation(model, layout, batches):
 
 
 def test_activation_does_not_depend_on_batching_or_masked_tokens(model, layout, batches):
-    reference = activation(model, layout, batches)
+    reference = Activation().score(model, layout, batches)
     singles = [{k: v[i : i + 1] for k, v in b.items()} for b in batches for i in range(len(b["mask"]))]
     padded = [
         {
@@ -67,25 +67,49 @@ def test_activation_does_not_depend_on_batching_or_masked_tokens(model, layout, 
         }
         for b in batches
     ]
-    for other in (activation(model, layout, singles), activation(model, layout, padded)):
+    for other in (Activation().score(model, layout, singles), Activation().score(model, layout, padded)):
         for axis, tensor in reference.tensors().items():
             torch.testing.assert_close(other.tensors()[axis], tensor, rtol=1e-5, atol=1e-7)
 
 
 def test_sums_are_kept_in_fp32():
-    norm, mask = ChannelNorm(), torch.ones(1, 4, dtype=torch.bool)
-    for _ in range(1000):
-        norm.add(torch.full((1, 4, 1), 300.0, dtype=torch.float16), mask)  # its square is no float16
-    assert norm().item() == pytest.approx(300 * math.sqrt(1000), rel=1e-4)
+    values, mask = torch.full((1, 4, 1), 30000.0, dtype=torch.float16), torch.ones(1, 4, dtype=torch.bool)
+    assert activation(values, mask, "mean").item() == 30000  # the sum of four is no float16
+    assert activation(values, mask, "l2").item() == 60000
+    assert activation(values, mask, "variance").item() == 0
+
+
+@pytest.mark.parametrize("sequence", ["mean", "l2", "variance"])
+@pytest.mark.parametrize("batch", ["l2", "mean", "variance"])
+def test_every_aggregation_equals_the_naive_one(model, layout, batches, sequence, batch):
+    seen = []
+    handle = model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    for one in batches:
+        model(one["input_ids"])
+    handle.remove()
+    over_tokens = {
+        "mean": lambda a: a.abs().mean(0),
+        "l2": lambda a: a.square().sum(0).sqrt(),
+        "variance": lambda a: a.var(0, correction=0),
+    }[sequence]
+    masks = torch.cat([b["mask"] for b in batches])
+    samples = torch.stack([over_tokens(a[m].double()) for a, m in zip(torch.cat(seen), masks, strict=True) if m.any()])
+    expected = {
+        "l2": samples.square().sum(0).sqrt(),
+        "mean": samples.mean(0),
+        "variance": samples.var(0, correction=0),
+    }[batch]
+    scores = Activation(sequence=sequence, batch=batch).score(model, layout, batches)
+    torch.testing.assert_close(scores.mlp_neurons[1], expected.float(), rtol=1e-4, atol=1e-7)
 
 
 def test_nothing_to_read_is_refused(model, layout, batches):
     empty = [{"input_ids": b["input_ids"], "mask": torch.zeros_like(b["mask"])} for b in batches]
     for data in (empty, []):
         with pytest.raises(InputError, match="no token of the calibration data counts"):
-            activation(model, layout, data)
+            Activation().score(model, layout, data)
     with pytest.raises(InputError, match="expected bool"):
-        activation(model, layout, [{"input_ids": batches[0]["input_ids"], "mask": batches[0]["mask"].long()}])
+        Activation().score(model, layout, [{"input_ids": batches[0]["input_ids"], "mask": batches[0]["mask"].long()}])
 
 
 def test_scores_merge_and_refuse_what_is_not_finite():

@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from distill.pruning.block_influence import block_influence
+from distill.pruning.block_influence import BlockInfluence
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def test_block_influence_equals_the_naive_computation(model, layout, batches):
                 size = sum(p * p for p in x.tolist()) ** 0.5 * sum(q * q for q in y.tolist()) ** 0.5
                 sums[i] += 1 - dot / size
     expected = torch.tensor(sums) / count
-    torch.testing.assert_close(block_influence(model, layout, batches).layers, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(BlockInfluence().score(model, layout, batches).layers, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_layer_that_does_nothing_scores_zero(model, layout, batches):
@@ -36,7 +36,7 @@ def test_a_layer_that_does_nothing_scores_zero(model, layout, batches):
     with torch.no_grad():
         idle.model.layers[1].self_attn.o_proj.weight.zero_()
         idle.model.layers[1].mlp.down_proj.weight.zero_()
-    scores = block_influence(idle, layout, batches).layers
+    scores = BlockInfluence().score(idle, layout, batches).layers
     assert scores is not None
     assert abs(scores[1].item()) < 1e-6
     assert scores[0] > 1e-3

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from distill.pruning.magnitude import magnitude
+from distill.pruning.magnitude import Magnitude
 from distill.pruning.random import Random, random
 
 
@@ -14,7 +14,7 @@ def size(*tensors):
 
 
 def test_magnitude_equals_sums_by_hand(model, layout):
-    scores = magnitude(model, layout)
+    scores = Magnitude().score(model, layout, [])
     for index, layer in enumerate(model.model.layers):
         mlp, attention = layer.mlp, layer.self_attn
         for j in (0, 23):

@@ -47,7 +47,7 @@ def test_heads_are_ranked_within_their_group():
     values = torch.tensor([[9.0, 8, 7, 6, 4, 3, 2, 1]] * 6)  # by score alone, group 1 would lose all
     result = made({"num_attention_heads": 4}, Scores(attention_heads=values))
     assert result.attention_heads == ((0, 1, 4, 5),) * 6
-    assert result.config == {"num_attention_heads": 4, "head_dim": 8}
+    assert result.config == {"num_attention_heads": 4}
 
 
 def test_a_dropped_group_takes_its_heads():
@@ -55,7 +55,7 @@ def test_a_dropped_group_takes_its_heads():
     result = made({"num_key_value_heads": 1}, Scores(kv_groups=groups))
     assert result.kv_groups == ((1,),) * 6
     assert result.attention_heads == ((4, 5, 6, 7),) * 6
-    assert result.config == {"num_key_value_heads": 1, "num_attention_heads": 4, "head_dim": 8}
+    assert result.config == {"num_key_value_heads": 1, "num_attention_heads": 4}
     heads = torch.tensor([[9.0, 9, 9, 9, 1, 4, 2, 3]] * 6)
     both = made({"num_key_value_heads": 1, "num_attention_heads": 2}, Scores(kv_groups=groups, attention_heads=heads))
     assert both.attention_heads == ((5, 7),) * 6
@@ -89,7 +89,14 @@ def test_width_rows_are_those_of_the_layers_that_stay():
 
 def test_a_class_without_the_rule_takes_any_hidden_size():
     keep, config = {"hidden_size": 60}, MistralConfig(**{k: v for k, v in CONFIG.items() if k != "model_type"})
-    assert plan(full_scores(), keep, layout_for("mistral"), config.to_dict()).config["head_dim"] == 8
+    smaller = {**config.to_dict(), **plan(full_scores(), keep, layout_for("mistral"), config.to_dict()).config}
+    assert (smaller["hidden_size"], smaller["head_dim"]) == (60, 8)
+
+
+def test_a_head_size_that_would_be_derived_is_stated():
+    config = {key: value for key, value in CONFIG.items() if key != "head_dim"}
+    for keep in ({"hidden_size": 32}, {"num_attention_heads": 4}):
+        assert plan(full_scores(), keep, LAYOUT, config).config["head_dim"] == 8
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,8 @@ def shrink(tiny_teacher: Callable[[str], Path], texts: tuple[Path, Path]) -> Cal
             at = f"stages.{name}"
             if isinstance(stage, BudgetSpec) and stage.steps(recipe.data.sequence_length):
                 found += [f"{at}.num_tokens=null", f"{at}.num_steps=2", f"{at}.batch_size=2"]
+            if getattr(stage, "on_policy", None):
+                found += [f"{at}.on_policy.prompt_tokens=4", f"{at}.on_policy.max_new_tokens=8"]
             if getattr(stage, "lora", None):
                 found += [f"{at}.lora.r=2", f"{at}.lora.alpha=2"]
             if stage.kind == "prune":

@@ -81,6 +81,7 @@ STUDENTS = {
     "mistral-nemo-12b-to-8b": "8.41B",
     "smollm2-1.7b-to-1b": "1.00B",
     "cross-entropy-control": "243.86M",
+    "hidden-states-control": "204.50M",
 }
 
 
@@ -96,7 +97,8 @@ def test_the_real_student_is_as_large_as_the_recipe_says(name: str, real_config:
     teacher = Recipe.load(file).teacher
     plan = describe(Recipe.load(file, set=[f"teacher={real_config(str(teacher))}"]))
     line = next(line for line in plan.splitlines() if "] prune:" in line)
-    assert line.endswith(f"makes {STUDENTS[name]} parameters")
+    assert f"makes {STUDENTS[name]} parameters (" in line
+    assert line.endswith("GB to cut, after scoring)")
 
 
 @each

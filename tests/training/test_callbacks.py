@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 import io
+import itertools
 import sys
+import time
+import traceback
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+import torch
 from rich.progress import Progress
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.training.callbacks import StepEnd, flops_per_token
 from distill.training.metrics import read_rows
@@ -97,3 +103,45 @@ def test_rows_say_how_fast_and_how_long_the_data_let_wait(module: Any, train: An
         assert row["perf/tokens_per_s"] > 0
         assert row["perf/model_tflops_per_s"] > 0
         assert 0 <= row["perf/data_wait_share"] < 1
+
+
+def test_speed_counts_the_tokens_that_a_loss_was_taken_from(
+    module: Any, train: Any, batch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that ticks once a look, so that the time of a row is a whole number."""
+    monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)
+    train(module(), log_every_steps=1)
+    rows = [row for row in read_rows(tmp_path / "stage") if "perf/tokens_per_s" in row]
+    tokens = [int(batch(4 * step, 4)["mask"].sum()) for step in range(6)]
+    seconds = [count / row["perf/tokens_per_s"] for row, count in zip(rows, tokens, strict=True)]
+    assert len(set(tokens)) > 2
+    assert all(each == pytest.approx(round(each)) for each in seconds)
+
+
+class Reads(TorchDispatchMode):
+    """Who of ours reads a number from the device, and so waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if call is torch.ops.aten._local_scalar_dense.default:
+            ours = [frame.name for frame in traceback.extract_stack() if "/distill/training/" in frame.filename]
+            self.by[[name for name in ours if not name.startswith("<")][-1]] += 1  # in no <dictcomp>
+        return call(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("way", ["full", "quant lora head"])
+def test_only_a_due_row_reads_from_the_device(way: str, module: Any, train: Any) -> None:
+    counts = {}
+    for every in (1, 6):
+        with Reads() as reads:
+            train(module(way), f"every-{every}", log_every_steps=every, checkpoint_every_steps=100)
+        counts[every] = reads.by
+    names = 3  # losses, and KL at T = 1
+    assert counts[1]["drain_terms"] == 6 * names
+    assert counts[6]["drain_terms"] == names
+    assert {name for name in counts[1] if counts[1][name] != counts[6][name]} == {"drain_terms", "counted_tokens"}
+    once_a_step = {name: count for name, count in counts[6].items() if count >= 12}  # two micro-batches each
+    assert set(once_a_step) <= {"signal", "batch_losses"}, "transformers' look for packed rows, once a forward"

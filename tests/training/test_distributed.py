@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import pytorch_lightning as pl
 import torch
 
@@ -20,7 +21,7 @@ from distill.data.teacher_cache import Sampled
 from distill.data.teacher_cache.cache import CachedBlocks, Place
 from distill.data.teacher_cache.identity import Identity
 from distill.data.teacher_cache.write import Live, fill
-from distill.losses import CrossEntropy, ForwardKL
+from distill.losses import AttentionRelation, CrossEntropy, ForwardKL, HiddenCosine, HiddenMSE
 from distill.models.head import hidden_states, output_head, save_head
 from distill.training.cached_teacher import CachedTeacher
 from distill.training.module import DistillationModule
@@ -35,19 +36,26 @@ class Seen(pl.Callback):
         self.steps: list[dict[str, torch.Tensor]] = []
 
     def on_before_zero_grad(self, trainer: pl.Trainer, module: Any, optimizer: Any) -> None:
-        kept = {name: p.grad.clone() for name, p in module.student.named_parameters() if p.grad is not None}
+        kept = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
         if kept:
             self.steps.append(kept)
 
 
-def test_two_ranks_take_the_step_of_one(tmp_path: Path, module: Any, llama: Any, batch: Any) -> None:
+ON_STATES = [ForwardKL(), HiddenMSE(weight=0.5), HiddenCosine(), AttentionRelation(layers="auto")]
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["predictions", "states"])
+def test_two_ranks_take_the_step_of_one(inner: bool, tmp_path: Path, module: Any, llama: Any, batch: Any) -> None:
     # 2 steps x 2 micro-batches x 2 ranks; the ranks' micro-batches count 0 to 14 tokens, one of them none at all
     pieces = [batch(5, 1), batch(0, 2), batch(6, 2), batch(2, 3), batch(8, 1), batch(11, 2), batch(16, 2), batch(20, 1)]
     sizes = [int(piece["mask"].sum()) for piece in pieces]
     assert min(sizes) == 0
     assert len(set(sizes)) > 4
     single: DistillationModule = module()
-    given = {**models(single.student, single.teacher.model), "batches": [pieces[0::2], pieces[1::2]]}  # type: ignore[union-attr]
+    if inner:  # with a map that is learned, which is of no rank's student
+        single = DistillationModule(llama(0), ON_STATES, llama(1, hidden_size=24, num_hidden_layers=2))
+    assert single.teacher is not None
+    given = {**described(single, single.teacher.model), "batches": [pieces[0::2], pieces[1::2]]}
     hold_against_two_ranks(single, pieces, given, tmp_path)
 
 
@@ -67,17 +75,25 @@ def test_two_ranks_read_one_cache_and_take_the_step_of_one(tmp_path: Path, llama
     cached = CachedTeacher(VOCABULARY, tmp_path / "head.safetensors", whole=False)
     single = DistillationModule(student, [ForwardKL(), CrossEntropy(weight=0.5)], cached)
     given = {
-        **models(student, teacher),
+        **described(single, teacher),
         "cache": {"tokens": asdict(tokens), "length": LENGTH, "folder": str(place.folder)},
     }
     pieces = list(train_batches(CachedBlocks(blocks, place), 3, 2, end_sequences=16))
     hold_against_two_ranks(single, pieces, given, tmp_path)
 
 
-def models(student: Any, teacher: Any) -> dict[str, Any]:
-    """What the script makes them again from."""
-    config = {k: v for k, v in student.config.to_diff_dict().items() if isinstance(v, int | float | bool | None)}
-    return {"config": config, "student": student.state_dict(), "teacher": teacher.state_dict(), "accumulate": 2}
+def described(module: DistillationModule, teacher: Any) -> dict[str, Any]:
+    """What the script makes a module again from, beside what it trains on."""
+    models = {"student": module.student, "teacher": teacher}
+    return {
+        "config": {
+            name: {k: v for k, v in model.config.to_diff_dict().items() if isinstance(v, int | float | bool | None)}
+            for name, model in models.items()
+        },
+        **{name: model.state_dict() for name, model in models.items()},
+        "losses": [loss.model_dump() for _, loss in module.losses],
+        "accumulate": 2,
+    }
 
 
 def hold_against_two_ranks(
@@ -114,6 +130,6 @@ def hold_against_two_ranks(
         for name, gradient in expected.items():
             for rank in ranks:
                 torch.testing.assert_close(rank["seen"][step][name], gradient, rtol=1e-4, atol=1e-6)
-    for name, weight in single.student.state_dict().items():
+    for name, weight in single.state_dict().items():
         assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name])
         torch.testing.assert_close(ranks[0]["weights"][name], weight, rtol=1e-4, atol=1e-5)

@@ -53,6 +53,7 @@ def test_a_gpu_that_is_not_there_is_the_machines_fault(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_training_learns(way: str, precision: str, module: Any, train: Any, batch: Any) -> None:
     """Six steps bring the student nearer to its teacher on what it was trained on."""
+    torch.manual_seed(3)  # of the dropout; a few seeds in a hundred learn too little in six steps
     trained = module(way, lr=3e-2)
 
     def distance() -> float:

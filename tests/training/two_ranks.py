@@ -18,7 +18,7 @@ from distill.data.blocks import Blocks
 from distill.data.loader import train_batches
 from distill.data.packing import TokenFile
 from distill.data.teacher_cache.cache import CachedBlocks, Place
-from distill.losses import CrossEntropy, ForwardKL
+from distill.losses import LOSSES
 from distill.training.cached_teacher import CachedTeacher
 from distill.training.module import DistillationModule
 
@@ -27,7 +27,7 @@ class Watched(DistillationModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
         self.seen = getattr(self, "seen", [])
-        self.seen.append({name: p.grad.clone() for name, p in self.student.named_parameters() if p.grad is not None})
+        self.seen.append({name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None})
 
 
 class Ranks(pl.LightningDataModule):
@@ -58,12 +58,12 @@ def model(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> LlamaForC
 
 def main(folder: Path) -> None:
     given = torch.load(folder / "given.pt", weights_only=True)
-    student, teacher = (model(given["config"], given[name]) for name in ("student", "teacher"))
+    student, source = (model(given["config"][name], given[name]) for name in ("student", "teacher"))
+    teacher: Any = source
     if "cache" in given:
-        cached = CachedTeacher(given["config"]["vocab_size"], folder / "head.safetensors", whole=False)
-        module = Watched(student, [ForwardKL(), CrossEntropy(weight=0.5)], cached)
-    else:
-        module = Watched(student, [ForwardKL(temperature=2.0), CrossEntropy(weight=0.5)], teacher)
+        teacher = CachedTeacher(source.config.vocab_size, folder / "head.safetensors", whole=False)
+    losses = [LOSSES[loss["kind"]].model_validate(loss) for loss in given["losses"]]
+    module = Watched(student, losses, teacher)  # type: ignore[arg-type]
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=2,
@@ -85,7 +85,7 @@ class Keep(pl.Callback):
         self.folder = folder
 
     def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
-        left = {"seen": module.seen, "weights": module.student.state_dict()}
+        left = {"seen": module.seen, "weights": module.state_dict()}
         torch.save(left, self.folder / f"rank{trainer.global_rank}.pt")
 
 

@@ -1,13 +1,33 @@
-"""One layout an architecture; add a file and a name to this list to prune another one."""
+"""One layout an architecture; add a file and its name here to prune another one (docs/add-an-architecture.md)."""
 
 from collections.abc import Mapping
 
 from distill.core.errors import InputError
 from distill.core.source import suggest
-from distill.models.layouts.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from distill.models.layouts import (
+    bert,
+    distilbert,
+    gemma2,
+    gemma3_text,
+    gpt2,
+    gpt_neox,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    roberta,
+)
 from distill.pruning.layout import Layout
 
-LAYOUTS: Mapping[str, Layout] = {layout.model_type: layout for layout in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+_FILES = (
+    llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3, olmo2, mixtral, qwen3_moe, gpt2, gpt_neox,
+    bert, roberta, distilbert,
+)  # fmt: skip
+LAYOUTS: Mapping[str, Layout] = {file.LAYOUT.model_type: file.LAYOUT for file in _FILES}
 
 __all__ = ["LAYOUTS", "layout_for"]
 

@@ -60,7 +60,7 @@ def pareto_plot(rows: Sequence[Row], cost: str, title: str, quality: str = "perp
     notes = [f"{', '.join(simulated)}: simulated here, so without a speed."] if simulated else []
     notes += [f"{', '.join(missing)}: not measured."] if missing else []
     name = f"{quality}_against_{cost}"
-    svg, png = _render(name, (4.25, 3.15), lambda axes, inks: _pareto(axes, inks, drawn, front, x, y))
+    svg, png = render(name, (4.25, 3.15), lambda axes, inks: _pareto(axes, inks, drawn, front, x, y))
     return Plot(name, title, svg, png, " ".join(notes))
 
 
@@ -69,7 +69,7 @@ def curve_plot(name: str, title: str, train: Series, validation: Series) -> Plot
     train, validation = ([(x, y) for x, y in s if math.isfinite(x) and math.isfinite(y)] for s in (train, validation))
     if len(train) < 2 and len(validation) < 2:
         return None
-    svg, png = _render(name, (3.0, 2.05), lambda axes, inks: _curve(axes, inks, train, validation))
+    svg, png = render(name, (3.0, 2.05), lambda axes, inks: _curve(axes, inks, train, validation))
     return Plot(name, title, svg, png)
 
 
@@ -78,7 +78,7 @@ def _finite(row: Row, key: str) -> float | None:
     return value if value is not None and math.isfinite(value) and value > 0 else None
 
 
-def _render(name: str, size: tuple[float, float], draw: Callable[[Axes, dict[str, str]], None]) -> tuple[str, bytes]:
+def render(name: str, size: tuple[float, float], draw: Callable[[Axes, dict[str, str]], None]) -> tuple[str, bytes]:
     """Draw twice: (SVG text, PNG bytes). Works on figures of its own and leaves pyplot's state alone."""
     import matplotlib
     from matplotlib.figure import Figure

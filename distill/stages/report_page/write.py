@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from distill.stages.report_page.plots import Plot
 
 PAGE = Path(__file__).parent
+Cuts = Mapping[str, Sequence["Plot"]]
+"""stage -> pictures of the scores by which it cut."""
 Curves = Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
 """stage -> series -> [(training tokens, value)]; a series is called ``train/TERM`` or ``val/TERM``."""
 
@@ -76,7 +78,12 @@ class RunFacts:
 
 
 def write_report(
-    rows: Sequence[Row], curves: Curves, prompts: Sequence[Mapping[str, Any]], run_facts: RunFacts, folder: str | Path
+    rows: Sequence[Row],
+    curves: Curves,
+    prompts: Sequence[Mapping[str, Any]],
+    run_facts: RunFacts,
+    folder: str | Path,
+    cuts: Cuts | None = None,
 ) -> Path:
     """Write ``index.html`` (one file, no network), ``report.md``, ``table.csv``, ``rows.json`` and ``plots/*.png``.
 
@@ -86,6 +93,7 @@ def write_report(
         prompts: as ``evaluation.side_by_side`` returns them; may be empty.
         run_facts: about the run.
         folder: made if need be; each file is written whole or not at all.
+        cuts: stage -> pictures of the scores by which it cut; None: nothing was cut.
 
     Returns:
         The path of ``index.html``.
@@ -94,13 +102,13 @@ def write_report(
         MachineError: the disk is full or not writable.
     """
     folder = Path(folder)
-    trade_offs, losses = trade_off_plots(rows), curve_plots(curves)
-    for plot in [*trade_offs, *(plot for _, plots in losses for plot in plots)]:
+    trade_offs, losses, cuts = trade_off_plots(rows), curve_plots(curves), cuts or {}
+    for plot in [*trade_offs, *(plot for _, plots in [*losses, *cuts.items()] for plot in plots)]:
         write_bytes(folder / "plots" / f"{plot.name}.png", plot.png)
     write_text(folder / "rows.json", tradeoff.to_json(rows))
     write_text(folder / "table.csv", tables.csv_table(rows))
     write_text(folder / "report.md", markdown(rows, prompts, run_facts, trade_offs))
-    write_text(folder / "index.html", page(rows, trade_offs, losses, prompts, run_facts))
+    write_text(folder / "index.html", page(rows, trade_offs, losses, prompts, run_facts, cuts))
     return folder / "index.html"
 
 
@@ -142,6 +150,7 @@ def page(
     losses: Sequence[tuple[str, Sequence[Plot]]],
     prompts: Sequence[Mapping[str, Any]],
     facts: RunFacts,
+    cuts: Cuts,
 ) -> str:
     """The whole page as text; everything from outside is escaped by the template."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -160,6 +169,7 @@ def page(
         controls=verdict.controls(rows),
         bars=view.bars(rows),
         losses=losses,
+        cuts={name: plots for name, plots in cuts.items() if plots},
         prompts=[view.marked(item) for item in prompts],
     )
 

@@ -1,0 +1,166 @@
+"""The losses against each other: the same pruned student and the same tokens; only the loss differs.
+
+One student is cut out of the teacher by activation importance. For each loss a learning rate is chosen on the
+validation books at a third of the budget, as one rate for all would favour the loss it was found for. With it the
+student is trained once a seed (which decides what it reads, and in which order) and measured on the test books.
+Controls: cross-entropy from the same start, and from random weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import books, hardware, result, tables
+from benchmarks.matrix import Cell, Matrix
+from distill.core.errors import DistillError
+from distill.losses import LOSSES, LossSpec
+
+KEEP = {"hidden_size": 144, "intermediate_size": 192}
+"""Of 192 and 384: half of the parameters outside the embeddings."""
+LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+"""Where the search begins; it goes on by factors of two until the best one has a worse neighbour on either side."""
+BATCH_SIZE = 8
+CONTROL = "cross_entropy"
+FIGURES = ("perplexity", "kl_to_teacher", "top1_agreement")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Tokens of the final runs and of the search for a learning rate, and how many seeds."""
+
+    num_tokens: int
+    search_tokens: int
+    num_seeds: int
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """What is compared: name -> stage of a recipe, without its budget."""
+    found: dict[str, dict[str, Any]] = {CONTROL: {"kind": "finetune"}}
+    for kind, spec in LOSSES.items():
+        if not spec.needs_teacher:
+            continue
+        if issubclass(spec, LossSpec):
+            found[kind] = {"kind": "distill", "losses": [{"kind": kind}]}
+        else:  # of states, which teach no prediction
+            found[f"forward_kl+{kind}"] = {"kind": "distill", "losses": [{"kind": "forward_kl"}, {"kind": kind}]}
+    mix = [{"kind": "forward_kl", "weight": 0.5}, {"kind": "cross_entropy", "weight": 0.5}]
+    found["forward_kl+cross_entropy"] = {"kind": "distill", "losses": mix}
+    found["cross_entropy_from_scratch"] = {"kind": "finetune", "weights": "random"}
+    return found
+
+
+def cell(
+    name: str, stage: Mapping[str, Any], student: Path, *, num_tokens: int, lr: float, folder: str, seed: int
+) -> Cell:
+    """One training of the student, and its measurement."""
+    start = "model" if stage["kind"] == "finetune" else "student"
+    num_steps = num_tokens // (BATCH_SIZE * books.SEQUENCE_LENGTH)
+    budget = {
+        "num_steps": num_steps,
+        "batch_size": BATCH_SIZE,
+        "optimizer": {"lr": lr},
+        "validate_every_steps": num_steps,
+    }
+    stages = {
+        "student": {**stage, start: str(student), **budget},
+        "evaluate": {"models": ["student"], "speed": None},
+    }
+    return Cell(f"{name}/{folder}", stages, seed)
+
+
+def measure(corpus: Path, work: Path, budget: Budget) -> Iterator[list[dict[str, Any]]]:
+    """Run what is not finished; yields the rows so far after each cell."""
+    teacher = books.teacher(corpus, work)
+    choosing, reporting = (Matrix(work / "losses", teacher, books.data(corpus, split)) for split in ("valid", "test"))
+    stages = {"prune": {"keep": KEEP}, "evaluate": {"models": ["teacher", "prune"], "speed": None}}
+    start = reporting.run(Cell("start", stages))
+    student = reporting.folder / "start" / "prune" / "model"
+    searched: dict[str, dict[float, float]] = {name: {} for name in variants()}
+    trained: dict[str, list[dict[str, Any]]] = {name: [] for name in variants()}
+    for name, stage in variants().items():
+        while (lr := next_rate(searched[name])) is not None:
+            one = cell(name, stage, student, num_tokens=budget.search_tokens, lr=lr, folder=f"lr-{lr:g}", seed=0)
+            searched[name][lr] = choosing.run(one)["student"]["perplexity"]
+    rates = {name: min(found, key=found.__getitem__) for name, found in searched.items()}
+    for seed in range(budget.num_seeds):
+        for name, stage in variants().items():
+            lr = rates[name]
+            one = cell(name, stage, student, num_tokens=budget.num_tokens, lr=lr, folder=f"seed-{seed}", seed=seed)
+            trained[name].append(reporting.run(one)["student"])
+            yield rows(start, searched, rates, trained)
+
+
+def next_rate(found: Mapping[float, float]) -> float | None:
+    """The learning rate to try next, given the perplexities of others; None when the best one is known."""
+    for lr in LEARNING_RATES:
+        if lr not in found:
+            return lr
+    best = min(found, key=found.__getitem__)
+    return best / 2 if best == min(found) else best * 2 if best == max(found) else None
+
+
+def rows(
+    start: Mapping[str, Mapping[str, Any]],
+    searched: Mapping[str, Mapping[float, float]],
+    rates: Mapping[str, float],
+    trained: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> list[dict[str, Any]]:
+    """Rows of the result: the models at the start, each loss with its spread (lowest perplexity first), the search."""
+    found = []
+    for name, runs in trained.items():
+        if runs:
+            figures = {key: result.spread([run[key] for run in runs]) for key in FIGURES}
+            pairs = zip(runs, trained[CONTROL], strict=False)  # the same seed reads the same tokens
+            ratios = [run["perplexity"] / control["perplexity"] for run, control in pairs]
+            to_control = None if name == CONTROL else result.spread(ratios)
+            row = {"table": "losses", "loss": name, **figures, "to_control": to_control}
+            found.append({**row, "lr": f"{rates[name]:g}", "seeds": len(runs)})
+    found.sort(key=lambda row: row["perplexity"]["mean"])
+    sizes = ("parameters", "non_embedding_parameters")
+    models = [{"table": "start", "model": name, **{k: start[name][k] for k in (*sizes, *FIGURES)}} for name in start]
+    tried = sorted({lr for found in searched.values() for lr in found})
+    search = [
+        {"table": "search", "loss": name, **{f"{lr:g}": found.get(lr) for lr in tried}}
+        for name, found in searched.items()
+    ]
+    return [*models, *found, *search]
+
+
+def main() -> None:
+    """Measure, and write the result after each run."""
+    parser = books.arguments(__doc__)
+    parser.add_argument("--tokens", type=int, default=300_000, help="of each final run (default: %(default)s)")
+    parser.add_argument(
+        "--search-tokens", type=int, default=100_000, help="of each run of the search (default: %(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="final runs of each loss (default: %(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    budget = Budget(options.tokens, options.search_tokens, options.seeds)
+    found: list[dict[str, Any]] = []
+    for found in measure(options.corpus, options.work, budget):
+        result.write(
+            "losses",
+            command="python -m benchmarks.losses --corpus BOOKS --work WORK",
+            hardware=hardware.describe(options.threads),
+            versions=hardware.versions(),
+            rows=found,
+            notes=[
+                f"Each run trained on {budget.num_tokens:,} tokens, {BATCH_SIZE} sequences of {books.SEQUENCE_LENGTH} "
+                f"a step; those of the search on {budget.search_tokens:,}."
+            ],
+        )
+    print(tables.table(found, where={"table": "losses"}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DistillError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,113 @@
+"""Hours of small runs: a recipe a cell, each an ordinary run folder; what is finished is kept, what is not goes on.
+
+A cell is finished when its ``figures.json`` stands and was made of the same settings and models: the settings that the
+benchmark writes, not the resolved recipe, so that a new key in distill does not repeat what was measured before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import distill
+from distill.core.artifact import fingerprint, hash_of, write_text
+from distill.stages.evaluate import ROWS
+from distill.tracking.tradeoff import from_json
+
+FIGURES = "figures.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a matrix.
+
+    Attributes:
+        name: its folder below the matrix's, such as ``forward_kl/seed-0``.
+        stages: of its recipe; the one called ``evaluate`` measures.
+        seed: of its recipe.
+    """
+
+    name: str
+    stages: dict[str, Any]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Cells that share a teacher, a text and a folder.
+
+    Attributes:
+        folder: where the runs go.
+        teacher: folder of the teacher.
+        data: the recipes' ``data`` section.
+        say: prints one line for people.
+    """
+
+    folder: Path
+    teacher: Path
+    data: dict[str, Any]
+    say: Callable[[str], None] = print
+
+    def run(self, cell: Cell) -> dict[str, dict[str, Any]]:
+        """Every model that the cell's ``evaluate`` measured, by stage, with the figures of a report's row."""
+        recipe = {
+            "name": self.folder.name,
+            "teacher": str(self.teacher),
+            "data": self.data,
+            "seed": cell.seed,
+            "stages": cell.stages,
+            "logging": {"wandb": "disabled"},
+        }
+        folder = self.folder / cell.name
+        made_of = hash_of(recipe, [fingerprint(model) for model in _models(recipe)])
+        known = _read(folder / FIGURES)
+        if known.get("made_of") != made_of:
+            self._share_tokens(folder)
+            run = distill.run(
+                distill.Recipe.from_text(yaml.safe_dump(recipe, sort_keys=False)), run_dir=folder, say=_silence
+            )
+            rows = from_json((run.stage("evaluate") / ROWS).read_text(encoding="utf-8"))
+            known = {"made_of": made_of, "figures": {row.name: asdict(row) for row in rows}}
+            write_text(folder / FIGURES, json.dumps(known, indent=2))
+            self.say(f"{cell.name}: " + "; ".join(_line(row.name, known["figures"][row.name]) for row in rows))
+        return known["figures"]
+
+    def _share_tokens(self, folder: Path) -> None:
+        """Let a new run folder find the tokens that another one has made: they are named by their content."""
+        tokens = self.folder / "tokens"
+        tokens.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "data").exists():
+            (folder / "data").symlink_to(tokens.resolve(), target_is_directory=True)
+
+
+def _models(value: Any) -> Iterator[str]:
+    """Every model folder that is named anywhere in a recipe."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _models(item)
+    elif isinstance(value, str) and (Path(value) / "config.json").is_file():
+        yield value
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A cell's figures; none when it is not finished."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _line(name: str, row: dict[str, Any]) -> str:
+    return (
+        f"{name} perplexity {row['perplexity']:.2f}, KL {row['kl_to_teacher']:.4f}, "
+        f"top-1 {row['top1_agreement']:.1%} in {row['training_seconds'] or 0:.0f} s"
+    )
+
+
+def _silence(line: str) -> None:
+    """A run says much; a cell is one line."""

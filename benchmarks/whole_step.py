@@ -1,0 +1,310 @@
+"""The whole training step, from batch to updated weights: `python -m benchmarks.whole_step`.
+
+distill's trainer against a bare PyTorch loop, the same loop with distill's chunked head, and TRL's two trainers that
+know a teacher (where ``trl`` is installed), on models with random weights. Three tables:
+
+    full        rows full of tokens: tokens a second, and the share of the machine's measured GEMM rate that is model
+                FLOPs (2 a weight of the teacher, 6 of the student)
+    lengths     documents of log-normal lengths: useful tokens a second, packed and padded
+    overhead    what a trainer costs a step beside the arithmetic: the same number of layers, made tiny
+
+Time is CPU time on a CPU (other processes do not disturb it much) and wall time on a GPU. All contenders take turns,
+round after round; a figure is the median over the rounds. Memory is measured in a process a contender.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import hardware, result
+from benchmarks.step_contenders import CONTENDERS, Batch, Work
+from distill.data.blocks import Blocks
+from distill.data.loader import order_of
+from distill.data.packing import TokenFile
+from distill.losses import ForwardKL
+from distill.training.callbacks import flops_per_token
+from distill.training.module import DistillationModule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+VOCABULARY = 32_000
+SIZES = {
+    "11M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "42M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "110M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "350M": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "1.3B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16},
+}
+TINY = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+DOCUMENT_LENGTHS = (5.0, 1.0)
+"""Mean and deviation of the logarithm of a document's length: half are longer than 148 tokens, one in six than 400."""
+
+
+def model(size: dict[str, int], vocabulary: int = VOCABULARY) -> PreTrainedModel:
+    """A Llama with random weights and tied embeddings."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, **size)
+    return LlamaForCausalLM(config)
+
+
+def work(teacher: dict[str, int], student: dict[str, int], batches: list[Batch], device: str, **more: int) -> Work:
+    """A student, a frozen teacher and their batches."""
+    asked = model(teacher, **more).eval().requires_grad_(False)
+    if device == "cuda":
+        asked = asked.to(device, torch.bfloat16)  # type: ignore[arg-type]
+    return Work(model(student, **more), asked, batches, device)
+
+
+def full_batches(steps: int, rows: int, length: int, vocabulary: int = VOCABULARY) -> list[Batch]:
+    """Rows of random tokens without filling."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (steps, rows, length), generator=generator)
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    mask[:, -1] = False
+    return [{"input_ids": some, "mask": mask} for some in ids]
+
+
+def document_batches(packing: Any, steps: int, rows: int, length: int, *, bucketed: bool = True) -> list[Batch]:
+    """The first batches of distill's own order of training over 2,000 documents, in rows by ``packing``."""
+    random = np.random.default_rng(0)
+    sizes = np.clip(np.exp(random.normal(*DOCUMENT_LENGTHS, 2000)).astype(int), 8, length)
+    ids = random.integers(1, VOCABULARY, sizes.sum()).astype(np.uint16)
+    ids[np.cumsum(sizes) - 1] = 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.bin"
+        ids.tofile(path)
+        blocks = Blocks(
+            TokenFile(str(path), "uint16", len(ids), len(sizes), 1, int(ids.max()), 0), length, packing=packing
+        )
+        order = order_of(blocks, 0, rows)
+        if not bucketed:
+            order.lengths = None
+        return [blocks[numbers] for numbers in islice(order, steps)]
+
+
+def seconds_a_step(contender: Callable[[Work], None], given: Work) -> float:
+    """From the end of the first optimizer step to the end of the last, a step."""
+    stamps: list[float] = []
+
+    def stamp(*_: Any) -> None:
+        if given.device == "cuda":
+            torch.cuda.synchronize()
+        stamps.append(time.perf_counter() if given.device == "cuda" else time.process_time())
+
+    hook = register_optimizer_step_post_hook(stamp)
+    try:
+        contender(given)
+    finally:
+        hook.remove()
+    assert len(stamps) == len(given.batches), f"{len(stamps)} steps of {len(given.batches)}"
+    return (stamps[-1] - stamps[0]) / (len(stamps) - 1)
+
+
+def gemm_rate(device: str) -> float:
+    """FLOPs a second of a large matrix product, as the models compute theirs."""
+    size = 8192 if device == "cuda" else 1536
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if device == "cuda" else None) for _ in "ab")
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    best = float("inf")
+    for _ in range(4):
+        started = clock()
+        torch.mm(a, b)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, clock() - started)
+    return 2 * size**3 / best
+
+
+def interleaved(
+    jobs: dict[str, tuple[Callable[[Work], None], Work]], rounds: int, device: str
+) -> tuple[dict[str, list[float]], float]:
+    """Seconds a step of every job in every round, and the median GEMM rate between them."""
+    taken: dict[str, list[float]] = {name: [] for name in jobs}
+    rates = []
+    for number in range(rounds):
+        for name, (contender, given) in jobs.items():
+            rates.append(gemm_rate(device))
+            taken[name].append(seconds_a_step(contender, given))
+            print(f"  round {number + 1}: {name}: {taken[name][-1]:.3f} s", file=sys.stderr, flush=True)
+    return taken, statistics.median(rates)
+
+
+def available() -> dict[str, Callable[[Work], None]]:
+    """The contenders that can run here."""
+    return {name: run for name, run in CONTENDERS.items() if not name.startswith("TRL") or find_spec("trl")}
+
+
+def full(pair: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Tokens a second on full rows."""
+    given = _pair(pair, full_batches(options.steps, options.rows, options.length), options.device)
+    flops = flops_per_token(DistillationModule(given.student, [ForwardKL()], given.teacher))
+    taken, rate = interleaved({name: (run, given) for name, run in available().items()}, options.rounds, options.device)
+    tokens = options.rows * options.length
+    plain = taken["plain PyTorch loop"]
+    return [
+        {
+            "table": f"full rows, {pair.replace('-', ' -> ')}, {options.rows} x {options.length} tokens",
+            "contender": name,
+            "tokens_per_s": tokens / statistics.median(seconds),
+            "against_plain": _ratio(plain, seconds),
+            "share_of_gemm_rate": flops * tokens / statistics.median(seconds) / rate,
+            "peak_memory_mib": _peak_memory(name, pair, options),
+            "seconds": seconds,
+            "gemm_gflops_per_s": rate / 1e9,
+        }
+        for name, seconds in taken.items()
+    ]
+
+
+def lengths(pair: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Useful tokens a second on documents of many lengths."""
+    make = partial(document_batches, steps=options.steps, length=2 * options.length)
+    rows = options.rows  # about two documents in each
+    jobs = {
+        f"distill, {packing}": ("distill", make(packing, rows=rows)) for packing in ("wrapped", "documents", "best_fit")
+    }
+    jobs["distill, padded in buckets"] = ("distill", make("padded", rows=2 * rows))
+    at_random = make("padded", rows=2 * rows, bucketed=False)
+    jobs["distill, padded at random"] = ("distill", at_random)
+    jobs |= {f"{name}, padded at random": (name, at_random) for name in available() if name.startswith("TRL")}
+    ready = {name: (CONTENDERS[who], _pair(pair, batches, options.device)) for name, (who, batches) in jobs.items()}
+    taken, _ = interleaved(ready, options.rounds, options.device)
+    title = f"documents of many lengths, {pair.replace('-', ' -> ')}, at most {2 * options.length} tokens a row"
+    found = []
+    for name, seconds in taken.items():
+        # the first step is not timed, so its tokens do not count
+        counted = [batch["mask"] for batch in ready[name][1].batches[1:]]
+        useful = sum(int(mask.sum()) for mask in counted)
+        found.append(
+            {
+                "table": title,
+                "contender": name,
+                "useful_tokens_per_s": useful / len(counted) / statistics.median(seconds),
+                "useful_share_of_positions": useful / sum(mask.numel() for mask in counted),
+                "seconds": seconds,
+            }
+        )
+    return found
+
+
+def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Milliseconds a step beside the arithmetic: as many layers as the 110M -> 42M pair has, of next to no size."""
+    tiny = [TINY | {"num_hidden_layers": SIZES[size]["num_hidden_layers"]} for size in ("110M", "42M")]
+    given = work(tiny[0], tiny[1], full_batches(61, 1, 8, 64), options.device, vocabulary=64)
+    taken, _ = interleaved(
+        {name: (run, given) for name, run in available().items()}, 3 * options.rounds, options.device
+    )
+    base = taken["loop with distill's head"]
+    return [
+        {
+            "table": "overhead, a model of next to no size in 8 layers",
+            "contender": name,
+            "ms_per_step": 1e3 * min(seconds),
+            "ms_beside_the_bare_loop": 1e3 * (min(seconds) - min(base)),
+            "seconds": seconds,
+        }
+        for name, seconds in taken.items()
+    ]
+
+
+def _pair(pair: str, batches: list[Batch], device: str) -> Work:
+    teacher, student = pair.split("-")
+    return work(SIZES[teacher], SIZES[student], batches, device)
+
+
+def _ratio(plain: list[float], seconds: list[float]) -> float:
+    """How many times as fast, the median over the rounds."""
+    return statistics.median(p / s for p, s in zip(plain, seconds, strict=True))
+
+
+def _peak_memory(name: str, pair: str, options: argparse.Namespace) -> float:
+    """MiB above the loaded models, in a process of its own."""
+    sizes = [f"--{key}={getattr(options, key)}" for key in ("rows", "length", "device", "threads")]
+    command = [sys.executable, "-m", "benchmarks.whole_step", "--memory-of", name, "--pairs", pair, *sizes]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _memory_of(options: argparse.Namespace) -> float:
+    given = _pair(options.pairs[0], full_batches(2, options.rows, options.length), options.device)
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        CONTENDERS[options.memory_of](given)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    small = _pair(options.pairs[0], full_batches(1, 1, 8), options.device)
+    CONTENDERS[options.memory_of](small)  # libraries are loaded, and count for nobody
+    del small
+    before_kib = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    CONTENDERS[options.memory_of](given)
+    marks = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return (int(marks["VmHWM"].split()[0]) - before_kib) / 1024
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pairs", nargs="+", default=["42M-11M", "110M-42M"], help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--tables", nargs="+", default=["full", "lengths", "overhead"], help="default: %(default)s")
+    parser.add_argument("--rows", type=int, default=4, help="full rows in a batch (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=256, help="tokens in a row (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps a turn, the first not timed")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (default: %(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--memory-of", choices=CONTENDERS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print and write results/whole_step.json."""
+    options = arguments()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(options.threads)
+    if options.memory_of:
+        print(json.dumps(_memory_of(options)))
+        return
+    rows: list[dict[str, Any]] = []
+    if "full" in options.tables:
+        rows += [row for pair in options.pairs for row in full(pair, options)]
+    if "lengths" in options.tables:
+        rows += lengths(options.pairs[0], options)
+    if "overhead" in options.tables:
+        rows += overhead(options)
+    for row in rows:
+        print("  ".join(f"{key}={value:.4g}" if isinstance(value, float) else str(value) for key, value in row.items()))
+    notes = [] if find_spec("trl") else ["TRL was not installed (see benchmarks/README.md), so it is not among them."]
+    file = result.write(
+        "whole_step",
+        command=" ".join(["python -m benchmarks.whole_step", *sys.argv[1:]]),
+        hardware=hardware.describe(options.threads),
+        versions=hardware.versions("trl"),
+        rows=rows,
+        notes=notes,
+    )
+    print(f"wrote {file}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""RoBERTa with its head for masked words: BERT by other names; positions are counted from the padding token's id on."""
+
+from distill.models.layouts.bert import TIED, encoder
+from distill.models.layouts.parts import HIDDEN, layer_norm, linear
+from distill.pruning.layout import Parameter
+
+LAYOUT = encoder(
+    "roberta",
+    "roberta",
+    [
+        *linear("lm_head.dense", HIDDEN, HIDDEN),
+        *layer_norm("lm_head.layer_norm"),
+        Parameter("lm_head.bias", ("vocabulary",)),
+        Parameter("lm_head.decoder.weight", ("vocabulary", HIDDEN), unless=TIED),
+        Parameter("lm_head.decoder.bias", ("vocabulary",), unless=TIED),
+    ],
+    pinned_tokens=("pad_token_id",),
+)
