@@ -18,6 +18,7 @@ from distill.core.artifact import replacing
 from distill.core.errors import InputError
 from distill.data.teacher_cache import CODECS, Hidden, TopK
 from distill.data.teacher_cache.base import CodecSpec
+from distill.data.teacher_cache.head_file import head_file, is_whole, seal
 from distill.losses import AnyLossSpec, LossSpec, states
 from distill.losses.sparse import refusal
 from distill.stages.base import StageContext, StageSpec
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from distill.data.teacher_cache.write import Live
     from distill.training.cached_teacher import CachedTeacher
 
-HEAD = "head"
 NO_STREAM = (
     "a stream has no positions that a cache could belong to; store its text first (streaming: false, or a file), or "
     "learn from the teacher itself"
@@ -199,7 +199,7 @@ def open_cache(context: StageContext, name: str, num_sequences: int) -> tuple[Co
             f"{data.sequence_length}: at each token it says what it said after the text that it had seen"
         )
     dtype = None if resolve_device(context.session.compute) == "cuda" else torch.float32
-    head = train.folder.parent / HEAD / "head.safetensors"
+    head = head_file(train.folder.parent)
     return cached, CachedTeacher(train.vocabulary, head, whole=stage.codec.whole, dtype=dtype)
 
 
@@ -227,7 +227,7 @@ class _Loaded:
 
     def __init__(self, context: StageContext, stage: CacheTeacher, train: Place):
         self.context, self.stage, self.read = context, stage, train.identity
-        self.head = train.folder.parent / HEAD
+        self.head = head_file(train.folder.parent)
         self._live: Live | None = None
 
     def __call__(self) -> Live:
@@ -251,12 +251,13 @@ class _Loaded:
         return self._live
 
     def keep_head(self) -> None:
-        """Write the head beside the caches, once."""
+        """Write the head beside the caches, once, and again when it was damaged."""
         from distill.data.packing import alone
         from distill.models.head import save_head
 
-        with alone(self.head.parent):
-            if not (self.head / "head.safetensors").is_file():
+        with alone(self.head.parent.parent):
+            if not is_whole(self.head):
                 self()
-                with replacing(self.head) as folder:
-                    save_head(self._model, folder / "head.safetensors")
+                with replacing(self.head.parent) as folder:
+                    save_head(self._model, folder / self.head.name)
+                    seal(folder / self.head.name)

@@ -45,18 +45,20 @@ def scores_of(
     batches = list(context.session.corpus().calibration_loader(batch_size=batch_size))
     about = {"model": fingerprint(location), "calibration": calibration_hash(batches), "device": device}
     files = [_file(context, criterion, about) for criterion in criteria]
-    found = [_read(file) for file in files]
-    if missing := [i for i, scores in enumerate(found) if scores is None]:
+    found = {file: _read(file) for file in files}
+    # width and depth may name the same criterion, which scores both at once
+    if missing := {file: criterion for file, criterion in zip(files, criteria, strict=True) if found[file] is None}:
         loaded = check_packing(context, load_model(location, dtype="float32" if device == "cpu" else "auto"))
         model = move(loaded, device)
-        for i, scores in zip(missing, score([criteria[i] for i in missing], model, layout, batches), strict=True):
-            write(files[i], scores, {**about, "criterion": criteria[i].model_dump_json()})
-            found[i] = scores
+        made = score(list(missing.values()), model, layout, batches)
+        for (file, criterion), scores in zip(missing.items(), made, strict=True):
+            write(file, scores, {**about, "criterion": criterion.model_dump_json()})
+            found[file] = scores
     num_sequences = sum(len(batch["mask"]) for batch in batches)
-    for i, criterion in enumerate(criteria):
-        how = f"scored on {num_sequences} sequences" if i in missing else "scored before"
-        context.say(f"{criterion.kind}: {how} ({files[i].relative_to(context.session.run.folder)})")
-    return [scores for scores in found if scores is not None], about
+    for file, criterion in dict(zip(files, criteria, strict=True)).items():
+        how = f"scored on {num_sequences} sequences" if file in missing else "scored before"
+        context.say(f"{criterion.kind}: {how} ({file.relative_to(context.session.run.folder)})")
+    return [scores for file in files if (scores := found[file]) is not None], about
 
 
 def calibration_hash(batches: Iterable[Mapping[str, Tensor]]) -> str:

@@ -24,6 +24,7 @@ from distill.data.teacher_cache import write as writing
 from distill.data.teacher_cache.base import HIDDEN, IDS, PROBS, TAIL, CodecSpec
 from distill.data.teacher_cache.cache import CachedBlocks, Place
 from distill.data.teacher_cache.fidelity import signal_of
+from distill.data.teacher_cache.head_file import head_file, seal
 from distill.data.teacher_cache.identity import Identity
 from distill.data.teacher_cache.sorted_ids import num_bytes, pack_sorted, unpack_sorted
 from distill.data.teacher_cache.verify import describe, verify
@@ -425,9 +426,23 @@ def test_verify_names_every_damaged_file(blocks: Blocks, tmp_path: Path) -> None
     with pytest.raises(MachineError) as raised:
         verify(tmp_path / "cache")
     assert [line.rpartition(": ")[0] for line in str(raised.value).splitlines()[:2]] == [str(first), str(second)]
-    assert "remove these files" in str(raised.value)
+    assert "remove these" in str(raised.value)
     first.write_bytes(whole[first])
     second.write_bytes(whole[second])
+    assert "20 rows in" in verify(tmp_path / "cache")
+    head = head_file(tmp_path / "cache")
+    head.parent.mkdir()
+    head.write_bytes(bytes(1000))
+    seal(head)
+    assert "20 rows in" in verify(tmp_path / "cache")
+    head.write_bytes(bytes(999) + b"\x01")
+    with pytest.raises(MachineError, match=r"head\.safetensors: damaged\nremove it"):
+        verify(place.folder)
+    head.unlink()
+    for file in whole:
+        file.unlink()
+    with pytest.raises(MachineError, match="train: holds nothing"):
+        verify(tmp_path / "cache")
     with pytest.raises(InputError, match="no teacher cache there"):
         verify(tmp_path)
 

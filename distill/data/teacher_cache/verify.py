@@ -8,6 +8,7 @@ from pathlib import Path
 from distill.core.errors import InputError, MachineError
 from distill.data.teacher_cache.cache import Place
 from distill.data.teacher_cache.fidelity import Fidelity
+from distill.data.teacher_cache.head_file import head_file, is_whole
 from distill.data.teacher_cache.identity import HEADER, read_header
 from distill.data.teacher_cache.shards import Shard, open_shards, shard_files
 
@@ -43,7 +44,9 @@ def describe(place: Place) -> str:
 
 
 def damages(place: Place) -> Iterator[str]:
-    """A line for each shard that is not what was written."""
+    """A line for each shard that is not what was written, or for the whole cache when it has none."""
+    if not shard_files(place.folder):
+        yield f"{place.folder}: holds nothing"
     for file in shard_files(place.folder):
         try:
             damaged = Shard(file).damaged()
@@ -56,16 +59,19 @@ def damages(place: Place) -> Iterator[str]:
 
 
 def verify(folder: Path) -> str:
-    """One line about a cache that is whole.
+    """One line about a cache of which all that is there is what was written.
 
     Raises:
         InputError: there is no cache.
-        MachineError: some of it is damaged; names every such file.
+        MachineError: some of it is damaged or gone; names every such file.
     """
     places = caches(folder)
-    if lines := [line for place in places for line in damages(place)]:
-        mend = f"remove {'these files' if len(lines) > 1 else 'this file'}; the next run writes anew what was in them"
+    heads = sorted({head_file(place.folder.parent) for place in places})
+    lines = [line for place in places for line in damages(place)]
+    lines += [f"{head}: damaged" for head in heads if head.is_file() and not is_whole(head)]
+    if lines:
+        mend = f"remove {'these' if len(lines) > 1 else 'it'}; the next run writes anew what was there"
         raise MachineError("\n".join([*lines, mend]))
     shards = [shard for place in places for shard in open_shards(place.folder)]
     rows = sum(len(shard.rows) for shard in shards)
-    return f"{folder}: whole ({rows:,} rows in {len(shards)} shards, every checksum is right)"
+    return f"{folder}: {rows:,} rows in {len(shards)} shards, every checksum is right"
