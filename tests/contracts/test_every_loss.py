@@ -471,7 +471,7 @@ def test_logits_far_apart_stay_finite(loss: LossSpec, dtype: torch.dtype, data: 
 @pytest.mark.parametrize("kind", MEMBERS)
 @pytest.mark.parametrize("form", ["pure", "closed"])
 def test_a_large_vocabulary_costs_no_digits(kind: str, form: str) -> None:
-    """Near agreement, where sums over many small differences cancel: no more is lost than some last digits of log(vocabulary)."""
+    """Near agreement, where sums over many small differences cancel; what is lost is some last digits of log V."""
     members = _members()[: len(MEMBERS)] if form == "pure" else _members()[len(MEMBERS) :]
     loss = dict(members)[kind](kind=kind)
     shape, random = (1, 248_000), torch.Generator().manual_seed(0)
