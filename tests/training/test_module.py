@@ -135,7 +135,7 @@ def test_bf16_mixed_clips(module: Any, loader: Any) -> None:
     torch.testing.assert_close(norm, torch.tensor(1e-3), rtol=1e-3, atol=0)
 
 
-def test_the_teacher_stays_out(module: Any, loader: Any) -> None:
+def test_the_teacher_stays_out(module: Any, loader: Any, batch: Any) -> None:
     model = module()
     before = {name: p.clone() for name, p in model.teacher.model.named_parameters()}
     assert all(name.startswith("student.") for name in model.state_dict())
@@ -149,6 +149,7 @@ def test_the_teacher_stays_out(module: Any, loader: Any) -> None:
         assert p.grad is None
         assert not p.requires_grad
         assert torch.equal(p, before[name])
+    assert model.teacher.signal(batch(0, 2)).hidden.is_inference()
     held = {id(p) for group in loop.optimizers[0].param_groups for p in group["params"]}
     assert held == {id(p) for p in model.student.parameters()}
 
@@ -187,6 +188,7 @@ def test_vectors_have_no_weight_decay(module: Any, loader: Any) -> None:
     loop = trainer()
     loop.fit(module(), loader(1))
     matrices, vectors = loop.optimizers[0].param_groups
+    assert (matrices["fused"], vectors["fused"]) == (True, True)
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
     assert {p.ndim for p in matrices["params"]} == {2}
     assert {p.ndim for p in vectors["params"]} == {1}
