@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 @pytest.fixture(autouse=True)
 def _the_same_numbers() -> None:
     """torch seeds every process anew; a test that draws without a generator would pass on some days only."""
-    torch.manual_seed(0)
+    torch.manual_seed(7919)  # as no generator of a test, or two draws would be the same numbers
 
 
 @pytest.fixture(scope="session")
