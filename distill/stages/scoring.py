@@ -58,7 +58,7 @@ def scores_of(
     for file, criterion in dict(zip(files, criteria, strict=True)).items():
         how = f"scored on {num_sequences} sequences" if file in missing else "scored before"
         context.say(f"{criterion.kind}: {how} ({file.relative_to(context.session.run.folder)})")
-    return [scores for file in files if (scores := found[file]) is not None], about
+    return [kept for file in files if (kept := found[file]) is not None], about
 
 
 def calibration_hash(batches: Iterable[Mapping[str, Tensor]]) -> str:

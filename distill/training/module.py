@@ -183,15 +183,14 @@ class DistillationModule(pl.LightningModule):
         self._step_sequences = 0
 
     def counted_tokens(self) -> int:
-        """Tokens that a loss was taken from since the last drain (this synchronises with the device)."""
+        """Tokens of this rank that a loss was taken from since the last drain (this synchronises with the device)."""
         return max((int(term.count) for term in self._terms.values()), default=0)
 
     def drain_terms(self) -> dict[str, float]:
-        """Mean of each loss per token since the last call (this synchronises with the device).
+        """Mean of each loss per token of this rank since the last call (this synchronises with the device).
 
-        Figures of own sequences stand beside them under ``on_policy/``.
-
-        Settings that follow a schedule stand beside them, as the last step had them (``forward_kl.temperature``).
+        Beside them stand figures of own sequences, under ``on_policy/``, and settings that follow a schedule, as the
+        last step had them (``forward_kl.temperature``).
         """
         means = {name: float(term.per_token()) for name, term in self._terms.items()}
         self._terms = {}

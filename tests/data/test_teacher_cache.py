@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from math import lgamma, log
+from math import isfinite, lgamma, log
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from distill.data.teacher_cache import CODECS, Hidden, Sampled, TopK
 from distill.data.teacher_cache import write as writing
 from distill.data.teacher_cache.base import HIDDEN, IDS, PROBS, TAIL, CodecSpec
 from distill.data.teacher_cache.cache import CachedBlocks, Place
-from distill.data.teacher_cache.fidelity import signal_of
+from distill.data.teacher_cache.fidelity import measure, signal_of
 from distill.data.teacher_cache.head_file import head_file, seal
 from distill.data.teacher_cache.identity import Identity
 from distill.data.teacher_cache.sorted_ids import num_bytes, pack_sorted, unpack_sorted
@@ -481,6 +481,15 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     with pytest.raises(MachineError, match="GB are free"):
         fill_all(place, blocks)
     assert not files(place.folder)
+
+
+def test_a_very_sure_teacher_has_a_fidelity_too() -> None:
+    """Most of its probabilities are 0 in fp32; the report is read before hours of writing, and must say a number."""
+    hidden, codec = 500 * logits_of(6), TopK(k=4)
+    data, _ = coded(codec, hidden.log_softmax(-1))
+    found = measure([(hidden, data)], codec, VOCABULARY, VOCABULARY, lambda rows: rows)
+    assert found.kl == pytest.approx(0, abs=1e-6)
+    assert isfinite(found.gradient_cosine)
 
 
 def test_the_fidelity_report_tells_the_codecs_apart(blocks: Blocks, tmp_path: Path) -> None:

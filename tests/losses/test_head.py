@@ -291,6 +291,33 @@ def test_a_plain_head_makes_no_logits_of_more_than_a_chunk(batch: tuple[Tensor, 
     assert largest.rows == 4
 
 
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("way", ["multiplied", "called"])
+def test_a_frozen_head_costs_no_gradient(way: str, trained: bool, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Not one that is thrown away either: it would be as large as the head."""
+
+    class LikeTheHead(TorchDispatchMode):
+        num_made = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **kwargs or {})
+            known = {weight.data_ptr() for weight in weights}
+            if isinstance(out, Tensor) and out.shape == (VOCABULARY, HIDDEN) and out.data_ptr() not in known:
+                self.num_made += 1
+            return out
+
+    ids, targets, mask = batch
+    model, teacher = Model(), Model(seed=7)
+    model.lm_head.requires_grad_(trained)
+    weights = (model.lm_head.weight, teacher.lm_head.weight)
+    head = model.head() if way == "multiplied" else Head(lambda hidden: model.lm_head(hidden), model.head().parameters)
+    hidden, signal = model.hidden(ids), Signal(teacher.hidden(ids).detach(), teacher.head())
+    with LikeTheHead() as seen:
+        total, _ = head_losses(hidden, head, signal, targets, mask, LOSSES, chunk_tokens=4)
+        torch.autograd.grad(total, [hidden, *model.lm_head.parameters()] if trained else [hidden])
+    assert (seen.num_made > 0) == trained
+
+
 def test_a_second_backward_is_refused_unless_it_was_announced(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     total, _ = chunked(Model(), batch, 4)
     total.backward()

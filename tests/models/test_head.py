@@ -9,6 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from distill.core.errors import InputError
+from distill.losses import ForwardKL
+from distill.losses.head import Signal, head_losses
 from distill.models.head import check_head, hidden_states, output_head
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -54,6 +56,32 @@ def test_body_and_head_are_the_model(kind: str) -> None:
     torch.testing.assert_close(
         output_head(model).logits(hidden.flatten(0, 1)).view_as(theirs), theirs, rtol=1e-5, atol=1e-5
     )
+
+
+@EACH
+def test_chunks_train_what_the_models_own_logits_train(kind: str) -> None:
+    """Caps, scales and ties are in the gradient too, of the body and of the head's own weights."""
+    model, teacher = make(kind).eval(), make(kind).eval()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(0.9)
+    random = torch.Generator().manual_seed(1)
+    ids, mask = torch.randint(0, 40, (2, 7), generator=random), torch.rand(2, 7, generator=random) < 0.7
+    targets, loss = ids.roll(-1, 1), ForwardKL(temperature=2.0)
+    with torch.no_grad():
+        signal, theirs = Signal(hidden_states(teacher, ids), output_head(teacher)), teacher(input_ids=ids).logits
+    expected = loss(model(input_ids=ids).logits, theirs, targets, mask).sum
+    named = dict(model.named_parameters())
+    gradients = torch.autograd.grad(expected, list(named.values()))
+    total, _ = head_losses(
+        hidden_states(model, ids), output_head(model), signal, targets, mask, [(loss.kind, loss)], chunk_tokens=3
+    )
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
+    ours = torch.autograd.grad(total, list(named.values()))
+    for name, got, wanted in zip(named, ours, gradients, strict=True):
+        assert (got - wanted).norm() <= 1e-4 * wanted.norm() + 1e-5, name
+    assert output_head(model).parameters
+    assert any(gradient.any() for gradient in ours)
 
 
 @pytest.mark.parametrize(

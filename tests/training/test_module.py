@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from distill.losses import CrossEntropy, ForwardKL
 from distill.training.module import DistillationModule
+from distill.training.own_weights import OwnWeights
 from distill.training.spec import OptimizerSpec
 
 
@@ -134,7 +135,7 @@ def test_bf16_mixed_clips(module: Any, loader: Any) -> None:
     torch.testing.assert_close(norm, torch.tensor(1e-3), rtol=1e-3, atol=0)
 
 
-def test_the_teacher_stays_out(module: Any, loader: Any) -> None:
+def test_the_teacher_stays_out(module: Any, loader: Any, batch: Any) -> None:
     model = module()
     before = {name: p.clone() for name, p in model.teacher.model.named_parameters()}
     assert all(name.startswith("student.") for name in model.state_dict())
@@ -148,8 +149,34 @@ def test_the_teacher_stays_out(module: Any, loader: Any) -> None:
         assert p.grad is None
         assert not p.requires_grad
         assert torch.equal(p, before[name])
+    assert model.teacher.signal(batch(0, 2)).hidden.is_inference()
     held = {id(p) for group in loop.optimizers[0].param_groups for p in group["params"]}
     assert held == {id(p) for p in model.student.parameters()}
+
+
+@pytest.mark.parametrize("source", ["live", "own weights"])
+def test_documents_of_one_row_teach_what_each_teaches_alone(source: str, module: Any) -> None:
+    """Neither model sees over the border: a teacher that did would say something else of all but the first one."""
+    model = module("full" if source == "live" else "lora")
+    if source != "live":
+        model.teacher = OwnWeights(model.student)
+        for name, p in model.student.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.3)
+    model.student.eval()  # no dropout
+    ids = torch.randint(1, 32, (2, 11))
+    places = torch.cat([torch.arange(size) for size in (3, 5, 3)]).expand(2, -1)
+    mask = places.roll(-1, 1) > 0
+    packed = {"input_ids": ids, "mask": mask, "position_ids": places}
+    total, terms = model.batch_losses(packed, model.losses)
+    alone = [
+        model.batch_losses({"input_ids": some, "mask": on}, model.losses)
+        for some, on in zip(ids.split((3, 5, 3), 1), mask.split((3, 5, 3), 1), strict=True)
+    ]
+    assert float(terms["kl"].per_token()) > 0.01
+    torch.testing.assert_close(total, sum(part for part, _ in alone), rtol=1e-4, atol=1e-5)
+    for name, term in terms.items():
+        torch.testing.assert_close(term.sum, sum(part[name].sum for _, part in alone), rtol=1e-4, atol=1e-5)
 
 
 def test_losses_that_need_a_teacher_say_so(llama: Any) -> None:
@@ -161,6 +188,7 @@ def test_vectors_have_no_weight_decay(module: Any, loader: Any) -> None:
     loop = trainer()
     loop.fit(module(), loader(1))
     matrices, vectors = loop.optimizers[0].param_groups
+    assert (matrices["fused"], vectors["fused"]) == (True, True)
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
     assert {p.ndim for p in matrices["params"]} == {2}
     assert {p.ndim for p in vectors["params"]} == {1}

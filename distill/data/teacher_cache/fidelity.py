@@ -116,8 +116,9 @@ def _logits_of(signal: Signal | SparseSignal) -> Tensor | None:
     if signal.tail is None:
         return None
     others = max(1, signal.vocabulary - signal.ids.shape[-1])
-    even = (signal.tail / others).log().unsqueeze(-1).expand(-1, signal.vocabulary)
-    return even.scatter(-1, signal.ids, signal.probs.log())
+    # a probability that fp32 has lost is no impossible token: 0 times minus infinity would be no number
+    tail, probs = (values.clamp(min=torch.finfo(torch.float32).tiny) for values in (signal.tail / others, signal.probs))
+    return tail.log().unsqueeze(-1).expand(-1, signal.vocabulary).scatter(-1, signal.ids, probs.log())
 
 
 def _sum_kl(teacher: Tensor, decoded: Tensor) -> float:
