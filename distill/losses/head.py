@@ -113,8 +113,9 @@ def _blocks(
 ) -> Callable[[Tensor, int], Iterator[Rows]]:
     """What cuts a chunk's logits, from token ``start`` on, into rows with the teacher's side beside them."""
     dense = teacher if isinstance(teacher, Signal) else None
-    head = projection(dense.head.logits, (), dense.hidden, chunk_tokens, False) if dense else None
-
+    with torch.autocast(targets.device.type, enabled=False):
+        # a plain head in its own precision, whatever that of training is; any other decides when it is called
+        head = projection(dense.head.logits, (), dense.hidden, chunk_tokens, False) if dense else None
     workspace = Workspace()
 
     def blocks(logits: Tensor, start: int) -> Iterator[Rows]:

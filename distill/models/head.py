@@ -104,7 +104,7 @@ def save_head(model: PreTrainedModel, file: Path) -> None:
 
 
 def load_head(file: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Head:
-    """A frozen head alone, as :func:`save_head` wrote it; takes hidden states of any dtype.
+    """A frozen head alone, as :func:`save_head` wrote it.
 
     Args:
         file: the safetensors file.
@@ -120,8 +120,7 @@ def load_head(file: Path, *, dtype: torch.dtype | None = None, device: str | tor
     with torch.device("meta"):
         module = torch.nn.Linear(columns, rows, bias="bias" in tensors)
     module.load_state_dict(tensors, assign=True)
-    whole = _scaled(module.requires_grad_(False), scales)
-    return Head(lambda hidden: whole.logits(hidden.to(module.weight.dtype)), whole.parameters)
+    return _scaled(module.requires_grad_(False), scales)
 
 
 @torch.no_grad()

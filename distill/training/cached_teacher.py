@@ -61,4 +61,7 @@ class CachedTeacher(Teacher):
         """
         if HIDDEN not in batch and IDS not in batch:
             raise InputError("blocks of this batch are not in the teacher's cache; run its cache_teacher stage again")
+        if HIDDEN in batch and self._head is not None:
+            # stored in bf16; the head computes in what it is held in
+            batch = batch | {HIDDEN: batch[HIDDEN].to(self._head.parameters[0].dtype)}
         return signal_of(batch, self.vocabulary, self._head)

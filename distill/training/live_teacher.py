@@ -9,6 +9,7 @@ import torch
 
 from distill.core.batch import model_inputs
 from distill.losses.head import Head, Signal
+from distill.losses.projection import Logits, is_plain
 from distill.models.head import check_head, head_copy, hidden_states, output_head
 from distill.models.load import move
 from distill.training.teacher import Teacher
@@ -50,8 +51,14 @@ class LiveTeacher(Teacher):
         with torch.inference_mode(), torch.autocast(self.model.device.type, enabled=False):
             hidden = hidden_states(self.model, **model_inputs(batch, self.model.device))
 
-        def logits(rows: Tensor) -> Tensor:
-            with torch.autocast(rows.device.type, enabled=False):
-                return head.logits(rows)
+        return Signal(hidden, head if is_plain(head.logits, hidden) else Head(_in_own_precision(head.logits)))
 
-        return Signal(hidden, Head(logits, head.parameters))
+
+def _in_own_precision(logits: Logits) -> Logits:
+    """The head of a model, called outside of the arithmetic of training."""
+
+    def outside(rows: Tensor) -> Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            return logits(rows)
+
+    return outside

@@ -220,6 +220,30 @@ def test_chunks_and_masks_change_nothing(codec: CodecSpec) -> None:
     assert float(total.detach()) == 0.0
 
 
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, VOCABULARY + 8])
+@pytest.mark.parametrize("codec", [TopK(k=6), TopK(k=99, value_dtype="float32"), Sampled()], ids=str)
+def test_the_chunked_gradient_is_that_of_the_loss(codec: CodecSpec, vocabulary: int) -> None:
+    student = torch.cat([logits_of(20, seed=1), 30 * logits_of(20, seed=2)])  # some of them sure of a token
+    teacher = logits_of(40, vocabulary)
+    teacher[:, VOCABULARY:] -= 3  # some of a padded head's mass is where the student has no token
+    few = sparse(codec, teacher)
+    expected, gradient = value_and_gradient(student.double(), few)
+    eye = torch.eye(VOCABULARY)
+    hidden = student.unsqueeze(0).requires_grad_()
+    batch = SparseSignal(
+        *(x.unsqueeze(0) for x in (few.ids, few.probs)),
+        vocabulary,
+        *(None if x is None else x.unsqueeze(0) for x in (few.tail, few.entropy)),
+    )
+    on, targets = torch.ones(1, 40, dtype=torch.bool), torch.zeros(1, 40, dtype=torch.int64)
+    losses = [("forward_kl", ForwardKL())]
+    total, _ = head_losses(hidden, Head(lambda rows: rows @ eye), batch, targets, on, losses, chunk_tokens=16)
+    total.backward()
+    assert float(total.detach()) == pytest.approx(expected, rel=1e-5)
+    assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad[0], gradient.float(), rtol=1e-4, atol=1e-5)
+
+
 # ---- the cache
 
 

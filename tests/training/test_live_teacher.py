@@ -36,14 +36,23 @@ def test_a_bf16_teacher_is_near_and_an_fp32_one_is_the_same(student: Any, llama:
     assert float((rounded - expected).norm() / expected.norm()) < 0.05
 
 
-def test_its_precision_is_its_own_under_mixed_precision(student: Any, llama: Any, batch: Any) -> None:
-    teacher = LiveTeacher(llama(1))
-    expected = teacher.signal(batch(0, 2))
-    logits = expected.head.logits(expected.hidden)
+@pytest.mark.parametrize("settings", [{}, {"final_logit_softcapping": 5.0}], ids=["plain head", "soft-cap"])
+def test_its_precision_is_its_own_under_mixed_precision(settings: Any, llama: Any, batch: Any) -> None:
+    model, one = llama(1, **settings), batch(0, 4)
+    teacher = LiveTeacher(model)
+    expected = teacher.signal(one)
+
+    def exact(rows: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return output_head(model).logits(rows)
+
     with torch.autocast("cpu", torch.bfloat16):
-        signal = teacher.signal(batch(0, 2))
+        signal = teacher.signal(one)
         assert torch.equal(signal.hidden, expected.hidden)
-        assert torch.equal(signal.head.logits(signal.hidden), logits)
+        student = head.Head(exact)  # the teacher in fp32: any rounding of the teacher's logits is a distance to it
+        targets = one["input_ids"].roll(-1, 1)
+        _, terms = head.head_losses(signal.hidden.clone(), student, signal, targets, one["mask"], [("kl", ForwardKL())])
+    assert abs(float(terms["kl"].per_token())) < 1e-8
 
 
 def test_a_teacher_elsewhere_sends_hidden_states_a_chunk_at_a_time(llama: Any, monkeypatch: Any) -> None:
