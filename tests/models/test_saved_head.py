@@ -45,9 +45,6 @@ def test_same_logits(model_type: str, keys: dict[str, object], tmp_path: Path) -
         whole = output_head(model).logits(hidden)
         alone = load_head(tmp_path / "head.safetensors")
         assert torch.equal(alone.logits(hidden), whole)
-        rounded = alone.logits(hidden.bfloat16())
-    assert rounded.dtype == torch.float32
-    torch.testing.assert_close(rounded, whole, atol=0.02, rtol=0.02)
     assert not any(parameter.requires_grad for parameter in alone.parameters)
 
 
