@@ -118,7 +118,7 @@ def _check(stage: StageSpec, recipe: Recipe, config: Config | None) -> None:
         for parameter in layout.parameters:
             name = parameter.path.removesuffix(".weight")
             if len(parameter.axes) == 2 and "{layer}" in name and not stage.quantizer.skips(name):
-                stage.quantizer.groups(shape(parameter, sizes)[1])
+                stage.grid_of(name).groups(shape(parameter, sizes)[1])
 
 
 def _check_states(stage: StageSpec, known: dict[str, Config | None]) -> None:
