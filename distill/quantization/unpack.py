@@ -36,12 +36,18 @@ def unpack(model: Any) -> list[str]:
     if quantizer is None or compressor is None:
         return []
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "quantization_scheme")}
-    if any("weight" not in module._parameters for module in layers.values()):
+    # codes of a byte each stand under the weight's own name, but are no weight yet
+    if any(not _is_weight(module) for module in layers.values()):
         compressor.decompress_model(model)
     for module in layers.values():
         _strip(module)
     quantizer.remove_quantization_config(model)
     return list(layers)
+
+
+def _is_weight(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _strip(module: nn.Module) -> None:
