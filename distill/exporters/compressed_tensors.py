@@ -112,12 +112,15 @@ def _dtype(scales: set[str], wanted: torch.dtype | None) -> torch.dtype:
 def _scheme(layer: FakeQuantLayer) -> dict[str, Any]:
     """A layer's grids and their format in the library's words.
 
-    Codes of a byte each where the inputs are int8, as kernels for both want them, and where there are zero points:
-    transformers makes room for packed ones as if they were not packed.
+    Codes of a byte each where the inputs are int8, as kernels for both want them, and where transformers cannot load
+    packed ones: zero points (it makes room for them as if they were not packed) and embeddings.
     """
+    from distill.quantization.fake_quant import FakeQuantLinear
+
     weights, inputs = layer.spec.compressed_tensors_arguments(), getattr(layer, "inputs", None)
     if inputs is None:
-        return {"weights": weights, "format": PACKED if weights["type"] == "int" and weights["symmetric"] else PLAIN}
+        packs = weights["type"] == "int" and weights["symmetric"] and isinstance(layer, FakeQuantLinear)
+        return {"weights": weights, "format": PACKED if packs else PLAIN}
     wide = (weights["num_bits"] == 8 and weights["type"] == "int") or not weights["symmetric"]
     if weights["type"] == "float":
         raise InputError("fp8 weights with int8 activations have no kernel anywhere; choose int8_channel")
@@ -166,18 +169,15 @@ def _write_config(model: PreTrainedModel, schemes: dict[str, dict[str, Any]], fo
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
-    groups = _config_groups(schemes)
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    groups = _config_groups(schemes, linear)
     formats = {group["format"] for group in groups}
     config = QuantizationConfig.model_validate(
         {
             "config_groups": {f"group_{index}": group for index, group in enumerate(groups)},
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
-            "ignore": [
-                name
-                for name, module in model.named_modules()
-                if isinstance(module, torch.nn.Linear) and name not in schemes
-            ],
+            "ignore": [name for name in linear if name not in schemes],
         }
     )
     file = Path(folder) / "config.json"
@@ -187,14 +187,13 @@ def _write_config(model: PreTrainedModel, schemes: dict[str, dict[str, Any]], fo
     ModelCompressor(quantization_config=config).update_config(str(folder))
 
 
-def _config_groups(schemes: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Layers by scheme; one that all of them share is that of every linear layer."""
+def _config_groups(schemes: dict[str, dict[str, Any]], linear: list[str]) -> list[dict[str, Any]]:
+    """Layers by scheme; one that all of them share is that of every linear layer, if there are no others."""
     layers: dict[str, list[str]] = {}
     for name, scheme in schemes.items():
         layers.setdefault(json.dumps(scheme), []).append(name)
-    return [
-        {"targets": ["Linear"] if len(layers) == 1 else names, **json.loads(scheme)} for scheme, names in layers.items()
-    ]
+    alike = len(layers) == 1 and set(schemes) <= set(linear)
+    return [{"targets": ["Linear"] if alike else names, **json.loads(scheme)} for scheme, names in layers.items()]
 
 
 def _bytes(tensor: Tensor) -> int:

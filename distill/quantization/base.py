@@ -36,6 +36,9 @@ class QuantizerSpec(Spec):
     scale_dtype: ClassVar[str] = "bfloat16"
     """Type of a stored scale: bfloat16 in the grids of compressed-tensors, float16 in those of GGUF."""
 
+    keeps_zero: ClassVar[bool] = True
+    """Whether a weight of zero stays zero, as a mask needs."""
+
     kind: str
     skip: tuple[str, ...] = DEFAULT_SKIP
     """Linear layers left unquantized: patterns for a layer's dotted name or its last part; [] quantizes all."""

@@ -15,6 +15,7 @@ from distill.models.lora import LoraSpec
 from distill.quantization import ACTIVATIONS, QUANTIZERS, ActivationSpec, IntGroup
 from distill.quantization.base import QuantizerSpec, matches
 from distill.stages.base import SELF, StageContext, StageSpec
+from distill.stages.mixed import MixedSpec, choose_grids
 from distill.stages.train import check_own_teacher
 from distill.training.spec import DistillSpec
 
@@ -56,6 +57,8 @@ class Quantize(DistillSpec, StageSpec):
     """The grid of the weights."""
     layers: tuple[LayerGrid, ...] = ()
     """Other grids for some layers, as [{match: "*.down_proj", quantizer: int8_channel}]; [] is off."""
+    mixed: MixedSpec | None = None
+    """Choose each linear layer's grid within a budget of bits, by a scan of what each layer costs; unset is off."""
     activations: Annotated[ActivationSpec, ACTIVATIONS] | None = None
     """The grid of the quantized layers' inputs; unset is off. A static one is calibrated before anything is trained."""
     from_step: int = Field(0, ge=0)
@@ -81,11 +84,19 @@ class Quantize(DistillSpec, StageSpec):
 
     @model_validator(mode="after")
     def _rounding(self) -> Quantize:
-        grids = [self.quantizer, *(grid for _, grid in self.grids())]
+        grids = self._every_grid()
+        if any(getattr(grid, "scale", None) == "learned" for grid in grids) and self.mixed is not None:
+            raise ValueError("scale: learned cannot be scanned before it is trained; set scale: mse, or remove mixed")
         if self.trains() and self.rounding != "nearest":
             raise ValueError("rounding: gptq is for a model that is not trained on; set num_tokens: 0, or remove it")
         if not self.trains() and any(getattr(grid, "scale", None) == "learned" for grid in grids):
             raise ValueError("scale: learned needs training; set num_tokens, or scale: mse")
+        return self
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Quantize:
+        if self.mixed is not None and self.layers:
+            raise ValueError("mixed chooses the grid of every layer, so layers has no effect; remove one of them")
         return self
 
     @model_validator(mode="after")
@@ -97,11 +108,16 @@ class Quantize(DistillSpec, StageSpec):
     def label(self) -> str:
         """The grids in a few words, for tables."""
         others = [f"{one.match}: {one.quantizer.label()}" for one in self.layers]
+        others += [self.rounding] if self.rounding != "nearest" else []
+        others += [f"mixed, {self.mixed.bits:g} bits"] if self.mixed else []
         return "; ".join([self.quantizer.label(), *others, *([self.activations.label()] if self.activations else [])])
 
     def grids(self) -> list[tuple[str, QuantizerSpec]]:
         """(pattern, grid) of the layers that have their own."""
         return [(layer.match, layer.quantizer) for layer in self.layers]
+
+    def _every_grid(self) -> list[QuantizerSpec]:
+        return [self.quantizer, *(grid for _, grid in self.grids()), *(self.mixed.also if self.mixed else ())]
 
     def grid_of(self, name: str) -> QuantizerSpec:
         """The grid of a layer that is not skipped."""
@@ -124,7 +140,7 @@ class Quantize(DistillSpec, StageSpec):
         from distill.exporters.huggingface import verify
         from distill.models.load import load_config, load_model, low_bit_scheme, move
         from distill.quantization.convert import round_unquantized
-        from distill.quantization.fake_quant import switch
+        from distill.quantization.fake_quant import fake_quant_layers, switch
         from distill.stages.train import check_speaks, hold_mask, stored_dtype_of, train
         from distill.training.assemble import assemble, disassemble
 
@@ -136,10 +152,15 @@ class Quantize(DistillSpec, StageSpec):
         check_speaks(context, location)
         start = load_model(location, dtype="float32")
         mask = hold_mask(context, self.student, start, lora=self.lora is not None)
+        filled = [grid.kind for grid in self._every_grid() if not grid.keeps_zero]
+        filled += [self.rounding] if self.rounding == "gptq" else []
+        if mask is not None and filled:
+            raise InputError(f"{self.student}: its weights are masked ({mask}), and {filled[0]} would fill the zeros")
+        layers = choose_grids(context, start, self.quantizer, self.mixed) if self.mixed else self.grids()
         student = assemble(
             start,
             quantizer=self.quantizer,
-            layers=self.grids(),
+            layers=layers,
             activations=self.activations,
             lora=self.lora,
             gradient_checkpointing=context.session.compute.gradient_checkpointing and self.trains(),
@@ -156,7 +177,7 @@ class Quantize(DistillSpec, StageSpec):
         model = move(disassemble(student), "cpu")  # merged where it was trained: elsewhere the bits may differ
         # a loader casts scales to the type of the folder, which must keep them
         kept = stored_dtype_of(location, "auto") == "float32"
-        scales = {grid.scale_dtype for grid in (self.quantizer, *(grid for _, grid in self.grids()))}
+        scales = {layer.spec.scale_dtype for layer in fake_quant_layers(model).values()}
         dtype = torch.float32 if kept or len(scales) > 1 else getattr(torch, scales.pop())
         round_unquantized(model, dtype)
         measured: dict[str, Any] = {}
@@ -176,7 +197,7 @@ class Quantize(DistillSpec, StageSpec):
             teacher=context.session.teacher_behind(self.student if self.teacher == SELF else self.teacher)
             if self.trains()
             else None,
-            figures=figures | {"scheme": self.label(), "gguf_type": None if self.layers else self.quantizer.gguf_type},
+            figures=figures | {"scheme": self.label(), "gguf_type": self.quantizer.gguf_type if not layers else None},
             mask=mask,
         )
         size, worst = measured["share_of_bfloat16"], measured["verified_worst_kl"]

@@ -204,6 +204,14 @@ def test_the_state_survives_and_unquantized_is_the_plain_model(name, llama, ids)
 
 
 @each
+def test_a_zero_stays_zero_where_the_grid_says_so(name):
+    spec, weight = VARIANTS[name], weight_of()
+    weight[:, ::3] = 0
+    dequantized = spec.dequantize(spec.quantize(weight))
+    assert (dequantized[:, ::3] == 0).all() == spec.keeps_zero
+
+
+@each
 @pytest.mark.parametrize("case", ["zeros", "outlier", "tiny", "constant"])
 def test_hard_weights_stay_finite(name, case):
     spec, weight = VARIANTS[name], torch.zeros(3, 256)
