@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -27,7 +28,7 @@ FLOPS_PER_HOUR = 0.35 * 989e12 * 3600
 @pytest.mark.parametrize("command", COMMANDS)
 def test_its_commands_are_valid(command: str, real_config: Callable[[str], Path]) -> None:
     words = shlex.split(command)
-    settings = [value for flag, value in zip(words, words[1:], strict=False) if flag == "--set"]
+    settings = [value for flag, value in itertools.pairwise(words) if flag == "--set"]
     recipe = Recipe.load(ROOT / "recipes" / f"{words[2]}.yaml", set=[*settings, f"teacher={real_config(TEACHER)}"])
     assert "] distill: reads prune" in describe(recipe)
 
