@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import books, losses, matrix, result, tables
+from benchmarks import books, losses, matrix, pruning, pruning_cuts, pruning_peers, result, scoring, tables
 from distill.core.artifact import write_text
 from distill.core.run import Run
 from distill.losses import LOSSES
+from distill.models.layouts import layout_for
+from distill.pruning import CRITERIA
+from distill.pruning.select import target_sizes
 from distill.recipe import Recipe
 from distill.tracking.tradeoff import Row, to_json
 
@@ -154,3 +157,70 @@ def test_a_finished_cell_is_not_run_again_until_what_it_is_made_of_changes(
     assert (ran[0] / "data").resolve() == (ran[1] / "data").resolve()
     write_text(teacher / "config.json", '{"another": "model"}')
     assert one.run(matrix.Cell("a/seed-0", stages))["student"]["perplexity"] == 3.0
+
+
+BOOKS_TEACHER = yaml.safe_load(books.RECIPE.read_text(encoding="utf-8"))["stages"]["finetune"]["model"]["config"]
+
+
+@pytest.mark.parametrize("share", pruning_cuts.SHAPES)
+def test_every_cut_is_a_valid_recipe_that_keeps_the_share(share: int, tmp_path: Path) -> None:
+    config = {"vocab_size": 4096, "head_dim": 32, **BOOKS_TEACHER}
+    layout = layout_for("llama")
+
+    def outside_embeddings(config: dict) -> int:
+        return layout.count(config) - config["vocab_size"] * config["hidden_size"]  # they are tied
+
+    stages = {pruning_cuts.stage_name(name): stage for name, stage in pruning_cuts.cuts(share).items()}
+    text = {"name": "pruning", "teacher": str(tmp_path), "data": books.data(tmp_path, "test"), "stages": stages}
+    for name, stage in Recipe.from_text(yaml.safe_dump(text, sort_keys=False)).stages.items():
+        sizes = target_sizes(stage.keep, config, layout)  # type: ignore[attr-defined]
+        keys = {"hidden_size": "hidden_channels", "intermediate_size": "mlp_neurons"}
+        keys |= {"num_attention_heads": "attention_heads", "num_hidden_layers": "layers"}
+        cut = config | {key: sizes[axis] for key, axis in keys.items()}
+        kept = outside_embeddings(cut) / outside_embeddings(config)
+        assert kept == pytest.approx(share / 100, abs=0.01), name
+
+
+def test_every_criterion_is_compared_and_training_starts_from_cuts() -> None:
+    kinds = {
+        stage[key]["kind"]
+        for share in pruning_cuts.SHAPES
+        for stage in pruning_cuts.cuts(share).values()
+        for key in ("criterion", "mlp_criterion", "depth_criterion")
+        if key in stage
+    }
+    assert kinds == set(CRITERIA)
+    for share in pruning_cuts.SHAPES:
+        starts = [start for seed in range(3) for starts in pruning_cuts.ways(share, seed).values() for start in starts]
+        assert [start for start in starts if start not in pruning_cuts.cuts(share)] == []
+        assert f"width random {2}" in starts
+
+
+def test_cuts_by_chance_are_one_row_and_the_best_comes_first() -> None:
+    def of(perplexity: float) -> dict[str, float]:
+        return {"perplexity": perplexity, "kl_to_teacher": 1.0, "top1_agreement": 0.5, "non_embedding_parameters": 7}
+
+    cut = {50: {"width random 0": of(40.0), "width random 1": of(60.0), "mlp taylor": of(20.0), "teacher": of(10.0)}}
+    rows = list(pruning.cut_rows(cut))
+    assert [row["cut"] for row in rows] == ["teacher", "mlp taylor", "width random"]
+    assert rows[2]["perplexity"]["values"] == [40.0, 60.0]
+
+
+def test_what_peers_left_is_read_back(tmp_path: Path) -> None:
+    place = tmp_path / "pruning" / "peers"
+    for name, outcome in (("made", "7 parameters"), ("failed", "KeyError: 'x'")):
+        record = {"name": name, "share": 50, "outcome": outcome}
+        write_text(place / f"50-{name}" / pruning_peers.RECORD, json.dumps(record))
+    write_text(place / "50-made" / "model" / "config.json", "{}")
+    peers = pruning_peers.found(tmp_path)
+    assert [(peer.name, peer.folder) for peer in peers] == [("failed", None), ("made", place / "50-made" / "model")]
+    assert next(iter(pruning.peer_rows(peers)))["outcome"] == "KeyError: 'x'"
+
+
+def test_scoring_is_held_against_the_passes_of_its_own_round() -> None:
+    slow = dict.fromkeys(scoring.PASSES, (4.4, 9)) | {"body": (4.0, 5), "head": (1.0, 5)}
+    fast = dict.fromkeys(scoring.PASSES, (1.1, 8)) | {"body": (1.0, 6), "head": (0.1, 5)}
+    rows = {row["criterion"]: row for row in scoring.score_rows([slow, fast])}
+    assert rows["activation"]["each_round"] == pytest.approx([1.1, 1.1])
+    assert rows["taylor"]["each_round"] == pytest.approx([0.44, 0.5])
+    assert rows["activation"]["peak_mb"] == 8e-6

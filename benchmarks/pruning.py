@@ -1,0 +1,219 @@
+"""Pruning: what a cut costs right away and after the same short distillation, by criterion and shape.
+
+The teacher of ``books`` is cut to three quarters, a half and a quarter of its parameters outside the embeddings, in
+width and in depth, by each criterion. Every cut is measured as it is (cheap, so all of them), then trained on the same
+tokens. Controls: units chosen by chance, the same architecture from random weights, two rounds of pruning in place of
+one. Cuts that ``pruning_peers`` has left in WORK are measured and trained like our own.
+
+Learning rates are chosen on the validation books at a third of the budget, for each share that is kept and each kind of
+start (pruned, or from random weights by either loss). The order of the cells is that of their importance: stopped after
+any of them, the table says what there is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import books, hardware, pruning_peers, result, tables
+from benchmarks.losses import next_rate
+from benchmarks.matrix import Cell, Matrix
+from benchmarks.pruning_cuts import SHAPES, START, cuts, stage_name, ways
+from distill.core.errors import DistillError
+
+BATCH_SIZE = 8
+FIGURES = ("perplexity", "kl_to_teacher", "top1_agreement")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Tokens of the final runs and of the search for a learning rate, and how many seeds."""
+
+    num_tokens: int
+    search_tokens: int
+    num_seeds: int
+
+
+def training(stage: Mapping[str, Any], start: str, num_tokens: int, lr: float) -> dict[str, Any]:
+    """A training stage from ``start``, with its budget."""
+    num_steps = max(1, num_tokens // (BATCH_SIZE * books.SEQUENCE_LENGTH))
+    model = "model" if stage["kind"] == "finetune" else "student"
+    budget = {"num_steps": num_steps, "batch_size": BATCH_SIZE, "validate_every_steps": num_steps}
+    return {**stage, model: start, **budget, "optimizer": {"lr": lr}}
+
+
+KD = {"kind": "distill", "losses": ["forward_kl"]}
+CONTROLS: dict[str, dict[str, Any]] = {
+    "random weights, distilled": {**KD, "weights": "random"},
+    "random weights, cross-entropy": {"kind": "finetune", "weights": "random"},
+}
+
+
+class Pruning:
+    """The benchmark's cells, and the rows of what is finished."""
+
+    def __init__(self, corpus: Path, work: Path, budget: Budget) -> None:
+        teacher = books.teacher(corpus, work)
+        self.budget = budget
+        self.choosing = Matrix(work / "pruning", teacher, books.data(corpus, "valid"))
+        self.reporting = Matrix(work / "pruning", teacher, books.data(corpus, "test"))
+        self.peers = pruning_peers.found(work)
+        self.cut: dict[int, dict[str, dict[str, Any]]] = {}
+        self.rates: dict[tuple[int, str], dict[float, float]] = {}
+        self.trained: dict[tuple[int, str], list[dict[str, Any]]] = {}
+
+    def cut_all(self, share: int) -> None:
+        """Every cut to this share, ours and the peers', measured as it is."""
+        stages = {stage_name(name): stage for name, stage in cuts(share).items()}
+        measured = {"evaluate": {"models": ["teacher", *stages], "speed": None}}
+        figures = self.reporting.run(Cell(f"cut-{share}", {**stages, **measured}))
+        self.cut[share] = {name: figures[stage_name(name)] for name in cuts(share)} | {"teacher": figures["teacher"]}
+        folders = {peer.name: str(peer.folder) for peer in self.peers if peer.share == share and peer.folder}
+        if folders:
+            stages = {"evaluate": {"models": list(folders.values()), "speed": None}}
+            figures = self.reporting.run(Cell(f"peers-{share}", stages))
+            self.cut[share] |= {name: figures[folder] for name, folder in folders.items()}
+
+    def start(self, share: int, cut: str) -> str:
+        """The folder of a cut."""
+        folders = {peer.name: str(peer.folder) for peer in self.peers if peer.share == share and peer.folder}
+        return folders.get(cut) or str(self.reporting.folder / f"cut-{share}" / stage_name(cut) / "model")
+
+    def rate(self, share: int, control: str | None) -> float:
+        """The learning rate of a share's cuts, or of a control; searched where it is not known."""
+        found = self.rates.setdefault((share, control or "pruned"), {})
+        while (lr := next_rate(found)) is not None:
+            stage = CONTROLS[control] if control else KD
+            stages = {"student": training(stage, self.start(share, START), self.budget.search_tokens, lr)}
+            cell = Cell(f"search-{share}/{stage_name(control or 'pruned')}/lr-{lr:g}", stages | _evaluate())
+            found[lr] = self.choosing.run(cell)["student"]["perplexity"]
+        return min(found, key=found.__getitem__)
+
+    def train(self, share: int, name: str, starts: list[str], seed: int) -> None:
+        """A cut, trained; in rounds where it has several starts: the next cut is made of what the last has become."""
+        tokens, lr = self.budget.num_tokens // len(starts), self.rate(share, None)
+        if len(starts) == 1:
+            stages = {"student": training(KD, self.start(share, starts[0]), tokens, lr)}
+        else:
+            shares = list(SHAPES)
+            before = shares[shares.index(share) - 1]
+            first = training(KD, self.start(before, starts[0]), tokens, lr)
+            again = {**cuts(share)[starts[1]], "model": "first"}
+            stages = {"first": first, "again": again, "student": training(KD, "again", tokens, lr)}
+        self._keep(share, name, stages, seed)
+
+    def control(self, share: int, name: str, seed: int) -> None:
+        """The same architecture from random weights."""
+        lr = self.rate(share, name)
+        stages = {"student": training(CONTROLS[name], self.start(share, START), self.budget.num_tokens, lr)}
+        self._keep(share, name, stages, seed)
+
+    def _keep(self, share: int, name: str, stages: dict[str, Any], seed: int) -> None:
+        cell = Cell(f"trained-{share}/{stage_name(name).replace(',', '')}/seed-{seed}", stages | _evaluate(), seed)
+        self.trained.setdefault((share, name), []).append(self.reporting.run(cell)["student"])
+
+    def run(self) -> Iterator[list[dict[str, Any]]]:
+        """Run what is not finished; yields the rows so far after each cell."""
+        for share in SHAPES:
+            self.cut_all(share)
+            yield self.rows()
+        for seed in range(self.budget.num_seeds):
+            for share in SHAPES:
+                todo = ways(share, seed)
+                todo |= {peer.name: [peer.name] for peer in self.peers if peer.share == share and peer.folder}
+                for number, (name, starts) in enumerate(todo.items()):
+                    self.train(share, name, starts, seed)
+                    yield self.rows()
+                    if number == 0:
+                        for control in CONTROLS:
+                            self.control(share, control, seed)
+                            yield self.rows()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of the result."""
+        return [*cut_rows(self.cut), *trained_rows(self.trained), *peer_rows(self.peers), *rate_rows(self.rates)]
+
+
+def _evaluate() -> dict[str, Any]:
+    return {"evaluate": {"models": ["student"], "speed": None}}
+
+
+def cut_rows(cut: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Every cut as it is, the best of its share first; those by chance as one row with their spread."""
+    for share, figures in cut.items():
+        groups: dict[str, list[Mapping[str, Any]]] = {}
+        for name, one in figures.items():
+            groups.setdefault(name.rstrip("0123456789 ") if " random " in name else name, []).append(one)
+        found = [(name, _figures(of)) for name, of in groups.items() if name != "teacher"]
+        for name, row in [("teacher", _figures(groups["teacher"])), *sorted(found, key=_by_perplexity)]:
+            yield {"table": "cut", "kept": share, "cut": name, **row}
+
+
+def trained_rows(trained: Mapping[tuple[int, str], list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Every way to a trained student, the best of its share first."""
+    found = [(share, name, _figures(runs)) for (share, name), runs in trained.items()]
+    for share, name, row in sorted(found, key=lambda one: (-one[0], _by_perplexity(one[1:]))):
+        yield {"table": "trained", "kept": share, "start": name, **row, "seeds": len(trained[share, name])}
+
+
+def peer_rows(peers: list[pruning_peers.Peer]) -> Iterator[dict[str, Any]]:
+    """What each peer made or printed."""
+    for peer in peers:
+        yield {"table": "peers", "kept": peer.share, "peer": peer.name, "outcome": peer.outcome}
+
+
+def rate_rows(rates: Mapping[tuple[int, str], Mapping[float, float]]) -> Iterator[dict[str, Any]]:
+    """Validation perplexity at each learning rate that was tried."""
+    tried = sorted({lr for found in rates.values() for lr in found})
+    for (share, start), found in rates.items():
+        yield {"table": "search", "kept": share, "start": start, **{f"{lr:g}": found.get(lr) for lr in tried}}
+
+
+def _figures(runs: list[Any]) -> dict[str, Any]:
+    size = {"non_embedding_parameters": runs[0]["non_embedding_parameters"]}
+    return size | {key: result.spread([run[key] for run in runs]) for key in FIGURES}
+
+
+def _by_perplexity(named: tuple[str, dict[str, Any]]) -> float:
+    return named[1]["perplexity"]["mean"]
+
+
+def main() -> None:
+    """Measure, and write the result after each cell."""
+    parser = books.arguments(__doc__)
+    parser.add_argument("--tokens", type=int, default=300_000, help="of each final run (default: %(default)s)")
+    parser.add_argument("--search-tokens", type=int, default=100_000, help="of a run of the search (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="final runs of each start; 0: only the cuts (%(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    budget = Budget(options.tokens, options.search_tokens, options.seeds)
+    found: list[dict[str, Any]] = []
+    for found in Pruning(options.corpus, options.work, budget).run():
+        result.write(
+            "pruning",
+            command="python -m benchmarks.pruning --corpus BOOKS --work WORK",
+            hardware=hardware.describe(options.threads),
+            versions=hardware.versions(),
+            rows=found,
+            notes=[
+                f"Each final run trained on {budget.num_tokens:,} tokens, {BATCH_SIZE} sequences of "
+                f"{books.SEQUENCE_LENGTH} a step; those of the search on {budget.search_tokens:,}."
+            ]
+            if budget.num_seeds
+            else [],
+        )
+    print(tables.table(found, where={"table": "cut"}))
+    if budget.num_seeds:
+        print(tables.table(found, where={"table": "trained"}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DistillError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,90 @@
+"""What the pruning benchmark cuts: sizes for each share of the parameters, by each criterion. Needs no package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SHAPES: dict[int, dict[str, dict[str, int]]] = {
+    75: {
+        "width": {"hidden_size": 168, "intermediate_size": 304},
+        "heads": {"num_attention_heads": 4, "intermediate_size": 288},
+        "mlp": {"intermediate_size": 244},
+        "depth": {"num_hidden_layers": 6},
+    },
+    50: {
+        "width": {"hidden_size": 144, "intermediate_size": 192},
+        "heads": {"hidden_size": 144, "num_attention_heads": 4, "intermediate_size": 240},
+        "mlp": {"intermediate_size": 108},
+        "depth": {"num_hidden_layers": 4},
+    },
+    25: {
+        "width": {"hidden_size": 96, "intermediate_size": 104},
+        "heads": {"hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 148},
+        "depth": {"num_hidden_layers": 2},
+    },
+}
+"""Percent of the parameters outside the embeddings -> shape -> sizes to keep, of 192, 384, 6 heads and 8 layers. The
+MLP alone cannot give three quarters; two layers are the first and the last, whatever scores them."""
+WIDTH_CRITERIA = ("activation", "fluctuation", "wanda", "taylor", "magnitude", "random")
+DEPTH_CRITERIA: dict[str, dict[str, Any]] = {
+    "block_influence": {},
+    "block_influence contiguous": {"kind": "block_influence"},
+    "leave_one_out": {},
+    "leave_one_out kl": {"kind": "leave_one_out", "loss": "kl"},
+    "leave_one_out kl contiguous": {"kind": "leave_one_out", "loss": "kl"},
+    "taylor": {},
+    "random": {},
+}
+NUM_CHANCES = 3
+"""Cuts by chance, each with a seed of its own."""
+START = "width activation"
+"""The cut whose learning rate all cuts of its share get, and whose architecture is trained from random weights."""
+
+
+def cuts(share: int, seeds: range = range(NUM_CHANCES)) -> dict[str, dict[str, Any]]:
+    """What is cut: "shape criterion" -> prune stage; by chance once a seed, as "shape random SEED"."""
+    found: dict[str, dict[str, Any]] = {}
+    for shape, keep in SHAPES[share].items():
+        if shape == "depth":
+            for name, criterion in DEPTH_CRITERIA.items():
+                if keep["num_hidden_layers"] > 2 or name == next(iter(DEPTH_CRITERIA)):
+                    sizes = {**keep, "layer_choice": "contiguous"} if name.endswith("contiguous") else keep
+                    found |= _each(
+                        f"depth {name}", {"keep": sizes}, "depth_criterion", {"kind": name, **criterion}, seeds
+                    )
+            continue
+        for name in WIDTH_CRITERIA:
+            # These two score no hidden channels; Minitron's criterion chooses those.
+            key = "mlp_criterion" if name in ("fluctuation", "wanda") else "criterion"
+            found |= _each(f"{shape} {name}", {"keep": keep}, key, {"kind": name}, seeds)
+    return found
+
+
+def _each(
+    name: str, stage: dict[str, Any], key: str, criterion: dict[str, Any], seeds: range
+) -> dict[str, dict[str, Any]]:
+    """One stage, or as many as there are seeds where chance decides."""
+    if criterion["kind"] != "random":
+        return {name: {"kind": "prune", **stage, key: criterion}}
+    return {f"{name} {seed}": {"kind": "prune", **stage, key: {**criterion, "seed": seed}} for seed in seeds}
+
+
+def stage_name(cut: str) -> str:
+    """The name of a cut as a recipe's stage."""
+    return cut.replace(" ", "-")
+
+
+def ways(share: int, seed: int) -> dict[str, list[str]]:
+    """What is trained, the most telling first: name -> what it starts from, in rounds."""
+    chance = {f"{shape} random": [f"{shape} random {seed}"] for shape in ("width", "depth") if _is_cut(share, shape)}
+    depth = "depth leave_one_out kl contiguous" if _is_cut(share, "depth") else "depth block_influence"
+    found = {START: [START], depth: [depth], **chance}
+    if share < 75:
+        found["width activation, two rounds"] = [START, START]
+    rest = [name for name in cuts(share, range(0)) if name not in found and not name.startswith("mlp ")]
+    return found | {name: [name] for name in rest}
+
+
+def _is_cut(share: int, shape: str) -> bool:
+    """Whether a cut of this shape leaves a criterion anything to choose."""
+    return shape != "depth" or SHAPES[share]["depth"]["num_hidden_layers"] > 2
