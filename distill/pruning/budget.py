@@ -3,10 +3,10 @@
     parameters                  tied ones once
     non_embedding_parameters    the same without what runs along the vocabulary
     weight_bytes                parameters * bytes of the stored precision
-    flops_per_token             2 * weights that a token is multiplied with + 4 * context * heads * head_dim * layers
+    flops_per_token             2 * matrix entries a token meets + 4 * context * heads * head_dim * layers
 
 The last is a forward pass at a context of so many tokens: of a mixture only the experts that a token is sent to count,
-and an embedding that is only looked up multiplies nothing (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+and an embedding that is only looked up multiplies nothing; norms and biases are left out (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Costs:
         return sum(_count(row, sizes) for row in self._rows) * (self._bytes if self.measure == "weight_bytes" else 1)
 
     def _multiplied(self, row: Parameter, sizes: Mapping[str, int]) -> int:
-        if row is self._looked_up or row.axes[0] in ("positions", "token_types"):
+        if row is self._looked_up or len(row.axes) == 1 or row.axes[0] in ("positions", "token_types"):
             return 0
         if row.axes[0] == "experts" and len(row.axes) == 3:
             return _count(row, {**sizes, "experts": self._chosen_experts or sizes["experts"]})

@@ -34,6 +34,7 @@ SizeKey = Literal[
 ]
 KNOTS = 4
 """Sizes of an axis at which the loss of cutting it alone is measured."""
+HEADS_AND_GROUPS = {"num_attention_heads", "num_key_value_heads"}
 MOST_ARCHITECTURES = 2_000_000
 """More than these take minutes to count."""
 
@@ -132,8 +133,11 @@ class Space:
         return sizes
 
     def keep(self, choice: Mapping[str, int]) -> dict[str, int]:
-        """What of a choice is cut, in the words of a recipe."""
-        return {key: choice[key] for key, sizes in self.grid.items() if choice.get(key, sizes[-1]) != sizes[-1]}
+        """What of a choice is cut, in the words of a recipe; heads and groups, that each imply the other, are both named."""
+        cut = {key for key, size in choice.items() if size != self.before[AXIS_OF_KEY[key]]}
+        if cut & HEADS_AND_GROUPS:
+            cut |= HEADS_AND_GROUPS & choice.keys()
+        return {key: choice[key] for key in self.grid if key in cut}
 
     def possible(self, choice: Mapping[str, int]) -> bool:
         """Whether the architecture can be built."""

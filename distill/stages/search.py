@@ -167,8 +167,10 @@ class Search:
         ]
         found = {"measure": self.costs.measure, "num_candidates": len(candidates), "least": low, "most": high}
         write_text(self.context.folder / SEARCH, json.dumps({**found, "ranking": rows}, indent=2) + "\n")
-        for line in table(self.context.folder):
-            self.context.say("  " + line)
+        lines = ranking(self.context.folder)
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for cells in lines:
+            self.context.say("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
         return self.spec.keep(ranked[0].keep)
 
     def _train(self, ranked: Sequence[Candidate]) -> dict[str, Any]:
@@ -278,15 +280,16 @@ class _Pace:
         return result
 
 
-def table(folder: Path, most: int = 8) -> list[str]:
-    """The best of a finished search as lines of text, the chosen one first; none where nothing was searched."""
+def ranking(folder: Path, most: int = 10) -> list[list[str]]:
+    """The best of a finished search as a table, a line of headings first, the chosen one next; empty without a search."""
     if not (folder / SEARCH).is_file():
         return []
     found = json.loads((folder / SEARCH).read_text(encoding="utf-8"))
-    measure, lines = found["measure"], []
-    for place, row in enumerate(found["ranking"][:most], 1):
-        sizes = ", ".join(f"{key} {size}" for key, size in row["keep"].items())
-        trained = row["trained"]
-        after = f", {trained['kl']:.4f} after {trained['training_tokens']:,} tokens" if trained else ""
-        lines.append(f"{place}. {sizes}: {row[measure]:,.0f} {measure}, KL {row['cut']['kl']:.4f} when cut{after}")
+    keys = list(dict.fromkeys(key for row in found["ranking"] for key in row["keep"]))
+    measure, titles = found["measure"], ["estimated KL", "KL when cut", "KL after training"]
+    lines = [[*keys, measure.replace("_", " "), *titles]]
+    for row in found["ranking"][:most]:
+        trained = f"{row['trained']['kl']:.4f}" if row["trained"] else "-"
+        figures = [f"{row[measure]:,.0f}", f"{row['estimated_kl']:.4f}", f"{row['cut']['kl']:.4f}", trained]
+        lines.append([*(str(row["keep"].get(key, "whole")) for key in keys), *figures])
     return lines
