@@ -64,7 +64,9 @@ class Prune(StageSpec):
         for key in ("criterion", "mlp_criterion", "depth_criterion"):
             given = key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default
             if given and key not in choices.values():
-                raise ValueError(f"{key} has no effect: {'keep' if self.keep else 'search'} cuts nothing that it scores")
+                raise ValueError(
+                    f"{key} has no effect: {'keep' if self.keep else 'search'} cuts nothing that it scores"
+                )
         return self
 
     def _choices(self) -> dict[str, str]:
@@ -146,7 +148,10 @@ class Prune(StageSpec):
         if not choices:
             return Scores()
         keys = list(dict.fromkeys(choices.values()))
-        keep, num_layers = self.keep or KeepSpec(), layout.sizes(config)["layers"]  # a search drops any number of layers
+        keep, num_layers = (
+            self.keep or KeepSpec(),
+            layout.sizes(config)["layers"],
+        )  # a search drops any number of layers
         criteria = [getattr(self, key).fitted_to(keep, num_layers) for key in keys]
         found, about = scores_of(context, location, criteria, layout, self.calibration_batch_size)
         tensors: dict[str, Any] = {}

@@ -113,7 +113,9 @@ class Report(StageSpec):
             validation_tokens=corpus.validation.num_predictions(),
             pruning=pruning,
             searches={
-                name: lines for name in session.stages if self._cut(context, name)
+                name: lines
+                for name in session.stages
+                if self._cut(context, name)
                 if (lines := ranking(session.run.stage(name)))
             },
             versions=versions(),
