@@ -6,7 +6,8 @@
     flops_per_token             2 * matrix entries a token meets + 4 * context * heads * head_dim * layers
 
 The last is a forward pass at a context of so many tokens: of a mixture only the experts that a token is sent to count,
-and an embedding that is only looked up multiplies nothing; norms and biases are left out (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+and an embedding that is only looked up multiplies nothing; norms and biases are left out (Kaplan et al. 2020,
+arXiv 2001.08361, section 2.1).
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ than the tolerance. There may be thousands, so they are ranked by
 where the right side is measured at a few sizes of each axis and drawn as straight lines between them. That leaves out
 how cuts add up, hence those that it puts first are to be measured whole.
 
-Source: the search by enumeration and short training is that of Muralidharan et al. 2024, arXiv 2407.14679; that
-losses of single cuts add up well enough to rank by is the premise of Puzzle, Bercovich et al. 2024, arXiv 2411.19146. The estimate is ours.
+Source: the search by enumeration and short training is that of Muralidharan et al. 2024, arXiv 2407.14679; that losses
+of single cuts add up well enough to rank by is the premise of Puzzle, Bercovich et al. 2024, arXiv 2411.19146. The
+estimate is ours.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class Space:
         layout: the layout of the model's architecture.
         config: the model's.
         axes: what may be cut.
-        multiple_of: key -> what its sizes are multiples of, where not by default: 64 for hidden and intermediate size, the
-            number of KV groups for heads while groups stay, else 1.
+        multiple_of: key -> what its sizes are multiples of; where it is not there 64 for hidden and intermediate size,
+            the number of KV groups for heads while groups stay, else 1.
         smallest_share: no size falls below this share of the whole.
 
     Attributes:
@@ -133,7 +134,7 @@ class Space:
         return sizes
 
     def keep(self, choice: Mapping[str, int]) -> dict[str, int]:
-        """What of a choice is cut, in the words of a recipe; heads and groups, that each imply the other, are both named."""
+        """What of a choice is cut, in a recipe's words; heads and groups, that imply each other, are both named."""
         cut = {key for key, size in choice.items() if size != self.before[AXIS_OF_KEY[key]]}
         if cut & HEADS_AND_GROUPS:
             cut |= HEADS_AND_GROUPS & choice.keys()

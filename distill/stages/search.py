@@ -1,4 +1,4 @@
-"""The search of a prune stage: from a budget to the sizes that fit it best, each step narrower and dearer than the last.
+"""The search of a prune stage: from a budget to the sizes that fit it best, each step narrower and dearer.
 
     all that fit  ->  estimated from cuts along one axis  ->  cut and measured  ->  trained for a while and measured
 
@@ -52,7 +52,7 @@ class SearchSpec(Spec):
     """The most that the pruned model may cost, such as {non_embedding_parameters: 50%}."""
     axes: tuple[SizeKey, ...] = Field(("hidden_size", "intermediate_size", "num_hidden_layers"), min_length=1)
     """Sizes that may be cut; the others stay whole."""
-    multiple_of: dict[SizeKey, PositiveInt] = {}
+    multiple_of: dict[SizeKey, PositiveInt] = Field({})
     """What a size is a multiple of; where unset 64 for hidden_size and intermediate_size, the number of KV groups for
     num_attention_heads while groups stay, else 1. The whole size is always allowed."""
     smallest_share: float = Field(0.5, gt=0, le=1)
@@ -281,7 +281,7 @@ class _Pace:
 
 
 def ranking(folder: Path, most: int = 10) -> list[list[str]]:
-    """The best of a finished search as a table, a line of headings first, the chosen one next; empty without a search."""
+    """The best of a finished search as a table, headings first, the chosen one next; empty without a search."""
     if not (folder / SEARCH).is_file():
         return []
     found = json.loads((folder / SEARCH).read_text(encoding="utf-8"))

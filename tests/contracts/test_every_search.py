@@ -6,9 +6,9 @@ from itertools import product
 
 import pytest
 import torch
-from contracts.architectures import GROUPS, MODELS, make
 from torch.utils.flop_counter import FlopCounterMode
 
+from contracts.architectures import GROUPS, MODELS, make
 from distill.core.errors import InputError
 from distill.models.layouts import layout_for
 from distill.models.size import count_parameters

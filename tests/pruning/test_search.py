@@ -58,7 +58,7 @@ def test_an_amount_that_is_none_is_refused(wrong):
 
 @pytest.mark.parametrize("keys", [{}, {"parameters": 5, "weight_bytes": 7}])
 def test_a_budget_has_one_measure(keys):
-    with pytest.raises(ValidationError, match="give one of parameters, .*"):
+    with pytest.raises(ValidationError, match=r"give one of parameters, .*"):
         SizeBudget(**keys)
 
 

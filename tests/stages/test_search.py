@@ -1,4 +1,4 @@
-"""A prune stage that is given a budget: what it chooses, what it leaves, and that a kill costs one candidate at most."""
+"""A prune stage with a budget: what it chooses, what it leaves, and that a kill costs one candidate at most."""
 
 from __future__ import annotations
 
@@ -106,9 +106,10 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
 def test_a_kill_loses_one_candidate_and_changes_nothing(
     straight, teacher, text, tmp_path, monkeypatch, name, number, left
 ):
-    with monkeypatch.context() as patch, pytest.raises(PulledPlug):
+    with monkeypatch.context() as patch:
         killed_at(patch, name, number)
-        run(recipe_of(teacher, text), tmp_path / "run", say=lambda line: None)
+        with pytest.raises(PulledPlug):
+            run(recipe_of(teacher, text), tmp_path / "run", say=lambda line: None)
     state = json.loads((tmp_path / "run" / "prune" / "checkpoints" / "search.json").read_text())
     assert len(state) == left
 
