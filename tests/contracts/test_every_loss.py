@@ -373,13 +373,16 @@ def test_chunked_is_plain(loss: LossSpec, chunk_tokens: int, data: Data) -> None
 @pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
 def test_the_closed_form_is_what_autograd_finds(loss: LossSpec, size: float, data: Data) -> None:
     """Over heads of different width too, and with what other losses have left of the same rows."""
+    torch.manual_seed(0)
     student, teacher = (size * torch.randn(TOKENS, VOCABULARY + extra) for extra in (3, 1))
     targets = data.targets.flatten()
     expected, gradient = LossSpec.value_and_gradient(loss, Rows(student.clone(), teacher.clone(), targets))
     rows = Rows(student.clone(), teacher.clone(), targets)
     for spec in (LOSSES["cross_entropy"](), LOSSES["forward_kl"](), loss):  # type: ignore[call-arg]
         value, found = spec.value_and_gradient(rows)  # type: ignore[attr-defined]
-    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+    # what fp32 leaves of a difference of two logarithms, a token
+    rounding = 1e-6 * TOKENS * getattr(loss, "temperature", 1.0) ** 2
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=rounding)
     width = found.shape[-1]
     atol = 1e-5 * max(1.0, gradient.abs().max().item())
     torch.testing.assert_close(found, gradient[:, :width], rtol=1e-4, atol=atol)

@@ -58,8 +58,9 @@ def test_a_teacher_elsewhere_sends_hidden_states_a_chunk_at_a_time(llama: Any, m
     rows = torch.zeros(1, 1200, 16)
     signal = head.Signal(rows, copy)
     on = torch.ones(1, 1200, dtype=torch.bool)
-    head.head_losses(rows, copy, signal, torch.zeros(1, 1200, dtype=torch.int64), on, [("forward_kl", ForwardKL())])
-    assert max(seen) == 512
+    targets, losses = torch.zeros(1, 1200, dtype=torch.int64), [("forward_kl", ForwardKL())]
+    head.head_losses(rows, copy, signal, targets, on, losses, chunk_tokens=100)
+    assert max(seen) == 100
 
 
 def watched(to: Any, seen: list[int]) -> Any:
