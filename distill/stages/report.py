@@ -12,6 +12,7 @@ from distill.core.run import Done, Run
 from distill.stages.base import StageContext, StageSpec
 from distill.stages.evaluate import Evaluate, measured_rows
 from distill.stages.prune import Prune, score_plots_of
+from distill.stages.search import ranking
 
 PROMPTS = ("The ", "In the beginning", "def main(")
 
@@ -111,6 +112,12 @@ class Report(StageSpec):
             else f"{session.data.train.kind}, held out",
             validation_tokens=corpus.validation.num_predictions(),
             pruning=pruning,
+            searches={
+                name: lines
+                for name in session.stages
+                if self._cut(context, name)
+                if (lines := ranking(session.run.stage(name)))
+            },
             versions=versions(),
             **speed,
         )

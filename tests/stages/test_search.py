@@ -1,0 +1,167 @@
+"""A prune stage with a budget: what it chooses, what it leaves, and that a kill costs one candidate at most."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.core.errors import InputError, RecipeError
+from distill.core.run import Run
+from distill.forecast import describe
+from distill.recipe import Recipe
+from distill.runner import run
+from distill.stages import search as searching
+
+RECIPE = """\
+name: tiny
+teacher: {teacher}
+data:
+  train: {{kind: jsonl, path: {text}}}
+  sequence_length: 16
+  validation_tokens: 100
+  calibration_sequences: 6
+stages:
+  prune: {{{keys}}}
+{more}
+compute: {{accelerator: cpu, checkpoint_every_steps: 1, log_every_steps: 1}}
+logging: {{wandb: disabled}}
+"""
+SEARCH = (
+    "search: {budget: {non_embedding_parameters: 70%, tolerance: 0.2}, axes: [hidden_size, intermediate_size], "
+    "multiple_of: {hidden_size: 4, intermediate_size: 4}, num_measured: 4, num_sequences: 4, "
+    "train: {num_candidates: 2, num_steps: 2, batch_size: 2}}"
+)
+KNOTS = 4 + 4
+"""Cuts along one axis that this search measures first."""
+
+
+class PulledPlug(Exception):
+    """Stands for a kill: nothing of ours may react to it."""
+
+
+def recipe_of(teacher: Path, text: Path, keys: str = SEARCH, more: str = "") -> Recipe:
+    return Recipe.from_text(RECIPE.format(teacher=teacher, text=text, keys=keys, more=more))
+
+
+def left_by(the_run: Run) -> tuple[Any, bytes]:
+    """The ranking without the clock, and the model."""
+    found = json.loads((the_run.stage("prune") / "search.json").read_text())
+    for row in found["ranking"]:
+        (row["trained"] or {}).pop("training_seconds", None)
+    return found, (the_run.stage("prune") / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def straight(teacher: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[str]]:
+    said: list[str] = []
+    report = "  evaluate: {speed: null}\n  report: {prompts: []}"
+    return run(
+        recipe_of(teacher, text, more=report), tmp_path_factory.mktemp("straight") / "run", say=said.append
+    ), said
+
+
+def test_the_best_after_training_is_cut_out_and_told(straight: tuple[Run, list[str]]) -> None:
+    from distill.models.size import parameters_of
+
+    the_run, said = straight
+    found, _ = left_by(the_run)
+    ranking, folder = found["ranking"], the_run.stage("prune")
+    assert found["num_candidates"] > len(ranking) == 4
+    assert [row["trained"] is not None for row in ranking] == [True, True, False, False]
+    assert all(found["least"] <= row["non_embedding_parameters"] <= found["most"] for row in ranking)
+    assert ranking[0]["trained"]["kl"] <= ranking[1]["trained"]["kl"]
+    assert max(row["cut"]["kl"] for row in ranking[:2]) <= ranking[2]["cut"]["kl"] <= ranking[3]["cut"]["kl"]
+    assert [row["trained"]["training_steps"] for row in ranking[:2]] == [2, 2]
+
+    assert parameters_of(folder / "model")[1] == ranking[0]["non_embedding_parameters"]
+    config = json.loads((folder / "model" / "config.json").read_text())
+    assert {key: config[key] for key in ranking[0]["keep"]} == ranking[0]["keep"]
+    assert not (folder / "checkpoints").exists()
+
+    table = searching.ranking(folder)
+    assert len({len(line) for line in table}) == 1
+    assert table[1][:2] == [str(ranking[0]["keep"].get(key, "whole")) for key in table[0][:2]]
+    assert any(f"{ranking[0]['trained']['kl']:.4f}" in line for line in said)
+    for page in ("index.html", "report.md"):
+        text = (the_run.stage("report") / page).read_text()
+        assert all(f"{row['cut']['kl']:.4f}" in text for row in ranking)
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
+    """Pull the plug instead of a method's call of that number."""
+    calls, method = iter(range(number)), getattr(searching.Search, name)
+
+    def pull(self: Any, *arguments: Any) -> Any:
+        if next(calls, None) is None:
+            raise PulledPlug
+        return method(self, *arguments)
+
+    monkeypatch.setattr(searching.Search, name, pull)
+
+
+@pytest.mark.parametrize(("name", "number", "left"), [("_loss", 10, 10), ("_train_one", 1, 13), ("_loss", 13, 13)])
+def test_a_kill_loses_one_candidate_and_changes_nothing(
+    straight, teacher, text, tmp_path, monkeypatch, name, number, left
+):
+    with monkeypatch.context() as patch:
+        killed_at(patch, name, number)
+        with pytest.raises(PulledPlug):
+            run(recipe_of(teacher, text), tmp_path / "run", say=lambda line: None)
+    state = json.loads((tmp_path / "run" / "prune" / "checkpoints" / "search.json").read_text())
+    assert len(state) == left
+
+    measured: list[int] = []
+    loss = searching.Search._loss
+    monkeypatch.setattr(searching.Search, "_loss", lambda self, *rest: measured.append(1) or loss(self, *rest))
+    again = run(recipe_of(teacher, text), tmp_path / "run", say=lambda line: None)
+    assert len(measured) == KNOTS + 4 + 2 - left
+    assert left_by(again) == left_by(straight[0])
+
+
+def test_without_training_the_cut_decides(teacher: Path, text: Path, tmp_path: Path) -> None:
+    keys = SEARCH.replace(", train: {num_candidates: 2, num_steps: 2, batch_size: 2}", "")
+    the_run = run(recipe_of(teacher, text, keys), tmp_path / "run", say=lambda line: None)
+    ranking = left_by(the_run)[0]["ranking"]
+    assert [row["trained"] for row in ranking] == [None] * 4
+    assert [row["cut"]["kl"] for row in ranking] == sorted(row["cut"]["kl"] for row in ranking)
+
+
+def test_check_shows_the_space_and_how_many_fit(straight: tuple[Run, list[str]], teacher: Path, text: Path) -> None:
+    line = next(line for line in describe(recipe_of(teacher, text)).splitlines() if "] prune:" in line)
+    assert "searches hidden_size 16 to 32 (5 sizes), intermediate_size 32 to 64 (9 sizes)" in line
+    num = left_by(straight[0])[0]["num_candidates"]
+    assert f"{num} candidates with non_embedding_parameters at most 70%; measures 4 of them, trains 2 on 64 tok" in line
+    assert "makes at most" in line
+
+
+def test_check_and_run_refuse_a_budget_out_of_reach_alike(teacher: Path, text: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(teacher, text, SEARCH.replace("70%", "5%"))
+    message = r"stages\.prune: search\.budget\.non_embedding_parameters: no architecture .* smallest has"
+    with pytest.raises(RecipeError, match=message):
+        describe(recipe)
+    with pytest.raises(InputError, match=message):
+        run(recipe, tmp_path / "run", say=lambda line: None)
+    assert not (tmp_path / "run" / "scores").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("", "say what stays once: keep with its sizes, or search"),
+        ("keep: {intermediate_size: 32}, " + SEARCH, "say what stays once"),
+        (SEARCH + ", depth_criterion: leave_one_out", "depth_criterion has no effect: search cuts nothing"),
+        (
+            SEARCH.replace("num_measured: 4", "num_measured: 1"),
+            r"train\.num_candidates \(2\) is more than num_measured",
+        ),
+        (SEARCH.replace("[hidden_size, ", "["), r"multiple_of\.hidden_size has no effect"),
+        (SEARCH.replace("num_measured", "layer_choice: contiguous, num_measured"), "layer_choice 'contiguous' has no"),
+        (SEARCH.replace("70%", "much"), r"stages\.prune\.search\.budget\.non_embedding_parameters: expected a number"),
+    ],
+)
+def test_settings_without_effect_are_refused(teacher: Path, text: Path, keys: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe_of(teacher, text, keys)
