@@ -147,7 +147,8 @@ def main() -> None:
     for found in measure(options.corpus, options.work, budget):
         result.write(
             "losses",
-            command="python -m benchmarks.losses --corpus BOOKS --work WORK",
+            command="python -m benchmarks.losses --corpus BOOKS --work WORK "
+            f"--tokens {options.tokens} --search-tokens {options.search_tokens} --seeds {options.seeds}",
             hardware=hardware.describe(options.threads),
             versions=hardware.versions(),
             rows=found,

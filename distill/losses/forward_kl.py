@@ -38,6 +38,8 @@ class ForwardKL(LossSpec):
 
     def value_and_gradient(self, rows: Rows) -> tuple[Tensor, Tensor]:
         temperature = number(self.temperature)
+        if rows.alone and temperature == 1.0:
+            return rows.forward_kl_in_place()
         pair = rows.pair(temperature)
         return temperature**2 * rows.forward_kl(temperature).sum(), rows.difference(pair.q, pair.p).mul_(temperature)
 

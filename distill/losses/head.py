@@ -84,7 +84,8 @@ def head_losses(
     keep = mask.flatten().nonzero().squeeze(1)
     student_hidden = hidden.flatten(0, 1).index_select(0, keep)
     chunk = chunk_tokens or tokens_at_once(head, len(keep), hidden.device)
-    blocks = _blocks(signal.take(keep) if signal is not None else None, targets.flatten().index_select(0, keep), chunk)
+    signal = signal.take(keep) if signal is not None else None
+    blocks = _blocks(signal, targets.flatten().index_select(0, keep), chunk, alone=len(losses) == 1)
     learn = torch.is_grad_enabled()  # inside the Function it is always off
 
     def losses_of(logits: Tensor, start: int) -> Iterator[list[Tensor]]:
@@ -109,7 +110,7 @@ def tokens_at_once(head: Head, num_tokens: int, device: torch.device) -> int:
 
 
 def _blocks(
-    teacher: Signal | SparseSignal | None, targets: Tensor, chunk_tokens: int
+    teacher: Signal | SparseSignal | None, targets: Tensor, chunk_tokens: int, *, alone: bool
 ) -> Callable[[Tensor, int], Iterator[Rows]]:
     """What cuts a chunk's logits, from token ``start`` on, into rows with the teacher's side beside them."""
     dense = teacher if isinstance(teacher, Signal) else None
@@ -128,7 +129,7 @@ def _blocks(
                 yield SparseRows(ours, teacher.part(begin, end), targets[begin:end], workspace)
             else:
                 block = None if theirs is None else theirs[first : first + size]
-                yield Rows(ours, block, targets[begin:end], workspace)
+                yield Rows(ours, block, targets[begin:end], workspace, alone=alone)
 
     return blocks
 
@@ -153,7 +154,8 @@ def _losses_of_block(rows: Rows, losses: Sequence[tuple[str, LossSpec]], learn: 
 def _add_up(gradients: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
     """Weighted sum of gradients [rows, vocabulary or what is shared of it]; a token beyond what is shared has none."""
     widths = [gradient.shape[-1] for gradient in gradients]
-    torch.mul(gradients[0], weights[0], out=out[:, : widths[0]])
+    if weights[0] != 1 or gradients[0].data_ptr() != out.data_ptr():  # it may have been written where it belongs
+        torch.mul(gradients[0], weights[0], out=out[:, : widths[0]])
     out[:, widths[0] :].zero_()
     for gradient, weight, width in zip(gradients[1:], weights[1:], widths[1:], strict=True):
         out[:, :width].add_(gradient, alpha=weight)

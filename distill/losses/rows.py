@@ -75,10 +75,19 @@ class Rows:
         teacher: logits, fp32 [rows, teacher vocabulary]; None when there is none, or only a part of it.
         targets: the next tokens, [rows].
         workspace: of the blocks before, whose tensors are given up.
+        alone: one loss only reads them, so that it may write over both logits.
     """
 
-    def __init__(self, student: Tensor, teacher: Tensor | None, targets: Tensor, workspace: Workspace | None = None):
-        self.student, self.teacher, self.targets = student, teacher, targets
+    def __init__(
+        self,
+        student: Tensor,
+        teacher: Tensor | None,
+        targets: Tensor,
+        workspace: Workspace | None = None,
+        *,
+        alone: bool = False,
+    ):
+        self.student, self.teacher, self.targets, self.alone = student, teacher, targets, alone
         self._workspace = workspace or Workspace()
         self._workspace.begin()
         self._students: dict[tuple[int, float], Softmax] = {}
@@ -110,6 +119,22 @@ class Rows:
             _, log_q, p, log_p = self.pair(temperature)
             self._forward_kl[temperature] = self.total(self.difference(log_p, log_q).mul_(p))
         return self._forward_kl[temperature]
+
+    def forward_kl_in_place(self) -> tuple[Tensor, Tensor]:
+        """KL(teacher || student) at T = 1, its sum and its gradient, written over both logits.
+
+        What is left of the default loss after the matrix products is memory traffic: this takes 12 passes over 3 tensors
+        where the shared distributions take 17 over 5.
+        """
+        student, teacher = self.shared()
+        student.sub_(student.amax(-1, keepdim=True))
+        teacher.sub_(teacher.amax(-1, keepdim=True))
+        gap = self.difference(teacher, student)
+        q_sum = student.exp_().sum(-1, keepdim=True)
+        p_sum = teacher.exp_().sum(-1, keepdim=True)
+        kl = gap.mul_(teacher).sum(-1, keepdim=True) / p_sum - (p_sum / q_sum).log()
+        self._forward_kl[1.0] = kl.squeeze(-1)
+        return kl.sum(), student.mul_(1 / q_sum).addcmul_(teacher, -1 / p_sum)
 
     def value_and_gradient(self, loss: LossSpec) -> tuple[Tensor, Tensor]:
         """See :meth:`distill.losses.base.LossSpec.value_and_gradient`."""

@@ -140,7 +140,7 @@ class _ClosedForm(torch.autograd.Function):
         gradient = torch.zeros_like(student).flatten(0, -2)
         value = torch.zeros(())
         if on.any():
-            value, of_rows = loss.value_and_gradient(Rows(ours, theirs, targets.flatten()[on]))
+            value, of_rows = loss.value_and_gradient(Rows(ours, theirs, targets.flatten()[on], alone=True))
             gradient[on.nonzero(), torch.arange(of_rows.shape[-1])] = of_rows.to(student.dtype)
         ctx.gradient = gradient.view_as(student)
         return value
