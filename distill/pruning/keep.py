@@ -46,6 +46,10 @@ class KeepSpec(Spec):
     layer_choice: Literal["lowest", "contiguous"] = "lowest"
     """Which layers num_hidden_layers drops: those of lowest score, or the block of neighbours with the lowest sum."""
 
+    def cuts(self) -> list[str]:
+        """The keys that name something to cut."""
+        return [key for key in (*AXIS_OF_KEY, "layers") if getattr(self, key) is not None]
+
     @model_validator(mode="after")
     def _depth_is_named_once(self) -> Self:
         if self.layers is not None and self.num_hidden_layers is not None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from distill.core.artifact import write_bytes, write_text
 from distill.core.errors import InputError
@@ -28,6 +28,15 @@ SCORES = "scores.safetensors"
 class Prune(StageSpec):
     """Cut layers, MLP neurons, heads, KV groups, hidden channels and experts; the result is a smaller plain model."""
 
+    # One of the two, for editors; a resolved recipe writes the other out as null.
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": [key], "properties": {key: {"type": "object", "minProperties": 1}}}
+                for key in ("keep", "search")
+            ]
+        }
+    )
     makes_model: ClassVar[bool] = True
 
     kind: Literal["prune"] = "prune"
@@ -52,6 +61,8 @@ class Prune(StageSpec):
     def _sizes_come_from_one_place(self) -> Prune:
         if (self.keep is None) == (self.search is None):
             raise ValueError("say what stays once: keep with its sizes, or search with a budget")
+        if self.keep is not None and not self.keep.cuts():
+            raise ValueError("keep names no size, so nothing would be cut; name one, such as {intermediate_size: 1024}")
         return self
 
     @model_validator(mode="after")
