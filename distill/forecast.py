@@ -190,6 +190,8 @@ def _searched(stage: Prune, recipe: Recipe, known: dict[str, Config | None]) -> 
         return f"searches {', '.join(search.axes)} for {asked} (the model's config is not on this machine)"
     space = search.space(layout_for(str(config.get("model_type"))), config)
     grid = ", ".join(f"{key} {_range(sizes)}" for key, sizes in space.grid.items())
+    if search.budget.is_time:
+        return f"searches {grid} for {asked}, measured on this machine"
     num = len(_candidates(stage, config, recipe.data.sequence_length))
     rounds = [f"measures {min(num, search.num_measured)} of them"]
     if search.train is not None:
@@ -267,6 +269,8 @@ def _after(stage: StageSpec, known: dict[str, Config | None], sequence_length: i
     layout = layout_for(str(config.get("model_type")))
     if stage.keep is not None:
         return config | layout.resized(config, target_sizes(stage.keep, config, layout))
+    if stage.search is not None and stage.search.budget.is_time:
+        return config  # how large a model of some speed is shows when it is measured
     found = [config | layout.resized(config, c.sizes) for c in _candidates(stage, config, sequence_length)]
     return max(found, key=lambda one: _count(one) or 0)
 

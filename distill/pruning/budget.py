@@ -1,12 +1,13 @@
-"""What a smaller architecture may cost, and what one costs: counted from its sizes alone, exactly.
+"""What a smaller architecture may cost, and what one costs: counted from its sizes alone, exactly, but for its time.
 
     parameters                  tied ones once
     non_embedding_parameters    the same without what runs along the vocabulary
     weight_bytes                parameters * bytes of the stored precision
     flops_per_token             2 * matrix entries a token meets + 4 * context * heads * head_dim * layers
+    decode_ms_per_token         measured on the machine that searches; see latency.py
 
-The last is a forward pass at a context of so many tokens: of a mixture only the experts that a token is sent to count,
-and an embedding that is only looked up multiplies nothing; norms and biases are left out (Kaplan et al. 2020,
+FLOPs are those of a forward pass at a context of so many tokens: of a mixture only the experts that a token is sent to
+count, and an embedding that is only looked up multiplies nothing; norms and biases are left out (Kaplan et al. 2020,
 arXiv 2001.08361, section 2.1).
 """
 
@@ -14,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Protocol, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
 from distill.core.spec import Spec
 from distill.pruning.layout import Config, Layout, Parameter, shape
 
-Measure = Literal["parameters", "non_embedding_parameters", "weight_bytes", "flops_per_token"]
+Measure = Literal["parameters", "non_embedding_parameters", "weight_bytes", "flops_per_token", "decode_ms_per_token"]
 
 
 def _amount(value: float | str) -> float | str:
@@ -51,6 +52,9 @@ class SizeBudget(Spec):
     """Bytes of the weights as stored, without the file's header. Null: another measure counts."""
     flops_per_token: Amount | None = None
     """FLOPs of a forward pass a token, at a context of data.sequence_length. Null: another measure counts."""
+    decode_ms_per_token: Amount | None = None
+    """Milliseconds that this machine takes to decode a token of one sequence, at the end of a context of
+    data.sequence_length. Null: another measure counts."""
     tolerance: float = Field(0.05, ge=0, lt=1)
     """Share of the budget that may be left unused; 0.05 is that of arXiv 2407.14679."""
 
@@ -67,6 +71,11 @@ class SizeBudget(Spec):
         found: Measure = next(name for name in get_args(Measure) if getattr(self, name) is not None)
         return found
 
+    @property
+    def is_time(self) -> bool:
+        """Whether it is measured, so that an architecture's cost is forecast until then."""
+        return self.measure == "decode_ms_per_token"
+
     def bounds(self, whole: float) -> tuple[float, float]:
         """(least, most) that a candidate may cost, where the uncut model costs ``whole``."""
         amount: float | str = getattr(self, self.measure)
@@ -74,11 +83,22 @@ class SizeBudget(Spec):
         return (1 - self.tolerance) * most, most
 
 
+class Cost(Protocol):
+    """What architectures cost by one measure, which grows with each of their sizes."""
+
+    @property
+    def measure(self) -> Measure:
+        """What is counted."""
+
+    def of(self, sizes: Mapping[str, int]) -> float:
+        """The cost of these axis sizes."""
+
+
 class Costs:
     """What architectures cost by one measure, which grows with each of their sizes.
 
     Args:
-        measure: what to count.
+        measure: what to count; all but decode_ms_per_token.
         layout: the layout of the architecture.
         config: of the uncut model.
         context_tokens: tokens that attention looks back on.

@@ -150,7 +150,7 @@ def plan(
     after["vocabulary"] = before["vocabulary"] if tokens is None else len(tokens)
     layers = kept_layers(scores, keep, before)
     groups, experts = kept_groups(scores, keep, layers, before, after), kept_experts(scores, layers, before, after)
-    changes = _config_changes(layout, config, before, after, layers)
+    changes = config_changes(layout, config, before, after, layers)
     if tokens is not None:
         changes |= moved_tokens(layout, config, tokens)
     return Plan(
@@ -181,10 +181,21 @@ def _validated(keep: Mapping[str, Any]) -> KeepSpec:
         ) from None
 
 
-def _config_changes(
-    layout: Layout, config: Config, before: dict[str, int], after: dict[str, int], layers: tuple[int, ...]
+def config_changes(
+    layout: Layout, config: Config, before: Mapping[str, int], after: Mapping[str, int], layers: Sequence[int]
 ) -> dict[str, Any]:
-    """The config keys that change: sizes, epsilon rescaled, per-layer lists sliced."""
+    """The config keys that change: sizes, epsilon rescaled, per-layer lists sliced.
+
+    Args:
+        layout: the layout of the architecture.
+        config: of the unpruned model.
+        before: its axis sizes.
+        after: those of the pruned model.
+        layers: the layers that stay.
+
+    Raises:
+        InputError: the config cannot say a size, or a list of it is of another length.
+    """
     changes = layout.resized(config, after)
     if before["hidden_channels"] != after["hidden_channels"] and layout.norm_eps_key is not None:
         # The mean of squares over d' of d channels is d / d' times what it was; so must epsilon be.

@@ -25,7 +25,7 @@ from math import prod
 from typing import Literal
 
 from distill.core.errors import InputError
-from distill.pruning.budget import Costs
+from distill.pruning.budget import Cost
 from distill.pruning.keep import AXIS_OF_KEY, KeepSpec
 from distill.pruning.layout import Config, Layout
 from distill.pruning.select import target_sizes
@@ -148,7 +148,7 @@ class Space:
             return False
         return True
 
-    def candidates(self, costs: Costs, least: float, most: float) -> list[Candidate]:
+    def candidates(self, costs: Cost, least: float, most: float) -> list[Candidate]:
         """All architectures that cost from ``least`` to ``most``, in the order of the grid.
 
         Raises:
@@ -164,13 +164,13 @@ class Space:
             self._explain(costs, least, most)
         return found
 
-    def _at(self, choice: Mapping[str, int], costs: Costs) -> Candidate | None:
+    def _at(self, choice: Mapping[str, int], costs: Cost) -> Candidate | None:
         if not self.possible(choice):
             return None
         sizes = self.sizes(choice)
         return Candidate(self.keep(choice), sizes, costs.of(sizes))
 
-    def _within(self, costs: Costs, least: float, most: float) -> Iterator[dict[str, int]]:
+    def _within(self, costs: Cost, least: float, most: float) -> Iterator[dict[str, int]]:
         """Choices of the grid between two costs; the longest axis is searched by halves, as costs rise along it."""
         longest = max(self.grid, key=lambda key: len(self.grid[key]))
         sizes = self.grid[longest]
@@ -180,10 +180,10 @@ class Space:
             start, end = bisect_left(sizes, least, key=cost), bisect_right(sizes, most, key=cost)
             yield from ({**rest, longest: size} for size in sizes[start:end])
 
-    def _cost(self, costs: Costs, rest: Mapping[str, int], key: str, size: int) -> float:
+    def _cost(self, costs: Cost, rest: Mapping[str, int], key: str, size: int) -> float:
         return costs.of(self.sizes({**rest, key: size}))
 
-    def _explain(self, costs: Costs, least: float, most: float) -> None:
+    def _explain(self, costs: Cost, least: float, most: float) -> None:
         below = [c.cost for choice in self._within(costs, 0, least) if (c := self._at(choice, costs))]
         above = [c.cost for choice in self._within(costs, most, float("inf")) if (c := self._at(choice, costs))]
         what = f"search.budget.{costs.measure}"
@@ -205,6 +205,19 @@ class Space:
             last = min(KNOTS, len(legal)) - 1
             found += [(key, legal[round(i * (len(legal) - 1) / max(1, last))]) for i in range(last + 1)]
         return found
+
+    def corners(self) -> list[dict[str, int]]:
+        """The smallest size of each axis alone, and of all at once where that can be built."""
+        alone = [{key: min(size for k, size in self.knots() if k == key)} for key in dict(self.knots())]
+        together = {key: size for choice in alone for key, size in choice.items()}
+        return [*alone, *([together] if len(alone) > 1 and self.possible(together) else [])]
+
+    def unevenness(self, candidate: Candidate) -> float:
+        """How far the shares that it keeps of the axes lie apart; 0 is the same share off every axis."""
+        shares = [
+            candidate.keep.get(key, self.before[AXIS_OF_KEY[key]]) / self.before[AXIS_OF_KEY[key]] for key in self.grid
+        ]
+        return max(shares) - min(shares)
 
     def estimate(self, candidate: Candidate, losses: Mapping[tuple[str, int], float]) -> float:
         """The sum over axes of what cutting each of them alone costs, by what was measured at :meth:`knots`."""

@@ -15,7 +15,7 @@ from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.keep import AXIS_OF_KEY, KeepSpec
 from distill.stages.base import StageContext, StageSpec
 from distill.stages.scoring import scores_of, write
-from distill.stages.search import SearchSpec
+from distill.stages.search.spec import SearchSpec
 
 if TYPE_CHECKING:
     from distill.pruning.layout import Config, Layout
@@ -143,15 +143,12 @@ class Prune(StageSpec):
         self, context: StageContext, location: str, layout: Layout, config: Config, dtype: str
     ) -> tuple[KeepSpec, Scores]:
         """The sizes that fit the budget best, and the scores by which they were tried."""
-        from distill.stages.search import Search
+        from distill.stages.search.search import Search
 
         assert self.search is not None
-        space = self.search.space(layout, config)
-        costs = self.search.costs(layout, config, sequence_length=context.session.data.sequence_length, dtype=dtype)
-        self.search.candidates(space, costs)
+        search = Search(context, self.search, self.model, layout, config, dtype, self.calibration_batch_size)
         scores = self._scores(context, location, layout, config)
-        search = Search(context, self.search, self.model, space, costs, scores, self.calibration_batch_size)
-        return search.choose(), scores
+        return search.choose(scores), scores
 
     def _scores(self, context: StageContext, location: str, layout: Layout, config: Config) -> Scores:
         """Scores of the axes that are cut, into the stage's folder; forward passes only where none were made before."""
@@ -159,10 +156,7 @@ class Prune(StageSpec):
         if not choices:
             return Scores()
         keys = list(dict.fromkeys(choices.values()))
-        keep, num_layers = (
-            self.keep or KeepSpec(),
-            layout.sizes(config)["layers"],
-        )  # a search drops any number of layers
+        keep, num_layers = self.keep or KeepSpec(), layout.sizes(config)["layers"]  # a search drops any number of them
         criteria = [getattr(self, key).fitted_to(keep, num_layers) for key in keys]
         found, about = scores_of(context, location, criteria, layout, self.calibration_batch_size)
         tensors: dict[str, Any] = {}

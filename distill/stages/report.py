@@ -12,7 +12,7 @@ from distill.core.run import Done, Run
 from distill.stages.base import StageContext, StageSpec
 from distill.stages.evaluate import Evaluate, measured_rows
 from distill.stages.prune import Prune, score_plots_of
-from distill.stages.search import ranking
+from distill.stages.search.ranking import ranking
 
 PROMPTS = ("The ", "In the beginning", "def main(")
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from distill.training.assemble import Student
+    from distill.training.live_teacher import LiveTeacher
     from distill.training.on_policy import OnPolicy
     from distill.training.teacher import Teacher
 
@@ -25,7 +26,7 @@ def train(
     losses: Sequence[AnyLossSpec],
     budget: BudgetSpec,
     *,
-    teacher: str | None,
+    teacher: str | LiveTeacher | None,
     start: str | None = None,
 ) -> dict[str, Any]:
     """Train an assembled student in place, from the stage's last checkpoint if there is one.
@@ -35,7 +36,7 @@ def train(
         student: what to train.
         losses: at least one.
         budget: how long; a budget of 0 does nothing.
-        teacher: reference of the frozen teacher or of its cache, "self", or None.
+        teacher: reference of the frozen teacher or of its cache, "self", one that is loaded, or None.
         start: reference of the model that the student starts from, or None without a teacher.
 
     Returns:
@@ -57,7 +58,9 @@ def train(
     check_context_length(student.model, session.data.sequence_length)
     check_packing(context, student.model)
     source: Teacher | None = None
-    if teacher == SELF:
+    if isinstance(teacher, LiveTeacher):
+        source, teacher = teacher, None
+    elif teacher == SELF:
         source = OwnWeights(student.model)
     elif teacher in session.stages and session.stages[teacher].makes_signal:
         corpus, source = open_cache(context, teacher, num_steps * budget.batch_size)

@@ -13,7 +13,8 @@ from distill.core.run import Run
 from distill.forecast import describe
 from distill.recipe import Recipe
 from distill.runner import run
-from distill.stages import search as searching
+from distill.stages.search import trials
+from distill.stages.search.ranking import ranking as ranking_of
 
 RECIPE = """\
 name: tiny
@@ -36,6 +37,8 @@ SEARCH = (
 )
 KNOTS = 4 + 4
 """Cuts along one axis that this search measures first."""
+CUT, TRAINED = 4 + 1, 2 + 1
+"""Candidates that it then cuts and trains: the best and the uniform control."""
 
 
 class PulledPlug(Exception):
@@ -69,21 +72,22 @@ def test_the_best_after_training_is_cut_out_and_told(straight: tuple[Run, list[s
     the_run, said = straight
     found, _ = left_by(the_run)
     ranking, folder = found["ranking"], the_run.stage("prune")
-    assert found["num_candidates"] > len(ranking) == 4
-    assert [row["trained"] is not None for row in ranking] == [True, True, False, False]
+    assert found["num_candidates"] > len(ranking) == CUT
+    assert [row["trained"] is not None for row in ranking] == [True] * TRAINED + [False] * (CUT - TRAINED)
     assert all(found["least"] <= row["non_embedding_parameters"] <= found["most"] for row in ranking)
-    assert ranking[0]["trained"]["kl"] <= ranking[1]["trained"]["kl"]
-    assert max(row["cut"]["kl"] for row in ranking[:2]) <= ranking[2]["cut"]["kl"] <= ranking[3]["cut"]["kl"]
-    assert [row["trained"]["training_steps"] for row in ranking[:2]] == [2, 2]
+    assert [row["trained"]["kl"] for row in ranking[:TRAINED]] == sorted(row["trained"]["kl"] for row in ranking[:TRAINED])
+    best = [row["cut"]["kl"] for row in ranking[:TRAINED] if not row["uniform"]]
+    assert max(best) <= ranking[TRAINED]["cut"]["kl"] <= ranking[-1]["cut"]["kl"]
+    assert [row["trained"]["training_steps"] for row in ranking[:TRAINED]] == [2] * TRAINED
 
     assert parameters_of(folder / "model")[1] == ranking[0]["non_embedding_parameters"]
     config = json.loads((folder / "model" / "config.json").read_text())
     assert {key: config[key] for key in ranking[0]["keep"]} == ranking[0]["keep"]
     assert not (folder / "checkpoints").exists()
 
-    table = searching.ranking(folder)
+    table = ranking_of(folder)
     assert len({len(line) for line in table}) == 1
-    assert table[1][:2] == [str(ranking[0]["keep"].get(key, "whole")) for key in table[0][:2]]
+    assert table[1][1:3] == [str(ranking[0]["keep"].get(key, "whole")) for key in table[0][1:3]]
     assert any(f"{ranking[0]['trained']['kl']:.4f}" in line for line in said)
     for page in ("index.html", "report.md"):
         text = (the_run.stage("report") / page).read_text()
@@ -92,17 +96,17 @@ def test_the_best_after_training_is_cut_out_and_told(straight: tuple[Run, list[s
 
 def killed_at(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
     """Pull the plug instead of a method's call of that number."""
-    calls, method = iter(range(number)), getattr(searching.Search, name)
+    calls, method = iter(range(number)), getattr(trials.Trials, name)
 
     def pull(self: Any, *arguments: Any) -> Any:
         if next(calls, None) is None:
             raise PulledPlug
         return method(self, *arguments)
 
-    monkeypatch.setattr(searching.Search, name, pull)
+    monkeypatch.setattr(trials.Trials, name, pull)
 
 
-@pytest.mark.parametrize(("name", "number", "left"), [("_loss", 10, 10), ("_train_one", 1, 13), ("_loss", 13, 13)])
+@pytest.mark.parametrize(("name", "number", "left"), [("_loss", 10, 10), ("_train", 1, KNOTS + CUT + 1), ("_loss", 14, 14)])
 def test_a_kill_loses_one_candidate_and_changes_nothing(
     straight, teacher, text, tmp_path, monkeypatch, name, number, left
 ):
@@ -114,10 +118,10 @@ def test_a_kill_loses_one_candidate_and_changes_nothing(
     assert len(state) == left
 
     measured: list[int] = []
-    loss = searching.Search._loss
-    monkeypatch.setattr(searching.Search, "_loss", lambda self, *rest: measured.append(1) or loss(self, *rest))
+    loss = trials.Trials._loss
+    monkeypatch.setattr(trials.Trials, "_loss", lambda self, *rest: measured.append(1) or loss(self, *rest))
     again = run(recipe_of(teacher, text), tmp_path / "run", say=lambda line: None)
-    assert len(measured) == KNOTS + 4 + 2 - left
+    assert len(measured) == KNOTS + CUT + TRAINED - left
     assert left_by(again) == left_by(straight[0])
 
 
@@ -125,7 +129,7 @@ def test_without_training_the_cut_decides(teacher: Path, text: Path, tmp_path: P
     keys = SEARCH.replace(", train: {num_candidates: 2, num_steps: 2, batch_size: 2}", "")
     the_run = run(recipe_of(teacher, text, keys), tmp_path / "run", say=lambda line: None)
     ranking = left_by(the_run)[0]["ranking"]
-    assert [row["trained"] for row in ranking] == [None] * 4
+    assert [row["trained"] for row in ranking] == [None] * CUT
     assert [row["cut"]["kl"] for row in ranking] == sorted(row["cut"]["kl"] for row in ranking)
 
 
