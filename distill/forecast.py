@@ -164,7 +164,7 @@ def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config |
     if isinstance(stage, BudgetSpec):
         parts.append(_budget(stage, recipe))
     if stage.makes_model:
-        parts.append(f"makes {'at most ' if getattr(stage, 'search', None) else ''}{_size(known[name])}")
+        parts.append(f"makes {'at most ' if _is_open(stage) else ''}{_size(known[name])}")
     if (
         isinstance(stage, BudgetSpec)
         and stage.steps(recipe.data.sequence_length)
@@ -174,6 +174,11 @@ def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config |
     if isinstance(stage, Prune) and (memory := _cut_memory(stage, known[name], known)):
         parts.append(f"({memory})")
     return " ".join(parts).rstrip(";")
+
+
+def _is_open(stage: StageSpec) -> bool:
+    """Whether the size of what a stage makes shows when it runs."""
+    return isinstance(stage, Prune) and (stage.keep is None or stage.keep.vocabulary == "used")
 
 
 def _kept(keep: KeepSpec) -> str:
@@ -268,7 +273,10 @@ def _after(stage: StageSpec, known: dict[str, Config | None], sequence_length: i
         return config
     layout = layout_for(str(config.get("model_type")))
     if stage.keep is not None:
-        return config | layout.resized(config, target_sizes(stage.keep, config, layout))
+        after = target_sizes(stage.keep, config, layout)
+        if isinstance(stage.keep.vocabulary, int):
+            after["vocabulary"] = stage.keep.vocabulary
+        return config | layout.resized(config, after)
     if stage.search is not None and stage.search.budget.is_time:
         return config  # how large a model of some speed is shows when it is measured
     found = [config | layout.resized(config, c.sizes) for c in _candidates(stage, config, sequence_length)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -39,6 +39,9 @@ class KeepSpec(Spec):
     silence keeps the query heads of dropped groups on those that stay, with an output of zero, to learn anew."""
     num_experts: int | None = Field(None, gt=0)
     """Experts to keep in each layer of a mixture of experts; null keeps all."""
+    vocabulary: Annotated[int, Field(gt=0)] | Literal["used"] | None = None
+    """Tokens to keep: used keeps those that the training text has, a number the most frequent ones; special tokens and
+    single bytes stay in any case, and the tokenizer is cut alike. Null keeps all."""
     num_hidden_layers: int | None = Field(None, gt=0)
     """Layers to keep, the first and the last among them, the others by score; null keeps all."""
     layers: tuple[int, ...] | None = None
@@ -48,7 +51,7 @@ class KeepSpec(Spec):
 
     def cuts(self) -> list[str]:
         """The keys that name something to cut."""
-        return [key for key in (*AXIS_OF_KEY, "layers") if getattr(self, key) is not None]
+        return [key for key in (*AXIS_OF_KEY, "layers", "vocabulary") if getattr(self, key) is not None]
 
     @model_validator(mode="after")
     def _depth_is_named_once(self) -> Self:

@@ -146,6 +146,8 @@ def plan(
         keep = _validated(keep)
     before = layout.sizes(config)
     after = target_sizes(keep, config, layout)
+    if keep.vocabulary is not None and vocabulary is None:
+        raise InputError("keep.vocabulary names no tokens by itself; give plan() the ids that stay as its vocabulary")
     tokens = None if vocabulary is None else kept_tokens(vocabulary, before)
     after["vocabulary"] = before["vocabulary"] if tokens is None else len(tokens)
     layers = kept_layers(scores, keep, before)

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from distill.core.artifact import write_bytes, write_text
 from distill.core.errors import InputError
+from distill.core.run import CHECKPOINTS
 from distill.pruning import CRITERIA, Activation, BlockInfluence
 from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.keep import AXIS_OF_KEY, KeepSpec
@@ -101,11 +102,13 @@ class Prune(StageSpec):
         """Score, plan, cut, and write the smaller model with its scores and plan."""
         import torch
 
+        from distill.data.cut_tokenizer import cut_tokenizer
         from distill.models.layouts import layout_for
         from distill.models.load import load_config
         from distill.models.shards import carve_folder
         from distill.pruning.plan import plan
         from distill.pruning.select import target_sizes
+        from distill.stages.tokens import tokens_of
         from distill.stages.train import check_speaks, save_plain, stored_dtype_of
 
         location = context.session.artifact(self.model).location
@@ -119,12 +122,14 @@ class Prune(StageSpec):
         config = load_config(location).to_dict()
         layout = layout_for(config["model_type"])
         # What cannot be is refused before anything is computed.
+        rows = None
         if self.keep is not None:
             target_sizes(self.keep, config, layout)
+            rows = tokens_of(context, location, self.keep.vocabulary) if self.keep.vocabulary else None
             keep, scores = self.keep, self._scores(context, location, layout, config)
         else:
             keep, scores = self._searched(context, location, layout, config, dtype)
-        the_plan = plan(scores, keep, layout, config)
+        the_plan = plan(scores, keep, layout, config, vocabulary=rows)
         for line in the_plan.summary():
             context.say(line)
         pruned = carve_folder(location, the_plan, layout, getattr(torch, dtype))
@@ -136,7 +141,17 @@ class Prune(StageSpec):
             "parameters": the_plan.parameters,
             "plan": the_plan.summary(),
         }
-        context.write_model(save_plain(pruned, dtype), kind=self.kind, parent=self.model, teacher=None, figures=figures)
+        speaks = None
+        if rows is not None:
+            speaks = cut_tokenizer(context.session.tokenizer(), rows, context.folder / CHECKPOINTS / "tokenizer")
+        context.write_model(
+            save_plain(pruned, dtype),
+            kind=self.kind,
+            parent=self.model,
+            teacher=None,
+            figures=figures,
+            tokenizer=speaks,
+        )
         return figures
 
     def _searched(

@@ -36,6 +36,10 @@ class Report(StageSpec):
         """Everything that stands before it."""
         return list(dict.fromkeys([*self.models, *earlier]))
 
+    def speaker(self) -> str | None:
+        """It shows the run's text, and models answer in their own tokens."""
+        return None
+
     def run(self, context: StageContext) -> dict[str, Any]:
         """Gather, let the models answer, write, and send."""
         from distill.core.errors import InputError

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from distill.core.errors import InputError
 from distill.models.layouts import layout_for
 from distill.pruning.budget import Costs, SizeBudget
+from distill.pruning.latency import Latency
 from distill.pruning.search import Candidate, Space
 
 CONFIG = {
@@ -114,3 +115,31 @@ def test_axes_that_the_architecture_lacks_are_refused():
         Space(layout_for("gpt2"), gpt2, ("hidden_size",), {}, 0.5)
     with pytest.raises(InputError, match=r"architectures are more than can be looked at"):
         space("hidden_size", "intermediate_size", "num_hidden_layers", share=0.01, hidden_size=1, intermediate_size=1)
+
+
+def test_the_control_keeps_the_most_even_shares():
+    the_space = space("hidden_size", "intermediate_size", "num_hidden_layers")
+
+    def unevenness(**keep):
+        return the_space.unevenness(Candidate(keep, {}, 0.0))
+
+    assert unevenness() == 0
+    assert unevenness(hidden_size=256, intermediate_size=688, num_hidden_layers=4) == 0
+    assert unevenness(hidden_size=256, num_hidden_layers=4) == 0.5
+    assert unevenness(hidden_size=384, num_hidden_layers=6) == unevenness(intermediate_size=1032) == 0.25
+
+
+def test_latency_is_forecast_from_few_and_never_falls_with_size():
+    the_space, flops = space(), costs("flops_per_token")
+    probes = [the_space.sizes(choice) for choice in ({}, *the_space.corners())]
+    assert len(probes) == 1 + 4 + 1
+
+    def ms(sizes):
+        return 1.5 + 0.25 * sizes["layers"] + 3e-8 * flops.of(sizes)
+
+    forecast = Latency(flops, [(sizes, ms(sizes)) for sizes in probes])
+    other = the_space.sizes({"hidden_size": 320, "intermediate_size": 960, "num_hidden_layers": 5})
+    assert forecast.of(other) == pytest.approx(ms(other))
+    # depth and width seem to cost nothing where a small model is all overhead; then that is what the forecast says
+    backwards = Latency(flops, [(sizes, 3.0 - 0.1 * sizes["layers"]) for sizes in probes])
+    assert backwards.of(the_space.before) >= backwards.of(other) > 0

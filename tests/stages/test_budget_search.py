@@ -14,6 +14,7 @@ from distill.forecast import describe
 from distill.recipe import Recipe
 from distill.runner import run
 from distill.stages.search import trials
+from distill.stages.search.clock import Clock
 from distill.stages.search.ranking import ranking as ranking_of
 
 RECIPE = """\
@@ -75,7 +76,9 @@ def test_the_best_after_training_is_cut_out_and_told(straight: tuple[Run, list[s
     assert found["num_candidates"] > len(ranking) == CUT
     assert [row["trained"] is not None for row in ranking] == [True] * TRAINED + [False] * (CUT - TRAINED)
     assert all(found["least"] <= row["non_embedding_parameters"] <= found["most"] for row in ranking)
-    assert [row["trained"]["kl"] for row in ranking[:TRAINED]] == sorted(row["trained"]["kl"] for row in ranking[:TRAINED])
+    assert [row["trained"]["kl"] for row in ranking[:TRAINED]] == sorted(
+        row["trained"]["kl"] for row in ranking[:TRAINED]
+    )
     best = [row["cut"]["kl"] for row in ranking[:TRAINED] if not row["uniform"]]
     assert max(best) <= ranking[TRAINED]["cut"]["kl"] <= ranking[-1]["cut"]["kl"]
     assert [row["trained"]["training_steps"] for row in ranking[:TRAINED]] == [2] * TRAINED
@@ -106,7 +109,9 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
     monkeypatch.setattr(trials.Trials, name, pull)
 
 
-@pytest.mark.parametrize(("name", "number", "left"), [("_loss", 10, 10), ("_train", 1, KNOTS + CUT + 1), ("_loss", 14, 14)])
+@pytest.mark.parametrize(
+    ("name", "number", "left"), [("_loss", 10, 10), ("_train", 1, KNOTS + CUT + 1), ("_loss", 14, 14)]
+)
 def test_a_kill_loses_one_candidate_and_changes_nothing(
     straight, teacher, text, tmp_path, monkeypatch, name, number, left
 ):
@@ -123,6 +128,66 @@ def test_a_kill_loses_one_candidate_and_changes_nothing(
     again = run(recipe_of(teacher, text), tmp_path / "run", say=lambda line: None)
     assert len(measured) == KNOTS + CUT + TRAINED - left
     assert left_by(again) == left_by(straight[0])
+
+
+def test_the_teacher_is_loaded_once_for_all_trainings(teacher, text, tmp_path, monkeypatch) -> None:
+    from distill.stages import train
+
+    loads: list[str] = []
+    load = train.load_frozen
+    monkeypatch.setattr(train, "load_frozen", lambda *a: loads.append(a[1]) or load(*a))
+    run(recipe_of(teacher, text), tmp_path / "run", say=lambda line: None)
+    assert loads == ["teacher"]
+
+
+def is_slow(sizes: dict[str, int]) -> bool:
+    """Shapes that a machine dislikes, though no size says so; none of those that a forecast starts from."""
+    return (sizes["hidden_channels"] + sizes["mlp_neurons"]) % 8 != 0
+
+
+def milliseconds(sizes: dict[str, int]) -> float:
+    """A machine that never tires: a start, a time a layer, a time a weight."""
+    per_layer = 0.2 + 1e-4 * sizes["hidden_channels"] * sizes["mlp_neurons"]
+    return 0.5 + sizes["layers"] * per_layer + (1.0 if is_slow(sizes) else 0.0)
+
+
+def test_a_budget_of_time_is_held_by_measurement(teacher, text, tmp_path, monkeypatch) -> None:
+    calls: list[dict[str, int]] = []
+    monkeypatch.setattr(Clock, "_measure", lambda self, sizes: calls.append(sizes) or milliseconds(sizes))
+    keys = SEARCH.replace("non_embedding_parameters: 70%", "decode_ms_per_token: 80%")
+    keys = keys.replace(", train: {num_candidates: 2, num_steps: 2, batch_size: 2}", "")
+    said: list[str] = []
+    found, _ = left_by(run(recipe_of(teacher, text, keys), tmp_path / "run", say=said.append))
+    whole = {"layers": 2, "hidden_channels": 32, "mlp_neurons": 64}
+    assert found["most"] == pytest.approx(0.8 * milliseconds(whole))
+    assert found["ranking"]
+    for row in found["ranking"]:
+        sizes = {"hidden_channels": row["keep"].get("hidden_size", 32), "layers": 2}
+        sizes["mlp_neurons"] = row["keep"].get("intermediate_size", 64)
+        assert row["decode_ms_per_token"] == milliseconds(sizes) <= found["most"]
+        assert not is_slow(sizes)
+    assert any(map(is_slow, calls))  # forecast to fit, and does not
+    assert len(calls) == len({tuple(sizes.items()) for sizes in calls})
+    line = next(line for line in describe(recipe_of(teacher, text, keys)).splitlines() if "] prune:" in line)
+    assert "for decode_ms_per_token at most 80%, measured on this machine" in line
+
+
+def test_latency_is_that_of_the_candidate_s_own_config(teacher, text, tmp_path, monkeypatch) -> None:
+    from distill.evaluation import speed
+
+    asked: list[dict[str, Any]] = []
+
+    def measured(folder: Path, **settings: Any) -> Any:
+        asked.append(json.loads((folder / "config.json").read_text()) | settings)
+        return speed.Speed("real", "", speed.SpeedSettings(), "cpu", decode_tokens_per_s_p50=500.0)
+
+    monkeypatch.setattr(speed, "measure_speed", measured)
+    keys = SEARCH.replace("non_embedding_parameters: 70%", "decode_ms_per_token: 1")
+    with pytest.raises(InputError, match=r"decode_ms_per_token: .*"):
+        run(recipe_of(teacher, text, keys), tmp_path / "run", say=lambda line: None)
+    sizes = [(one["hidden_size"], one["intermediate_size"]) for one in asked]
+    assert sizes == [(32, 64), (16, 64), (32, 32), (16, 32)]
+    assert {(one["weights"], one["prompt_tokens"], one["new_tokens"]) for one in asked} == {("random", 8, 8)}
 
 
 def test_without_training_the_cut_decides(teacher: Path, text: Path, tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""Which tokens of a model's vocabulary stay, by the training text of the run."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Literal
+
+from distill.core.errors import InputError
+from distill.stages.base import StageContext
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+STRETCH = 1 << 24
+"""Tokens that are counted at once."""
+
+
+def tokens_of(context: StageContext, location: str, wanted: int | Literal["used"]) -> list[int]:
+    """The ids of the tokens to keep, rising.
+
+    Args:
+        context: of the stage; its text is read in the model's own tokens.
+        location: the model's folder or Hub id.
+        wanted: how many, or those that the training text has.
+
+    Raises:
+        InputError: the text is a stream, or the tokenizer cannot be cut so.
+    """
+    import numpy as np
+
+    from distill.data.blocks import Blocks
+    from distill.data.cut_tokenizer import tokens_to_keep
+    from distill.models.load import load_config
+
+    train = context.session.corpus().train
+    if not isinstance(train, Blocks):
+        raise InputError("keep.vocabulary: a stream is not read before it is trained on; store its text, or keep all")
+    tokenizer = context.session.tokenizer()
+    counts = np.zeros(len(tokenizer), np.int64)
+    ids = train.tokens.ids()
+    for start in range(0, len(ids), STRETCH):
+        counts += np.bincount(ids[start : start + STRETCH], minlength=len(counts))
+    named = _named(location, load_config(location))
+    kept = tokens_to_keep(tokenizer, counts, None if wanted == "used" else wanted, named)
+    share = counts[kept].sum() / counts.sum()
+    context.say(f"{len(kept):,} of {len(tokenizer):,} tokens stay, which are {share:.2%} of the training text")
+    return kept
+
+
+def _named(location: str, config: PretrainedConfig) -> list[int]:
+    """Ids that the config and the generation config name."""
+    from transformers import GenerationConfig
+
+    from distill.pruning.tokens import TOKEN_KEYS
+
+    named = [config.to_dict()]
+    with suppress(OSError):  # a model need not have one
+        named.append(GenerationConfig.from_pretrained(location).to_dict())
+    found: list[int] = []
+    for values in named:
+        for key in TOKEN_KEYS:
+            value = values.get(key)
+            found += [id_ for id_ in (value if isinstance(value, list) else [value]) if id_ is not None]
+    return found
