@@ -32,6 +32,9 @@ class KeepSpec(Spec):
     """MLP neurons to keep in each layer, in a mixture of experts in each expert; null keeps all."""
     num_attention_heads: int | None = Field(None, gt=0)
     """Query heads to keep in each layer, as many in each KV group; null keeps all those of the groups that stay."""
+    head_choice: Literal["drop", "merge"] = "drop"
+    """What becomes of query heads of a KV group that are cut: drop leaves them out; merge keeps, in the queries of the
+    heads that only just stay, their difference from those that only just go (arXiv 2407.14679)."""
     num_key_value_heads: int | None = Field(None, gt=0)
     """KV groups to keep in each layer; null keeps all."""
     group_choice: Literal["drop", "pool", "silence"] = "drop"
@@ -63,6 +66,8 @@ class KeepSpec(Spec):
             raise ValueError(f"layers must rise and name each layer once (got {list(self.layers)})")
         if self.group_choice != "drop" and self.num_key_value_heads is None:
             raise ValueError(f"group_choice {self.group_choice!r} has no effect without num_key_value_heads")
+        if self.head_choice != "drop" and self.num_attention_heads is None:
+            raise ValueError(f"head_choice {self.head_choice!r} has no effect without num_attention_heads")
         if self.group_choice == "silence" and self.num_attention_heads is not None:
             raise ValueError("group_choice 'silence' keeps all query heads; leave num_attention_heads out")
         return self

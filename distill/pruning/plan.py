@@ -24,6 +24,7 @@ from distill.pruning.select import (
     kept_heads,
     kept_layers,
     kept_neurons,
+    merged_heads,
     target_sizes,
 )
 from distill.pruning.tokens import kept_tokens, moved_tokens
@@ -49,6 +50,7 @@ class Plan:
         after: axis sizes of the pruned model.
         parameters_before: number of parameters, tied ones counted once.
         parameters: forecast of the same for the pruned model.
+        merged_heads: as ``attention_heads``, the head that each is merged with, or itself; None where none are.
     """
 
     model_type: str
@@ -65,6 +67,7 @@ class Plan:
     after: dict[str, int]
     parameters_before: int
     parameters: int
+    merged_heads: Rows | None = None
 
     def kept(self, axis: str, layer: int | None) -> tuple[int, ...]:
         """Units of an axis that stay; ``layer`` counts the layers that stay, None is outside of them."""
@@ -95,6 +98,7 @@ class Plan:
                 name = axis.replace("_", " ").replace("kv", "KV").replace("mlp", "MLP")
                 how = {"pool": ", pooled", "silence": ", their heads silent"}.get(self.group_choice, "")
                 how = how if axis == "kv_groups" else ""
+                how = ", merged" if axis == "attention_heads" and self.merged_heads is not None else how
                 lines.append(f"{name} {self.before[axis]} -> {self.after[axis]}{where}{how}")
         share = self.parameters / self.parameters_before
         return [*lines, f"parameters {self.parameters_before:,} -> {self.parameters:,} ({share:.1%})"]
@@ -108,12 +112,12 @@ class Plan:
         """The plan that :meth:`to_dict` wrote."""
 
         def rows(key: str) -> Rows | None:
-            return None if data[key] is None else tuple(map(tuple, data[key]))
+            return None if data.get(key) is None else tuple(map(tuple, data[key]))
 
         def flat(key: str) -> tuple[int, ...] | None:
             return None if data[key] is None else tuple(data[key])
 
-        changed = {key: rows(key) for key in ("mlp_neurons", "attention_heads", "kv_groups", "experts")}
+        changed = {key: rows(key) for key in ("mlp_neurons", "attention_heads", "kv_groups", "experts", "merged_heads")}
         return cls(**{**data, **changed, **{key: flat(key) for key in ("layers", "hidden_channels", "vocabulary")}})
 
 
@@ -170,6 +174,7 @@ def plan(
         after=after,
         parameters_before=layout.count(config),
         parameters=layout.count({**config, **changes}),
+        merged_heads=merged_heads(scores, keep, groups, layers, before, after),
     )
 
 

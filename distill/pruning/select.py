@@ -197,6 +197,50 @@ def kept_heads(
     )
 
 
+def merged_heads(
+    scores: Scores, keep: KeepSpec, groups: Rows, layers: tuple[int, ...], before: Sizes, after: Sizes
+) -> Rows | None:
+    """For each query head that stays the one that its queries are held against; itself where there is none.
+
+    With the L heads of a group in order of score, of which K stay, head i <= K becomes
+
+        head_i + (head_i - head_{2K-i+1})        where 2K - i + 1 <= L
+
+    so that the last to stay meets the first to go (Muralidharan et al. 2024, arXiv 2407.14679, who take the query heads
+    alone where KV groups are shared). None: nothing is merged.
+
+    Raises:
+        InputError: every head has a KV group of its own, so that its keys and values go along.
+    """
+    if keep.head_choice == "drop":
+        return None
+    new, members = (
+        after["attention_heads"] // after["kv_groups"],
+        [_members(row, keep, before, after) for row in groups],
+    )
+    if before["attention_heads"] == before["kv_groups"]:
+        raise InputError(
+            "keep.head_choice 'merge' needs heads that share keys and values, and this model has a KV group for each "
+            "head; use drop"
+        )
+    if all(len(heads) == new for row in members for heads in row):
+        return None
+    shape = (before["layers"], before["attention_heads"])
+    values = _scores_of(scores, "attention_heads", shape, "num_attention_heads")
+    return tuple(
+        tuple(head for heads in row for head in _partners(values[layer, heads], heads, new))
+        for layer, row in zip(layers, members, strict=True)
+    )
+
+
+def _partners(values: Tensor, heads: list[int], new: int) -> list[int]:
+    order = values.argsort(descending=True, stable=True).tolist()
+    partner = {
+        own: order[2 * new - i - 1] if 2 * new - i - 1 < len(heads) else own for i, own in enumerate(order[:new])
+    }
+    return [heads[partner[own]] for own in sorted(partner)]
+
+
 def _members(groups: tuple[int, ...], keep: KeepSpec, before: Sizes, after: Sizes) -> list[list[int]]:
     """For each KV group of the pruned model the query heads that may serve it; ``groups`` are those of one layer."""
     per_group = before["attention_heads"] // before["kv_groups"]
