@@ -14,17 +14,15 @@ from pydantic import ValidationError
 
 from distill.core.errors import InputError
 from distill.pruning.base import Scores
+from distill.pruning.heads import kept_groups, kept_heads, merged_heads
 from distill.pruning.keep import KeepSpec
 from distill.pruning.layout import Config, Layout
 from distill.pruning.select import (
     Rows,
     kept_channels,
     kept_experts,
-    kept_groups,
-    kept_heads,
     kept_layers,
     kept_neurons,
-    merged_heads,
     target_sizes,
 )
 from distill.pruning.tokens import kept_tokens, moved_tokens

@@ -187,7 +187,6 @@ def _cut_neurons_of_experts(weight: Tensor, dim: int, dimension: Dimension, laye
 
 def _silenced(weight: Tensor, parameter: Parameter, layer: int, plan: Plan) -> Tensor:
     """The output projection with zeros where silent heads enter."""
-    import torch
 
     dim, head_dim = parameter.axes.index("attention_heads"), plan.before["head_dim"]
     return weight.index_fill(dim, _entries(plan.silent_heads(layer), head_dim, weight), 0.0)

@@ -88,7 +88,8 @@ class Evaluate(StageSpec):
 
     def _load(self, context: StageContext, location: str) -> Any:
         from distill.models.load import move
-        from distill.stages.train import check_packing, load_speaking
+        from distill.stages.tokens import load_speaking
+        from distill.stages.train import check_packing
 
         device = _device(context)
         return move(check_packing(context, load_speaking(context, location, _dtype(device))), device)

@@ -1,4 +1,4 @@
-"""Which tokens of a model's vocabulary stay, by the training text of the run."""
+"""Which tokens of a vocabulary stay, by the training text of the run, and models cut down to them as they are loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from distill.core.errors import InputError
 from distill.stages.base import StageContext
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 STRETCH = 1 << 24
 """Tokens that are counted at once."""
@@ -62,3 +62,39 @@ def _named(location: str, config: PretrainedConfig) -> list[int]:
             value = values.get(key)
             found += [id_ for id_ in (value if isinstance(value, list) else [value]) if id_ is not None]
     return found
+
+
+def load_speaking(context: StageContext, location: str, dtype: str) -> PreTrainedModel:
+    """A model in the tokens of the stage; where those are a part of its own it is cut down to them as it is read.
+
+    Its distribution over the tokens that stay is then its own, renormalised over them.
+
+    Args:
+        context: of the stage.
+        location: the model's folder or Hub id.
+        dtype: of the weights in memory; "auto" is that of the file.
+
+    Raises:
+        InputError: it speaks other tokens, or its architecture cannot be cut.
+    """
+    import torch
+
+    from distill.data.cut_tokenizer import rows_of
+    from distill.data.tokenizer import load_tokenizer
+    from distill.models.layouts import layout_for
+    from distill.models.load import load_config, load_model
+    from distill.models.shards import carve_folder
+    from distill.pruning.base import Scores
+    from distill.pruning.plan import plan
+    from distill.stages.train import check_speaks, stored_dtype_of
+
+    session, config = context.session, load_config(location).to_dict()
+    whole = load_tokenizer(location) if session.is_cut else session.tokenizer()
+    rows = rows_of(session.tokenizer(), whole) if session.is_cut else None
+    if rows is None or len(rows) == len(whole):
+        check_speaks(context, location)
+        return load_model(location, dtype=dtype)
+    layout = layout_for(config["model_type"])
+    part = plan(Scores(), {}, layout, config, vocabulary=rows)
+    model = carve_folder(location, part, layout, getattr(torch, stored_dtype_of(location, dtype)))
+    return model.eval()

@@ -167,46 +167,12 @@ def load_frozen(context: StageContext, reference: str) -> PreTrainedModel:
     Raises:
         InputError: it speaks another vocabulary than the run.
     """
+    from distill.stages.tokens import load_speaking
     from distill.training.trainer import resolve_teacher
 
     location = context.session.artifact(reference).location
     _, dtype = resolve_teacher(context.session.compute)
     return check_packing(context, load_speaking(context, location, dtype))
-
-
-def load_speaking(context: StageContext, location: str, dtype: str) -> PreTrainedModel:
-    """A model in the tokens of the stage; where those are a part of its own it is cut down to them as it is read.
-
-    Its distribution over the tokens that stay is then its own, renormalised over them.
-
-    Args:
-        context: of the stage.
-        location: the model's folder or Hub id.
-        dtype: of the weights in memory; "auto" is that of the file.
-
-    Raises:
-        InputError: it speaks other tokens, or its architecture cannot be cut.
-    """
-    import torch
-
-    from distill.data.cut_tokenizer import rows_of
-    from distill.data.tokenizer import load_tokenizer
-    from distill.models.layouts import layout_for
-    from distill.models.load import load_config, load_model
-    from distill.models.shards import carve_folder
-    from distill.pruning.base import Scores
-    from distill.pruning.plan import plan
-
-    session, config = context.session, load_config(location).to_dict()
-    whole = load_tokenizer(location) if session.is_cut else session.tokenizer()
-    rows = rows_of(session.tokenizer(), whole) if session.is_cut else None
-    if rows is None or len(rows) == len(whole):
-        check_speaks(context, location)
-        return load_model(location, dtype=dtype)
-    layout = layout_for(config["model_type"])
-    part = plan(Scores(), {}, layout, config, vocabulary=rows)
-    model = carve_folder(location, part, layout, getattr(torch, stored_dtype_of(location, dtype)))
-    return model.eval()
 
 
 def check_speaks(context: StageContext, location: str, *, tokens: bool = True) -> None:

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-
 from contracts.architectures import make
+
 from distill.core.errors import InputError
 from distill.models.layouts import layout_for
 from distill.pruning.base import Scores
