@@ -1,4 +1,4 @@
-"""Which tokens of a vocabulary stay, by the training text of the run, and models cut down to them as they are loaded."""
+"""Which tokens of a vocabulary stay, by the training text of the run, and models loaded in them."""
 
 from __future__ import annotations
 
