@@ -230,8 +230,10 @@ def _cached(name: str, stage: CacheTeacher, recipe: Recipe) -> str:
     length, kept = recipe.data.sequence_length, stage.num_sequences
     if kept is None:
         return f"{stage.codec.kind} of all sequences that later stages take;"
-    users = {user: other for user, other in recipe.stages.items() if isinstance(other, DistillSpec)}
-    taken = {user: s.steps(length) * s.batch_size for user, s in users.items() if getattr(s, "teacher", "") == name}
+    taken: dict[str, int] = {}
+    for user, other in recipe.stages.items():
+        if isinstance(other, DistillSpec) and getattr(other, "teacher", "") == name:
+            taken[user] = other.steps(length) * other.batch_size
     few = ", ".join(f"{user} takes {count:,}" for user, count in taken.items() if count > kept)
     warning = f" - too few if the text has more: {few}; raise num_sequences or leave it unset" if few else ""
     return f"{stage.codec.kind} of {kept:,} sequences{warning};"
