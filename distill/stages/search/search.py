@@ -67,11 +67,20 @@ class Search:
         if spec.budget.is_time:
             self.costs = self._clock.forecast(spec.costs(layout, config, sequence_length=length, dtype=dtype))
             whole = self._clock.ms(self.space.before)
+            self._refuse_noise(whole)
         else:
             self.costs = spec.costs(layout, config, sequence_length=length, dtype=dtype)
             whole = self.costs.of(self.space.before)
         self.least, self.most = spec.budget.bounds(whole)
         self.candidates = self.space.candidates(self.costs, self.least, self.most)
+
+    def _refuse_noise(self, whole: float) -> None:
+        most, forecast = self.spec.budget.bounds(whole)[1], self.costs.of(self.space.before)
+        if most >= forecast:
+            raise InputError(
+                f"search.budget.{self.costs.measure}: {most:.3f} cuts nothing: the model took {whole:.3f} ms, and "
+                f"{forecast:.3f} ms by what smaller ones took; ask for less, or measure while the machine is idle"
+            )
 
     def choose(self, scores: Scores) -> KeepSpec:
         """The sizes of the best candidate by the scores of all axes; writes ``search.json``.
