@@ -41,6 +41,11 @@ def _amount(value: float | str) -> float | str:
 Amount = Annotated[float | str, AfterValidator(_amount)]
 
 
+def shown(measure: Measure, cost: float) -> str:
+    """A cost for people: counts whole, milliseconds with their thousandths."""
+    return f"{cost:,.3f}" if measure == "decode_ms_per_token" else f"{cost:,.0f}"
+
+
 class SizeBudget(Spec):
     """The most that the pruned model may cost by one measure: a number, or a share of the uncut model's (50%)."""
 

@@ -25,7 +25,7 @@ from math import prod
 from typing import Literal
 
 from distill.core.errors import InputError
-from distill.pruning.budget import Cost
+from distill.pruning.budget import Cost, shown
 from distill.pruning.keep import AXIS_OF_KEY, KeepSpec
 from distill.pruning.layout import Config, Layout
 from distill.pruning.select import target_sizes
@@ -157,7 +157,8 @@ class Space:
         whole = costs.of(self.before)
         if most >= whole:
             raise InputError(
-                f"search.budget.{costs.measure}: {most:,.0f} cuts nothing, as the model has {whole:,.0f}; ask for less"
+                f"search.budget.{costs.measure}: {shown(costs.measure, most)} cuts nothing, as the model has "
+                f"{shown(costs.measure, whole)}; ask for less"
             )
         found = [candidate for choice in self._within(costs, least, most) if (candidate := self._at(choice, costs))]
         if not found:
@@ -186,15 +187,15 @@ class Space:
     def _explain(self, costs: Cost, least: float, most: float) -> None:
         below = [c.cost for choice in self._within(costs, 0, least) if (c := self._at(choice, costs))]
         above = [c.cost for choice in self._within(costs, most, float("inf")) if (c := self._at(choice, costs))]
-        what = f"search.budget.{costs.measure}"
+        what, says = f"search.budget.{costs.measure}", partial(shown, costs.measure)
         if not below:
             raise InputError(
-                f"{what}: no architecture of the search has as few as {most:,.0f}; the smallest has {min(above):,.0f}; "
-                "lower search.smallest_share or name more axes"
+                f"{what}: no architecture of the search has as few as {says(most)}; the smallest has "
+                f"{says(min(above))}; lower search.smallest_share or name more axes"
             )
         raise InputError(
-            f"{what}: no architecture has {least:,.0f} to {most:,.0f}; the nearest have {max(below):,.0f} and "
-            f"{min(above):,.0f}; raise budget.tolerance, lower search.multiple_of or name more axes"
+            f"{what}: no architecture has {says(least)} to {says(most)}; the nearest have {says(max(below))} and "
+            f"{says(min(above))}; raise budget.tolerance, lower search.multiple_of or name more axes"
         )
 
     def knots(self) -> list[tuple[str, int]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.core.artifact import write_text
+from distill.pruning.budget import shown
 
 SEARCH = "search.json"
 UNIFORM = "uniform"
@@ -34,8 +35,7 @@ def ranking(folder: Path, most: int = 10) -> list[list[str]]:
         if place > most and not row[UNIFORM]:
             continue
         trained = f"{row['trained']['kl']:.4f}" if row["trained"] else "-"
-        cost = f"{row[measure]:,.3f}" if measure == "decode_ms_per_token" else f"{row[measure]:,.0f}"
-        figures = [cost, f"{row['estimated_kl']:.4f}", f"{row['cut']['kl']:.4f}", trained]
+        figures = [shown(measure, row[measure]), f"{row['estimated_kl']:.4f}", f"{row['cut']['kl']:.4f}", trained]
         roles = ["chosen"] * (place == 1) + [UNIFORM] * row[UNIFORM]
         lines.append([str(place), *(str(row["keep"].get(key, "whole")) for key in keys), *figures, ", ".join(roles)])
     return lines

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from distill.core.errors import InputError
 from distill.core.run import CHECKPOINTS
-from distill.pruning.budget import Cost
+from distill.pruning.budget import Cost, shown
 from distill.pruning.keep import KeepSpec
 from distill.pruning.search import Candidate, Space
 from distill.stages.base import StageContext
@@ -90,9 +90,8 @@ class Search:
         """
         trials = Trials(self.context, self.spec, self.reference, self.space, scores, self._batch_size, self._found)
         measure, knots = self.costs.measure, self.space.knots()
-        few = self.spec.budget.is_time
-        low, high = (f"{cost:,.{3 if few else 0}f}" for cost in (self.least, self.most))
-        forecast = " by forecast" if few else ""
+        low, high = shown(measure, self.least), shown(measure, self.most)
+        forecast = " by forecast" if self.spec.budget.is_time else ""
         self.context.say(f"search: {len(self.candidates):,} architectures of {low} to {high} {measure}{forecast}")
         pace = Pace(self.context, len(knots) + min(self.spec.num_measured, len(self.candidates)) + 1)
         alone = {knot: float(pace.of(trials.alone(*knot))["kl"]) for knot in knots}
