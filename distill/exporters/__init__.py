@@ -2,8 +2,9 @@
 
 from distill.core.spec import Family
 from distill.exporters.base import ExporterSpec, VerifyResult
+from distill.exporters.gguf import Gguf
 from distill.exporters.huggingface import HuggingFace
 
-EXPORTERS = Family("exporter", HuggingFace)
+EXPORTERS = Family("exporter", HuggingFace, Gguf)
 
-__all__ = ["EXPORTERS", "ExporterSpec", "HuggingFace", "VerifyResult"]
+__all__ = ["EXPORTERS", "ExporterSpec", "Gguf", "HuggingFace", "VerifyResult"]
