@@ -153,9 +153,9 @@ def test_help_names_every_verb(distill: Distill) -> None:
 def test_list_shows_members_with_their_fields(distill: Distill) -> None:
     everything = distill("list").out
     assert [
-        w for w in ("quickstart", "forward_kl", "int4_group", "group_size", "activation", "hub") if w not in everything
+        w for w in ("quickstart", "forward_kl", "int_group", "group_size", "activation", "hub") if w not in everything
     ] == []
-    assert "int4_group" not in distill("list", "losses").out
+    assert "int_group" not in distill("list", "losses").out
     result = distill("list", "loses")
     assert (result.code, result.out) == (2, "")
     assert "did you mean 'losses'?" in result.err
@@ -267,7 +267,7 @@ def test_only_needs_what_stands_before(distill: Distill, recipe: Path) -> None:
         ("data.train.text=body", "no column 'body'"),
         ("data.sequence_length=64", "longer than the model's 32 positions"),
         (
-            "stages.quantize.quantizer={kind: int4_group, group_size: 24}",
+            "stages.quantize.quantizer={kind: int_group, group_size: 24}",
             "group_size (24) must divide in_features (32)",
         ),
         ("compute.micro_batch_size=3", None),

@@ -1,8 +1,8 @@
-"""Low-bit model folders in the compressed-tensors pack-quantized format, which transformers loads without our code.
+"""Low-bit model folders in compressed-tensors' formats, which transformers loads without our code.
 
-The codes are packed into int32 words by the library's own packer, so the weight that a loader unpacks is, bit for bit,
-the one that the fake-quantized model trained with. Scales are bfloat16 because a loader casts them to the type in
-which it holds the model: bfloat16 and fp32 keep them as they are, fp16 would not.
+Integer codes are packed into int32 words by the library's own packer, fp8 codes stand as they are, so the weight that a
+loader unpacks is, bit for bit, the one that the fake-quantized model trained with. A loader casts scales to the type in
+which it holds the model: fp32 keeps every scale, bfloat16 and float16 only those that were rounded to them.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.core.errors import InputError
-from distill.quantization.base import Codes, QuantizerSpec
-from distill.quantization.int4_group import Int4Group
-from distill.quantization.int8_channel import Int8Channel
+from distill.quantization.base import Codes
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT = "pack-quantized"
+PACKED, PLAIN = "pack-quantized", "naive-quantized"
+"""Integer codes in words, and codes of a byte each."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,6 @@ class PackedSize:
 
 def save(
     model: PreTrainedModel,
-    spec: QuantizerSpec,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
@@ -63,32 +61,23 @@ def save(
 
     Args:
         model: fake-quantized, adapters merged.
-        spec: the grid that it was prepared with.
         folder: where to; made if it is not there.
         tokenizer: saved beside the weights, if given.
-        dtype: of embeddings, norms, biases and skipped layers: bfloat16 (default) or float32.
+        dtype: of embeddings, norms, biases and skipped layers: float32 or the type of the scales (default).
 
     Raises:
-        InputError: the model is not prepared with ``spec``, has adapters, or the type or the grid cannot be stored.
+        InputError: the model is not prepared, has adapters, or the type or a grid cannot be stored.
     """
-    import torch
-
     from distill.quantization.convert import convert
     from distill.quantization.fake_quant import fake_quant_layers
 
-    dtype = dtype or torch.bfloat16
-    if dtype not in (torch.bfloat16, torch.float32):
-        raise InputError(
-            f"dtype: got {dtype}, expected torch.bfloat16 or torch.float32 (fp16 would round the scales again)"
-        )
-    arguments = _weight_arguments(spec)
     if not hasattr(model, "save_pretrained") or hasattr(model, "peft_config"):
         raise InputError(f"save: got {type(model).__name__}, expected a transformers model with its adapters merged")
-    for name, layer in fake_quant_layers(model).items():
-        if layer.spec != spec:
-            raise InputError(f"{name}: prepared with another grid ({layer.spec!r}) than the one to save ({spec!r})")
     codes = convert(model)
-    packed = {name: _pack(layer_codes, spec.bits) for name, layer_codes in codes.items()}
+    layers = fake_quant_layers(model)
+    dtype = _dtype({layer.spec.scale_dtype for layer in layers.values()}, dtype)
+    arguments = {name: layer.spec.compressed_tensors_arguments() for name, layer in layers.items()}
+    packed = {name: _pack(layer_codes, arguments[name]) for name, layer_codes in codes.items()}
     state = _state(model, packed, dtype)
     size = PackedSize(
         layers=len(codes),
@@ -97,38 +86,43 @@ def save(
         total_bytes=sum(_bytes(tensor) for tensor in {tensor.data_ptr(): tensor for tensor in state.values()}.values()),
     )
     model.save_pretrained(folder, state_dict=state)
-    _write_config(model, set(codes), arguments, folder, dtype)
+    _write_config(model, arguments, folder, dtype)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return size
 
 
-def _weight_arguments(spec: QuantizerSpec) -> dict[str, Any]:
-    """The grid in compressed-tensors' words.
+def _dtype(scales: set[str], wanted: torch.dtype | None) -> torch.dtype:
+    """The type of the folder: as wanted, if it keeps the scales.
 
     Raises:
-        InputError: the format has no words for it.
+        InputError: it would round them again.
     """
-    shared = {"num_bits": spec.bits, "type": "int", "symmetric": True, "dynamic": False}
-    if isinstance(spec, Int4Group):
-        return {**shared, "strategy": "group", "group_size": spec.group_size}
-    if isinstance(spec, Int8Channel):
-        return {**shared, "strategy": "channel"}
-    raise InputError(
-        f"quantizer {spec.kind!r} cannot be stored as compressed-tensors (expected int8_channel or int4_group)"
-    )
+    import torch
+
+    only = getattr(torch, scales.pop()) if len(scales) == 1 else torch.float32
+    if wanted not in (None, only, torch.float32):
+        expected = " or ".join(str(dtype) for dtype in dict.fromkeys((only, torch.float32)))
+        raise InputError(f"dtype: got {wanted}, expected {expected} (it would round the scales again)")
+    return wanted or only
 
 
-def _pack(codes: Codes, bits: int) -> dict[str, Tensor]:
+def _pack(codes: Codes, arguments: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors that stand for one layer's weight in the file."""
     import torch
     from compressed_tensors.compressors import pack_to_int32
 
-    return {
-        "weight_packed": pack_to_int32(codes.values, bits),
-        "weight_scale": codes.scale.contiguous(),
-        "weight_shape": torch.tensor(codes.values.shape),
-    }
+    scale = {"weight_scale": codes.scale.contiguous()}
+    if _format(arguments) == PACKED:
+        packed = pack_to_int32(codes.values, arguments["num_bits"])
+        return {"weight_packed": packed, **scale, "weight_shape": torch.tensor(codes.values.shape)}
+    zero = {} if codes.zero_point is None else {"weight_zero_point": codes.zero_point.contiguous()}
+    return {"weight": codes.values, **scale, **zero}
+
+
+def _format(arguments: dict[str, Any]) -> str:
+    """Transformers cannot load packed zero points: it makes room for them as if they were not packed."""
+    return PACKED if arguments["type"] == "int" and arguments["symmetric"] else PLAIN
 
 
 def _state(model: PreTrainedModel, packed: dict[str, dict[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -147,23 +141,47 @@ def _state(model: PreTrainedModel, packed: dict[str, dict[str, Tensor]], dtype: 
 
 
 def _write_config(
-    model: PreTrainedModel, quantized: set[str], arguments: dict[str, Any], folder: Path, dtype: torch.dtype
+    model: PreTrainedModel, arguments: dict[str, dict[str, Any]], folder: Path, dtype: torch.dtype
 ) -> None:
     """Add the type and the quantization to ``config.json``."""
     import torch
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
-    ignored = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear) and n not in quantized]
-    group = {"targets": ["Linear"], "weights": arguments, "format": FORMAT}
+    groups = _config_groups(arguments)
+    formats = {group["format"] for group in groups}
     config = QuantizationConfig.model_validate(
-        {"config_groups": {"group_0": group}, "format": FORMAT, "quantization_status": "compressed", "ignore": ignored}
+        {
+            "config_groups": {f"group_{index}": group for index, group in enumerate(groups)},
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "ignore": [
+                name
+                for name, module in model.named_modules()
+                if isinstance(module, torch.nn.Linear) and name not in arguments
+            ],
+        }
     )
     file = Path(folder) / "config.json"
     text = json.loads(file.read_text(encoding="utf-8"))
     text["dtype"] = str(dtype).removeprefix("torch.")
     file.write_text(json.dumps(text), encoding="utf-8")
     ModelCompressor(quantization_config=config).update_config(str(folder))
+
+
+def _config_groups(arguments: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Layers by grid; a grid that all of them share is that of every linear layer."""
+    layers: dict[str, list[str]] = {}
+    for name, words in arguments.items():
+        layers.setdefault(json.dumps(words), []).append(name)
+    return [
+        {
+            "targets": ["Linear"] if len(layers) == 1 else names,
+            "weights": json.loads(words),
+            "format": _format(json.loads(words)),
+        }
+        for words, names in layers.items()
+    ]
 
 
 def _bytes(tensor: Tensor) -> int:

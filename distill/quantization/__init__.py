@@ -2,9 +2,27 @@
 
 from distill.core.spec import Family
 from distill.quantization.base import Codes, QuantizerSpec
-from distill.quantization.int4_group import Int4Group
+from distill.quantization.binary import Binary
+from distill.quantization.fp8 import Fp8
 from distill.quantization.int8_channel import Int8Channel
+from distill.quantization.int_group import IntGroup
+from distill.quantization.q4_0 import Q40
+from distill.quantization.q8_0 import Q80
+from distill.quantization.ternary import Ternary
+from distill.quantization.tq2_0 import Tq20
 
-QUANTIZERS = Family("quantizer", Int8Channel, Int4Group)
+QUANTIZERS = Family("quantizer", Int8Channel, IntGroup, Fp8, Ternary, Binary, Q80, Q40, Tq20)
 
-__all__ = ["QUANTIZERS", "Codes", "Int4Group", "Int8Channel", "QuantizerSpec"]
+__all__ = [
+    "Q40",
+    "Q80",
+    "QUANTIZERS",
+    "Binary",
+    "Codes",
+    "Fp8",
+    "Int8Channel",
+    "IntGroup",
+    "QuantizerSpec",
+    "Ternary",
+    "Tq20",
+]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from distill.core.errors import InputError
 from distill.core.spec import Spec
 
 if TYPE_CHECKING:
@@ -16,21 +17,26 @@ DEFAULT_SKIP = ("lm_head",)
 
 @dataclass(frozen=True)
 class Codes:
-    """A weight on its grid.
+    """A weight on its grid: ``(values - zero_point) * scale``, group by group along a row.
 
     Attributes:
-        values: int8, [out_features, in_features].
-        scale: bfloat16, [out_features, groups]; the weight is ``values * scale``, group by group along a row.
+        values: int8 (float8_e4m3fn in the grid of fp8), [out_features, in_features].
+        scale: [out_features, groups], in the type in which the grid stores it: see ``QuantizerSpec.scale_dtype``.
+        zero_point: int8, [out_features, groups]; None for a grid that is symmetric about zero.
     """
 
     values: Tensor
     scale: Tensor
+    zero_point: Tensor | None = None
 
 
 class QuantizerSpec(Spec):
     """What every quantizer has: a kind, and the layers that it leaves alone."""
 
-    bits: ClassVar[int]
+    scale_dtype: ClassVar[str] = "bfloat16"
+    """Type of a stored scale: bfloat16 in the grids of compressed-tensors, float16 in those of GGUF."""
+    learns_scale: ClassVar[bool] = False
+    """Whether a layer may hold its scale as a parameter: then ``initial_scale`` and ``scale_gradient`` are there."""
 
     kind: str
     skip: tuple[str, ...] = DEFAULT_SKIP
@@ -43,6 +49,19 @@ class QuantizerSpec(Spec):
     def label(self) -> str:
         """A few words for tables, such as "int4, group 32"."""
         raise NotImplementedError
+
+    @property
+    def gguf_type(self) -> str | None:
+        """The GGUF tensor type that stores the codes as they are (``"Q8_0"``...), or None when there is none."""
+        return None
+
+    def compressed_tensors_arguments(self) -> dict[str, Any]:
+        """The grid in the words of compressed-tensors' ``QuantizationArgs``.
+
+        Raises:
+            InputError: the format has no words for it.
+        """
+        raise InputError(f"quantizer {self.kind!r} cannot be stored as compressed-tensors; choose another quantizer")
 
     def groups(self, in_features: int) -> int:
         """How many scales one row of a weight has.
@@ -57,13 +76,19 @@ class QuantizerSpec(Spec):
 
         Args:
             weight: [out_features, in_features], any float; computed in fp32.
-            scale: [out_features, groups], to use in place of the weight's own.
+            scale: [out_features, groups], to use in place of the weight's own; rounded to ``scale_dtype``.
         """
         raise NotImplementedError
 
     def dequantize(self, codes: Codes) -> Tensor:
-        """The weight that codes stand for: fp32, [out_features, in_features]."""
-        raise NotImplementedError
+        """The weight that codes stand for: fp32, [out_features, in_features].
+
+        The product of 8-bit codes and scales of 8 or 11 bits is exact in fp32.
+        """
+        grouped = codes.values.float().unflatten(-1, (codes.scale.shape[-1], -1))
+        if codes.zero_point is not None:
+            grouped = grouped - codes.zero_point.float().unsqueeze(-1)
+        return (grouped * codes.scale.float().unsqueeze(-1)).flatten(-2)
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -71,38 +96,23 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
 
 
-def symmetric_quantize(weight: Tensor, *, bits: int, groups: int, scale: Tensor | None = None) -> Codes:
-    """Codes of a grid that is symmetric about zero.
+def count_groups(in_features: int, group_size: int) -> int:
+    """in_features / group_size.
 
-        scale  = bfloat16(max|w| / ((2^bits - 1) / 2))
-        values = clamp(round_half_even(w / scale), -2^(bits-1), 2^(bits-1) - 1)
-
-    This is the grid of compressed-tensors and torchao. The scale is rounded to the type in which it is stored *before*
-    it divides: an engine that holds the model in bfloat16 reads the very scale that the codes were made with. A group
-    of zeros has scale 1.
-
-    Quantizing the result again gives the same codes only with the same scale: the largest code, 2^(bits-1) - 1 or
-    -2^(bits-1), is not (2^bits - 1) / 2, so a second absolute maximum gives another scale. Never quantize a
-    dequantized weight anew.
-
-    Args:
-        weight: [out_features, in_features].
-        bits: width of a code, 2 to 8.
-        groups: scales in a row; must divide in_features.
-        scale: [out_features, groups], in place of the weight's own.
+    Raises:
+        InputError: group_size does not divide in_features.
     """
-    grouped = weight.detach().float().unflatten(-1, (groups, -1))
-    if scale is None:
-        largest = grouped.abs().amax(-1)
-        # a divisor on the tensor's device: CUDA multiplies by the reciprocal of a plain number, which rounds otherwise
-        scale = (largest / largest.new_full((), (2**bits - 1) / 2)).bfloat16()
-        scale = scale.masked_fill(scale == 0, 1.0)
-    limit = 2 ** (bits - 1)
-    values = (grouped / scale.float().unsqueeze(-1)).round().clamp(-limit, limit - 1)
-    return Codes(values.flatten(-2).char(), scale)
+    if in_features % group_size:
+        raise InputError(
+            f"group_size ({group_size}) must divide in_features ({in_features})" + _proposal(in_features, group_size)
+        )
+    return in_features // group_size
 
 
-def symmetric_dequantize(codes: Codes) -> Tensor:
-    """``values * scale`` in fp32, where the product of 8-bit codes and bfloat16 scales is exact."""
-    grouped = codes.values.float().unflatten(-1, (codes.scale.shape[-1], -1))
-    return (grouped * codes.scale.float().unsqueeze(-1)).flatten(-2)
+def _proposal(in_features: int, wanted: int) -> str:
+    """``"; try 32 or 64"``: the nearest divisors on both sides, powers of two where there are any."""
+    divisors = [size for size in range(8, in_features + 1) if in_features % size == 0]
+    divisors = [size for size in divisors if size & (size - 1) == 0] or divisors
+    below, above = [d for d in divisors if d < wanted][-1:], [d for d in divisors if d > wanted][:1]
+    found = " or ".join(str(size) for size in below + above)
+    return f"; try {found}" if found else "; no group fits, so add the layer to skip or use int8_channel"

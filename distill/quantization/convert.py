@@ -41,8 +41,14 @@ def round_unquantized(model: nn.Module, dtype: torch.dtype) -> None:
     Embeddings, norms, biases and skipped layers are shipped in ``dtype``. After this the model in memory computes with
     the values that are in the file, and the two can be compared exactly. The full-precision weights below the codes
     are left alone: the codes are made from them.
+
+    Raises:
+        InputError: a value is too large for ``dtype``.
     """
     quantized = {f"{name}.weight" for name in fake_quant_layers(model)}
     for name, tensor in model.state_dict().items():
         if name not in quantized and tensor.is_floating_point():
-            tensor.copy_(tensor.to(dtype))
+            rounded = tensor.to(dtype)
+            if not rounded.isfinite().all():
+                raise InputError(f"{name}: a value does not fit {dtype} or is not finite; store the model as float32")
+            tensor.copy_(rounded)

@@ -9,7 +9,7 @@ from pydantic import model_validator
 
 from distill.core.errors import InputError
 from distill.models.lora import LoraSpec
-from distill.quantization import QUANTIZERS, Int4Group
+from distill.quantization import QUANTIZERS, IntGroup
 from distill.quantization.base import QuantizerSpec
 from distill.stages.base import SELF, StageContext, StageSpec
 from distill.stages.train import check_own_teacher
@@ -30,7 +30,7 @@ class Quantize(DistillSpec, StageSpec):
     teacher: str = "teacher"
     """Whom to learn from: a model, a cache of one, or "self": the student before quantization, at no memory (needs
     lora). Without effect (and not read) when nothing is trained."""
-    quantizer: Annotated[QuantizerSpec, QUANTIZERS] = Int4Group()
+    quantizer: Annotated[QuantizerSpec, QUANTIZERS] = IntGroup()
     """The grid of the weights."""
     lora: LoraSpec | None = None
     """Train adapters on the fake-quantized weights instead of the weights; folded in before rounding. Unset is off."""
@@ -91,12 +91,14 @@ class Quantize(DistillSpec, StageSpec):
         teacher = self.teacher if self.trains() else None
         figures = train(context, student, self.losses, self, teacher=teacher, start=self.student)
         model = move(disassemble(student), "cpu")  # merged where it was trained: elsewhere the bits may differ
-        dtype = torch.float32 if stored_dtype_of(location, "auto") == "float32" else torch.bfloat16
+        # a loader casts scales to the type of the folder, which must keep them
+        kept = stored_dtype_of(location, "auto") == "float32"
+        dtype = torch.float32 if kept else getattr(torch, self.quantizer.scale_dtype)
         round_unquantized(model, dtype)
         measured: dict[str, Any] = {}
 
         def write(folder: Path) -> None:
-            size = save(model, self.quantizer, folder, dtype=dtype)
+            size = save(model, folder, dtype=dtype)
             batches = context.session.corpus().calibration_loader(num_sequences=4, batch_size=4)
             result = verify(model, folder, batches)
             measured.update(
@@ -110,7 +112,7 @@ class Quantize(DistillSpec, StageSpec):
             teacher=context.session.teacher_behind(self.student if self.teacher == SELF else self.teacher)
             if self.trains()
             else None,
-            figures=figures | {"scheme": self.quantizer.label()},
+            figures=figures | {"scheme": self.quantizer.label(), "gguf_type": self.quantizer.gguf_type},
             mask=mask,
         )
         size, worst = measured["share_of_bfloat16"], measured["verified_worst_kl"]

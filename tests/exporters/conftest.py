@@ -15,7 +15,7 @@ from transformers import (
 
 from distill.core.artifact import Lineage, write_lineage
 from distill.exporters.compressed_tensors import save
-from distill.quantization import Int4Group
+from distill.quantization import IntGroup
 from distill.quantization.convert import round_unquantized
 from distill.quantization.prepare import prepare
 
@@ -70,7 +70,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
 def trained(make: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
     """A tied model that was trained under int4, rounded as it will be stored."""
     model = make("qwen3")
-    prepare(model, Int4Group())
+    prepare(model, IntGroup())
     round_unquantized(model, torch.bfloat16)
     return model
 
@@ -79,7 +79,7 @@ def trained(make: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
 def artifact(tmp_path: Path, trained: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Path:
     """What a quantize stage leaves of it."""
     folder = tmp_path / "artifact"
-    save(trained, Int4Group(), folder, tokenizer)
+    save(trained, folder, tokenizer)
     write_lineage(
         folder,
         Lineage(

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from distill.core.errors import InputError
 from distill.exporters.compressed_tensors import save
-from distill.quantization import Int4Group, Int8Channel
+from distill.quantization import Q40, Q80, Binary, Fp8, Int8Channel, IntGroup, Ternary
 from distill.quantization.base import QuantizerSpec
 from distill.quantization.convert import convert, round_unquantized
 from distill.quantization.lora import absorb_lora
@@ -18,15 +18,24 @@ from distill.quantization.prepare import prepare
 
 Make = Callable[[str], PreTrainedModel]
 SPECS = [
-    Int4Group(),
-    Int4Group(group_size=16, skip=("lm_head", "down_proj", "model.layers.0.*")),
+    IntGroup(),
+    IntGroup(group_size=16, skip=("lm_head", "down_proj", "model.layers.0.*")),
     Int8Channel(),
     Int8Channel(skip=()),
+    *(IntGroup(bits=bits, symmetry="asymmetric") for bits in (2, 3, 4, 5, 6, 8)),
+    Fp8(),
+    Q80(),
+    Q40(),
+    Ternary(),
+    Ternary(group_size=32),
+    Binary(),
 ]
+IDS = ["int4", "int4_skips", "int8", "int8_head", *(f"int{bits}_asymmetric" for bits in (2, 3, 4, 5, 6, 8))]
+IDS += ["fp8", "q8_0", "q4_0", "ternary", "ternary_group", "binary"]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3_bias"])
-@pytest.mark.parametrize("spec", SPECS, ids=["int4", "int4_skips", "int8", "int8_head"])
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
 def test_plain_transformers_computes_what_was_trained(
     make: Make, tmp_path: Path, batches: list[dict[str, torch.Tensor]], name: str, spec: QuantizerSpec
 ) -> None:
@@ -34,10 +43,10 @@ def test_plain_transformers_computes_what_was_trained(
         pytest.skip("a tied head cannot be quantized")
     model, ids = make(name), batches[0]["input_ids"]
     names = prepare(model, spec)
-    round_unquantized(model, torch.bfloat16)
+    round_unquantized(model, getattr(torch, spec.scale_dtype))
     trained = model(ids).logits
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    save(model, spec, tmp_path)
+    save(model, tmp_path)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
@@ -53,28 +62,28 @@ def test_loaded_in_bfloat16_each_weight_is_rounded_once(trained: PreTrainedModel
     assert loaded.dtype == torch.bfloat16
     loaded(torch.zeros(1, 2, dtype=torch.long))
     for layer, codes in convert(trained).items():
-        assert torch.equal(loaded.get_submodule(layer).weight, Int4Group().dequantize(codes).bfloat16())
+        assert torch.equal(loaded.get_submodule(layer).weight, IntGroup().dequantize(codes).bfloat16())
 
 
 def test_adapters_trained_inside_the_grid_survive_to_the_file(
     make: Make, tmp_path: Path, batches: list[dict[str, torch.Tensor]]
 ) -> None:
     model, ids = make("llama"), batches[0]["input_ids"]
-    prepare(model, Int4Group())
+    prepare(model, IntGroup())
     round_unquantized(model, torch.bfloat16)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
     absorb_lora(adapted)
     trained = adapted(ids).logits
     with pytest.raises(InputError, match="adapters merged"):
-        save(adapted, Int4Group(), tmp_path)
-    save(adapted.merge_and_unload(), Int4Group(), tmp_path)
+        save(adapted, tmp_path)
+    save(adapted.merge_and_unload(), tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(ids).logits, trained)
 
 
 def test_size_is_counted_from_what_is_written(make: Make, tmp_path: Path) -> None:
     model = make("qwen3")
-    prepare(model, Int4Group())
-    size = save(model, Int4Group(), tmp_path)
+    prepare(model, IntGroup())
+    size = save(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     assert "lm_head.weight" not in tensors  # tied: stored once
     assert size.total_bytes == sum(tensor.nbytes for tensor in tensors.values())
@@ -89,9 +98,9 @@ def test_size_is_counted_from_what_is_written(make: Make, tmp_path: Path) -> Non
 
 
 def test_config_names_the_format_and_what_is_left_out(make: Make, tmp_path: Path) -> None:
-    model, spec = make("llama"), Int4Group(group_size=16, skip=("lm_head", "k_proj"))
+    model, spec = make("llama"), IntGroup(group_size=16, skip=("lm_head", "k_proj"))
     prepare(model, spec)
-    save(model, spec, tmp_path, dtype=torch.float32)
+    save(model, tmp_path, dtype=torch.float32)
     config = json.loads((tmp_path / "config.json").read_text())
     quantization = config["quantization_config"]
     assert config["dtype"] == "float32"
@@ -111,16 +120,14 @@ def test_tokenizer_comes_along(artifact: Path) -> None:
 def test_a_quantized_folder_is_not_prepared_again(artifact: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32)
     with pytest.raises(InputError, match="quantized already"):
-        prepare(loaded, Int4Group())
+        prepare(loaded, IntGroup())
 
 
 def test_refusals(make: Make, tmp_path: Path) -> None:
     model = make("llama")
     with pytest.raises(InputError, match="prepare it first"):
-        save(model, Int4Group(), tmp_path)
-    prepare(model, Int4Group())
-    with pytest.raises(InputError, match="another grid"):
-        save(model, Int8Channel(), tmp_path)
+        save(model, tmp_path)
+    prepare(model, IntGroup())
     with pytest.raises(InputError, match=r"expected torch\.bfloat16 or torch\.float32"):
-        save(model, Int4Group(), tmp_path, dtype=torch.float16)
+        save(model, tmp_path, dtype=torch.float16)
     assert not any(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from distill.core.errors import InputError
 from distill.exporters.compressed_tensors import save
 from distill.models.head import check_head, hidden_states
 from distill.models.load import load_config, load_model, locate, new_config, new_model
-from distill.quantization import Int4Group, Int8Channel
+from distill.quantization import Int8Channel, IntGroup
 from distill.quantization.base import QuantizerSpec
 from distill.quantization.prepare import prepare
 
@@ -116,10 +116,10 @@ def test_code_in_a_model_folder_is_not_run(folder: Path, tmp_path: Path) -> None
     assert not (tmp_path / "marker").exists()
 
 
-@pytest.mark.parametrize("spec", [Int4Group(), Int8Channel()], ids=lambda spec: spec.kind)
+@pytest.mark.parametrize("spec", [IntGroup(), Int8Channel()], ids=lambda spec: spec.kind)
 def test_a_low_bit_artifact_loads_as_plain_layers(tmp_path: Path, model: LlamaForCausalLM, spec: QuantizerSpec) -> None:
     prepare(model, spec)
-    save(model, spec, tmp_path / "low", dtype=torch.float32)
+    save(model, tmp_path / "low", dtype=torch.float32)
     loaded = load_model(str(tmp_path / "low"), dtype="float32")
     ids = torch.arange(6).unsqueeze(0)
     with torch.no_grad():

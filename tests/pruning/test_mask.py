@@ -16,7 +16,7 @@ from distill.pruning.mask import (
     two_of_four,
     unstructured,
 )
-from distill.quantization import Int4Group, Int8Channel
+from distill.quantization import Int8Channel, IntGroup
 
 
 def test_two_of_four_keeps_the_larger_two():
@@ -76,7 +76,7 @@ def test_held_zeros_stay_zero_to_the_last_bit(model, layout, batches):
         assert not torch.equal(layer.weight, before[f"{name}.weight"])
 
 
-@pytest.mark.parametrize("quantizer", [Int8Channel(), Int4Group(group_size=8)])
+@pytest.mark.parametrize("quantizer", [Int8Channel(), IntGroup(group_size=8)])
 def test_zero_is_a_point_of_every_grid(quantizer):
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
     weight[two_of_four(weight.abs()).logical_not()] = 0

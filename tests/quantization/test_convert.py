@@ -4,13 +4,13 @@ from torch import nn
 from torch.nn import functional
 
 from distill.core.errors import InputError
-from distill.quantization import Int4Group, Int8Channel
+from distill.quantization import Int8Channel, IntGroup
 from distill.quantization.base import QuantizerSpec
 from distill.quantization.convert import convert, round_unquantized
 from distill.quantization.prepare import prepare, unprepare
 
 
-@pytest.mark.parametrize("spec", [Int4Group(), Int8Channel()], ids=lambda spec: spec.kind)
+@pytest.mark.parametrize("spec", [IntGroup(), Int8Channel()], ids=lambda spec: spec.kind)
 def test_what_was_trained_is_what_is_converted(llama: nn.Module, ids: torch.Tensor, spec: QuantizerSpec) -> None:
     names = prepare(llama.train(), spec)
     optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-2)
@@ -36,7 +36,7 @@ def test_what_was_trained_is_what_is_converted(llama: nn.Module, ids: torch.Tens
 
 def test_round_unquantized_leaves_the_latent_weights(llama: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
-    quantized = {f"{name}.weight" for name in prepare(llama, Int4Group())}
+    quantized = {f"{name}.weight" for name in prepare(llama, IntGroup())}
     round_unquantized(llama, torch.bfloat16)
     for name, tensor in llama.state_dict().items():
         assert tensor.dtype == torch.float32
@@ -48,7 +48,7 @@ def test_round_unquantized_leaves_the_latent_weights(llama: nn.Module) -> None:
 def test_convert_refuses_what_it_cannot_ship(llama: nn.Module) -> None:
     with pytest.raises(InputError, match="prepare it first"):
         convert(llama)
-    prepare(llama, Int4Group())
+    prepare(llama, IntGroup())
     with torch.no_grad():
         llama.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj.*not finite"):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from distill.quantization import Int4Group, Int8Channel
+from distill.quantization import Int8Channel, IntGroup
 from distill.quantization.base import QuantizerSpec
 from distill.quantization.fake_quant import fake_quantize, unquantized
 from distill.quantization.prepare import prepare
 
-BOTH = [Int4Group(group_size=16), Int8Channel()]
+BOTH = [IntGroup(group_size=16), Int8Channel()]
 
 
 @pytest.mark.parametrize("spec", BOTH, ids=lambda spec: spec.kind)
@@ -44,14 +44,14 @@ def test_layer_gradients_are_those_of_a_linear_layer_with_the_quantized_weight(s
 
 
 def test_bfloat16_weights_keep_their_type() -> None:
-    spec = Int4Group(group_size=16)
+    spec = IntGroup(group_size=16)
     weight = torch.randn(4, 32).bfloat16()
     assert torch.equal(fake_quantize(weight, spec), spec.dequantize(spec.quantize(weight)).bfloat16())
 
 
 def test_unquantized_is_the_full_precision_model(llama: nn.Module, ids: torch.Tensor) -> None:
     full = llama(ids).logits
-    prepare(llama, Int4Group())
+    prepare(llama, IntGroup())
     quantized = llama(ids).logits
     assert not torch.allclose(quantized, full, atol=1e-3)
     with unquantized(llama):
@@ -63,7 +63,7 @@ def test_unquantized_is_the_full_precision_model(llama: nn.Module, ids: torch.Te
 
 
 def test_prepared_models_can_be_copied_and_pickled(llama: nn.Module, ids: torch.Tensor) -> None:
-    prepare(llama, Int4Group())
+    prepare(llama, IntGroup())
     expected = llama(ids).logits
     assert torch.equal(copy.deepcopy(llama)(ids).logits, expected)
     assert torch.equal(pickle.loads(pickle.dumps(llama))(ids).logits, expected)

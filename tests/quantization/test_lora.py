@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from distill.core.errors import InputError
-from distill.quantization import Int4Group, Int8Channel
+from distill.quantization import Int8Channel, IntGroup
 from distill.quantization.base import QuantizerSpec
 from distill.quantization.convert import convert
 from distill.quantization.lora import absorb_lora, merged_weight
@@ -24,7 +24,7 @@ def adapted(model: nn.Module, **settings: Any) -> Any:
     return peft_model.eval()
 
 
-@pytest.mark.parametrize("spec", [Int4Group(), Int8Channel()], ids=lambda spec: spec.kind)
+@pytest.mark.parametrize("spec", [IntGroup(), Int8Channel()], ids=lambda spec: spec.kind)
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}], ids=["plain", "rslora"])
 def test_merging_changes_no_bit(
     llama: nn.Module, ids: torch.Tensor, spec: QuantizerSpec, settings: dict[str, bool]
@@ -50,7 +50,7 @@ def test_merging_changes_no_bit(
 def test_adapter_gradients_are_those_of_the_merged_weight() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 8))
-    prepare(model, Int4Group(group_size=16))
+    prepare(model, IntGroup(group_size=16))
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=["0"]))
     absorb_lora(model)
     layer = model.base_model.model[0]
@@ -82,7 +82,7 @@ def test_merged_weight_is_pefts_also_under_autocast(dtype: torch.dtype) -> None:
 
 
 def test_disabled_adapters_give_the_base_model(llama: nn.Module, ids: torch.Tensor) -> None:
-    prepare(llama, Int4Group())
+    prepare(llama, IntGroup())
     base = llama(ids).logits
     model = adapted(llama)
     absorb_lora(model)
@@ -113,8 +113,8 @@ def test_the_order_is_prepare_adapt_absorb_merge_convert(llama: nn.Module) -> No
     with pytest.raises(InputError, match="prepare the model first"):
         absorb_lora(model)
     with pytest.raises(InputError, match="prepare it first"):
-        prepare(model, Int4Group())
+        prepare(model, IntGroup())
     llama = model.unload()
-    prepare(llama, Int4Group())
+    prepare(llama, IntGroup())
     with pytest.raises(InputError, match="merge them first"):
         convert(adapted(llama))

@@ -4,14 +4,14 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from distill.core.errors import InputError
-from distill.quantization import Int4Group, Int8Channel
+from distill.quantization import Int8Channel, IntGroup
 from distill.quantization.fake_quant import FakeQuantLinear
 from distill.quantization.prepare import prepare, unprepare
 
 
 def test_prepare_wraps_all_but_the_head_and_keeps_the_state_dict(llama: nn.Module) -> None:
     before = llama.state_dict()
-    names = prepare(llama, Int4Group())
+    names = prepare(llama, IntGroup())
     assert len(names) == 2 * 7
     assert names[0] == "model.layers.0.self_attn.q_proj"
     assert all(isinstance(llama.get_submodule(name), FakeQuantLinear) for name in names)
@@ -41,23 +41,23 @@ def test_unprepare_gives_the_model_back(llama: nn.Module, ids: torch.Tensor) -> 
 )
 def test_skip_patterns(llama: nn.Module, skip: tuple[str, ...], left: int) -> None:
     if left:
-        assert len(prepare(llama, Int4Group(skip=skip))) == left
+        assert len(prepare(llama, IntGroup(skip=skip))) == left
     else:
         with pytest.raises(InputError, match="nothing to quantize"):
-            prepare(llama, Int4Group(skip=skip))
+            prepare(llama, IntGroup(skip=skip))
 
 
 def test_mistakes_change_nothing(llama: nn.Module) -> None:
     with pytest.raises(InputError, match=r"'upproj' fits no linear layer.*up_proj"):
-        prepare(llama, Int4Group(skip=("upproj",)))
+        prepare(llama, IntGroup(skip=("upproj",)))
     with pytest.raises(InputError, match=r"down_proj: group_size \(64\) must divide in_features \(96\); try 32"):
-        prepare(llama, Int4Group(group_size=64))
+        prepare(llama, IntGroup(group_size=64))
     assert not any(isinstance(module, FakeQuantLinear) for module in llama.modules())
     with pytest.raises(InputError, match="0 linear layers"):
-        prepare(nn.Sequential(nn.ReLU()), Int4Group())
-    prepare(llama, Int4Group())
+        prepare(nn.Sequential(nn.ReLU()), IntGroup())
+    prepare(llama, IntGroup())
     with pytest.raises(InputError, match="already"):
-        prepare(llama, Int4Group())
+        prepare(llama, IntGroup())
 
 
 def test_a_tied_head_cannot_be_quantized_alone() -> None:
@@ -67,5 +67,5 @@ def test_a_tied_head_cannot_be_quantized_alone() -> None:
     )  # fmt: skip
     model = Qwen3ForCausalLM(config)
     with pytest.raises(InputError, match=r"lm_head shares its weight with model\.embed_tokens"):
-        prepare(model, Int4Group(skip=()))
-    assert "lm_head" not in prepare(model, Int4Group())
+        prepare(model, IntGroup(skip=()))
+    assert "lm_head" not in prepare(model, IntGroup())

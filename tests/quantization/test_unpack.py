@@ -6,14 +6,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from distill.exporters.compressed_tensors import save
-from distill.quantization import Int4Group, Int8Channel
+from distill.quantization import Int8Channel, IntGroup
 from distill.quantization.base import QuantizerSpec
 from distill.quantization.convert import convert, round_unquantized
 from distill.quantization.prepare import prepare
 from distill.quantization.unpack import unpack
 
 
-@pytest.mark.parametrize("spec", [Int4Group(), Int8Channel()], ids=lambda spec: spec.kind)
+@pytest.mark.parametrize("spec", [IntGroup(), Int8Channel()], ids=lambda spec: spec.kind)
 @pytest.mark.parametrize("ran", [False, True], ids=["fresh", "after_a_forward"])
 def test_unpacked_is_the_plain_model(
     llama: nn.Module, ids: torch.Tensor, tmp_path: Path, spec: QuantizerSpec, ran: bool
@@ -22,7 +22,7 @@ def test_unpacked_is_the_plain_model(
     names = prepare(llama, spec)
     round_unquantized(llama, torch.bfloat16)
     trained = llama(ids).logits
-    save(llama, spec, tmp_path / "packed")
+    save(llama, tmp_path / "packed")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     if ran:
         loaded(ids)

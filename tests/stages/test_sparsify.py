@@ -65,7 +65,7 @@ def test_the_mask_outlives_training_rounding_and_export(start, tmp_path):
             f"distill: {{student: sparsify, {TRAINING}}}",
             f"labels: {{kind: finetune, model: sparsify, {TRAINING}}}",
             f"forgotten: {{kind: distill, student: sparsify, weights: random, {TRAINING}}}",
-            f"int4: {{kind: quantize, student: distill, quantizer: {{kind: int4_group, group_size: 8}}, {TRAINING}}}",
+            f"int4: {{kind: quantize, student: distill, quantizer: {{kind: int_group, group_size: 8}}, {TRAINING}}}",
             "evaluate: {speed: null}",
             "export: {model: distill}",
         ),

@@ -5,15 +5,15 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize as r
 from pydantic import TypeAdapter, ValidationError
 
 from distill.core.errors import InputError
-from distill.quantization import QUANTIZERS, Int4Group, Int8Channel
+from distill.quantization import QUANTIZERS, Int8Channel, IntGroup
 from distill.quantization.base import QuantizerSpec
 
-BOTH = [Int4Group(group_size=16), Int8Channel()]
+BOTH = [IntGroup(group_size=16), Int8Channel()]
 
 
 def test_codes_against_an_independent_computation() -> None:
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-    codes = Int4Group(group_size=32).quantize(weight)
+    codes = IntGroup(group_size=32).quantize(weight)
     assert codes.scale.shape == (6, 2)
     for row in range(6):
         for group in range(2):
@@ -29,8 +29,8 @@ def test_codes_against_an_independent_computation() -> None:
 def test_the_grid_is_that_of_compressed_tensors(spec: QuantizerSpec) -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
     codes = spec.quantize(weight)
-    group = {"strategy": "group", "group_size": 16} if isinstance(spec, Int4Group) else {"strategy": "channel"}
-    arguments = QuantizationArgs(num_bits=spec.bits, symmetric=True, **group)
+    group = {"strategy": "group", "group_size": 16} if isinstance(spec, IntGroup) else {"strategy": "channel"}
+    arguments = QuantizationArgs(num_bits=spec.num_bits(), symmetric=True, **group)
     scale = codes.scale.float()
     assert torch.equal(spec.dequantize(codes), reference(weight, scale, torch.zeros_like(scale), arguments))
 
@@ -46,7 +46,7 @@ def test_a_dequantized_weight_has_the_same_codes_on_the_same_scale(spec: Quantiz
 def test_a_new_scale_for_a_dequantized_weight_is_another_grid() -> None:
     # why nothing may be quantized twice: -7.5 steps round to -8, whose absolute maximum gives a wider scale
     weight = torch.tensor([[-7.5, *range(-7, 8)]])
-    spec = Int4Group(group_size=16)
+    spec = IntGroup(group_size=16)
     codes = spec.quantize(weight)
     assert codes.scale.item() == 1.0
     assert spec.quantize(spec.dequantize(codes)).scale.item() > 1.0
@@ -60,7 +60,7 @@ def test_a_group_size_that_does_not_divide_is_refused(in_features: int, group_si
     with pytest.raises(
         InputError, match=rf"group_size \({group_size}\) must divide in_features \({in_features}\); {proposal}"
     ):
-        Int4Group(group_size=group_size).groups(in_features)
+        IntGroup(group_size=group_size).groups(in_features)
 
 
 def test_family_reads_a_kind_and_refuses_nonsense() -> None:
@@ -68,11 +68,11 @@ def test_family_reads_a_kind_and_refuses_nonsense() -> None:
 
     adapter = TypeAdapter(Annotated[QuantizerSpec, QUANTIZERS])
     assert adapter.validate_python("int8_channel") == Int8Channel()
-    assert adapter.validate_python({"kind": "int4_group", "group_size": 64, "skip": []}) == Int4Group(
+    assert adapter.validate_python({"kind": "int_group", "group_size": 64, "skip": []}) == IntGroup(
         group_size=64, skip=()
     )
     with pytest.raises(ValidationError):
-        adapter.validate_python({"kind": "int4_group", "group_size": 0})
+        adapter.validate_python({"kind": "int_group", "group_size": 0})
     with pytest.raises(ValidationError):
         adapter.validate_python({"kind": "int8_channel", "group_size": 32})
 

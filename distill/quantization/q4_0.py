@@ -1,0 +1,56 @@
+"""GGUF's Q4_0: 4-bit weights by 32 with a half-precision scale, as llama.cpp holds them; 0.28 of bfloat16's size.
+
+    s = (the signed weight of largest magnitude) / -8,   code_i = min(15, floor(w_i * (1 / s) + 8.5)) - 8
+    stored scale = float16(s)
+
+Prefer it over :mod:`int_group <distill.quantization.int_group>` for a student that is to run in llama.cpp: the file
+holds the very weights that were trained on, where llama.cpp's own quantizer would round an int4 student a second time.
+The code -8 stands for the largest weight exactly, whatever its sign, so quantizing again changes nothing.
+
+Source: ggml's reference quantizer, https://github.com/ggml-org/llama.cpp (ggml-quants.c, quantize_row_q4_0_ref).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from distill.quantization.base import Codes, QuantizerSpec
+from distill.quantization.blocks import BLOCK, block_arguments, count_blocks, reciprocal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Q40(QuantizerSpec):
+    """4-bit weights in blocks of 32, bit for bit those of GGUF's Q4_0."""
+
+    scale_dtype: ClassVar[str] = "float16"
+
+    kind: Literal["q4_0"] = "q4_0"
+
+    @property
+    def gguf_type(self) -> str:
+        return "Q4_0"
+
+    def label(self) -> str:
+        return "Q4_0"
+
+    def compressed_tensors_arguments(self) -> dict[str, Any]:
+        return block_arguments(4, BLOCK)
+
+    def groups(self, in_features: int) -> int:
+        """in_features / 32.
+
+        Raises:
+            InputError: 32 does not divide in_features.
+        """
+        return count_blocks(in_features, BLOCK, "Q4_0")
+
+    def quantize(self, weight: Tensor, scale: Tensor | None = None) -> Codes:
+        grouped = weight.detach().float().unflatten(-1, (self.groups(weight.shape[-1]), -1))
+        if scale is None:
+            # the first of equals, as in the reference
+            where = grouped.abs().argmax(-1, keepdim=True)
+            scale = grouped.gather(-1, where).squeeze(-1) / -8
+        values = (grouped * reciprocal(scale.float()).unsqueeze(-1) + 8.5).floor().clamp(0, 15) - 8
+        return Codes(values.flatten(-2).char(), scale.half())

@@ -1,0 +1,54 @@
+"""GGUF's Q8_0: int8 weights by 32 with a half-precision scale, as llama.cpp holds them.
+
+    s = max_{i in g} |w_i| / 127,   code_i = round_half_away(w_i * (1 / s)),   stored scale = float16(s)
+
+Prefer it for a student that is to run in llama.cpp and whose quality must not move: the file holds the very weights
+that were trained on. The codes are made with the fp32 scale and only then is it rounded, as llama.cpp does; quantizing
+the result again gives the same codes and scales, for the largest code is always 127.
+
+Source: ggml's reference quantizer, https://github.com/ggml-org/llama.cpp (ggml-quants.c, quantize_row_q8_0_ref).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from distill.quantization.base import Codes, QuantizerSpec
+from distill.quantization.blocks import BLOCK, block_arguments, count_blocks, reciprocal, round_half_away
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Q80(QuantizerSpec):
+    """int8 weights in blocks of 32, bit for bit those of GGUF's Q8_0."""
+
+    scale_dtype: ClassVar[str] = "float16"
+
+    kind: Literal["q8_0"] = "q8_0"
+
+    @property
+    def gguf_type(self) -> str:
+        return "Q8_0"
+
+    def label(self) -> str:
+        return "Q8_0"
+
+    def compressed_tensors_arguments(self) -> dict[str, Any]:
+        return block_arguments(8, BLOCK)
+
+    def groups(self, in_features: int) -> int:
+        """in_features / 32.
+
+        Raises:
+            InputError: 32 does not divide in_features.
+        """
+        return count_blocks(in_features, BLOCK, "Q8_0")
+
+    def quantize(self, weight: Tensor, scale: Tensor | None = None) -> Codes:
+        grouped = weight.detach().float().unflatten(-1, (self.groups(weight.shape[-1]), -1))
+        if scale is None:
+            largest = grouped.abs().amax(-1)
+            scale = largest / largest.new_full((), 127)
+        values = round_half_away(grouped * reciprocal(scale.float()).unsqueeze(-1)).clamp(-128, 127)
+        return Codes(values.flatten(-2).char(), scale.half())

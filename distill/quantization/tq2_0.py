@@ -1,0 +1,52 @@
+"""GGUF's TQ2_0: ternary weights by 256 with a half-precision scale, as llama.cpp's own quantizer makes them.
+
+    s = max_{i in g} |w_i|,   code_i = round_half_away(w_i * (1 / s)) in {-1, 0, 1},   stored scale = float16(s)
+
+For a model that is ternary already, and as the control that shows what llama.cpp makes of one that is not: the largest
+weight of 256 sends most of the others to zero. To train a ternary student take :mod:`ternary
+<distill.quantization.ternary>`, whose codes this format stores as they are. Quantizing again changes nothing.
+
+Source: ggml's reference quantizer, https://github.com/ggml-org/llama.cpp (ggml-quants.c, quantize_row_tq2_0_ref).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from distill.quantization.base import Codes, QuantizerSpec
+from distill.quantization.blocks import SUPER_BLOCK, block_arguments, count_blocks, reciprocal, round_half_away
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Tq20(QuantizerSpec):
+    """Ternary weights in blocks of 256, bit for bit those of GGUF's TQ2_0."""
+
+    scale_dtype: ClassVar[str] = "float16"
+
+    kind: Literal["tq2_0"] = "tq2_0"
+
+    @property
+    def gguf_type(self) -> str:
+        return "TQ2_0"
+
+    def label(self) -> str:
+        return "TQ2_0"
+
+    def compressed_tensors_arguments(self) -> dict[str, Any]:
+        return block_arguments(2, SUPER_BLOCK)
+
+    def groups(self, in_features: int) -> int:
+        """in_features / 256.
+
+        Raises:
+            InputError: 256 does not divide in_features.
+        """
+        return count_blocks(in_features, SUPER_BLOCK, "TQ2_0")
+
+    def quantize(self, weight: Tensor, scale: Tensor | None = None) -> Codes:
+        grouped = weight.detach().float().unflatten(-1, (self.groups(weight.shape[-1]), -1))
+        scale = grouped.abs().amax(-1) if scale is None else scale.float()
+        values = round_half_away(grouped * reciprocal(scale).unsqueeze(-1)).clamp(-1, 1)
+        return Codes(values.flatten(-2).char(), scale.half())
