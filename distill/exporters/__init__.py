@@ -1,10 +1,10 @@
 """Deliverables: a model written for one engine and held against the trained model in that engine."""
 
 from distill.core.spec import Family
-from distill.exporters.base import ExporterSpec, VerifyResult
+from distill.exporters.base import CardFacts, ExporterSpec, VerifyResult
 from distill.exporters.gguf import Gguf
 from distill.exporters.huggingface import HuggingFace
 
 EXPORTERS = Family("exporter", HuggingFace, Gguf)
 
-__all__ = ["EXPORTERS", "ExporterSpec", "Gguf", "HuggingFace", "VerifyResult"]
+__all__ = ["EXPORTERS", "CardFacts", "ExporterSpec", "Gguf", "HuggingFace", "VerifyResult"]

@@ -70,10 +70,17 @@ def code_blocks(name: str, codes: Codes) -> Blocks:
     """Trained codes in the smallest format that holds every one of them; nothing is rounded but, if need be, scales.
 
     Raises:
-        InputError: no format has blocks that divide the groups that share a scale.
+        InputError: no format has such codes, or blocks that divide the groups that share a scale.
     """
     import numpy
+    import torch
 
+    if codes.values.dtype != torch.int8 or codes.zero_point is not None:
+        what = "asymmetric" if codes.zero_point is not None else str(codes.values.dtype).removeprefix("torch.")
+        raise InputError(
+            f"{name}: its codes are {what}, and GGUF has no format for them; train on a symmetric integer grid (q8_0, "
+            "q4_0, int_group, ternary) to export it"
+        )
     values = codes.values.numpy()
     scale = codes.scale.float().numpy()
     group = values.shape[-1] // scale.shape[-1]

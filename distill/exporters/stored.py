@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.core.errors import InputError
+from distill.exporters.compressed_tensors import PACKED, PLAIN
 from distill.quantization.base import Codes
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-FORMATS = ("pack-quantized", "int-quantized")
 
 
 def stored_weights(folder: Path) -> Iterator[tuple[str, Tensor | Codes]]:
@@ -23,7 +22,7 @@ def stored_weights(folder: Path) -> Iterator[tuple[str, Tensor | Codes]]:
     somebody would have to take apart again.
 
     Raises:
-        InputError: there are no safetensors, or low-bit weights that are no symmetric integer codes.
+        InputError: there are no safetensors, or low-bit weights in a format that this does not take apart.
     """
     from safetensors import safe_open
 
@@ -52,12 +51,12 @@ def bits_of(folder: Path) -> dict[str, int]:
     """Dotted name -> bits of a code, of every layer whose stored weights are low-bit; empty when none are.
 
     Raises:
-        InputError: they are in a format that holds no integer codes.
+        InputError: they are in another format than the one that ``save`` writes.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    from distill.models.load import load_config, low_bit_scheme
+    from distill.models.load import load_config, low_bit_scheme, without_bars
 
     config = load_config(str(folder))
     if not low_bit_scheme(config):
@@ -67,16 +66,14 @@ def bits_of(folder: Path) -> dict[str, int]:
     scheme = {key: value for key, value in dict(config.quantization_config).items() if key != "quant_method"}
     method = config.quantization_config.get("quant_method")
     formats = {scheme.get("format"), *(group.get("format") for group in scheme.get("config_groups", {}).values())}
-    if method != "compressed-tensors" or not formats - {None} <= {*FORMATS, "mixed-precision"}:
+    if method != "compressed-tensors" or not formats - {None} <= {PACKED, PLAIN, "mixed-precision"}:
         raise InputError(
-            f"{folder}: its low-bit weights are {method} {', '.join(sorted(map(str, formats)))}, which hold no integer "
-            f"codes to be written elsewhere (expected compressed-tensors {' or '.join(FORMATS)})"
+            f"{folder}: its low-bit weights are {method} {', '.join(sorted(map(str, formats)))}, whose codes cannot be "
+            f"written elsewhere (expected compressed-tensors {PACKED} or {PLAIN})"
         )
     del config.quantization_config  # the plain model's names are wanted, without weights
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    from distill.models.load import without_bars
-
     with without_bars(str(folder)):
         apply_quantization_config(model, QuantizationConfig.model_validate(scheme))
     layers = {name: getattr(module, "quantization_scheme", None) for name, module in model.named_modules()}
@@ -86,14 +83,15 @@ def bits_of(folder: Path) -> dict[str, int]:
 def _codes(folder: Path, layer: str, leaf: str, bits: int, read: Any, keys: set[str]) -> Codes:
     from compressed_tensors.compressors import unpack_from_int32
 
-    if unknown := {f"{layer}.weight_zero_point", f"{layer}.weight_g_idx"} & keys:
-        raise InputError(f"{folder}: {unknown.pop()}: asymmetric or reordered codes cannot be written in this format")
+    if f"{layer}.weight_g_idx" in keys:
+        raise InputError(f"{folder}: {layer}: its codes are reordered (weight_g_idx), and cannot be written elsewhere")
     stored = read(f"{layer}.{leaf}")
     if leaf == "weight_packed":
         import torch
 
         stored = unpack_from_int32(stored, bits, torch.Size(read(f"{layer}.weight_shape").tolist()))
-    return Codes(stored, read(f"{layer}.weight_scale"))
+    zero_point = f"{layer}.weight_zero_point"
+    return Codes(stored, read(f"{layer}.weight_scale"), read(zero_point) if zero_point in keys else None)
 
 
 def _weight_files(folder: Path) -> list[Path]:
