@@ -4,7 +4,8 @@ from distill.core.spec import Family
 from distill.exporters.base import CardFacts, ExporterSpec, VerifyResult
 from distill.exporters.gguf import Gguf
 from distill.exporters.huggingface import HuggingFace
+from distill.exporters.onnx import Onnx
 
-EXPORTERS = Family("exporter", HuggingFace, Gguf)
+EXPORTERS = Family("exporter", HuggingFace, Gguf, Onnx)
 
-__all__ = ["EXPORTERS", "CardFacts", "ExporterSpec", "Gguf", "HuggingFace", "VerifyResult"]
+__all__ = ["EXPORTERS", "CardFacts", "ExporterSpec", "Gguf", "HuggingFace", "Onnx", "VerifyResult"]

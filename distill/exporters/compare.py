@@ -28,7 +28,7 @@ def compare(
     exported: Logits,
     batches: Iterable[Mapping[str, Tensor]],
     folder: Path,
-    weights: Path | None = None,
+    num_bytes: int | None = None,
 ) -> VerifyResult:
     """Run both on every batch and compare where ``mask`` is True.
 
@@ -39,7 +39,7 @@ def compare(
         exported: the same for the exported one.
         batches: ``input_ids`` and ``mask``, [batch, sequence].
         folder: the exported model's, for messages.
-        weights: the file of its weights; None for the safetensors of the folder.
+        num_bytes: size of its weight files; None for the safetensors of the folder.
 
     Raises:
         InputError: there is no token to compare.
@@ -59,7 +59,7 @@ def compare(
         kl=kl.mean().item(),
         worst_kl=kl.max().item(),
         top1_agreement=agree.mean().item(),
-        weight_bytes=weight_bytes(weights or folder),
+        weight_bytes=weight_bytes(folder) if num_bytes is None else num_bytes,
     )
 
 

@@ -108,7 +108,7 @@ class Gguf(ExporterSpec):
             if tokenizer is not None:
                 engine.check_tokenizer(tokenizer, [row for batch in batches for row in batch["input_ids"].tolist()])
             with plain_logits(source_model) as source:
-                result = compare(source, engine.logits, batches, folder, weights=file)
+                result = compare(source, engine.logits, batches, folder, file.stat().st_size)
         return require_close(result, self.max_kl, folder)
 
     def card(self, folder: Path) -> CardFacts:
