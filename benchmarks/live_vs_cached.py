@@ -25,9 +25,9 @@ from distill.data.blocks import Blocks
 from distill.data.loader import train_batches
 from distill.data.packing import read_tokens
 from distill.data.teacher_cache.cache import CachedBlocks, Place
+from distill.data.teacher_cache.head_file import head_file
 from distill.losses import CrossEntropy, ForwardKL
 from distill.models.load import load_model, locate
-from distill.stages.cache_teacher import HEAD
 from distill.stages.evaluate import ROWS
 from distill.tracking.tradeoff import from_json
 from distill.training.cached_teacher import CachedTeacher
@@ -109,7 +109,7 @@ def steppers(run: Run, teacher: str, caches: Path) -> dict[str, Callable[[], Non
     }
     for name in CODECS:
         place = Place.there(caches / slug(name) / "train")
-        head = place.folder.parent / HEAD / "head.safetensors"
+        head = head_file(place.folder.parent)
         cached = CachedTeacher(place.vocabulary, head, whole=place.codec.whole, dtype=torch.float32)
         module = DistillationModule(_student(student), [ForwardKL()], cached)
         found[name] = _stepper(module, CachedBlocks(blocks, place))
@@ -142,9 +142,9 @@ def speeds(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            started = time.perf_counter()
+            started = time.process_time()
             step()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.process_time() - started)
     per_step = BATCH_SIZE * LENGTH
     return {
         name: {
@@ -197,15 +197,16 @@ def main() -> None:
     text = "the corpus" if options.corpus else "Python's documentation"
     file = result.write(
         "live_vs_cached",
-        command=f"python -m benchmarks.live_vs_cached{where} --work WORK",
+        command=f"python -m benchmarks.live_vs_cached{where} --work WORK --tokens {options.tokens} "
+        f"--seeds {options.seeds}",
         hardware=hardware.describe(options.threads),
         versions=hardware.versions(),
         rows=rows,
         notes=[
             f"Each student learned from {options.tokens:,} tokens of {text}, {BATCH_SIZE} x {LENGTH} a step, the same "
             "ones in the same order for one seed.",
-            f"Speed: the median of {options.rounds} steps, one of each kind in turn, decoding in the same process; the "
-            "ratio is the median of the ratios within a turn.",
+            f"Speed: the median of {options.rounds} steps in seconds of the processor, one of each kind in turn, "
+            "decoding in the same process; the ratio is the median of the ratios within a turn.",
         ],
     )
     print(file)

@@ -196,7 +196,8 @@ def main() -> None:
     for found in Pruning(options.corpus, options.work, budget).run():
         result.write(
             "pruning",
-            command="python -m benchmarks.pruning --corpus BOOKS --work WORK",
+            command="python -m benchmarks.pruning --corpus BOOKS --work WORK "
+            f"--tokens {options.tokens} --search-tokens {options.search_tokens} --seeds {options.seeds}",
             hardware=hardware.describe(options.threads),
             versions=hardware.versions(),
             rows=found,

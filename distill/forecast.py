@@ -22,6 +22,7 @@ from distill.pruning.layout import shape
 from distill.pruning.select import target_sizes
 from distill.recipe import Recipe
 from distill.stages.base import SELF, StageSpec
+from distill.stages.cache_teacher import CacheTeacher
 from distill.stages.distill import Distill
 from distill.stages.evaluate import Evaluate
 from distill.stages.finetune import Finetune, NewModel
@@ -118,7 +119,7 @@ def _check(stage: StageSpec, recipe: Recipe, config: Config | None) -> None:
         for parameter in layout.parameters:
             name = parameter.path.removesuffix(".weight")
             if len(parameter.axes) == 2 and "{layer}" in name and not stage.quantizer.skips(name):
-                stage.quantizer.groups(shape(parameter, sizes)[1])
+                stage.grid_of(name).groups(shape(parameter, sizes)[1])
 
 
 def _check_states(stage: StageSpec, known: dict[str, Config | None]) -> None:
@@ -159,8 +160,12 @@ def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config |
         parts.append("reads " + ", ".join(dict.fromkeys(read)) + ";")
     if isinstance(stage, Prune):
         parts.append(f"keeps {_kept(stage)};")
+    if isinstance(stage, CacheTeacher):
+        parts.append(_cached(name, stage, recipe))
     if isinstance(stage, BudgetSpec):
         parts.append(_budget(stage, recipe))
+    if isinstance(stage, DistillSpec) and stage.steps(recipe.data.sequence_length):
+        parts.append(_learns(stage))
     if stage.makes_model:
         parts.append(f"makes {_size(known[name])}")
     if (
@@ -177,6 +182,26 @@ def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config |
 def _kept(stage: Prune) -> str:
     sizes = stage.keep.model_dump(exclude_none=True, exclude_defaults=True)
     return ", ".join(f"{key} {value}" for key, value in sizes.items()) or "everything"
+
+
+def _cached(name: str, stage: CacheTeacher, recipe: Recipe) -> str:
+    """What is written down, and for whom it may not be enough (the text may hold fewer sequences than are taken)."""
+    length, kept = recipe.data.sequence_length, stage.num_sequences
+    if kept is None:
+        return f"{stage.codec.kind} of all sequences that later stages take;"
+    users = {user: other for user, other in recipe.stages.items() if isinstance(other, DistillSpec)}
+    taken = {user: s.steps(length) * s.batch_size for user, s in users.items() if getattr(s, "teacher", "") == name}
+    few = ", ".join(f"{user} takes {count:,}" for user, count in taken.items() if count > kept)
+    warning = f" - too few if the text has more: {few}; raise num_sequences or leave it unset" if few else ""
+    return f"{stage.codec.kind} of {kept:,} sequences{warning};"
+
+
+def _learns(stage: DistillSpec) -> str:
+    losses = " + ".join(loss.kind for loss in stage.losses)
+    if stage.on_policy is None:
+        return f"{losses};"
+    share = stage.on_policy.share
+    return f"{losses}, " + (f"{share:.0%} of steps" if isinstance(share, float) else "a share of steps") + " on-policy;"
 
 
 def _budget(stage: BudgetSpec, recipe: Recipe) -> str:

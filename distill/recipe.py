@@ -21,7 +21,7 @@ from distill.data.teacher_cache import CODECS
 from distill.exporters import EXPORTERS
 from distill.losses import LOSSES
 from distill.pruning import CRITERIA
-from distill.quantization import QUANTIZERS
+from distill.quantization import ACTIVATIONS, QUANTIZERS
 from distill.stages import STAGES, StageSpec
 from distill.stages.cache_teacher import NO_STREAM, CacheTeacher
 from distill.tracking.spec import LoggingSpec
@@ -32,6 +32,7 @@ FAMILIES: dict[str, Family] = {
     "losses": LOSSES,
     "criteria": CRITERIA,
     "quantizers": QUANTIZERS,
+    "activations": ACTIVATIONS,
     "sources": SOURCES,
     "codecs": CODECS,
     "exporters": EXPORTERS,

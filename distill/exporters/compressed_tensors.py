@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PACKED, PLAIN = "pack-quantized", "naive-quantized"
-"""Integer codes in words, and codes of a byte each."""
+    from distill.quantization.fake_quant import FakeQuantLayer
+
+PACKED, PLAIN, INT8 = "pack-quantized", "naive-quantized", "int-quantized"
+"""Integer codes in words, and codes of a byte each, by themselves or for kernels with int8 inputs."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ def save(
     codes = convert(model)
     layers = fake_quant_layers(model)
     dtype = _dtype({layer.spec.scale_dtype for layer in layers.values()}, dtype)
-    arguments = {name: layer.spec.compressed_tensors_arguments() for name, layer in layers.items()}
-    packed = {name: _pack(layer_codes, arguments[name]) for name, layer_codes in codes.items()}
+    schemes = {name: _scheme(layer) for name, layer in layers.items()}
+    packed = {name: _pack(codes[name], schemes[name], layer) for name, layer in layers.items()}
     state = _state(model, packed, dtype)
     size = PackedSize(
         layers=len(codes),
@@ -86,7 +88,7 @@ def save(
         total_bytes=sum(_bytes(tensor) for tensor in {tensor.data_ptr(): tensor for tensor in state.values()}.values()),
     )
     model.save_pretrained(folder, state_dict=state)
-    _write_config(model, arguments, folder, dtype)
+    _write_config(model, schemes, folder, dtype)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return size
@@ -107,32 +109,53 @@ def _dtype(scales: set[str], wanted: torch.dtype | None) -> torch.dtype:
     return wanted or only
 
 
-def _pack(codes: Codes, arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors that stand for one layer's weight in the file."""
+def _scheme(layer: FakeQuantLayer) -> dict[str, Any]:
+    """A layer's grids and their format in the library's words.
+
+    Codes of a byte each where the inputs are int8, as kernels for both want them, and where transformers cannot load
+    packed ones: zero points (it makes room for them as if they were not packed) and embeddings.
+    """
+    from distill.quantization.fake_quant import FakeQuantLinear
+
+    weights, inputs = layer.spec.compressed_tensors_arguments(), getattr(layer, "inputs", None)
+    if inputs is None:
+        packs = weights["type"] == "int" and weights["symmetric"] and isinstance(layer, FakeQuantLinear)
+        return {"weights": weights, "format": PACKED if packs else PLAIN}
+    wide = (weights["num_bits"] == 8 and weights["type"] == "int") or not weights["symmetric"]
+    if weights["type"] == "float":
+        raise InputError("fp8 weights with int8 activations have no kernel anywhere; choose int8_channel")
+    words = inputs.compressed_tensors_arguments()
+    return {"weights": weights, "input_activations": words, "format": INT8 if wide else PACKED}
+
+
+def _pack(codes: Codes, scheme: dict[str, Any], layer: FakeQuantLayer) -> dict[str, Tensor]:
+    """The tensors that stand for one layer's weight in the file, and the scale of its inputs."""
     import torch
     from compressed_tensors.compressors import pack_to_int32
 
-    scale = {"weight_scale": codes.scale.contiguous()}
-    if _format(arguments) == PACKED:
-        packed = pack_to_int32(codes.values, arguments["num_bits"])
-        return {"weight_packed": packed, **scale, "weight_shape": torch.tensor(codes.values.shape)}
+    shared = {"weight_scale": codes.scale.contiguous()}
+    if (input_scale := getattr(layer, "input_scale", None)) is not None:
+        shared["input_scale"] = input_scale
+    if scheme["format"] == PACKED:
+        packed = pack_to_int32(codes.values, scheme["weights"]["num_bits"])
+        return {"weight_packed": packed, **shared, "weight_shape": torch.tensor(codes.values.shape)}
     zero = {} if codes.zero_point is None else {"weight_zero_point": codes.zero_point.contiguous()}
-    return {"weight": codes.values, **scale, **zero}
-
-
-def _format(arguments: dict[str, Any]) -> str:
-    """Transformers cannot load packed zero points: it makes room for them as if they were not packed."""
-    return PACKED if arguments["type"] == "int" and arguments["symmetric"] else PLAIN
+    return {"weight": codes.values, **shared, **zero}
 
 
 def _state(model: PreTrainedModel, packed: dict[str, dict[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
     """The state dict of the file. Tied tensors stay one tensor, so that save_pretrained sees the tie."""
+    from distill.quantization.fake_quant import quantizer_tensors
+
+    own = quantizer_tensors(model)
     state: dict[str, Tensor] = {}
     cast: dict[tuple[int, torch.Size], Tensor] = {}
     for key, tensor in model.state_dict().items():
         layer, _, leaf = key.rpartition(".")
         if leaf == "weight" and layer in packed:
             state.update({f"{layer}.{name}": part for name, part in packed[layer].items()})
+        elif key in own:
+            continue
         elif tensor.is_floating_point():
             state[key] = cast.setdefault((tensor.data_ptr(), tensor.shape), tensor.detach().to(dtype))
         else:
@@ -140,26 +163,21 @@ def _state(model: PreTrainedModel, packed: dict[str, dict[str, Tensor]], dtype: 
     return state
 
 
-def _write_config(
-    model: PreTrainedModel, arguments: dict[str, dict[str, Any]], folder: Path, dtype: torch.dtype
-) -> None:
+def _write_config(model: PreTrainedModel, schemes: dict[str, dict[str, Any]], folder: Path, dtype: torch.dtype) -> None:
     """Add the type and the quantization to ``config.json``."""
     import torch
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
-    groups = _config_groups(arguments)
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    groups = _config_groups(schemes, linear)
     formats = {group["format"] for group in groups}
     config = QuantizationConfig.model_validate(
         {
             "config_groups": {f"group_{index}": group for index, group in enumerate(groups)},
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
-            "ignore": [
-                name
-                for name, module in model.named_modules()
-                if isinstance(module, torch.nn.Linear) and name not in arguments
-            ],
+            "ignore": [name for name in linear if name not in schemes],
         }
     )
     file = Path(folder) / "config.json"
@@ -169,19 +187,13 @@ def _write_config(
     ModelCompressor(quantization_config=config).update_config(str(folder))
 
 
-def _config_groups(arguments: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Layers by grid; a grid that all of them share is that of every linear layer."""
+def _config_groups(schemes: dict[str, dict[str, Any]], linear: list[str]) -> list[dict[str, Any]]:
+    """Layers by scheme; one that all of them share is that of every linear layer, if there are no others."""
     layers: dict[str, list[str]] = {}
-    for name, words in arguments.items():
-        layers.setdefault(json.dumps(words), []).append(name)
-    return [
-        {
-            "targets": ["Linear"] if len(layers) == 1 else names,
-            "weights": json.loads(words),
-            "format": _format(json.loads(words)),
-        }
-        for words, names in layers.items()
-    ]
+    for name, scheme in schemes.items():
+        layers.setdefault(json.dumps(scheme), []).append(name)
+    alike = len(layers) == 1 and set(schemes) <= set(linear)
+    return [{"targets": ["Linear"] if alike else names, **json.loads(scheme)} for scheme, names in layers.items()]
 
 
 def _bytes(tensor: Tensor) -> int:

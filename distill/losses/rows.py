@@ -123,8 +123,8 @@ class Rows:
     def forward_kl_in_place(self) -> tuple[Tensor, Tensor]:
         """KL(teacher || student) at T = 1, its sum and its gradient, written over both logits.
 
-        What is left of the default loss after the matrix products is memory traffic: this takes 12 passes over 3 tensors
-        where the shared distributions take 17 over 5.
+        What is left of the default loss after the matrix products is memory traffic: this takes 12 passes over 3
+        tensors where the shared distributions take 17 over 5.
         """
         student, teacher = self.shared()
         student.sub_(student.amax(-1, keepdim=True))

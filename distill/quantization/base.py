@@ -35,12 +35,20 @@ class QuantizerSpec(Spec):
 
     scale_dtype: ClassVar[str] = "bfloat16"
     """Type of a stored scale: bfloat16 in the grids of compressed-tensors, float16 in those of GGUF."""
-    learns_scale: ClassVar[bool] = False
-    """Whether a layer may hold its scale as a parameter: then ``initial_scale`` and ``scale_gradient`` are there."""
+
+    keeps_zero: ClassVar[bool] = True
+    """Whether a weight of zero stays zero, as a mask needs."""
 
     kind: str
     skip: tuple[str, ...] = DEFAULT_SKIP
     """Linear layers left unquantized: patterns for a layer's dotted name or its last part; [] quantizes all."""
+    include: tuple[str, ...] = ()
+    """Embeddings quantized as well: patterns as in skip, such as [embed_tokens]; [] is none."""
+
+    @property
+    def clips(self) -> bool:
+        """Whether weights may lie outside the range, so that :meth:`gradients` is asked and not just passed through."""
+        return False
 
     def skips(self, name: str) -> bool:
         """Whether a layer of this dotted name stays as it is."""
@@ -77,6 +85,23 @@ class QuantizerSpec(Spec):
         Args:
             weight: [out_features, in_features], any float; computed in fp32.
             scale: [out_features, groups], to use in place of the weight's own; rounded to ``scale_dtype``.
+        """
+        raise NotImplementedError
+
+    def initial_scale(self, weight: Tensor) -> Tensor | None:
+        """Where a learned scale starts: fp32, [out_features, groups]; None when the scale is not learned."""
+        return None
+
+    def gradients(
+        self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the full-precision weight and of the logarithm of its scale, where :attr:`clips` is true.
+
+        Args:
+            weight: [out_features, in_features].
+            scale: of its codes.
+            zero_point: of its codes.
+            gradient: of the dequantized weight, [out_features, in_features].
         """
         raise NotImplementedError
 

@@ -25,6 +25,7 @@ class Binary(QuantizerSpec):
     """Weights of two values, -s and s, with s their mean magnitude in a group."""
 
     scale_dtype: ClassVar[str] = "float16"
+    keeps_zero: ClassVar[bool] = False
 
     kind: Literal["binary"] = "binary"
     group_size: int = Field(32, ge=8)

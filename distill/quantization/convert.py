@@ -7,7 +7,7 @@ from torch import nn
 
 from distill.core.errors import InputError
 from distill.quantization.base import Codes
-from distill.quantization.fake_quant import fake_quant_layers
+from distill.quantization.fake_quant import fake_quant_layers, quantizer_tensors
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def convert(model: nn.Module) -> dict[str, Codes]:
     for name, layer in layers.items():
         if not layer.weight.isfinite().all():
             raise InputError(f"{name}: the weight has values that are not finite; the training has diverged")
-    return {name: layer.spec.quantize(layer.weight) for name, layer in layers.items()}
+    return {name: layer.codes() for name, layer in layers.items()}
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def round_unquantized(model: nn.Module, dtype: torch.dtype) -> None:
     Raises:
         InputError: a value is too large for ``dtype``.
     """
-    quantized = {f"{name}.weight" for name in fake_quant_layers(model)}
+    quantized = {f"{name}.weight" for name in fake_quant_layers(model)} | quantizer_tensors(model)
     for name, tensor in model.state_dict().items():
         if name not in quantized and tensor.is_floating_point():
             rounded = tensor.to(dtype)

@@ -1,4 +1,4 @@
-"""Linear layers that compute with the weight that will be shipped while the full-precision weight is trained."""
+"""Layers that compute with the weight that will be shipped while the full-precision weight is trained."""
 
 from __future__ import annotations
 
@@ -10,50 +10,130 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from distill.quantization.base import QuantizerSpec
+from distill.quantization.base import Codes, QuantizerSpec
+from distill.quantization.inputs import HIGH, LOW, ActivationSpec
 
 
-class _StraightThrough(torch.autograd.Function):
-    """The weight on its grid going forward, the identity going back.
+class _OnGrid(torch.autograd.Function):
+    """The weight on its grid going forward, the gradient of the grid going back: straight through, if it says no more.
 
-    With a scale from the absolute maximum no weight lies outside the range, so the gradient passes everywhere. An own
-    Function, because ``w + (q - w).detach()`` rounds and is no longer ``q``.
+    An own Function, because ``w + (q - w).detach()`` rounds and is no longer ``q``.
 
     Source: Bengio et al. 2013, arXiv 1308.3432, section 4.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, spec: QuantizerSpec) -> Tensor:
-        return spec.dequantize(spec.quantize(weight)).to(weight.dtype)
+    def forward(ctx: Any, weight: Tensor, log_scale: Tensor | None, spec: QuantizerSpec) -> Tensor:
+        codes = spec.quantize(weight, _scale(log_scale, weight))
+        if spec.clips:
+            ctx.spec = spec
+            ctx.save_for_backward(weight, codes.scale, codes.zero_point)
+        return spec.dequantize(codes).to(weight.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Any, None]:
-        return gradients[0], None
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, Any, None]:
+        if not ctx.saved_tensors:
+            return gradients[0], None, None
+        to_weight, to_scale = ctx.spec.gradients(*ctx.saved_tensors, gradients[0])
+        return to_weight, to_scale.flatten() if ctx.needs_input_grad[1] else None, None
 
 
-def fake_quantize(weight: Tensor, spec: QuantizerSpec) -> Tensor:
-    """``dequantize(quantize(weight))`` with a straight-through gradient, in the weight's own type.
+def fake_quantize(weight: Tensor, spec: QuantizerSpec, log_scale: Tensor | None = None) -> Tensor:
+    """``dequantize(quantize(weight))`` with the grid's gradient, in the weight's own type.
 
     Args:
         weight: [out_features, in_features].
         spec: the grid.
+        log_scale: [out_features * groups], the logarithm of a learned scale; None: the weight's own scale.
     """
-    return _StraightThrough.apply(weight, spec)
+    return _OnGrid.apply(weight, log_scale, spec)
 
 
-class FakeQuantLinear(nn.Linear):
-    """A linear layer that multiplies by its weight's nearest point on a grid.
+def _scale(log_scale: Tensor | None, weight: Tensor) -> Tensor | None:
+    """In fp64, whose last bit devices may round differently without changing the scale as it is stored."""
+    return None if log_scale is None else log_scale.detach().double().exp().float().view(len(weight), -1)
 
-    Parameters, names and ``state_dict`` are those of the layer that it stands for. Made by
-    :func:`~distill.quantization.prepare.prepare`, not by hand.
+
+class _FakeQuant(nn.Module):
+    """What fake-quantized layers of every kind share.
+
+    Parameters, names and ``state_dict`` are those of the layer that it stands for, with ``log_scale`` more where the
+    grid learns its scale: a vector, so that no optimizer decays it, and a logarithm, so that a step of Adam is a share
+    of the scale, however small that is. Made by :func:`~distill.quantization.prepare.prepare`, not by hand.
 
     Attributes:
         spec: the grid.
         enabled: False computes with the full-precision weight.
+        log_scale: [out_features * groups], or None.
     """
 
+    weight: nn.Parameter
     spec: QuantizerSpec
     enabled: bool
+    log_scale: nn.Parameter | None
+
+    def effective(self, weight: Tensor) -> Tensor:
+        """The weight that is multiplied by in place of ``weight``."""
+        return fake_quantize(weight, self.spec, self.log_scale) if self.enabled else weight
+
+    def codes(self) -> Codes:
+        """What is shipped: ``spec.dequantize`` of it is, bit for bit, what the forward uses."""
+        return self.spec.quantize(self.weight, _scale(self.log_scale, self.weight))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, quantizer={self.spec.kind}"
+
+
+class _InputOnGrid(torch.autograd.Function):
+    """An input on its grid going forward; the gradient passes inside the range."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, scale: Tensor) -> Tensor:
+        values = input.float() / scale.float()
+        ctx.save_for_backward((values >= LOW - 0.5) & (values <= HIGH + 0.5))
+        return (values.round().clamp(LOW, HIGH) * scale.float()).to(input.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, None]:
+        return gradients[0] * ctx.saved_tensors[0], None
+
+
+def round_input(input: Tensor, scale: Tensor) -> Tensor:
+    """``scale * clamp(round(input / scale), -128, 127)``, computed in fp32, in the input's own type.
+
+    Args:
+        input: [..., in_features].
+        scale: broadcasts against it.
+    """
+    return _InputOnGrid.apply(input, scale)
+
+
+class InputQuantLinear(nn.Linear):
+    """A linear layer whose input is rounded, if ``inputs`` says how.
+
+    Attributes:
+        inputs: the grid of the input, or None.
+        input_scale: [1], its scale where that is calibrated; a buffer.
+        enabled: False computes in full precision.
+    """
+
+    inputs: ActivationSpec | None
+    input_scale: Tensor | None
+    enabled: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        return functional.linear(self.rounded(input), self.weight, self.bias)
+
+    def rounded(self, input: Tensor) -> Tensor:
+        """What is multiplied in place of ``input``."""
+        if self.inputs is None or not self.enabled:
+            return input
+        return self.inputs.quantize(input, self.input_scale)
+
+
+class FakeQuantLinear(_FakeQuant, InputQuantLinear):
+    """A linear layer that multiplies by its weight's nearest point on a grid."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -61,15 +141,39 @@ class FakeQuantLinear(nn.Linear):
 
     def multiply(self, input: Tensor, weight: Tensor) -> Tensor:
         """As :meth:`forward`, with another full-precision weight than the layer's own (with an adapter added, say)."""
-        return functional.linear(input, fake_quantize(weight, self.spec) if self.enabled else weight, self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, quantizer={self.spec.kind}"
+        return functional.linear(self.rounded(input), self.effective(weight), self.bias)
 
 
-def fake_quant_layers(model: nn.Module) -> dict[str, FakeQuantLinear]:
+class FakeQuantEmbedding(_FakeQuant, nn.Embedding):
+    """An embedding whose rows lie on a grid."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[...] -> [..., embedding_dim]."""
+        return functional.embedding(input, self.effective(self.weight), self.padding_idx)
+
+
+FakeQuantLayer = FakeQuantLinear | FakeQuantEmbedding
+
+
+def fake_quant_layers(model: nn.Module) -> dict[str, FakeQuantLayer]:
     """Dotted name -> layer, of every fake-quantized layer."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantLayer)}
+
+
+def quantizer_tensors(model: nn.Module) -> set[str]:
+    """Names in the ``state_dict`` that the model has for its quantization only, and that no file needs."""
+    return {
+        f"{name}.{leaf}"
+        for name, layer in fake_quant_layers(model).items()
+        for leaf in ("log_scale", "input_scale")
+        if getattr(layer, leaf, None) is not None
+    }
+
+
+def switch(model: nn.Module, *, enabled: bool) -> None:
+    """Have every fake-quantized layer compute with quantized weights, or with the full-precision ones."""
+    for layer in fake_quant_layers(model).values():
+        layer.enabled = enabled
 
 
 @contextmanager

@@ -10,11 +10,20 @@ reads the very scale that the codes were made with. A group of zeros has scale 1
 
 Quantizing the result again gives the same codes only with the same scale: the largest code, 2^(b-1) - 1 or -2^(b-1), is
 not (2^b - 1) / 2, so a second absolute maximum gives another scale. Never quantize a dequantized weight anew.
+
+A learned scale starts at 2 mean|w| / sqrt(high), and with v = w / scale has the gradient, in a group of N weights,
+
+    d scale = sum_i d w_i * (low if v_i <= low else high if v_i >= high else round(v_i) - v_i) / sqrt(N * high)
+
+while the weight's own passes where low <= v <= high. What is learned is log(scale), and it is given this gradient as it
+stands, without the factor of the chain rule: Adam's step would not depend on it but where it drowns in epsilon.
+
+Source: Esser et al. 2019, arXiv 1902.08153, sections 2.1 and 2.2 (learned scales).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from distill.quantization.base import Codes, QuantizerSpec
 
@@ -26,8 +35,6 @@ CLIP_RATIOS = tuple(1 - step / 20 for step in range(16))
 
 class IntegerSpec(QuantizerSpec):
     """An integer grid of some width whose scale is taken from the weight, searched or learned."""
-
-    learns_scale: ClassVar[bool] = True
 
     scale: Literal["absmax", "mse", "learned"] = "absmax"
     """From the largest weight; by searching the range with the least squared error (anew at every step of a training,
@@ -49,8 +56,35 @@ class IntegerSpec(QuantizerSpec):
         """Width and symmetry; a subclass adds what shares a scale."""
         return {"num_bits": self.num_bits(), "type": "int", "symmetric": self.symmetric(), "dynamic": False}
 
-    def quantize(self, weight: Tensor, scale: Tensor | None = None) -> Codes:
+    @property
+    def clips(self) -> bool:
+        return self.scale != "absmax"
+
+    def initial_scale(self, weight: Tensor) -> Tensor | None:
+        if self.scale != "learned":
+            return None
         grouped = weight.detach().float().unflatten(-1, (self.groups(weight.shape[-1]), -1))
+        scale = 2 * grouped.abs().mean(-1) / self.limits()[1] ** 0.5
+        return scale.masked_fill(scale == 0, 1.0)
+
+    def gradients(
+        self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        low, high = self.limits()
+        groups = scale.shape[-1]
+        upstream = gradient.float().unflatten(-1, (groups, -1))
+        exact = weight.float().unflatten(-1, (groups, -1)) / scale.float().unsqueeze(-1)
+        if zero_point is not None:
+            exact = exact + zero_point.float().unsqueeze(-1)
+        inside = (exact >= low) & (exact <= high)
+        to_scale = upstream * (exact.round() - exact).where(inside, exact.clamp(low, high))
+        to_weight = (upstream * inside).flatten(-2).to(weight.dtype)
+        return to_weight, to_scale.sum(-1) / (exact.shape[-1] * high) ** 0.5
+
+    def quantize(self, weight: Tensor, scale: Tensor | None = None) -> Codes:
+        scale = self.initial_scale(weight) if scale is None else scale
+        groups = self.groups(weight.shape[-1]) if scale is None else scale.shape[-1]
+        grouped = weight.detach().float().unflatten(-1, (groups, -1))
         if scale is not None:
             return self._codes(grouped, *self._stored(grouped, scale.float()))
         if self.scale == "mse":

@@ -70,6 +70,7 @@ class CacheTeacher(StageSpec):
     def run(self, context: StageContext) -> dict[str, Any]:
         """Fill the cache with what the stages after this one will use."""
         header, places = self.fill(context, self.demand(context))
+        context.say(f"cache: {places[0].folder.parent}")
         sizes = [sum(file.stat().st_size for file in place.folder.glob("shard-*")) for place in places]
         return {"codec": self.codec.model_dump(), "folder": str(places[0].folder), "fidelity": header["fidelity"]} | {
             "train_bytes": sizes[0],

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from distill.core.errors import InputError
+from distill.core.spec import Spec
 from distill.models.lora import LoraSpec
-from distill.quantization import QUANTIZERS, IntGroup
-from distill.quantization.base import QuantizerSpec
+from distill.quantization import ACTIVATIONS, QUANTIZERS, ActivationSpec, IntGroup
+from distill.quantization.base import QuantizerSpec, matches
 from distill.stages.base import SELF, StageContext, StageSpec
+from distill.stages.mixed import MixedSpec, choose_grids
 from distill.stages.train import check_own_teacher
 from distill.training.spec import DistillSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+class LayerGrid(Spec):
+    """Another grid for some layers."""
+
+    match: str
+    """Pattern for a layer's dotted name or its last part, such as "*.down_proj"; the first that fits decides."""
+    quantizer: Annotated[QuantizerSpec, QUANTIZERS]
+    """The grid of these layers."""
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> LayerGrid:
+        if idle := sorted({"skip", "include"} & self.quantizer.model_fields_set):
+            raise ValueError(f"{', '.join(idle)} has no effect here; set it in the stage's quantizer")
+        return self
 
 
 class Quantize(DistillSpec, StageSpec):
@@ -32,6 +55,17 @@ class Quantize(DistillSpec, StageSpec):
     lora). Without effect (and not read) when nothing is trained."""
     quantizer: Annotated[QuantizerSpec, QUANTIZERS] = IntGroup()
     """The grid of the weights."""
+    layers: tuple[LayerGrid, ...] = ()
+    """Other grids for some layers, as [{match: "*.down_proj", quantizer: int8_channel}]; [] is off."""
+    mixed: MixedSpec | None = None
+    """Choose each linear layer's grid within a budget of bits, by a scan of what each layer costs; unset is off."""
+    activations: Annotated[ActivationSpec, ACTIVATIONS] | None = None
+    """The grid of the quantized layers' inputs; unset is off. A static one is calibrated before anything is trained."""
+    from_step: int = Field(0, ge=0)
+    """Optimizer step from which the weights are fake-quantized; before it training is in full precision; 0: all."""
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """How codes are chosen when nothing is trained: the nearest, or so that a column's error is made up for by the next
+    ones (needs the calibration set)."""
     lora: LoraSpec | None = None
     """Train adapters on the fake-quantized weights instead of the weights; folded in before rounding. Unset is off."""
 
@@ -40,7 +74,7 @@ class Quantize(DistillSpec, StageSpec):
         if not self.trains():
             idle = [
                 key
-                for key in ("losses", "on_policy", "lora", "optimizer")
+                for key in ("losses", "on_policy", "lora", "optimizer", "from_step")
                 if key in self.model_fields_set and getattr(self, key)
             ]
             idle = [key for key in idle if getattr(self, key) != type(self).model_fields[key].default]
@@ -49,10 +83,45 @@ class Quantize(DistillSpec, StageSpec):
         return self
 
     @model_validator(mode="after")
+    def _rounding(self) -> Quantize:
+        grids = self._every_grid()
+        if any(getattr(grid, "scale", None) == "learned" for grid in grids) and self.mixed is not None:
+            raise ValueError("scale: learned cannot be scanned before it is trained; set scale: mse, or remove mixed")
+        if self.trains() and self.rounding != "nearest":
+            raise ValueError("rounding: gptq is for a model that is not trained on; set num_tokens: 0, or remove it")
+        if not self.trains() and any(getattr(grid, "scale", None) == "learned" for grid in grids):
+            raise ValueError("scale: learned needs training; set num_tokens, or scale: mse")
+        return self
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Quantize:
+        if self.mixed is not None and self.layers:
+            raise ValueError("mixed chooses the grid of every layer, so layers has no effect; remove one of them")
+        return self
+
+    @model_validator(mode="after")
     def _own_teacher(self) -> Quantize:
         if self.trains():
             check_own_teacher(self.teacher, self.lora, silent=False)
         return self
+
+    def label(self) -> str:
+        """The grids in a few words, for tables."""
+        others = [f"{one.match}: {one.quantizer.label()}" for one in self.layers]
+        others += [self.rounding] if self.rounding != "nearest" else []
+        others += [f"mixed, {self.mixed.bits:g} bits"] if self.mixed else []
+        return "; ".join([self.quantizer.label(), *others, *([self.activations.label()] if self.activations else [])])
+
+    def grids(self) -> list[tuple[str, QuantizerSpec]]:
+        """(pattern, grid) of the layers that have their own."""
+        return [(layer.match, layer.quantizer) for layer in self.layers]
+
+    def _every_grid(self) -> list[QuantizerSpec]:
+        return [self.quantizer, *(grid for _, grid in self.grids()), *(self.mixed.also if self.mixed else ())]
+
+    def grid_of(self, name: str) -> QuantizerSpec:
+        """The grid of a layer that is not skipped."""
+        return next((grid for pattern, grid in self.grids() if matches(pattern, name)), self.quantizer)
 
     def trains(self) -> bool:
         """Whether there is any training."""
@@ -71,6 +140,7 @@ class Quantize(DistillSpec, StageSpec):
         from distill.exporters.huggingface import verify
         from distill.models.load import load_config, load_model, low_bit_scheme, move
         from distill.quantization.convert import round_unquantized
+        from distill.quantization.fake_quant import fake_quant_layers, switch
         from distill.stages.train import check_speaks, hold_mask, stored_dtype_of, train
         from distill.training.assemble import assemble, disassemble
 
@@ -82,18 +152,33 @@ class Quantize(DistillSpec, StageSpec):
         check_speaks(context, location)
         start = load_model(location, dtype="float32")
         mask = hold_mask(context, self.student, start, lora=self.lora is not None)
+        filled = [grid.kind for grid in self._every_grid() if not grid.keeps_zero]
+        filled += [self.rounding] if self.rounding == "gptq" else []
+        if mask is not None and filled:
+            raise InputError(f"{self.student}: its weights are masked ({mask}), and {filled[0]} would fill the zeros")
+        layers = choose_grids(context, start, self.quantizer, self.mixed) if self.mixed else self.grids()
         student = assemble(
             start,
             quantizer=self.quantizer,
+            layers=layers,
+            activations=self.activations,
             lora=self.lora,
             gradient_checkpointing=context.session.compute.gradient_checkpointing and self.trains(),
         )
+        if self.activations is not None and self.activations.calibrated:
+            self._calibrate(context, student.model)
+        if self.rounding == "gptq":
+            self._gptq(context, student.model)
         teacher = self.teacher if self.trains() else None
-        figures = train(context, student, self.losses, self, teacher=teacher, start=self.student)
+        figures = train(
+            context, student, self.losses, self, teacher=teacher, start=self.student, quantized_from_step=self.from_step
+        )
+        switch(student.model, enabled=True)
         model = move(disassemble(student), "cpu")  # merged where it was trained: elsewhere the bits may differ
         # a loader casts scales to the type of the folder, which must keep them
         kept = stored_dtype_of(location, "auto") == "float32"
-        dtype = torch.float32 if kept else getattr(torch, self.quantizer.scale_dtype)
+        scales = {layer.spec.scale_dtype for layer in fake_quant_layers(model).values()}
+        dtype = torch.float32 if kept or len(scales) > 1 else getattr(torch, scales.pop())
         round_unquantized(model, dtype)
         measured: dict[str, Any] = {}
 
@@ -112,12 +197,44 @@ class Quantize(DistillSpec, StageSpec):
             teacher=context.session.teacher_behind(self.student if self.teacher == SELF else self.teacher)
             if self.trains()
             else None,
-            figures=figures | {"scheme": self.quantizer.label(), "gguf_type": self.quantizer.gguf_type},
+            figures=figures | {"scheme": self.label(), "gguf_type": self.quantizer.gguf_type if not layers else None},
             mask=mask,
         )
         size, worst = measured["share_of_bfloat16"], measured["verified_worst_kl"]
-        context.say(
-            f"{measured['quantized_layers']} layers as {self.quantizer.label()}, {size:.3f} of their bf16 bytes"
-        )
+        context.say(f"{measured['quantized_layers']} layers as {self.label()}, {size:.3f} of their bf16 bytes")
         context.say(f"reloaded by plain transformers: worst KL to the trained model {worst:.1e}")
-        return figures | measured | {"scheme": self.quantizer.label()}
+        return figures | measured | {"scheme": self.label()}
+
+    def _calibrate(self, context: StageContext, model: PreTrainedModel) -> None:
+        """Find the ranges of the activations on the run's calibration set."""
+        from distill.quantization.calibrate import calibrate
+
+        batches = _calibration(context, model)
+        found = calibrate(model, batches, partial(_forward, model))
+        num_sequences = sum(len(batch["mask"]) for batch in batches)
+        context.say(f"ranges of the inputs of {len(found)} layers from {num_sequences} sequences")
+
+    def _gptq(self, context: StageContext, model: PreTrainedModel) -> None:
+        """Round the weights on the run's calibration set."""
+        from distill.quantization.gptq import gptq
+
+        batches = _calibration(context, model)
+        rounded = gptq(model, batches, partial(_forward, model))
+        num_sequences = sum(len(batch["mask"]) for batch in batches)
+        context.say(f"{len(rounded)} layers rounded by gptq on {num_sequences} sequences")
+
+
+def _calibration(context: StageContext, model: PreTrainedModel) -> list[dict[str, Tensor]]:
+    """The run's calibration set, and the model moved to where it is to be read."""
+    from distill.models.load import move
+    from distill.training.trainer import resolve_device
+
+    move(model, resolve_device(context.session.compute))
+    return list(context.session.corpus().calibration_loader(batch_size=4))
+
+
+def _forward(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
+    """Run the body and the head on a batch."""
+    from distill.core.batch import model_inputs
+
+    model(**model_inputs(batch, model.device), use_cache=False)

@@ -27,6 +27,7 @@ def train(
     *,
     teacher: str | None,
     start: str | None = None,
+    quantized_from_step: int = 0,
 ) -> dict[str, Any]:
     """Train an assembled student in place, from the stage's last checkpoint if there is one.
 
@@ -37,6 +38,7 @@ def train(
         budget: how long; a budget of 0 does nothing.
         teacher: reference of the frozen teacher or of its cache, "self", or None.
         start: reference of the model that the student starts from, or None without a teacher.
+        quantized_from_step: steps that a fake-quantized student makes in full precision first.
 
     Returns:
         Figures: steps, tokens, seconds of training, tokens a second.
@@ -54,6 +56,8 @@ def train(
     num_steps = budget.steps(tokens_per_sequence)
     if num_steps == 0:
         return {"training_steps": 0, "training_tokens": 0, "training_seconds": 0.0}
+    if quantized_from_step >= num_steps:
+        raise InputError(f"from_step ({quantized_from_step}) must be less than the stage's {num_steps} steps; lower it")
     check_context_length(student.model, session.data.sequence_length)
     check_packing(context, student.model)
     source: Teacher | None = None
@@ -72,6 +76,7 @@ def train(
         optimizer=budget.optimizer,
         num_steps=num_steps,
         origin=origin_of(session, start, teacher) if start is not None and teacher is not None else None,
+        quantized_from_step=quantized_from_step,
     )
     for line in module.states.summary() if module.states is not None else ():
         context.say(line)

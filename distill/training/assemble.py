@@ -8,11 +8,13 @@ With both, the fake-quant sees the *merged* weight, because that is what will be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from distill.models.lora import LoraSpec, add_lora, merge_lora
 from distill.quantization.base import QuantizerSpec
+from distill.quantization.inputs import ActivationSpec
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,24 +38,30 @@ def assemble(
     model: PreTrainedModel,
     *,
     quantizer: QuantizerSpec | None = None,
+    layers: Sequence[tuple[str, QuantizerSpec]] = (),
+    activations: ActivationSpec | None = None,
     lora: LoraSpec | None = None,
     gradient_checkpointing: bool = False,
 ) -> Student:
-    """Wrap a plain model for training, in place."""
+    """Wrap a plain model for training, in place; for the grids see :func:`~distill.quantization.prepare.prepare`."""
     model.requires_grad_(True)
     if quantizer is not None:
         from distill.quantization.prepare import prepare
 
-        prepare(model, quantizer)
+        prepare(model, quantizer, layers, activations)
     if gradient_checkpointing:
         _checkpointing(model, "enable", gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora is None:
         return Student(model)
     adapted = add_lora(model, lora)
     if quantizer is not None:
+        from distill.quantization.fake_quant import fake_quant_layers
         from distill.quantization.lora import absorb_lora
 
         absorb_lora(adapted)
+        for layer in fake_quant_layers(adapted).values():
+            if layer.log_scale is not None:
+                layer.log_scale.requires_grad_(True)  # as much a part of the adapter as its matrices
     return Student(cast("PreTrainedModel", adapted.get_base_model()), adapted)
 
 

@@ -23,6 +23,7 @@ from distill.losses import AnyLossSpec, CrossEntropy, LossSpec, LossTerm, StateL
 from distill.losses.head import KL, head_losses
 from distill.losses.states import refusal
 from distill.models.head import check_head, hidden_states, output_head
+from distill.quantization.fake_quant import switch
 from distill.training.live_teacher import LiveTeacher
 from distill.training.on_policy import OnPolicy
 from distill.training.spec import OptimizerSpec
@@ -52,6 +53,7 @@ class DistillationModule(pl.LightningModule):
             many as the Trainer will make.
         origin: where a student that was cut out of the teacher has its layers and channels from, for losses on inner
             states; None when it was not, or when there are none.
+        quantized_from_step: optimizer steps that a fake-quantized student makes in full precision first.
 
     Attributes:
         tokens_read: int64 scalar, with ``on_policy`` the tokens that this rank has trained on so far, without filling.
@@ -71,6 +73,7 @@ class DistillationModule(pl.LightningModule):
         optimizer: OptimizerSpec | None = None,
         num_steps: int | None = None,
         origin: Origin | None = None,
+        quantized_from_step: int = 0,
     ):
         super().__init__()
         if not any(isinstance(loss, LossSpec) for loss in losses):
@@ -81,6 +84,7 @@ class DistillationModule(pl.LightningModule):
         self.losses = [(loss.kind, loss) for loss in losses]
         self.optimizer_spec = optimizer or OptimizerSpec()
         self.num_steps = num_steps
+        self.quantized_from_step = quantized_from_step
         self.teacher = LiveTeacher(teacher) if isinstance(teacher, torch.nn.Module) else teacher
         self.on_policy = on_policy
         self.tokens_read = torch.zeros((), dtype=torch.int64)
@@ -112,6 +116,11 @@ class DistillationModule(pl.LightningModule):
         self._step_tokens = torch.zeros_like(self._step_tokens, device=self.device)
         self.tokens_read = self.tokens_read.to(self.device)
         self._step_sequences = 0
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Switch fake-quantization on when its step has come."""
+        if self.quantized_from_step:
+            switch(self.student, enabled=self.trainer.global_step >= self.quantized_from_step)
 
     def on_validation_start(self) -> None:
         """Make the teacher ready for the student's device."""

@@ -19,7 +19,7 @@ from distill.core.errors import InputError
 from distill.losses.head import Head, Signal
 from distill.models.head import hidden_states, output_head
 from distill.models.lora import ADAPTER, without_adapters
-from distill.quantization.fake_quant import unquantized
+from distill.quantization.fake_quant import quantizer_tensors, unquantized
 from distill.training.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ class OwnWeights(Teacher):
 
     def check(self, losses: Iterable[LossSpec]) -> None:
         """Refuse a student whose start is lost while it trains."""
+        scales = quantizer_tensors(self.model)  # off with the fake-quant
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and ADAPTER not in name:
+            if parameter.requires_grad and ADAPTER not in name and name not in scales:
                 raise InputError(
                     f"the student cannot be its own teacher: {name} is trained, so its start is lost; train adapters "
                     "(lora), or name the model that it starts from as the teacher, which loads it a second time"

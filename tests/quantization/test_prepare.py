@@ -1,11 +1,11 @@
 import pytest
 import torch
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from distill.core.errors import InputError
 from distill.quantization import Int8Channel, IntGroup
-from distill.quantization.fake_quant import FakeQuantLinear
+from distill.quantization.fake_quant import FakeQuantLinear, fake_quant_layers
 from distill.quantization.prepare import prepare, unprepare
 
 
@@ -68,4 +68,51 @@ def test_a_tied_head_cannot_be_quantized_alone() -> None:
     model = Qwen3ForCausalLM(config)
     with pytest.raises(InputError, match=r"lm_head shares its weight with model\.embed_tokens"):
         prepare(model, IntGroup(skip=()))
+    with pytest.raises(InputError, match=r"embed_tokens shares its weight with lm_head"):
+        prepare(model, IntGroup(include=("embed_tokens",)))
     assert "lm_head" not in prepare(model, IntGroup())
+
+
+def test_layers_may_have_grids_of_their_own(llama: nn.Module) -> None:
+    wide, narrow = Int8Channel(), IntGroup(bits=2)
+    prepare(llama, IntGroup(), [("*.down_proj", wide), ("model.layers.1.mlp.*", narrow)])
+    grids = {name.removeprefix("model.layers."): layer.spec for name, layer in fake_quant_layers(llama).items()}
+    assert grids["0.mlp.down_proj"] is grids["1.mlp.down_proj"] is wide
+    assert grids["1.mlp.up_proj"] is narrow
+    assert grids["0.mlp.up_proj"] == grids["1.self_attn.q_proj"] == IntGroup()
+
+
+def test_patterns_without_effect_are_refused(llama: nn.Module) -> None:
+    with pytest.raises(InputError, match=r"layers: 'dwn' fits no linear layer.*down_proj"):
+        prepare(llama, IntGroup(), [("dwn", Int8Channel())])
+    with pytest.raises(InputError, match="layers: 'lm_head' fits only layers that skip"):
+        prepare(llama, IntGroup(), [("lm_head", Int8Channel())])
+    with pytest.raises(InputError, match=r"include: 'wte' fits no embedding.*embed_tokens"):
+        prepare(llama, IntGroup(include=("wte",)))
+    assert not fake_quant_layers(llama)
+
+
+def test_embeddings_are_quantized_if_asked(llama: nn.Module, ids: torch.Tensor) -> None:
+    spec = IntGroup(include=("embed_tokens",), skip=("*_proj", "lm_head"))
+    embedding = llama.model.embed_tokens
+    rows = spec.dequantize(spec.quantize(embedding.weight))
+    assert prepare(llama, spec) == ["model.embed_tokens"]
+    assert torch.equal(embedding(ids), rows[ids])
+    embedding(ids).sum().backward()
+    assert embedding.weight.grad[ids].eq(embedding.weight.grad[ids][..., :1]).all()
+    assert unprepare(llama) == ["model.embed_tokens"]
+    assert type(embedding) is nn.Embedding
+
+
+def test_weights_outside_of_linear_layers_are_not_passed_over() -> None:
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    mixtral = MixtralForCausalLM(
+        MixtralConfig(**shape, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)
+    )
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\S* \(Mixtral.*add '\w+' to skip"):
+        prepare(mixtral, IntGroup())
+    names = prepare(mixtral, IntGroup(skip=("lm_head", "experts", "gate")))
+    assert {name.rpartition(".")[2] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(InputError, match=r"c_attn \(Conv1D\).*cannot be quantized"):
+        prepare(gpt2, IntGroup())

@@ -6,14 +6,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from distill.exporters.compressed_tensors import save
-from distill.quantization import Int8Channel, IntGroup
+from distill.quantization import Fp8, Int8Channel, IntGroup
 from distill.quantization.base import QuantizerSpec
 from distill.quantization.convert import convert, round_unquantized
 from distill.quantization.prepare import prepare
 from distill.quantization.unpack import unpack
 
 
-@pytest.mark.parametrize("spec", [IntGroup(), Int8Channel()], ids=lambda spec: spec.kind)
+@pytest.mark.parametrize(
+    "spec", [IntGroup(), Int8Channel(), Fp8(), IntGroup(symmetry="asymmetric")], ids=lambda s: s.label()
+)
 @pytest.mark.parametrize("ran", [False, True], ids=["fresh", "after_a_forward"])
 def test_unpacked_is_the_plain_model(
     llama: nn.Module, ids: torch.Tensor, tmp_path: Path, spec: QuantizerSpec, ran: bool

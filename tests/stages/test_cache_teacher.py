@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from distill.core.errors import InputError, RecipeError
+from distill.forecast import describe
 from distill.recipe import Recipe
 from distill.runner import run
 from distill.training.metrics import read_rows
@@ -118,6 +119,22 @@ def test_a_cache_that_is_too_short_is_refused(recipe: Any, tmp_path: Path) -> No
     short = recipe(set=("stages.cache.num_sequences=5",))
     with pytest.raises(InputError, match=r"holds 5 training sequences and \d+ of the .* raise its num_sequences to 16"):
         run(short, tmp_path / "run", say=quiet)
+
+
+def test_the_plan_says_what_a_cache_holds_and_when_it_may_be_too_short(recipe: Any) -> None:
+    assert "cache_teacher): reads teacher; sampled of all sequences that later stages take" in describe(recipe())
+    plan = describe(recipe(set=("stages.cache.num_sequences=15",)))
+    assert "sampled of 15 sequences - too few if the text has more: cached takes 16;" in plan
+    assert "too few" not in describe(recipe(set=("stages.cache.num_sequences=16",)))
+
+
+def test_a_whole_cache_says_so(recipe: Any, tmp_path: Path) -> None:
+    shared = ("data.calibration_sequences=4", f"stages.cache.folder={tmp_path / 'shared'}")
+    said: list[str] = []
+    run(recipe(set=shared), tmp_path / "one", say=quiet)
+    run(recipe(set=shared), tmp_path / "two", say=said.append)
+    assert any(line.strip() == f"cache: {tmp_path / 'shared'}" for line in said)
+    assert any("train: all 16 rows are in the cache already" in line for line in said)
 
 
 def test_another_teachers_cache_is_refused_by_name(recipe: Any, new_teacher: Any, tmp_path: Path) -> None:

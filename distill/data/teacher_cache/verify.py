@@ -36,11 +36,15 @@ def describe(place: Place) -> str:
             f"{place.folder}: {place.codec.kind}" + (f" ({settings})" if settings else ""),
             f"  teacher {identity.teacher}, tokenizer {identity.tokenizer}, text {identity.text}",
             f"  read as {identity.packing} rows of {identity.window} tokens, vocabulary {place.vocabulary:,}",
-            f"  {tokens:,} tokens in {len(shards)} shards, {size / 1e6:,.1f} MB, "
+            f"  {tokens:,} tokens in {_shards(len(shards))}, {size / 1e6:,.1f} MB, "
             f"{size / max(tokens, 1):.1f} bytes a token",
             f"  when it was begun: {Fidelity(**header['fidelity']).line()}",
         ]
     )
+
+
+def _shards(count: int) -> str:
+    return f"{count} shard" + ("" if count == 1 else "s")
 
 
 def damages(place: Place) -> Iterator[str]:
@@ -74,4 +78,4 @@ def verify(folder: Path) -> str:
         raise MachineError("\n".join([*lines, mend]))
     shards = [shard for place in places for shard in open_shards(place.folder)]
     rows = sum(len(shard.rows) for shard in shards)
-    return f"{folder}: {rows:,} rows in {len(shards)} shards, every checksum is right"
+    return f"{folder}: {rows:,} rows in {_shards(len(shards))}, every checksum is right"

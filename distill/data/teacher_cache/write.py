@@ -87,6 +87,8 @@ def fill(
             header = header or _begin(place, read, missing, teacher)
             _announce(place, Fidelity(**header["fidelity"]), int(read.lengths()[missing].sum()), what, say)
             _write(place, read, missing, teacher, header["rows_per_shard"], batch_size, what)
+        elif wanted:
+            say(f"{what}: all {len(wanted):,} rows are in the cache already")
         assert header is not None
         return header
 

@@ -1,0 +1,119 @@
+"""Ways to quantize in a whole run: grids per layer, chosen grids, activations, gptq, learned scales, a later start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.core.errors import InputError, RecipeError
+from distill.recipe import Recipe
+from distill.runner import run
+
+RECIPE = """\
+name: tiny
+teacher: {teacher}
+data:
+  train: {{kind: jsonl, path: {text}}}
+  sequence_length: 16
+  validation_tokens: 100
+  calibration_sequences: 8
+stages:
+{stages}
+compute: {{accelerator: cpu}}
+logging: {{wandb: disabled}}
+"""
+TRAINING = "num_steps: 3, batch_size: 2, optimizer: {lr: 1e-2}"
+
+
+def recipe_of(teacher: Path, text: Path, *stages: str) -> Recipe:
+    lines = "\n".join(f"  {stage}" for stage in stages)
+    return Recipe.from_text(RECIPE.format(teacher=teacher, text=text, stages=lines))
+
+
+def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
+    said: list[str] = []
+    the_run = run(
+        recipe_of(
+            teacher,
+            text,
+            "by_layer: {kind: quantize, student: teacher, num_tokens: 0, "
+            "layers: [{match: '*.down_proj', quantizer: int8_channel}, {match: k_proj, quantizer: fp8}]}",
+            "mixed: {kind: quantize, student: teacher, num_tokens: 0, mixed: {bits: 5, "
+            "also: [{kind: int_group, bits: 2}, int8_channel], num_sequences: 2}}",
+            "gptq: {kind: quantize, student: teacher, num_tokens: 0, rounding: gptq, quantizer: "
+            "{kind: int_group, bits: 3, scale: mse}}",
+            "w8a8: {kind: quantize, student: teacher, quantizer: int8_channel, activations: static_int8, "
+            f"{TRAINING}}}",
+            "learned: {kind: quantize, student: teacher, teacher: self, lora: {r: 2}, from_step: 1, quantizer: "
+            f"{{kind: int_group, bits: 2, scale: learned}}, {TRAINING}}}",
+            f"q4_0: {{kind: quantize, student: teacher, quantizer: q4_0, {TRAINING}}}",
+            "evaluate: {speed: null}",
+        ),
+        tmp_path / "run",
+        say=said.append,
+    )
+    schemes = {
+        "by_layer": "int4, group 32; *.down_proj: int8, per channel; k_proj: fp8, per channel",
+        "mixed": "int4, group 32; mixed, 5 bits",
+        "gptq": "int3, group 32, mse; gptq",
+        "w8a8": "int8, per channel; int8 activations, mse",
+        "learned": "int2, group 32, learned",
+        "q4_0": "Q4_0",
+    }
+    for name, scheme in schemes.items():
+        figures = the_run.done(name).figures
+        assert figures["scheme"] == scheme
+        assert figures["verified_worst_kl"] <= 1e-9
+        assert figures["quantized_layers"] == 14
+    config = json.loads((the_run.stage("by_layer") / "model" / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"].values()
+    assert [(len(group["targets"]), group["format"]) for group in groups] == [
+        (10, "pack-quantized"), (2, "naive-quantized"), (2, "pack-quantized"),
+    ]  # fmt: skip
+    scan = json.loads((the_run.stage("mixed") / "sensitivity.json").read_text())
+    assert len(scan) == 14
+    assert {row["chosen"] for row in scan} <= {"int4, group 32", "int2, group 32", "int8, per channel"}
+    spent = sum(row["grids"][row["chosen"]]["bits"] * row["weights"] for row in scan)
+    assert spent <= 5 * sum(row["weights"] for row in scan)
+    assert (the_run.stage("mixed") / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    assert any("14 layers scanned" in line for line in said)
+    rows = {row["name"]: row for row in json.loads((the_run.stage("evaluate") / "rows.json").read_text())}
+    assert rows["gptq"]["perplexity"] != rows["teacher"]["perplexity"]
+
+
+def test_what_has_no_effect_or_cannot_be_is_refused(teacher, text, tmp_path):
+    start = "student: teacher, kind: quantize"
+    for settings, message in (
+        (f"layers: [{{match: k_proj, quantizer: {{kind: fp8, skip: []}}}}], {TRAINING}", "skip has no effect here"),
+        (f"layers: [{{match: k_proj, quantizer: fp8}}], mixed: {{bits: 5, also: [fp8]}}, {TRAINING}", "remove one"),
+        (f"rounding: gptq, {TRAINING}", "gptq is for a model that is not trained"),
+        ("num_tokens: 0, quantizer: {kind: int_group, scale: learned}", "learned needs training"),
+        ("num_tokens: 0, from_step: 2", "from_step has no effect"),
+        (f"quantizer: {{kind: int_group, scale: learned, symmetry: asymmetric}}, {TRAINING}", "for symmetric codes"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            recipe_of(teacher, text, f"quantize: {{{start}, {settings}}}")
+    with pytest.raises(InputError, match=r"from_step \(3\) must be less than the stage's 3 steps"):
+        run(recipe_of(teacher, text, f"quantize: {{{start}, from_step: 3, {TRAINING}}}"), tmp_path / "run")
+    mask = "sparsify: {pattern: '2:4'}"
+    for settings in ("rounding: gptq", "quantizer: binary"):
+        stage = f"quantize: {{kind: quantize, student: sparsify, num_tokens: 0, {settings}}}"
+        with pytest.raises(InputError, match=r"masked \(2:4.*would fill"):
+            run(recipe_of(teacher, text, mask, stage), tmp_path / "masked")
+
+
+def test_before_its_step_training_is_in_full_precision(teacher, text, tmp_path):
+    plain = f"plain: {{kind: distill, student: teacher, {TRAINING}}}"
+    late = f"late: {{kind: quantize, student: teacher, from_step: 2, {TRAINING}}}"
+    now = f"now: {{kind: quantize, student: teacher, {TRAINING}}}"
+    the_run = run(recipe_of(teacher, text, plain, late, now), tmp_path / "run")
+
+    def losses(name):
+        lines = (the_run.stage(name) / "metrics.jsonl").read_text().splitlines()
+        return [row for row in map(json.loads, lines) if "train/loss" in row or "loss" in row]
+
+    assert losses("late") != losses("now")
+    torch.testing.assert_close(losses("late")[0], losses("plain")[0])
