@@ -5,7 +5,8 @@ from distill.exporters.base import CardFacts, ExporterSpec, VerifyResult
 from distill.exporters.gguf import Gguf
 from distill.exporters.huggingface import HuggingFace
 from distill.exporters.onnx import Onnx
+from distill.exporters.torchao import Torchao
 
-EXPORTERS = Family("exporter", HuggingFace, Gguf, Onnx)
+EXPORTERS = Family("exporter", HuggingFace, Gguf, Onnx, Torchao)
 
-__all__ = ["EXPORTERS", "CardFacts", "ExporterSpec", "Gguf", "HuggingFace", "Onnx", "VerifyResult"]
+__all__ = ["EXPORTERS", "CardFacts", "ExporterSpec", "Gguf", "HuggingFace", "Onnx", "Torchao", "VerifyResult"]

@@ -29,12 +29,14 @@ class LlamaCpp:
         from llama_cpp import Llama
 
         self.file = file
+        threads = torch.get_num_threads()
         try:
             self._llama: Any = Llama(
                 str(file),
                 n_ctx=context_tokens,
                 n_batch=context_tokens,
-                n_threads=torch.get_num_threads(),
+                n_threads=threads,
+                n_threads_batch=threads,
                 logits_all=True,
                 verbose=False,
             )

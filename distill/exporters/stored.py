@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.core.errors import InputError
-from distill.exporters.compressed_tensors import PACKED, PLAIN
+from distill.exporters.compressed_tensors import INT8, PACKED, PLAIN
 from distill.quantization.base import Codes
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def stored_weights(folder: Path) -> Iterator[tuple[str, Tensor | Codes]]:
             yield key, read(key)
         elif leaf in ("weight_packed", "weight"):
             yield f"{layer}.weight", _codes(folder, layer, leaf, bits[layer], read, set(files))
-        elif not leaf.startswith("weight_"):
+        elif not leaf.startswith(("weight_", "input_")):
             yield key, read(key)
 
 
@@ -66,10 +66,10 @@ def bits_of(folder: Path) -> dict[str, int]:
     scheme = {key: value for key, value in dict(config.quantization_config).items() if key != "quant_method"}
     method = config.quantization_config.get("quant_method")
     formats = {scheme.get("format"), *(group.get("format") for group in scheme.get("config_groups", {}).values())}
-    if method != "compressed-tensors" or not formats - {None} <= {PACKED, PLAIN, "mixed-precision"}:
+    if method != "compressed-tensors" or not formats - {None} <= {PACKED, PLAIN, INT8, "mixed-precision"}:
         raise InputError(
             f"{folder}: its low-bit weights are {method} {', '.join(sorted(map(str, formats)))}, whose codes cannot be "
-            f"written elsewhere (expected compressed-tensors {PACKED} or {PLAIN})"
+            f"written elsewhere (expected compressed-tensors {PACKED}, {PLAIN} or {INT8})"
         )
     del config.quantization_config  # the plain model's names are wanted, without weights
     with torch.device("meta"):
