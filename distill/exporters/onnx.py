@@ -69,12 +69,15 @@ class Onnx(ExporterSpec):
             plain = folder if self.weights == "float32" else Path(temporary)
             _write_graph(model, plain / FILE)
             if self.weights == "int8":
-                _quantize(plain / FILE, folder / FILE)
+                _quantize(plain / FILE, folder / FILE, _num_layers(model))
         _copy_the_rest(source_folder, folder)
         if self.weights == "float32":
             return ["all weights in float32" + f"; {low_bit} layers hold the values of their codes" * bool(low_bit)]
         again = f"; {low_bit} layers were low-bit before, and are rounded a second time" if low_bit else ""
-        return [f"linear layers: int8 a channel, activations uint8, rounded by ONNX Runtime after training{again}"]
+        return [
+            f"linear layers: int8 a channel, activations uint8, rounded by ONNX Runtime after training{again}; embeddings "
+            "and head: float32"
+        ]
 
     def verify(
         self,
@@ -146,11 +149,36 @@ def _write_graph(model: PreTrainedModel, file: Path) -> None:
     program.save(str(file), external_data=num_bytes > EXTERNAL_ABOVE_BYTES)
 
 
-def _quantize(plain: Path, file: Path) -> None:
+def _num_layers(model: PreTrainedModel) -> int:
+    """Linear layers without the output head."""
+    import torch
+
+    head = model.get_output_embeddings()
+    return sum(isinstance(module, torch.nn.Linear) and module is not head for module in model.modules())
+
+
+def _quantize(plain: Path, file: Path, num_layers: int) -> None:
+    """Round every linear layer but the output head, which a tied model shares with its embeddings.
+
+    Raises:
+        DistillError: ONNX Runtime did not find all of them.
+    """
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    external = plain.with_name(DATA).is_file()
-    quantize_dynamic(plain, file, per_channel=True, weight_type=QuantType.QInt8, use_external_data_format=external)
+    graph = onnx.load(str(plain), load_external_data=False).graph
+    quantize_dynamic(
+        plain,
+        file,
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        nodes_to_exclude=[node.name for node in graph.node if "logits" in node.output],
+        use_external_data_format=plain.with_name(DATA).is_file(),
+    )
+    rounded = onnx.load(str(file), load_external_data=False).graph
+    found = sum(node.op_type == "MatMulInteger" for node in rounded.node)
+    if found != num_layers:
+        raise DistillError(f"{file}: ONNX Runtime rounded {found} linear layers of {num_layers}; set weights: float32")
 
 
 def _copy_the_rest(source_folder: Path, folder: Path) -> None:
