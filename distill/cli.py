@@ -89,7 +89,9 @@ def check(recipe: RecipeFile, set: Set = None) -> None:
 def list_members(
     family: Annotated[
         str | None,
-        typer.Argument(help="recipes, stages, losses, criteria, quantizers, activations, sources, codecs, exporters; unset: all."),
+        typer.Argument(
+            help="recipes, stages, losses, criteria, quantizers, activations, sources, codecs, exporters; unset: all."
+        ),
     ] = None,
 ) -> None:
     """List every member of a family with its fields, or the recipes that come with distill."""

@@ -67,7 +67,7 @@ class _FakeQuant(nn.Module):
         log_scale: [out_features * groups], or None.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     spec: QuantizerSpec
     enabled: bool
     log_scale: nn.Parameter | None

@@ -104,7 +104,7 @@ def choose(found: Sequence[Sensitivity], bits: float) -> dict[str, int]:
         InputError: even the cheapest grids need more.
     """
     total = sum(one.weights for one in found)
-    chosen = {one.layer: min(range(len(one.bits)), key=lambda i, o=one: (o.bits[i], o.kl[i])) for one in found}
+    chosen = {one.layer: min(zip(one.bits, one.kl, range(len(one.bits)), strict=True))[2] for one in found}
     left = bits * total - sum(one.bits[chosen[one.layer]] * one.weights for one in found)
     if left < 0:
         least = bits - left / total

@@ -54,7 +54,7 @@ def _is_weight(module: nn.Module) -> bool:
 
 def _strip(module: nn.Module) -> None:
     """Leave the weight, the bias and the rounding of the input only, trainable as in a model never packed."""
-    words = module.quantization_scheme.input_activations
+    words = cast(Any, module).quantization_scheme.input_activations
     scale = getattr(module, "input_scale", None)
     for name in [*module._parameters, *module._buffers]:
         if name.startswith(("weight_", "input_")):

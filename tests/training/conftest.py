@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.losses import CrossEntropy, ForwardKL
 from distill.models.lora import LoraSpec
-from distill.quantization import Int8Channel
+from distill.quantization import Int8Channel, IntGroup
+from distill.quantization.base import QuantizerSpec
 from distill.training.assemble import Student, assemble
 from distill.training.module import DistillationModule
 from distill.training.spec import BudgetSpec, ComputeSpec, OptimizerSpec
@@ -94,7 +95,9 @@ def student(llama: Callable[..., LlamaForCausalLM]) -> Callable[..., Student]:
     """The same student at every call, wrapped in one of the ways a stage knows."""
 
     def make(way: str = "full", **settings: Any) -> Student:
-        head = Int8Channel(skip=()) if "head" in way else Int8Channel()
+        head: QuantizerSpec = Int8Channel(skip=()) if "head" in way else Int8Channel()
+        if "learned" in way:
+            head = IntGroup(bits=3, group_size=8, scale="learned")
         targets = ("q_proj", "down_proj", "lm_head") if "head" in way else "all-linear"
         lora = LoraSpec(r=2, target_modules=targets, dropout=0.0 if "quant" in way else 0.1) if "lora" in way else None
         with torch.random.fork_rng():

@@ -32,13 +32,19 @@ def test_what_is_trained(way: str, trained: str, student: Any) -> None:
     assert (made.adapted is not None) == ("lora" in way)
 
 
+def test_a_learned_scale_is_trained_with_the_adapters(student: Any) -> None:
+    trained = [name for name, p in student("quant learned lora").model.named_parameters() if p.requires_grad]
+    assert {name.rpartition(".")[2] for name in trained if "lora_" not in name} == {"log_scale"}
+    assert "log_scale" not in "".join(name for name, _ in student("quant lora").model.named_parameters())
+
+
 def test_a_frozen_model_is_thawed(llama: Any) -> None:
     model = llama()
     model.requires_grad_(False)
     assert all(p.requires_grad for p in assemble(model).model.parameters())
 
 
-@pytest.mark.parametrize("way", ["lora", "quant lora", "quant lora head"])
+@pytest.mark.parametrize("way", ["lora", "quant lora", "quant lora head", "quant learned lora"])
 def test_disassembling_keeps_what_the_student_computes(way: str, student: Any, ids: torch.Tensor) -> None:
     made = student(way)
     for name, p in made.model.named_parameters():

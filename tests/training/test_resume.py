@@ -65,6 +65,8 @@ def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
         ("lora tied", {}),
         ("quant", {}),
         ("quant lora head", {"precision": "bf16-mixed"}),
+        ("quant learned", {}),
+        ("quant learned lora", {"gradient_checkpointing": True}),
         ("full", {"gradient_checkpointing": True}),
     ],
 )
