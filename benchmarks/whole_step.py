@@ -1,20 +1,23 @@
 """The whole training step, from batch to updated weights: `python -m benchmarks.whole_step`.
 
 distill's trainer against a bare PyTorch loop, the same loop with distill's chunked head, and TRL's two trainers that
-know a teacher (where ``trl`` is installed), on models with random weights. Three tables:
+know a teacher (where ``trl`` is installed), on models with random weights. Four tables:
 
     full        rows full of tokens: tokens a second, and the share of the machine's measured GEMM rate that is model
                 FLOPs (2 a weight of the teacher, 6 of the student)
-    lengths     documents of log-normal lengths: useful tokens a second, packed and padded
+    memory      of the same rows: the peak of two steps above the loaded models, in a process a contender
+    documents   of log-normal lengths: useful tokens a second, packed and padded
     overhead    what a trainer costs a step beside the arithmetic: the same number of layers, made tiny
 
 Time is CPU time on a CPU (other processes do not disturb it much) and wall time on a GPU. All contenders take turns,
-round after round; a figure is the median over the rounds. Memory is measured in a process a contender.
+round after round; a figure is the median over the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import resource
 import statistics
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 VOCABULARY = 32_000
+TABLES = ("full", "memory", "documents", "overhead")
+"""What the names of the tables begin with."""
 SIZES = {
     "11M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
     "42M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
@@ -168,11 +173,22 @@ def full(pair: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             "tokens_per_s": tokens / statistics.median(seconds),
             "against_plain": _ratio(plain, seconds),
             "share_of_gemm_rate": flops * tokens / statistics.median(seconds) / rate,
-            "peak_memory_mib": _peak_memory(name, pair, options),
             "seconds": seconds,
             "gemm_gflops_per_s": rate / 1e9,
         }
         for name, seconds in taken.items()
+    ]
+
+
+def memory(pair: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Peak memory of two steps on full rows, above the loaded models."""
+    return [
+        {
+            "table": f"memory, {pair.replace('-', ' -> ')}, {options.rows} x {options.length} tokens",
+            "contender": name,
+            "peak_memory_mib": _peak_memory(name, pair, options),
+        }
+        for name in available()
     ]
 
 
@@ -227,6 +243,13 @@ def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
+def _measured_before(table: str) -> list[dict[str, Any]]:
+    """Rows of a table that is not measured now."""
+    file = result.FOLDER / "whole_step.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    return [row for row in rows if row["table"].startswith(table)]
+
+
 def _pair(pair: str, batches: list[Batch], device: str) -> Work:
     teacher, student = pair.split("-")
     return work(SIZES[teacher], SIZES[student], batches, device)
@@ -252,9 +275,11 @@ def _memory_of(options: argparse.Namespace) -> float:
         before = torch.cuda.memory_allocated()
         CONTENDERS[options.memory_of](given)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    small = _pair(options.pairs[0], full_batches(1, 1, 8), options.device)
-    CONTENDERS[options.memory_of](small)  # libraries are loaded, and count for nobody
-    del small
+    small = TINY | {"num_hidden_layers": 1}
+    # libraries are loaded, and count for nobody
+    CONTENDERS[options.memory_of](work(small, small, full_batches(1, 1, 8, 64), options.device, vocabulary=64))
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is freed and still held would hide as much of the peak
     before_kib = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
     CONTENDERS[options.memory_of](given)
@@ -266,7 +291,9 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pairs", nargs="+", default=["42M-11M", "110M-42M"], help=f"of {', '.join(SIZES)}")
-    parser.add_argument("--tables", nargs="+", default=["full", "lengths", "overhead"], help="default: %(default)s")
+    parser.add_argument(
+        "--tables", nargs="+", choices=TABLES, default=TABLES, help="measured anew, the others stay as they are"
+    )
     parser.add_argument("--rows", type=int, default=4, help="full rows in a batch (default: %(default)s)")
     parser.add_argument("--length", type=int, default=256, help="tokens in a row (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps a turn, the first not timed")
@@ -286,18 +313,22 @@ def main() -> None:
         print(json.dumps(_memory_of(options)))
         return
     rows: list[dict[str, Any]] = []
-    if "full" in options.tables:
-        rows += [row for pair in options.pairs for row in full(pair, options)]
-    if "lengths" in options.tables:
-        rows += lengths(options.pairs[0], options)
-    if "overhead" in options.tables:
-        rows += overhead(options)
+    for table in TABLES:
+        if table not in options.tables:
+            rows += _measured_before(table)
+        elif table == "overhead":
+            rows += overhead(options)
+        elif table == "documents":
+            rows += lengths(options.pairs[0], options)
+        else:
+            measure = full if table == "full" else memory
+            rows += [row for pair in options.pairs for row in measure(pair, options)]
     for row in rows:
         print("  ".join(f"{key}={value:.4g}" if isinstance(value, float) else str(value) for key, value in row.items()))
     notes = [] if find_spec("trl") else ["TRL was not installed (see benchmarks/README.md), so it is not among them."]
     file = result.write(
         "whole_step",
-        command=" ".join(["python -m benchmarks.whole_step", *sys.argv[1:]]),
+        command="python -m benchmarks.whole_step",
         hardware=hardware.describe(options.threads),
         versions=hardware.versions("trl"),
         rows=rows,
