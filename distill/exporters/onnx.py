@@ -75,8 +75,8 @@ class Onnx(ExporterSpec):
             return ["all weights in float32" + f"; {low_bit} layers hold the values of their codes" * bool(low_bit)]
         again = f"; {low_bit} layers were low-bit before, and are rounded a second time" if low_bit else ""
         return [
-            f"linear layers: int8 a channel, activations uint8, rounded by ONNX Runtime after training{again}; embeddings "
-            "and head: float32"
+            f"linear layers: int8 a channel, activations uint8, rounded by ONNX Runtime after training{again}; "
+            "embeddings and head: float32"
         ]
 
     def verify(
