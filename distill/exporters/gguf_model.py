@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from distill.core.errors import InputError
 from distill.core.source import suggest
@@ -15,8 +15,6 @@ from distill.quantization.base import Codes
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
-
-Weight = TypeVar("Weight", "Tensor", Codes)
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ def tensor_names(architecture: Architecture, config: PretrainedConfig) -> Callab
     return name_of
 
 
-def in_order(key: str, weight: Weight, architecture: Architecture, config: PretrainedConfig) -> Weight:
+def in_order(key: str, weight: Tensor | Codes, architecture: Architecture, config: PretrainedConfig) -> Tensor | Codes:
     """The weight with its rows in llama.cpp's order; only queries and keys are put in another."""
     import torch
 

@@ -69,7 +69,7 @@ class LlamaCpp:
             DistillError: they cut a text differently.
         """
         for row in rows:
-            text = tokenizer.decode(row)
+            text = str(tokenizer.decode(list(row)))
             ours = tokenizer(text)["input_ids"]
             theirs = self._llama.tokenize(text.encode(), add_bos=True, special=True)
             if ours != theirs:
