@@ -118,6 +118,12 @@ def _check(stage: StageSpec, recipe: Recipe, config: Config | None) -> None:
         sizes = layout.sizes(config)
         for parameter in layout.parameters:
             name = parameter.path.removesuffix(".weight")
+            holder = name.rpartition(".")[0]
+            if len(parameter.axes) == 3 and not stage.quantizer.skips(holder):
+                raise InputError(
+                    f"{holder} holds the experts' weights as one tensor, which cannot be quantized; add "
+                    f"{holder.rpartition('.')[2]!r} to skip to ship them as they are"
+                )
             if len(parameter.axes) == 2 and "{layer}" in name and not stage.quantizer.skips(name):
                 stage.grid_of(name).groups(shape(parameter, sizes)[1])
 

@@ -121,9 +121,7 @@ def _scheme(layer: FakeQuantLayer) -> dict[str, Any]:
     if inputs is None:
         packs = weights["type"] == "int" and weights["symmetric"] and isinstance(layer, FakeQuantLinear)
         return {"weights": weights, "format": PACKED if packs else PLAIN}
-    wide = (weights["num_bits"] == 8 and weights["type"] == "int") or not weights["symmetric"]
-    if weights["type"] == "float":
-        raise InputError("fp8 weights with int8 activations have no kernel anywhere; choose int8_channel")
+    wide = weights["num_bits"] == 8 or not weights["symmetric"]
     words = inputs.compressed_tensors_arguments()
     return {"weights": weights, "input_activations": words, "format": INT8 if wide else PACKED}
 

@@ -32,9 +32,10 @@ class _OnGrid(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, Any, None]:
-        if not ctx.saved_tensors:
+        saved = ctx.saved_tensors  # to be read once: under gradient checkpointing it computes them
+        if not saved:
             return gradients[0], None, None
-        to_weight, to_scale = ctx.spec.gradients(*ctx.saved_tensors, gradients[0])
+        to_weight, to_scale = ctx.spec.gradients(*saved, gradients[0])
         return to_weight, to_scale.flatten() if ctx.needs_input_grad[1] else None, None
 
 

@@ -100,6 +100,16 @@ class Quantize(DistillSpec, StageSpec):
         return self
 
     @model_validator(mode="after")
+    def _one_type(self) -> Quantize:
+        floats = [g.kind for g in self._every_grid() if g.compressed_tensors_arguments()["type"] == "float"]
+        if self.activations is not None and floats:
+            raise ValueError(
+                f"quantizer {floats[0]} has float codes and activations {self.activations.kind} integers, which no "
+                "engine multiplies; choose int8_channel, or remove activations"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _own_teacher(self) -> Quantize:
         if self.trains():
             check_own_teacher(self.teacher, self.lora, silent=False)

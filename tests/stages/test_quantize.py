@@ -90,6 +90,7 @@ def test_what_has_no_effect_or_cannot_be_is_refused(teacher, text, tmp_path):
         (f"layers: [{{match: k_proj, quantizer: fp8}}], mixed: {{bits: 5, also: [fp8]}}, {TRAINING}", "remove one"),
         (f"rounding: gptq, {TRAINING}", "gptq is for a model that is not trained"),
         ("num_tokens: 0, quantizer: {kind: int_group, scale: learned}", "learned needs training"),
+        (f"quantizer: fp8, activations: dynamic_int8, {TRAINING}", "which no engine multiplies"),
         ("num_tokens: 0, from_step: 2", "from_step has no effect"),
         (f"quantizer: {{kind: int_group, scale: learned, symmetry: asymmetric}}, {TRAINING}", "for symmetric codes"),
     ):
