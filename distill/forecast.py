@@ -6,7 +6,7 @@ Reads configs that are on this machine already; a model that is not is named as 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from distill.losses import StateLossSpec
 from distill.models.layouts import LAYOUTS, layout_for
 from distill.models.load import locate
 from distill.models.states import Shapes, pairs_of
+from distill.pruning.keep import KeepSpec
 from distill.pruning.layout import shape
+from distill.pruning.search import Candidate
 from distill.pruning.select import target_sizes
 from distill.recipe import Recipe
 from distill.stages.base import SELF, StageSpec
@@ -74,14 +76,14 @@ def describe(recipe: Recipe) -> str:
     )
     for number, (name, stage) in enumerate(recipe.stages.items(), 1):
         try:
-            known[name] = _after(stage, known)
+            known[name] = _after(stage, known, recipe.data.sequence_length)
             _check(stage, recipe, known[name])
             _check_states(stage, known)
             _check_ends(stage, known)
+            lines.append(f"  [{number}/{len(recipe.stages)}] " + _line(name, stage, recipe, known))
         except InputError as error:
             mistakes.append(f"{recipe.name}: stages.{name}: {error}")
             known.setdefault(name, None)
-        lines.append(f"  [{number}/{len(recipe.stages)}] " + _line(name, stage, recipe, known))
     if mistakes:
         raise RecipeError(mistakes)
     compute = recipe.compute
@@ -165,7 +167,7 @@ def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config |
     elif read:
         parts.append("reads " + ", ".join(dict.fromkeys(read)) + ";")
     if isinstance(stage, Prune):
-        parts.append(f"keeps {_kept(stage)};")
+        parts.append(f"keeps {_kept(stage.keep)};" if stage.keep else f"{_searched(stage, recipe, known)};")
     if isinstance(stage, CacheTeacher):
         parts.append(_cached(name, stage, recipe))
     if isinstance(stage, BudgetSpec):
@@ -173,7 +175,7 @@ def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config |
     if isinstance(stage, DistillSpec) and stage.steps(recipe.data.sequence_length):
         parts.append(_learns(stage))
     if stage.makes_model:
-        parts.append(f"makes {_size(known[name])}")
+        parts.append(f"makes {'at most ' if _is_open(stage) else ''}{_size(known[name])}")
     if (
         isinstance(stage, BudgetSpec)
         and stage.steps(recipe.data.sequence_length)
@@ -185,9 +187,48 @@ def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config |
     return " ".join(parts).rstrip(";")
 
 
-def _kept(stage: Prune) -> str:
-    sizes = stage.keep.model_dump(exclude_none=True, exclude_defaults=True)
+def _is_open(stage: StageSpec) -> bool:
+    """Whether the size of what a stage makes shows when it runs."""
+    return isinstance(stage, Prune) and (stage.keep is None or stage.keep.vocabulary == "used")
+
+
+def _kept(keep: KeepSpec) -> str:
+    sizes = keep.model_dump(exclude_none=True, exclude_defaults=True)
     return ", ".join(f"{key} {value}" for key, value in sizes.items()) or "everything"
+
+
+def _searched(stage: Prune, recipe: Recipe, known: dict[str, Config | None]) -> str:
+    """The space of a search, how many candidates there are, and what becomes of them."""
+    search = stage.search
+    assert search is not None
+    asked = f"{search.budget.measure} at most {getattr(search.budget, search.budget.measure)}"
+    if (config := _known(stage.model, known)) is None:
+        return f"searches {', '.join(search.axes)} for {asked} (the model's config is not on this machine)"
+    space = search.space(layout_for(str(config.get("model_type"))), config)
+    grid = ", ".join(f"{key} {_range(sizes)}" for key, sizes in space.grid.items())
+    if search.budget.is_time:
+        return f"searches {grid} for {asked}, measured on this machine"
+    num = len(_candidates(stage, config, recipe.data.sequence_length))
+    rounds = [f"measures {min(num, search.num_measured)} of them"]
+    if search.train is not None:
+        rounds.append(f"trains {min(num, search.train.num_candidates)} on {_budget(search.train, recipe)}".rstrip(";"))
+    return f"searches {grid}; {num:,} candidates with {asked}; {', '.join(rounds)}"
+
+
+def _range(sizes: Sequence[int]) -> str:
+    return f"{sizes[0]} to {sizes[-1]} ({len(sizes)} sizes)" if len(sizes) > 1 else f"{sizes[0]} alone"
+
+
+def _candidates(stage: Prune, config: Config, sequence_length: int) -> list[Candidate]:
+    assert stage.search is not None
+    layout = layout_for(str(config.get("model_type")))
+    costs = stage.search.costs(layout, config, sequence_length=sequence_length, dtype=_stored(stage, config))
+    return stage.search.candidates(stage.search.space(layout, config), costs)
+
+
+def _stored(stage: Prune, config: Config) -> str:
+    """Precision in which a cut model is stored."""
+    return str(config.get("dtype") or config.get("torch_dtype")) if stage.save_dtype == "auto" else stage.save_dtype
 
 
 def _cached(name: str, stage: CacheTeacher, recipe: Recipe) -> str:
@@ -195,8 +236,10 @@ def _cached(name: str, stage: CacheTeacher, recipe: Recipe) -> str:
     length, kept = recipe.data.sequence_length, stage.num_sequences
     if kept is None:
         return f"{stage.codec.kind} of all sequences that later stages take;"
-    users = {user: other for user, other in recipe.stages.items() if isinstance(other, DistillSpec)}
-    taken = {user: s.steps(length) * s.batch_size for user, s in users.items() if getattr(s, "teacher", "") == name}
+    taken: dict[str, int] = {}
+    for user, other in recipe.stages.items():
+        if isinstance(other, DistillSpec) and getattr(other, "teacher", "") == name:
+            taken[user] = other.steps(length) * other.batch_size
     few = ", ".join(f"{user} takes {count:,}" for user, count in taken.items() if count > kept)
     warning = f" - too few if the text has more: {few}; raise num_sequences or leave it unset" if few else ""
     return f"{stage.codec.kind} of {kept:,} sequences{warning};"
@@ -250,8 +293,8 @@ def _known(reference: str, known: dict[str, Config | None]) -> Config | None:
     return known[reference] if reference in known else _config(reference)
 
 
-def _after(stage: StageSpec, known: dict[str, Config | None]) -> Config | None:
-    """The config of the model that a stage makes, as far as it can be known."""
+def _after(stage: StageSpec, known: dict[str, Config | None], sequence_length: int) -> Config | None:
+    """The config of the model that a stage makes, as far as it can be known; of a search the largest that it may be."""
     if isinstance(stage, Finetune) and isinstance(stage.model, NewModel):
         return dict(stage.model.config)
     source = SOURCES.get(type(stage))
@@ -262,7 +305,15 @@ def _after(stage: StageSpec, known: dict[str, Config | None]) -> Config | None:
     if config is None or not isinstance(stage, Prune):
         return config
     layout = layout_for(str(config.get("model_type")))
-    return config | layout.resized(config, target_sizes(stage.keep, config, layout))
+    if stage.keep is not None:
+        after = target_sizes(stage.keep, config, layout)
+        if isinstance(stage.keep.vocabulary, int):
+            after["vocabulary"] = stage.keep.vocabulary
+        return config | layout.resized(config, after)
+    if stage.search is not None and stage.search.budget.is_time:
+        return config  # how large a model of some speed is shows when it is measured
+    found = [config | layout.resized(config, c.sizes) for c in _candidates(stage, config, sequence_length)]
+    return max(found, key=lambda one: _count(one) or 0)
 
 
 def _count(config: Config | None) -> int | None:
@@ -304,8 +355,7 @@ def _cut_memory(stage: Prune, after: Config | None, known: dict[str, Config | No
     layout = layout_for(str(before["model_type"]))
     sizes = layout.sizes(before)
     largest = max(prod(shape(parameter, sizes)) for parameter in layout.parameters if parameter.exists(before))
-    stored = before.get("dtype") or before.get("torch_dtype") if stage.save_dtype == "auto" else stage.save_dtype
-    size = 2 if stored in ("bfloat16", "float16") else 4
+    size = 2 if _stored(stage, before) in ("bfloat16", "float16") else 4
     return f"{(student + 2 * largest) * size / 1e9:,.2f} GB to cut, after scoring"
 
 

@@ -6,6 +6,7 @@ import json
 import typing
 from typing import Any
 
+from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
 from distill.core.errors import InputError
@@ -94,7 +95,11 @@ def _let_kind_be_name(schema: dict[str, Any]) -> None:
 
 
 def _may_be_empty(spec: type[Spec]) -> bool:
-    return not any(field.is_required() for field in spec.model_fields.values())
+    try:
+        spec()
+    except ValidationError:  # a field that is required, or one of several
+        return False
+    return True
 
 
 def _walk(node: Any) -> typing.Iterator[dict[str, Any]]:

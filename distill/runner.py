@@ -107,7 +107,7 @@ def _run_stage(session: Session, name: str, input_hash: str, number: str) -> Non
     started = time.perf_counter()
     torch.manual_seed(int(hash_of(session.seed, name), 16) % 2**63)  # dropout and new adapters, whatever ran before
     try:
-        figures = stage.run(StageContext(session, name, folder, input_hash))
+        figures = stage.run(StageContext(session.speaking(stage.speaker()), name, folder, input_hash))
     except torch.OutOfMemoryError as error:
         raise MachineError(
             f"stages.{name}: out of GPU memory; lower its batch sizes or compute.micro_batch_size"

@@ -67,6 +67,12 @@ GOOD: dict[str, Any] = {
         ({"stages": {"prune": {"keep": {"hiden_size": 8}}}}, ["stages.prune"]),
         ({"stages": {"mine": {"keep": {"hidden_size": 8}}}}, ["stages.mine"]),
         ({"stages": {"prune": None}}, ["stages.prune"]),
+        ({"stages": {"prune": {"keep": {}}}}, ["stages.prune"]),
+        ({"stages": {"prune": {"keep": {"hidden_size": 8}, "search": None}}}, []),
+        (
+            {"stages": {"prune": {"keep": {"hidden_size": 8}, "search": {"budget": {"parameters": 9}}}}},
+            ["stages.prune"],
+        ),
     ],
 )
 def test_draws_the_line_where_the_code_does(change: dict[str, Any], where: list[str]) -> None:

@@ -31,6 +31,7 @@ class Lineage:
         input_hash: hash of everything that the stage read.
         figures: what the stage measured while it made the model (tokens, parameters, ...).
         mask: in words, what of its weights was set to zero and is held there; None when nothing was.
+        num_tokens: size of its vocabulary, where that was cut; None when it was not.
     """
 
     stage: str
@@ -42,6 +43,7 @@ class Lineage:
     input_hash: str
     figures: dict[str, Any] = field(default_factory=dict)
     mask: str | None = None
+    num_tokens: int | None = None
 
 
 @dataclass(frozen=True)

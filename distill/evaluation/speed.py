@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from distill.core.errors import InputError, MachineError
-from distill.evaluation.speed_settings import SpeedSettings
+from distill.evaluation.speed_settings import SpeedSettings, Weights
 
 Kernel = Literal["real", "simulated"]
 
@@ -68,6 +68,7 @@ def measure_speed(
     dtype: str = "auto",
     threads: int | None = None,
     timeout_s: float = 600.0,
+    weights: Weights = "stored",
 ) -> Speed:
     """Measure one model folder in a process of its own; call it for one model after another.
 
@@ -85,12 +86,13 @@ def measure_speed(
         dtype: "auto" or a torch type's name.
         threads: CPU threads or None.
         timeout_s: seconds.
+        weights: "stored" or "random".
 
     Raises:
         InputError: a setting makes no sense.
         MachineError: the model cannot be loaded or run here, with the process's own reason in one line.
     """
-    settings = SpeedSettings(prompt_tokens, new_tokens, repeats, batch, device, dtype, threads, timeout_s)
+    settings = SpeedSettings(prompt_tokens, new_tokens, repeats, batch, device, dtype, threads, timeout_s, weights)
     _check(settings)
     if kernel == "simulated":
         return Speed("simulated", _engine(), settings, device)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,8 +28,7 @@ def measure(folder: str, settings: SpeedSettings) -> dict[str, Any]:
         torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)
     start = _peak_memory(device)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=settings.dtype)
-    model = model.to(device).eval()
+    model = _model(folder, settings, device)
     prefill, steps = _times(model, settings, device)
     peak = _peak_memory(device)
     prefill_p50, step_p50 = _quantile(prefill, 0.5), _quantile(steps, 0.5)
@@ -45,6 +44,16 @@ def measure(folder: str, settings: SpeedSettings) -> dict[str, Any]:
         "peak_memory_bytes": peak,
         "memory_above_start_bytes": max(0, peak - start),
     }
+
+
+def _model(folder: str, settings: SpeedSettings, device: torch.device) -> Any:
+    if settings.weights == "stored":
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=settings.dtype)
+        return model.to(device).eval()
+    config = AutoConfig.from_pretrained(folder)
+    dtype = config.dtype or torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    with device:  # drawn where they are used
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 @torch.inference_mode()

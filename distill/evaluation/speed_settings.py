@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Weights = Literal["stored", "random"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,7 @@ class SpeedSettings:
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         threads: CPU threads; None: torch's own choice.
         timeout_s: seconds after which the measurement is given up.
+        weights: "random" measures what a folder's config describes; it needs no weights.
     """
 
     prompt_tokens: int = 128
@@ -28,3 +32,4 @@ class SpeedSettings:
     dtype: str = "auto"
     threads: int | None = None
     timeout_s: float = 600.0
+    weights: Weights = "stored"

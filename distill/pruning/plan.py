@@ -14,14 +14,13 @@ from pydantic import ValidationError
 
 from distill.core.errors import InputError
 from distill.pruning.base import Scores
+from distill.pruning.heads import kept_groups, kept_heads, merged_heads
 from distill.pruning.keep import KeepSpec
 from distill.pruning.layout import Config, Layout
 from distill.pruning.select import (
     Rows,
     kept_channels,
     kept_experts,
-    kept_groups,
-    kept_heads,
     kept_layers,
     kept_neurons,
     target_sizes,
@@ -49,6 +48,7 @@ class Plan:
         after: axis sizes of the pruned model.
         parameters_before: number of parameters, tied ones counted once.
         parameters: forecast of the same for the pruned model.
+        merged_heads: as ``attention_heads``, the head that each is merged with, or itself; None where none are.
     """
 
     model_type: str
@@ -65,6 +65,7 @@ class Plan:
     after: dict[str, int]
     parameters_before: int
     parameters: int
+    merged_heads: Rows | None = None
 
     def kept(self, axis: str, layer: int | None) -> tuple[int, ...]:
         """Units of an axis that stay; ``layer`` counts the layers that stay, None is outside of them."""
@@ -95,6 +96,7 @@ class Plan:
                 name = axis.replace("_", " ").replace("kv", "KV").replace("mlp", "MLP")
                 how = {"pool": ", pooled", "silence": ", their heads silent"}.get(self.group_choice, "")
                 how = how if axis == "kv_groups" else ""
+                how = ", merged" if axis == "attention_heads" and self.merged_heads is not None else how
                 lines.append(f"{name} {self.before[axis]} -> {self.after[axis]}{where}{how}")
         share = self.parameters / self.parameters_before
         return [*lines, f"parameters {self.parameters_before:,} -> {self.parameters:,} ({share:.1%})"]
@@ -108,12 +110,12 @@ class Plan:
         """The plan that :meth:`to_dict` wrote."""
 
         def rows(key: str) -> Rows | None:
-            return None if data[key] is None else tuple(map(tuple, data[key]))
+            return None if data.get(key) is None else tuple(map(tuple, data[key]))
 
         def flat(key: str) -> tuple[int, ...] | None:
             return None if data[key] is None else tuple(data[key])
 
-        changed = {key: rows(key) for key in ("mlp_neurons", "attention_heads", "kv_groups", "experts")}
+        changed = {key: rows(key) for key in ("mlp_neurons", "attention_heads", "kv_groups", "experts", "merged_heads")}
         return cls(**{**data, **changed, **{key: flat(key) for key in ("layers", "hidden_channels", "vocabulary")}})
 
 
@@ -146,11 +148,13 @@ def plan(
         keep = _validated(keep)
     before = layout.sizes(config)
     after = target_sizes(keep, config, layout)
+    if keep.vocabulary is not None and vocabulary is None:
+        raise InputError("keep.vocabulary names no tokens by itself; give plan() the ids that stay as its vocabulary")
     tokens = None if vocabulary is None else kept_tokens(vocabulary, before)
     after["vocabulary"] = before["vocabulary"] if tokens is None else len(tokens)
     layers = kept_layers(scores, keep, before)
     groups, experts = kept_groups(scores, keep, layers, before, after), kept_experts(scores, layers, before, after)
-    changes = _config_changes(layout, config, before, after, layers)
+    changes = config_changes(layout, config, before, after, layers)
     if tokens is not None:
         changes |= moved_tokens(layout, config, tokens)
     return Plan(
@@ -168,6 +172,7 @@ def plan(
         after=after,
         parameters_before=layout.count(config),
         parameters=layout.count({**config, **changes}),
+        merged_heads=merged_heads(scores, keep, groups, layers, before, after),
     )
 
 
@@ -181,10 +186,21 @@ def _validated(keep: Mapping[str, Any]) -> KeepSpec:
         ) from None
 
 
-def _config_changes(
-    layout: Layout, config: Config, before: dict[str, int], after: dict[str, int], layers: tuple[int, ...]
+def config_changes(
+    layout: Layout, config: Config, before: Mapping[str, int], after: Mapping[str, int], layers: Sequence[int]
 ) -> dict[str, Any]:
-    """The config keys that change: sizes, epsilon rescaled, per-layer lists sliced."""
+    """The config keys that change: sizes, epsilon rescaled, per-layer lists sliced.
+
+    Args:
+        layout: the layout of the architecture.
+        config: of the unpruned model.
+        before: its axis sizes.
+        after: those of the pruned model.
+        layers: the layers that stay.
+
+    Raises:
+        InputError: the config cannot say a size, or a list of it is of another length.
+    """
     changes = layout.resized(config, after)
     if before["hidden_channels"] != after["hidden_channels"] and layout.norm_eps_key is not None:
         # The mean of squares over d' of d channels is d / d' times what it was; so must epsilon be.

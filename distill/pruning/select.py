@@ -132,15 +132,15 @@ def kept_layers(scores: Scores, keep: KeepSpec, before: Sizes) -> tuple[int, ...
         costs = _block_scores(scores, total, drop)
         start = 1 + costs.index(min(costs))
         return tuple(layer for layer in range(total) if not start <= layer < start + drop)
-    values = _scores_of(scores, "layers", (total,), "num_hidden_layers")
-    return (0, *(1 + layer for layer in _best(values[1:-1], count - 2)), total - 1)
+    values = scores_of(scores, "layers", (total,), "num_hidden_layers")
+    return (0, *(1 + layer for layer in best(values[1:-1], count - 2)), total - 1)
 
 
 def _block_scores(scores: Scores, total: int, drop: int) -> list[float]:
     """What each block of ``drop`` layers is worth, the first beginning at layer 1, the last ending before the last."""
     if scores.layer_blocks is not None:
-        return _scores_of(scores, "layer_blocks", (total - drop + 1,), "num_hidden_layers")[1 : total - drop].tolist()
-    values = _scores_of(scores, "layers", (total,), "num_hidden_layers")
+        return scores_of(scores, "layer_blocks", (total - drop + 1,), "num_hidden_layers")[1 : total - drop].tolist()
+    values = scores_of(scores, "layers", (total,), "num_hidden_layers")
     return [float(values[start : start + drop].sum()) for start in range(1, total - drop)]
 
 
@@ -154,7 +154,7 @@ def kept_channels(scores: Scores, before: Sizes, after: Sizes) -> tuple[int, ...
     size, wanted = before["hidden_channels"], after["hidden_channels"]
     if size == wanted:
         return tuple(range(size))
-    return _best(_scores_of(scores, "hidden_channels", (size,), "hidden_size"), wanted)
+    return best(scores_of(scores, "hidden_channels", (size,), "hidden_size"), wanted)
 
 
 def kept_neurons(scores: Scores, experts: Rows | None, layers: tuple[int, ...], before: Sizes, after: Sizes) -> Rows:
@@ -164,73 +164,35 @@ def kept_neurons(scores: Scores, experts: Rows | None, layers: tuple[int, ...], 
     size, wanted = before["mlp_neurons"], after["mlp_neurons"]
     if size == wanted:
         return tuple(tuple(e * size + neuron for e in row for neuron in range(size)) for row in experts)
-    values = _scores_of(scores, "mlp_neurons", (before["layers"], before["experts"], size), "intermediate_size")
+    values = scores_of(scores, "mlp_neurons", (before["layers"], before["experts"], size), "intermediate_size")
     return tuple(
-        tuple(e * size + neuron for e in row for neuron in _best(values[layer, e], wanted))
+        tuple(e * size + neuron for e in row for neuron in best(values[layer, e], wanted))
         for layer, row in zip(layers, experts, strict=True)
     )
-
-
-def kept_groups(scores: Scores, keep: KeepSpec, layers: tuple[int, ...], before: Sizes, after: Sizes) -> Rows:
-    """KV groups that stay, or that are pooled: then all of them."""
-    size, wanted = before["kv_groups"], after["kv_groups"]
-    if size == wanted or keep.group_choice == "pool":
-        return (tuple(range(size)),) * len(layers)
-    # Where each head has a group of its own and only heads are named, the heads' scores decide.
-    key = "num_attention_heads" if keep.num_key_value_heads is None else "num_key_value_heads"
-    return _rows_of(_scores_of(scores, AXIS_OF_KEY[key], (before["layers"], size), key), layers, wanted)
-
-
-def kept_heads(
-    scores: Scores, keep: KeepSpec, groups: Rows, layers: tuple[int, ...], before: Sizes, after: Sizes
-) -> Rows:
-    """Query heads that stay: the best of each KV group of the pruned model, as many in each, group by group."""
-    new = after["attention_heads"] // after["kv_groups"]
-    members = [_members(row, keep, before, after) for row in groups]
-    if all(len(heads) == new for row in members for heads in row):
-        return tuple(tuple(head for heads in row for head in heads) for row in members)
-    shape = (before["layers"], before["attention_heads"])
-    values = _scores_of(scores, "attention_heads", shape, "num_attention_heads")
-    return tuple(
-        tuple(heads[i] for heads in row for i in _best(values[layer, heads], new))
-        for layer, row in zip(layers, members, strict=True)
-    )
-
-
-def _members(groups: tuple[int, ...], keep: KeepSpec, before: Sizes, after: Sizes) -> list[list[int]]:
-    """For each KV group of the pruned model the query heads that may serve it; ``groups`` are those of one layer."""
-    per_group = before["attention_heads"] // before["kv_groups"]
-
-    def heads_of(some: tuple[int, ...]) -> list[int]:
-        return [group * per_group + head for group in some for head in range(per_group)]
-
-    if keep.group_choice == "pool":
-        run = before["kv_groups"] // after["kv_groups"]
-        return [heads_of(groups[start : start + run]) for start in range(0, len(groups), run)]
-    own = [heads_of((group,)) for group in groups]
-    if keep.group_choice == "silence":
-        orphans = heads_of(tuple(group for group in range(before["kv_groups"]) if group not in groups))
-        share = len(orphans) // len(groups)
-        return [heads + orphans[i * share : (i + 1) * share] for i, heads in enumerate(own)]
-    return own
 
 
 def _kept_rows(scores: Scores, axis: str, key: str, layers: tuple[int, ...], before: Sizes, after: Sizes) -> Rows:
     if before[axis] == after[axis]:
         return (tuple(range(before[axis])),) * len(layers)
-    return _rows_of(_scores_of(scores, axis, (before["layers"], before[axis]), key), layers, after[axis])
+    return rows_of(scores_of(scores, axis, (before["layers"], before[axis]), key), layers, after[axis])
 
 
-def _rows_of(values: Tensor, layers: tuple[int, ...], count: int) -> Rows:
-    return tuple(_best(values[layer], count) for layer in layers)
+def rows_of(values: Tensor, layers: tuple[int, ...], count: int) -> Rows:
+    """The units of highest score of each layer that stays."""
+    return tuple(best(values[layer], count) for layer in layers)
 
 
-def _best(values: Tensor, count: int) -> tuple[int, ...]:
+def best(values: Tensor, count: int) -> tuple[int, ...]:
     """Indices of the highest values, rising; of equal ones the first."""
     return tuple(sorted(values.argsort(descending=True, stable=True)[:count].tolist()))
 
 
-def _scores_of(scores: Scores, axis: str, shape: tuple[int, ...], what: str) -> Tensor:
+def scores_of(scores: Scores, axis: str, shape: tuple[int, ...], what: str) -> Tensor:
+    """The scores of an axis.
+
+    Raises:
+        InputError: there are none, or they are of another model.
+    """
     values: Tensor | None = getattr(scores, axis)
     if values is None:
         kind = "block_influence" if axis == "layers" else "activation"

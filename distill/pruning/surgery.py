@@ -18,7 +18,7 @@ that the model multiplies by sqrt(d) (Gemma) are multiplied by sqrt(d/d'). The l
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import sqrt
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -124,7 +124,8 @@ def cut(weight: Tensor, parameter: Parameter, layer: int | None, plan: Plan, lay
         if parameter.axes[0] == "experts" and "mlp_neurons" in dimension:
             result = _cut_neurons_of_experts(result, dim, dimension, layer or 0, plan)
         else:
-            result = _cut_dimension(result, dim, dimension, layer, plan)
+            merges = plan.merged_heads is not None and _asks(parameter, layout)
+            result = _cut_dimension(result, dim, dimension, layer, plan, merges=merges)
     if plan.group_choice == "silence" and parameter.path == f"{layout.attention_out}.weight":
         result = _silenced(result, parameter, layer or 0, plan)
     if parameter.grows != "no" and plan.before["hidden_channels"] != plan.after["hidden_channels"]:
@@ -135,8 +136,23 @@ def cut(weight: Tensor, parameter: Parameter, layer: int | None, plan: Plan, lay
     return result.clone() if result.data_ptr() == weight.data_ptr() else result.contiguous()
 
 
-def _cut_dimension(weight: Tensor, dim: int, dimension: Dimension, layer: int | None, plan: Plan) -> Tensor:
-    """The entries along one dimension that stay, stretch by stretch."""
+def _asks(parameter: Parameter, layout: Layout) -> bool:
+    """Whether the heads' entries of a parameter make their queries: a projection into heads, or its bias."""
+    projects = len(parameter.axes) > 1 or parameter.path.endswith(".bias")
+    return projects and parameter.path != f"{layout.attention_out}.weight"
+
+
+def _entries(kept: Sequence[int], width: int, like: Tensor) -> Tensor:
+    import torch
+
+    index = torch.tensor(kept, device=like.device, dtype=torch.long)
+    return (index.unsqueeze(1) * width + torch.arange(width, device=like.device)).flatten()
+
+
+def _cut_dimension(
+    weight: Tensor, dim: int, dimension: Dimension, layer: int | None, plan: Plan, *, merges: bool
+) -> Tensor:
+    """The entries along one dimension that stay, stretch by stretch; those of query heads merged where ``merges``."""
     import torch
 
     pieces = []
@@ -144,9 +160,11 @@ def _cut_dimension(weight: Tensor, dim: int, dimension: Dimension, layer: int | 
         piece = weight.narrow(dim, span.start, span.length)
         kept = tuple(range(span.units)) if span.axis in FIXED_AXES else plan.kept(span.axis, layer)
         if kept != tuple(range(span.units)):
-            index = torch.tensor(kept, device=weight.device)
-            entries = (index.unsqueeze(1) * span.width + torch.arange(span.width, device=weight.device)).flatten()
-            piece = piece.index_select(dim, entries)
+            whole, piece = piece, piece.index_select(dim, _entries(kept, span.width, piece))
+            if merges and span.axis == "attention_heads" and plan.merged_heads is not None:
+                others = _entries(plan.merged_heads[layer or 0], span.width, whole)
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                piece = (2 * piece.to(wide) - whole.index_select(dim, others).to(wide)).to(weight.dtype)
         if span.axis == "kv_groups" and plan.group_choice == "pool":
             runs = piece.float().unflatten(dim, (plan.after["kv_groups"], -1, span.width))
             piece = runs.mean(dim + 1).flatten(dim, dim + 1).to(weight.dtype)
@@ -169,12 +187,9 @@ def _cut_neurons_of_experts(weight: Tensor, dim: int, dimension: Dimension, laye
 
 def _silenced(weight: Tensor, parameter: Parameter, layer: int, plan: Plan) -> Tensor:
     """The output projection with zeros where silent heads enter."""
-    import torch
 
     dim, head_dim = parameter.axes.index("attention_heads"), plan.before["head_dim"]
-    heads = torch.tensor(plan.silent_heads(layer), device=weight.device, dtype=torch.long)
-    entries = (heads.unsqueeze(1) * head_dim + torch.arange(head_dim, device=weight.device)).flatten()
-    return weight.index_fill(dim, entries, 0.0)
+    return weight.index_fill(dim, _entries(plan.silent_heads(layer), head_dim, weight), 0.0)
 
 
 def _check_result(pruned: nn.Module, plan: Plan, layout: Layout) -> None:

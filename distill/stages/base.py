@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -44,6 +44,10 @@ class StageSpec(Spec):
         A reference is "teacher", an earlier stage, a folder or a Hub id.
         """
         return []
+
+    def speaker(self) -> str | None:
+        """The model whose tokens the stage reads its text in, where its vocabulary was cut; None: those of the run."""
+        return next((reference for _, reference in self.references()), None)
 
     def reads(self, earlier: list[str]) -> list[str]:
         """References of all models that the result depends on.
@@ -90,6 +94,28 @@ class Session:
     _tokenizer: PreTrainedTokenizerFast | None = None
     _corpus: Corpus | None = None
     _logger: SafeLogger | None = None
+    _whole: Session | None = None
+    _cut: dict[str, Session] = field(default_factory=dict)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the text is read in a part of the run's tokens."""
+        return self._whole is not None
+
+    def speaking(self, reference: str | None) -> Session:
+        """The session in which the text is read in a model's tokens: another one where its vocabulary was cut."""
+        from distill.data.tokenizer import load_tokenizer
+
+        if reference is None or reference == SELF:
+            return self
+        artifact = self.artifact(reference)
+        lineage = artifact.lineage()
+        if lineage is None or lineage.num_tokens is None:
+            return self
+        if artifact.location not in self._cut:
+            own = load_tokenizer(artifact.location)
+            self._cut[artifact.location] = replace(self, _tokenizer=own, _corpus=None, _whole=self._whole or self)
+        return self._cut[artifact.location]
 
     def artifact(self, reference: str) -> Artifact:
         """The model behind a reference of the recipe."""
@@ -147,6 +173,8 @@ class Session:
         """The W&B run that all stages log to, opened once; its id stays with the run folder, so that curves go on."""
         from distill.tracking.wandb import make_logger
 
+        if self._whole is not None:
+            return self._whole.logger()
         if self._logger is None and self.logging.wandb != "disabled":
             file = self.run.folder / "wandb-id"
             if not file.is_file():
@@ -193,6 +221,7 @@ class StageContext:
         teacher: str | None,
         figures: dict[str, Any],
         mask: str | None = None,
+        tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> Artifact:
         """Write the stage's model folder, whole or not at all, with tokenizer and lineage.
 
@@ -203,6 +232,7 @@ class StageContext:
             teacher: reference of the model that it learned from.
             figures: go into the lineage.
             mask: see :class:`~distill.core.artifact.Lineage`.
+            tokenizer: with the vocabulary cut; None is that of the session.
         """
         from distill.models.load import licence_of
 
@@ -211,7 +241,8 @@ class StageContext:
         line = above.lineage()
         with replacing(Path(artifact.location)) as folder:
             save(folder)
-            self.session.tokenizer().save_pretrained(folder)
+            speaks = tokenizer or self.session.tokenizer()
+            speaks.save_pretrained(folder)
             write_lineage(
                 folder,
                 Lineage(
@@ -224,6 +255,7 @@ class StageContext:
                     input_hash=self.input_hash,
                     figures=figures,
                     mask=mask,
+                    num_tokens=len(speaks) if tokenizer is not None or self.session.is_cut else None,
                 ),
             )
         return artifact

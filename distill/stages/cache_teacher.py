@@ -183,6 +183,7 @@ def open_cache(context: StageContext, name: str, num_sequences: int) -> tuple[Co
     stage = context.session.stages[name]
     assert isinstance(stage, CacheTeacher)
     corpus = context.session.corpus()
+    _refuse_other_tokens(context, name, stage)
     needed, kept = _first(corpus, num_sequences), stage.num_sequences
     if kept is not None and (lacking := len(set(needed) - set(_first(corpus, kept)))):
         raise InputError(
@@ -202,6 +203,19 @@ def open_cache(context: StageContext, name: str, num_sequences: int) -> tuple[Co
     dtype = None if resolve_device(context.session.compute) == "cuda" else torch.float32
     head = head_file(train.folder.parent)
     return cached, CachedTeacher(train.vocabulary, head, whole=stage.codec.whole, dtype=dtype)
+
+
+def _refuse_other_tokens(context: StageContext, name: str, stage: CacheTeacher) -> None:
+    from distill.data.tokenizer import load_tokenizer
+
+    session = context.session
+    if session.is_cut:
+        written = load_tokenizer(session.artifact(stage.teacher).location)
+        if written.get_vocab() != session.tokenizer().get_vocab():
+            raise InputError(
+                f"the cache {name!r} holds what {stage.teacher} says in {len(written)} tokens, and the student speaks "
+                f"{len(session.tokenizer())} of them; name {stage.teacher} here, which is then cut to these"
+            )
 
 
 def _blocks(corpus: Corpus) -> Blocks:

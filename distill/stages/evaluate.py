@@ -82,12 +82,17 @@ class Evaluate(StageSpec):
         teacher = [self.teacher] if self.teacher != "teacher" or context.session.teacher else []
         return list(dict.fromkeys([*teacher, *(name for name in before if stages[name].makes_model)]))
 
+    def speaker(self) -> str | None:
+        """Each model is measured in its own tokens."""
+        return None
+
     def _load(self, context: StageContext, location: str) -> Any:
-        from distill.models.load import load_model
+        from distill.models.load import move
+        from distill.stages.tokens import load_speaking
         from distill.stages.train import check_packing
 
         device = _device(context)
-        return check_packing(context, load_model(location, dtype=_dtype(device), device=device))
+        return move(check_packing(context, load_speaking(context, location, _dtype(device))), device)
 
     def _row(self, context: StageContext, reference: str, teacher: Any) -> Row:
         """Everything but speed."""
@@ -95,11 +100,13 @@ class Evaluate(StageSpec):
         from distill.models.load import load_config, low_bit_scheme
         from distill.models.size import measure_size
         from distill.pruning.mask import nonzero_share
-        from distill.stages.train import check_speaks
 
-        artifact, corpus = context.session.artifact(reference), context.session.corpus()
-        check_speaks(context, artifact.location)
-        model = teacher if reference == self.teacher else self._load(context, artifact.location)
+        artifact = context.session.artifact(reference)
+        speaking = replace(context, session=context.session.speaking(reference))
+        corpus = speaking.session.corpus()
+        model = teacher if reference == self.teacher else self._load(speaking, artifact.location)
+        if speaking.session.is_cut and teacher is not None:  # held against the teacher's words in its own tokens
+            teacher = self._load(speaking, context.session.artifact(self.teacher).location)
         quality = measure_quality(model, teacher, corpus.validation_loader(self.batch_size), corpus.validation_bytes)
         size = measure_size(local_folder(artifact))
         lineage = artifact.lineage()
@@ -179,11 +186,14 @@ def _history(context: StageContext, reference: str, artifact: Artifact) -> dict[
     if lineage is None:
         return {}
     figures = lineage.figures
+    notes = [f"mask {lineage.mask}, stored and run as dense"] * (lineage.mask is not None)
+    if lineage.num_tokens is not None:
+        notes.append(f"vocabulary cut to {lineage.num_tokens:,} tokens, KL over these; compare bits per byte")
     return {
         "kind": lineage.kind,
         "parent": lineage.parent if getattr(context.session.stages[reference], "weights", "") != "random" else None,
         "scheme": figures.get("scheme"),
-        "notes": f"mask {lineage.mask}, stored and run as dense" if lineage.mask else "",
+        "notes": "; ".join(notes),
         "training_tokens": figures.get("training_tokens", 0),
         "training_seconds": figures.get("training_seconds", 0.0),
     }

@@ -6,18 +6,20 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from distill.core.artifact import write_bytes, write_text
 from distill.core.errors import InputError
+from distill.core.run import CHECKPOINTS
 from distill.pruning import CRITERIA, Activation, BlockInfluence
 from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.keep import AXIS_OF_KEY, KeepSpec
 from distill.stages.base import StageContext, StageSpec
 from distill.stages.scoring import scores_of, write
+from distill.stages.search.spec import SearchSpec
 
 if TYPE_CHECKING:
-    from distill.pruning.layout import Layout
+    from distill.pruning.layout import Config, Layout
     from distill.stages.report_page.plots import Plot
 
 PLAN = "plan.json"
@@ -27,13 +29,24 @@ SCORES = "scores.safetensors"
 class Prune(StageSpec):
     """Cut layers, MLP neurons, heads, KV groups, hidden channels and experts; the result is a smaller plain model."""
 
+    # One of the two, for editors; a resolved recipe writes the other out as null.
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": [key], "properties": {key: {"type": "object", "minProperties": 1}}}
+                for key in ("keep", "search")
+            ]
+        }
+    )
     makes_model: ClassVar[bool] = True
 
     kind: Literal["prune"] = "prune"
     model: str = "teacher"
     """What to cut: "teacher", an earlier stage (a corrected teacher), a folder or a Hub id."""
-    keep: KeepSpec
-    """Sizes that stay; what is not named stays whole."""
+    keep: KeepSpec | None = None
+    """Sizes that stay; what is not named stays whole. Exclusive with search."""
+    search: SearchSpec | None = None
+    """Find the sizes that fit a budget best, such as {budget: {non_embedding_parameters: 50%}}. Exclusive with keep."""
     criterion: Annotated[CriterionSpec, CRITERIA] = Activation()
     """How neurons, heads, hidden channels and experts are scored."""
     mlp_criterion: Annotated[CriterionSpec, CRITERIA] | None = None
@@ -46,6 +59,14 @@ class Prune(StageSpec):
     """Precision of the stored weights; auto is that of the model that is cut."""
 
     @model_validator(mode="after")
+    def _sizes_come_from_one_place(self) -> Prune:
+        if (self.keep is None) == (self.search is None):
+            raise ValueError("say what stays once: keep with its sizes, or search with a budget")
+        if self.keep is not None and not self.keep.cuts():
+            raise ValueError("keep names no size, so nothing would be cut; name one, such as {intermediate_size: 1024}")
+        return self
+
+    @model_validator(mode="after")
     def _criteria_score_what_is_cut(self) -> Prune:
         choices = self._choices()
         for axis, key in choices.items():
@@ -55,13 +76,18 @@ class Prune(StageSpec):
         for key in ("criterion", "mlp_criterion", "depth_criterion"):
             given = key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default
             if given and key not in choices.values():
-                raise ValueError(f"{key} has no effect: keep cuts nothing that it scores")
+                raise ValueError(
+                    f"{key} has no effect: {'keep' if self.keep else 'search'} cuts nothing that it scores"
+                )
         return self
 
     def _choices(self) -> dict[str, str]:
         """Axis that is cut by score -> key of the criterion that scores it."""
-        cut = {axis for key, axis in AXIS_OF_KEY.items() if getattr(self.keep, key) is not None}
-        if self.keep.group_choice == "pool":
+        if self.search is not None:
+            cut = {AXIS_OF_KEY[key] for key in self.search.axes}
+        else:
+            cut = {axis for key, axis in AXIS_OF_KEY.items() if getattr(self.keep, key) is not None}
+        if self.keep is not None and self.keep.group_choice == "pool":
             cut.discard("kv_groups")
         special = {"layers": "depth_criterion"}
         if self.mlp_criterion is not None:
@@ -76,11 +102,13 @@ class Prune(StageSpec):
         """Score, plan, cut, and write the smaller model with its scores and plan."""
         import torch
 
+        from distill.data.cut_tokenizer import cut_tokenizer
         from distill.models.layouts import layout_for
         from distill.models.load import load_config
         from distill.models.shards import carve_folder
         from distill.pruning.plan import plan
         from distill.pruning.select import target_sizes
+        from distill.stages.tokens import tokens_of
         from distill.stages.train import check_speaks, save_plain, stored_dtype_of
 
         location = context.session.artifact(self.model).location
@@ -91,11 +119,17 @@ class Prune(StageSpec):
             raise InputError(
                 f"{self.model}: its weights are masked ({lineage.mask}), which a cut would break; cut first, mask then"
             )
-        config = load_config(location)
-        layout = layout_for(config.model_type)
-        target_sizes(self.keep, config.to_dict(), layout)  # what cannot be is refused before anything is computed
-        scores = self._scores(context, location, layout, layout.sizes(config.to_dict())["layers"])
-        the_plan = plan(scores, self.keep, layout, config.to_dict())
+        config = load_config(location).to_dict()
+        layout = layout_for(config["model_type"])
+        # What cannot be is refused before anything is computed.
+        rows = None
+        if self.keep is not None:
+            target_sizes(self.keep, config, layout)
+            rows = tokens_of(context, location, self.keep.vocabulary) if self.keep.vocabulary else None
+            keep, scores = self.keep, self._scores(context, location, layout, config)
+        else:
+            keep, scores = self._searched(context, location, layout, config, dtype)
+        the_plan = plan(scores, keep, layout, config, vocabulary=rows)
         for line in the_plan.summary():
             context.say(line)
         pruned = carve_folder(location, the_plan, layout, getattr(torch, dtype))
@@ -107,16 +141,38 @@ class Prune(StageSpec):
             "parameters": the_plan.parameters,
             "plan": the_plan.summary(),
         }
-        context.write_model(save_plain(pruned, dtype), kind=self.kind, parent=self.model, teacher=None, figures=figures)
+        speaks = None
+        if rows is not None:
+            speaks = cut_tokenizer(context.session.tokenizer(), rows, context.folder / CHECKPOINTS / "tokenizer")
+        context.write_model(
+            save_plain(pruned, dtype),
+            kind=self.kind,
+            parent=self.model,
+            teacher=None,
+            figures=figures,
+            tokenizer=speaks,
+        )
         return figures
 
-    def _scores(self, context: StageContext, location: str, layout: Layout, num_layers: int) -> Scores:
+    def _searched(
+        self, context: StageContext, location: str, layout: Layout, config: Config, dtype: str
+    ) -> tuple[KeepSpec, Scores]:
+        """The sizes that fit the budget best, and the scores by which they were tried."""
+        from distill.stages.search.search import Search
+
+        assert self.search is not None
+        search = Search(context, self.search, self.model, layout, config, dtype, self.calibration_batch_size)
+        scores = self._scores(context, location, layout, config)
+        return search.choose(scores), scores
+
+    def _scores(self, context: StageContext, location: str, layout: Layout, config: Config) -> Scores:
         """Scores of the axes that are cut, into the stage's folder; forward passes only where none were made before."""
         choices = self._choices()
         if not choices:
             return Scores()
         keys = list(dict.fromkeys(choices.values()))
-        criteria = [getattr(self, key).fitted_to(self.keep, num_layers) for key in keys]
+        keep, num_layers = self.keep or KeepSpec(), layout.sizes(config)["layers"]  # a search drops any number of them
+        criteria = [getattr(self, key).fitted_to(keep, num_layers) for key in keys]
         found, about = scores_of(context, location, criteria, layout, self.calibration_batch_size)
         tensors: dict[str, Any] = {}
         for axis, key in choices.items():

@@ -12,6 +12,7 @@ from distill.core.run import Done, Run
 from distill.stages.base import StageContext, StageSpec
 from distill.stages.evaluate import Evaluate, measured_rows
 from distill.stages.prune import Prune, score_plots_of
+from distill.stages.search.ranking import ranking
 
 PROMPTS = ("The ", "In the beginning", "def main(")
 
@@ -34,6 +35,10 @@ class Report(StageSpec):
     def reads(self, earlier: list[str]) -> list[str]:
         """Everything that stands before it."""
         return list(dict.fromkeys([*self.models, *earlier]))
+
+    def speaker(self) -> str | None:
+        """It shows the run's text, and models answer in their own tokens."""
+        return None
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Gather, let the models answer, write, and send."""
@@ -111,6 +116,12 @@ class Report(StageSpec):
             else f"{session.data.train.kind}, held out",
             validation_tokens=corpus.validation.num_predictions(),
             pruning=pruning,
+            searches={
+                name: lines
+                for name in session.stages
+                if self._cut(context, name)
+                if (lines := ranking(session.run.stage(name)))
+            },
             versions=versions(),
             **speed,
         )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from distill.training.assemble import Student
+    from distill.training.live_teacher import LiveTeacher
     from distill.training.on_policy import OnPolicy
     from distill.training.teacher import Teacher
 
@@ -25,7 +26,7 @@ def train(
     losses: Sequence[AnyLossSpec],
     budget: BudgetSpec,
     *,
-    teacher: str | None,
+    teacher: str | LiveTeacher | None,
     start: str | None = None,
     quantized_from_step: int = 0,
 ) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def train(
         student: what to train.
         losses: at least one.
         budget: how long; a budget of 0 does nothing.
-        teacher: reference of the frozen teacher or of its cache, "self", or None.
+        teacher: reference of the frozen teacher or of its cache, "self", one that is loaded, or None.
         start: reference of the model that the student starts from, or None without a teacher.
         quantized_from_step: steps that a fake-quantized student makes in full precision first.
 
@@ -61,7 +62,9 @@ def train(
     check_context_length(student.model, session.data.sequence_length)
     check_packing(context, student.model)
     source: Teacher | None = None
-    if teacher == SELF:
+    if isinstance(teacher, LiveTeacher):
+        source, teacher = teacher, None
+    elif teacher == SELF:
         source = OwnWeights(student.model)
     elif teacher in session.stages and session.stages[teacher].makes_signal:
         corpus, source = open_cache(context, teacher, num_steps * budget.batch_size)
@@ -154,7 +157,7 @@ def open_on_policy(
     if teacher is not None and teacher.model is not None and teacher.model is not student:
         theirs = teacher.model.generation_config.eos_token_id
         written = load_tokenizer(session.artifact(str(reference)).location).eos_token_id
-        if written != end:
+        if written != end and not session.is_cut:  # in a part of its tokens the teacher is cut to end as they do
             raise InputError(
                 f"on_policy: the run's tokenizer ends a text with token {end}, the teacher's with {written}; "
                 "set data.tokenizer: teacher, or mend eos_token in the teacher's tokenizer_config.json"
@@ -164,18 +167,17 @@ def open_on_policy(
 
 
 def load_frozen(context: StageContext, reference: str) -> PreTrainedModel:
-    """A teacher in the precision that ``compute`` asks for.
+    """A teacher in the precision that ``compute`` asks for, in the tokens of the stage.
 
     Raises:
         InputError: it speaks another vocabulary than the run.
     """
-    from distill.models.load import load_model
+    from distill.stages.tokens import load_speaking
     from distill.training.trainer import resolve_teacher
 
     location = context.session.artifact(reference).location
     _, dtype = resolve_teacher(context.session.compute)
-    check_speaks(context, location)
-    return check_packing(context, load_model(location, dtype=dtype))
+    return check_packing(context, load_speaking(context, location, dtype))
 
 
 def check_speaks(context: StageContext, location: str, *, tokens: bool = True) -> None:

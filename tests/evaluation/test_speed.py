@@ -33,6 +33,15 @@ def test_figures_hang_together(tiny_folders: list[Path]) -> None:
     assert measure_speed(tiny_folders[0], **QUICK).dtype == "bfloat16"
 
 
+def test_a_config_alone_is_measured_on_random_weights(tiny_folders: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((tiny_folders[0] / "config.json").read_text())
+    speed = measure_speed(tmp_path, weights="random", **QUICK)
+    assert speed.decode_tokens_per_s_p50 > 0
+    assert speed.dtype == "bfloat16"
+    with pytest.raises(MachineError):
+        measure_speed(tmp_path, **QUICK)
+
+
 def test_a_simulated_kernel_has_no_figures() -> None:
     speed = measure_speed("/no/such/model", kernel="simulated", **QUICK)
     assert all(getattr(speed, name) is None for name in FIGURES)

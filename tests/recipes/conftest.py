@@ -199,7 +199,14 @@ def shrink(tiny_teacher: Callable[[str], Path], texts: tuple[Path, Path]) -> Cal
                 found += [f"{at}.on_policy.prompt_tokens=4", f"{at}.on_policy.max_new_tokens=8"]
             if getattr(stage, "lora", None):
                 found += [f"{at}.lora.r=2", f"{at}.lora.alpha=2"]
-            if stage.kind == "prune":
+            if getattr(stage, "search", None):
+                steps = (
+                    "multiple_of.hidden_size=8",
+                    "num_measured=2",
+                    "train={num_candidates: 2, num_steps: 2, batch_size: 2}",
+                )
+                found += [f"{at}.search.{change}" for change in (*steps, "num_sequences=4", "budget.tolerance=0.5")]
+            elif stage.kind == "prune":
                 found.append(f"{at}.keep={json.dumps(_scaled(stage.keep, real, real | tiny))}")
             if isinstance(getattr(stage, "model", None), Spec):
                 sizes = SIZES | {"vocab_size": 300, "max_position_embeddings": 64}

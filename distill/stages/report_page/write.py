@@ -36,6 +36,7 @@ class RunFacts:
         validation: what quality was measured on, in words.
         validation_tokens: how many predictions counted.
         pruning: lines that say what was cut.
+        searches: stage -> the ranking of its search as rows of cells, headings first, the chosen architecture next.
         notes: further lines for the reader, such as licences or what was not done.
         versions: package -> version.
     """
@@ -54,6 +55,7 @@ class RunFacts:
     validation: str = ""
     validation_tokens: int | None = None
     pruning: Sequence[str] = ()
+    searches: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
     notes: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -184,6 +186,7 @@ def markdown(
     for title, lines in (("What training brought", findings), ("Pruning", facts.pruning), ("Notes", facts.notes)):
         if lines:
             parts += [f"## {title}", "\n".join(f"- {line}" for line in lines)]
+    parts += [f"## Search of {name}\n\n{_table_markdown(lines)}" for name, lines in facts.searches.items()]
     if facts.measured():
         parts += ["## How it was measured", "\n".join(f"- {label}: {value}" for label, value in facts.measured())]
     if prompts:
@@ -199,6 +202,11 @@ def markdown(
 def _prompt_markdown(item: Mapping[str, Any]) -> str:
     answers = [f"**{name}**\n\n{_fenced(given['text'])}" for name, given in item["answers"].items()]
     return "\n\n".join([f"Prompt:\n\n{_fenced(item['prompt'])}", *answers])
+
+
+def _table_markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *body = ["| " + " | ".join(cells) + " |" for cells in lines]
+    return "\n".join([head, "|" + "---:|" * len(lines[0]), *body])
 
 
 def _fenced(text: str, language: str = "text") -> str:
