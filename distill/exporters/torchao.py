@@ -120,9 +120,7 @@ def _with_codes(source_folder: Path, bits: dict[str, int]) -> PreTrainedModel:
     model = load_model(str(source_folder), dtype="float32")
     layers = dict(model.named_modules())
     if rounding := [name for name, layer in layers.items() if isinstance(layer, InputQuantLinear)]:
-        raise InputError(
-            f"{rounding[0]}: rounds its activations; as torchao only low-bit weights can be exported so far"
-        )
+        raise InputError(f"{rounding[0]}: rounds its activations, and only low-bit weights can be written as torchao")
     for key, codes in stored_weights(source_folder):
         if isinstance(codes, Codes):
             name = key.removesuffix(".weight")
