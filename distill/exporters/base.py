@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from distill.core.errors import DistillError
+from distill.core.errors import DistillError, InputError
 from distill.core.spec import Spec
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -40,35 +41,59 @@ class VerifyResult:
     weight_bytes: int
 
 
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card of a deliverable says of its format.
+
+    Attributes:
+        library: the Hub's name of the library that loads it.
+        tags: the Hub's tags of the format.
+        how_to_load: Markdown, with code that loads it.
+        quantized: whether its weights have fewer bits than the base model's.
+    """
+
+    library: str
+    tags: tuple[str, ...]
+    how_to_load: str
+    quantized: bool = False
+
+
+class EngineMissing(DistillError):
+    """The engine that would run a deliverable is not installed, so it cannot be verified in it."""
+
+
 class ExporterSpec(Spec):
     """What every exporter has: a kind and how exact the deliverable must be."""
+
+    engine: ClassVar[str]
+    """What runs the deliverable, in words."""
 
     kind: str
     max_kl: float = Field(1e-6, ge=0)
     """Largest KL, in nats, of any token between the trained and the exported model; 0 demands equal probabilities."""
 
-    def export(
-        self,
-        source_folder: Path,
-        folder: Path,
-        *,
-        title: str,
-        rows: Sequence[Mapping[str, Any]] = (),
-        verified: VerifyResult | None = None,
-    ) -> None:
-        """Write the deliverable.
+    def export(self, source_folder: Path, folder: Path, *, title: str) -> list[str]:
+        """Write the deliverable, without a card.
 
         Args:
             source_folder: the model artifact to be delivered.
             folder: where to; made if it is not there, and empty if it is.
-            title: what the model is called in its card.
-            rows: the measured table of the card, one mapping of column to value a row.
-            verified: what :meth:`verify` measured; None makes the card say that it was not verified.
+            title: what the model is called.
+
+        Returns:
+            What was done to the weights, a line each, for people.
+
+        Raises:
+            InputError: the model cannot be written in this format, or a package that writes it is not installed.
         """
         raise NotImplementedError
 
     def verify(
-        self, source_model: PreTrainedModel, folder: Path, batches: Iterable[Mapping[str, Tensor]]
+        self,
+        source_model: PreTrainedModel,
+        folder: Path,
+        batches: Iterable[Mapping[str, Tensor]],
+        tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> VerifyResult:
         """Load the deliverable in its engine and hold its logits against the trained model's.
 
@@ -76,11 +101,44 @@ class ExporterSpec(Spec):
             source_model: the trained model.
             folder: what :meth:`export` wrote.
             batches: ``input_ids`` int64 [batch, sequence] and ``mask`` bool [batch, sequence], True where to compare.
+            tokenizer: the trained model's; an engine that brings its own must cut the batches' text alike.
 
         Raises:
+            EngineMissing: the engine is not installed.
             DistillError: it does not load whole, or is further away than ``max_kl``.
         """
         raise NotImplementedError
+
+    def card(self, folder: Path) -> CardFacts:
+        """What the card says of the format of what :meth:`export` wrote."""
+        raise NotImplementedError
+
+
+def new_folder(source_folder: Path, folder: Path) -> None:
+    """Make the deliverable's folder.
+
+    Raises:
+        InputError: the source is no model folder, or the new one is not empty.
+    """
+    if not (source_folder / "config.json").is_file() or not any(source_folder.glob("*.safetensors")):
+        raise InputError(f"{source_folder}: not a model folder (expected config.json and *.safetensors in it)")
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise InputError(f"{folder}: is not empty; give a new folder, so that no older file is delivered by mistake")
+
+
+def require_package(module: str, extra: str, what: str) -> None:
+    """Raise an InputError that says what to install when a module is not there."""
+    if find_spec(module) is None:
+        raise InputError(f"{what} needs {module}, which is not installed: pip install 'distill[{extra}]'")
+
+
+def require_engine(module: str, extra: str, engine: str) -> None:
+    """Raise EngineMissing when an engine's module is not there."""
+    if find_spec(module) is None:
+        raise EngineMissing(
+            f"not verified in {engine}, which is not installed; pip install 'distill[{extra}]' and export again"
+        )
 
 
 def require_close(result: VerifyResult, max_kl: float, folder: Path) -> VerifyResult:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,13 +14,22 @@ from distill.core.errors import DistillError, InputError
 from distill.exporters.base import VerifyResult
 from distill.models.size import weight_bytes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Logits = Callable[[Mapping[str, Tensor]], Tensor]
 
 CHUNK_TOKENS = 128
 
 
 @torch.no_grad()
-def compare(source: Logits, exported: Logits, batches: Iterable[Mapping[str, Tensor]], folder: Path) -> VerifyResult:
+def compare(
+    source: Logits,
+    exported: Logits,
+    batches: Iterable[Mapping[str, Tensor]],
+    folder: Path,
+    num_bytes: int | None = None,
+) -> VerifyResult:
     """Run both on every batch and compare where ``mask`` is True.
 
     Log-probabilities are taken in fp64: in fp32 their own rounding is of the size of the bounds that are set here.
@@ -27,7 +38,8 @@ def compare(source: Logits, exported: Logits, batches: Iterable[Mapping[str, Ten
         source: batch -> logits [batch, sequence, vocabulary] of the trained model.
         exported: the same for the exported one.
         batches: ``input_ids`` and ``mask``, [batch, sequence].
-        folder: the exported model's, for the size of its weights and for messages.
+        folder: the exported model's, for messages.
+        num_bytes: size of its weight files; None for the safetensors of the folder.
 
     Raises:
         InputError: there is no token to compare.
@@ -47,8 +59,20 @@ def compare(source: Logits, exported: Logits, batches: Iterable[Mapping[str, Ten
         kl=kl.mean().item(),
         worst_kl=kl.max().item(),
         top1_agreement=agree.mean().item(),
-        weight_bytes=weight_bytes(folder),
+        weight_bytes=weight_bytes(folder) if num_bytes is None else num_bytes,
     )
+
+
+@contextmanager
+def plain_logits(model: PreTrainedModel) -> Iterator[Logits]:
+    """The trained model's logits of ``input_ids`` alone, as an engine computes them that knows neither padding nor
+    documents that share a row; in evaluation mode for as long as the block lasts."""
+    training = model.training
+    model.eval()
+    try:
+        yield lambda batch: model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits.float()
+    finally:
+        model.train(training)
 
 
 def _compare_batch(source: Tensor, exported: Tensor, mask: Tensor, folder: Path) -> list[tuple[Tensor, ...]]:

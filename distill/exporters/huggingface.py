@@ -8,19 +8,20 @@ Source: https://huggingface.co/docs/hub/model-cards for the card.
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from distill.core.artifact import LINEAGE, Artifact
+from distill.core.artifact import LINEAGE
 from distill.core.batch import model_inputs
-from distill.core.errors import DistillError, InputError
-from distill.exporters.base import ExporterSpec, VerifyResult, require_close
+from distill.core.errors import DistillError
+from distill.exporters.base import CardFacts, ExporterSpec, VerifyResult, new_folder, require_close
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 DELIVERED = {".safetensors", ".json", ".jinja", ".txt", ".model"}
 
@@ -28,59 +29,35 @@ DELIVERED = {".safetensors", ".json", ".jinja", ".txt", ".model"}
 class HuggingFace(ExporterSpec):
     """A Hugging Face folder with a model card, loaded by ``from_pretrained``."""
 
+    engine: ClassVar[str] = "plain transformers, in fp32,"
+
     kind: Literal["huggingface"] = "huggingface"
 
-    def export(
-        self,
-        source_folder: Path,
-        folder: Path,
-        *,
-        title: str,
-        rows: Sequence[Mapping[str, Any]] = (),
-        verified: VerifyResult | None = None,
-    ) -> None:
-        export(source_folder, folder, title=title, rows=rows, verified=verified)
+    def export(self, source_folder: Path, folder: Path, *, title: str) -> list[str]:
+        """Copy the artifact. The lineage file stays behind, since it names folders of the machine."""
+        new_folder(source_folder, folder)
+        for file in sorted(source_folder.iterdir()):
+            if file.is_file() and file.suffix in DELIVERED and file.name != LINEAGE and not file.name.startswith("."):
+                shutil.copyfile(file, folder / file.name)
+        return []
 
     def verify(
-        self, source_model: PreTrainedModel, folder: Path, batches: Iterable[Mapping[str, Tensor]]
+        self,
+        source_model: PreTrainedModel,
+        folder: Path,
+        batches: Iterable[Mapping[str, Tensor]],
+        tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> VerifyResult:
         return verify(source_model, folder, batches, max_kl=self.max_kl)
 
-
-def export(
-    source_folder: Path,
-    folder: Path,
-    *,
-    title: str,
-    rows: Sequence[Mapping[str, Any]] = (),
-    verified: VerifyResult | None = None,
-) -> None:
-    """Copy a model artifact and write its card.
-
-    The lineage file stays behind, since it names folders of the machine; what matters of it is in the card.
-
-    Args:
-        source_folder: the artifact, with safetensors weights.
-        folder: where to; made if it is not there, and empty if it is.
-        title: what the model is called in its card.
-        rows: the measured table, one mapping of column to value a row.
-        verified: what :func:`verify` measured; None makes the card say that it was not verified.
-
-    Raises:
-        InputError: the artifact has no config or no safetensors, or the folder is not empty.
-    """
-    from distill.exporters.model_card import write_card
-
-    if not (source_folder / "config.json").is_file() or not any(source_folder.glob("*.safetensors")):
-        raise InputError(f"{source_folder}: not a model folder (expected config.json and *.safetensors in it)")
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise InputError(f"{folder}: is not empty; give a new folder, so that no older file is delivered by mistake")
-    for file in sorted(source_folder.iterdir()):
-        if file.is_file() and file.suffix in DELIVERED and file.name != LINEAGE and not file.name.startswith("."):
-            shutil.copyfile(file, folder / file.name)
-    lineage = Artifact(title, str(source_folder)).lineage()
-    write_card(folder, title=title, lineage=lineage, rows=rows, verified=verified)
+    def card(self, folder: Path) -> CardFacts:
+        scheme = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+        return CardFacts(
+            library="transformers",
+            tags=("compressed-tensors",) if scheme else (),
+            how_to_load=_how_to_load(scheme),
+            quantized=scheme is not None,
+        )
 
 
 def verify(
@@ -113,6 +90,22 @@ def verify(
     finally:
         source_model.train(training)
     return require_close(result, max_kl, folder)
+
+
+def _how_to_load(scheme: Mapping[str, Any] | None) -> str:
+    code = (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "."  # this folder, or its Hub id\n'
+        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
+    )
+    if scheme is None:
+        return code
+    return (
+        f"{code}\n\nThe weights are in the compressed-tensors {scheme.get('format', '')} format: "
+        "`pip install compressed-tensors` first. Transformers unpacks them at the first forward pass, so it saves disk "
+        "and transfer, not memory; an engine with kernels for the format saves both."
+    )
 
 
 def _reload(folder: Path) -> PreTrainedModel:

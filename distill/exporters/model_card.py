@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from distill.core.artifact import Lineage
-from distill.exporters.base import VerifyResult
+from distill.exporters.base import CardFacts, VerifyResult
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -18,30 +17,36 @@ def write_card(
     folder: Path,
     *,
     title: str,
+    facts: CardFacts,
+    engine: str,
     lineage: Lineage | None,
+    notes: Sequence[str] = (),
     rows: Sequence[Mapping[str, Any]] = (),
-    verified: VerifyResult | None = None,
+    verified: VerifyResult | str = "nobody has held it against the trained model",
 ) -> None:
     """Write ``README.md`` into an exported folder, over an earlier one.
 
     Args:
         folder: the exported model.
         title: heading.
+        facts: of its format.
+        engine: what runs it.
         lineage: where the model comes from; None when it is not recorded.
+        notes: what was done to the weights, a line each.
         rows: the measured table, one mapping of column to value a row.
-        verified: what verification measured, None when there was none.
+        verified: what verification measured, or why there was none.
     """
     from huggingface_hub import ModelCard
 
-    quantization = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     parts = [
         f"# {title}",
         _lineage(lineage),
+        *(["## Weights\n\n" + "\n".join(f"- {note}" for note in notes)] if notes else []),
         "## Measured\n\n" + (markdown_table(rows) if rows else "Nothing was measured."),
-        "## Verification\n\n" + _verification(verified),
-        "## How to load\n\n" + _how_to_load(quantization),
+        "## Verification\n\n" + _verification(verified, engine),
+        "## How to load\n\n" + facts.how_to_load,
     ]
-    data = _data(folder, lineage, quantized=quantization is not None)
+    data = _data(lineage, facts)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n").save(folder / "README.md")
 
 
@@ -58,18 +63,18 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
 
 
-def _data(folder: Path, lineage: Lineage | None, *, quantized: bool) -> Any:
+def _data(lineage: Lineage | None, facts: CardFacts) -> Any:
     """The card's metadata. A base model that is no Hub id, and an unknown licence, are left out, not made up."""
     from huggingface_hub import ModelCardData
 
     base = lineage.base_model if lineage and _is_hub_id(lineage.base_model) else None
     return ModelCardData(
         base_model=base,
-        base_model_relation=("quantized" if quantized else "finetune") if base else None,
+        base_model_relation=("quantized" if facts.quantized else "finetune") if base else None,
         license=lineage.licence if lineage else None,
-        library_name="transformers",
+        library_name=facts.library,
         pipeline_tag="text-generation",
-        tags=["distillation", *(["compressed-tensors"] if quantized else [])],
+        tags=["distillation", *facts.tags],
     )
 
 
@@ -88,30 +93,14 @@ def _lineage(lineage: Lineage | None) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _verification(result: VerifyResult | None) -> str:
-    if result is None:
-        return "This export was not verified: nobody has held it against the trained model."
+def _verification(result: VerifyResult | str, engine: str) -> str:
+    if isinstance(result, str):
+        return f"This export was not verified: {result}."
     return (
-        f"Loaded with plain transformers in fp32 and held against the trained model on {result.tokens} tokens: "
+        f"Loaded in {engine} and held against the trained model on {result.tokens} tokens: "
         f"KL {result.kl:.3g} nats a token (worst {result.worst_kl:.3g}), largest logit difference "
-        f"{result.max_abs_logit:.3g}, same first token in {result.top1_agreement:.2%}. "
-        f"Weights: {result.weight_bytes} bytes."
-    )
-
-
-def _how_to_load(quantization: Mapping[str, Any] | None) -> str:
-    code = (
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "."  # this folder, or its Hub id\n'
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
-    )
-    if quantization is None:
-        return code
-    return (
-        f"{code}\n\nThe weights are in the compressed-tensors {quantization.get('format', '')} format: "
-        "`pip install compressed-tensors` first. Transformers unpacks them at the first forward pass, so it saves disk "
-        "and transfer, not memory; an engine with kernels for the format saves both."
+        f"{result.max_abs_logit:.3g} (mean {result.mean_abs_logit:.3g}), same first token in "
+        f"{result.top1_agreement:.2%}. Weights: {result.weight_bytes} bytes."
     )
 
 

@@ -41,6 +41,8 @@ def unpack(model: Any) -> list[str]:
         compressor.decompress_model(model)
     for module in layers.values():
         _strip(module)
+    for module in model.modules():
+        _let_go(module)
     quantizer.remove_quantization_config(model)
     return list(layers)
 
@@ -62,6 +64,15 @@ def _strip(module: nn.Module) -> None:
     for name in ("quantization_scheme", "quantization_status", "forward"):
         module.__dict__.pop(name, None)
     module.requires_grad_(True)
+
+
+def _let_go(module: nn.Module) -> None:
+    """Take away what the unpacker puts around every module to move its tensors about: no tracer can follow that."""
+    if module.__dict__.pop("_original_forward_func", None) is not None:
+        module.__dict__.pop("forward", None)
+    module.__dict__.pop("is_staged", None)
+    for name in ("_parameters", "_buffers"):
+        module.__dict__[name] = dict(module.__dict__[name])
 
 
 def _round_input(module: nn.Module, words: Any, scale: torch.Tensor | None) -> None:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from distill.core.artifact import Artifact, replacing
 from distill.exporters import EXPORTERS, HuggingFace
-from distill.exporters.base import ExporterSpec
+from distill.exporters.base import EngineMissing, ExporterSpec, VerifyResult
 from distill.stages.base import StageContext, StageSpec
 from distill.stages.evaluate import local_folder, measured_rows
 
@@ -39,7 +39,9 @@ class Export(StageSpec):
         return [self.model, *earlier]
 
     def run(self, context: StageContext) -> dict[str, Any]:
-        """Export, reload, compare; only an export that was verified takes its place."""
+        """Export, reload, compare; only an export that was not found wrong takes its place, and one that could
+        not be verified says so."""
+        from distill.data.tokenizer import load_tokenizer
         from distill.exporters.model_card import write_card
         from distill.models.load import load_model
 
@@ -49,14 +51,32 @@ class Export(StageSpec):
         batches = list(session.corpus().calibration_loader(num_sequences=self.verify_sequences, batch_size=4))
         place = context.folder / title
         with replacing(place) as folder:
-            self.target.export(source, folder, title=title)
-            verified = self.target.verify(load_model(str(source), dtype="float32"), folder, batches)
-            lineage = Artifact(self.model, str(source)).lineage()
-            write_card(folder, title=title, lineage=lineage, rows=_card_rows(measured_rows(context)), verified=verified)
+            notes = self.target.export(source, folder, title=title)
+            verified: VerifyResult | str
+            try:
+                trained = load_model(str(source), dtype="float32")
+                verified = self.target.verify(trained, folder, batches, load_tokenizer(source))
+            except EngineMissing as missing:
+                verified = str(missing)
+            write_card(
+                folder,
+                title=title,
+                facts=self.target.card(folder),
+                engine=self.target.engine,
+                lineage=Artifact(self.model, str(source)).lineage(),
+                notes=notes,
+                rows=_card_rows(measured_rows(context)),
+                verified=verified,
+            )
+        for note in notes:
+            context.say(note)
+        if isinstance(verified, str):
+            context.say(f"{place}: {verified}")
+            return {"folder": place.name, "unverified": verified}
         context.say(
-            f"{place}: {verified.weight_bytes / 1e6:.2f} MB; reloaded, largest logit difference "
-            f"{verified.max_abs_logit:.1e}, worst KL {verified.worst_kl:.1e}, same first token "
-            f"{verified.top1_agreement:.1%}"
+            f"{place}: {verified.weight_bytes / 1e6:.2f} MB; run by {self.target.engine.rstrip(',')}: logit difference "
+            f"{verified.max_abs_logit:.1e} at most, {verified.mean_abs_logit:.1e} in the mean; KL {verified.kl:.1e}, "
+            f"{verified.worst_kl:.1e} at worst; same first token {verified.top1_agreement:.1%}"
         )
         return {"folder": place.name, **asdict(verified)}
 

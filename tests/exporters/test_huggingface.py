@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from distill.core.errors import DistillError, InputError
 from distill.exporters import HuggingFace
-from distill.exporters.huggingface import export, verify
+from distill.exporters.huggingface import verify
 from distill.quantization.convert import round_unquantized
 
 Batches = list[dict[str, torch.Tensor]]
@@ -19,7 +19,7 @@ Batches = list[dict[str, torch.Tensor]]
 
 @pytest.fixture
 def exported(artifact: Path, tmp_path: Path) -> Path:
-    HuggingFace().export(artifact, tmp_path / "export", title="small", rows=[{"model": "small", "perplexity": 8.0}])
+    HuggingFace().export(artifact, tmp_path / "export", title="small")
     return tmp_path / "export"
 
 
@@ -59,11 +59,11 @@ def test_an_unquantized_artifact_exports_too(
     model = make("llama")
     round_unquantized(model, torch.bfloat16)
     copy.deepcopy(model).bfloat16().save_pretrained(tmp_path / "artifact")
-    export(tmp_path / "artifact", tmp_path / "export", title="plain")
+    HuggingFace().export(tmp_path / "artifact", tmp_path / "export", title="plain")
     assert verify(model, tmp_path / "export", batches).worst_kl == 0.0
-    card = (tmp_path / "export" / "README.md").read_text()
-    assert "base model: not recorded" in card
-    assert "compressed-tensors" not in card
+    facts = HuggingFace().card(tmp_path / "export")
+    assert not facts.quantized
+    assert "compressed-tensors" not in facts.how_to_load
 
 
 def test_one_changed_scale_is_found(trained: PreTrainedModel, exported: Path, batches: Batches) -> None:
@@ -129,9 +129,9 @@ def test_kl_is_that_of_the_masked_tokens(
 
 def test_refusals(trained: PreTrainedModel, artifact: Path, exported: Path, batches: Batches, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not empty"):
-        export(artifact, exported, title="small")
+        HuggingFace().export(artifact, exported, title="small")
     with pytest.raises(InputError, match="not a model folder"):
-        export(tmp_path / "nowhere", tmp_path / "new", title="small")
+        HuggingFace().export(tmp_path / "nowhere", tmp_path / "new", title="small")
     with pytest.raises(InputError, match="no token to compare"):
         verify(trained, exported, [{"input_ids": batches[0]["input_ids"], "mask": torch.zeros(2, 9, dtype=torch.bool)}])
     with pytest.raises(InputError, match="no token to compare"):

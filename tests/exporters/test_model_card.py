@@ -1,11 +1,10 @@
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 from huggingface_hub import ModelCard
 
 from distill.core.artifact import Lineage
-from distill.exporters import VerifyResult
+from distill.exporters import CardFacts, HuggingFace, VerifyResult
 from distill.exporters.model_card import markdown_table, public_name, write_card
 
 LINEAGE = Lineage(
@@ -17,17 +16,21 @@ VERIFIED = VerifyResult(
 )
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    return tmp_path
+FACTS = CardFacts(library="transformers", tags=(), how_to_load="call from_pretrained")
 
 
-def test_metadata_and_text(folder: Path) -> None:
+def test_metadata_and_text(tmp_path: Path) -> None:
     write_card(
-        folder, title="small", lineage=LINEAGE, rows=[{"model": "small", "perplexity": 8.123456}], verified=VERIFIED
+        tmp_path,
+        title="small",
+        facts=FACTS,
+        engine="plain transformers",
+        lineage=LINEAGE,
+        notes=["layers: 14 as F16"],
+        rows=[{"model": "small", "perplexity": 8.123456}],
+        verified=VERIFIED,
     )
-    card = ModelCard.load(folder / "README.md")
+    card = ModelCard.load(tmp_path / "README.md")
     data = card.data.to_dict()
     assert data["base_model"] == "some-team/Base-1B"
     assert data["base_model_relation"] == "finetune"
@@ -35,27 +38,36 @@ def test_metadata_and_text(folder: Path) -> None:
     assert data["library_name"] == "transformers"
     assert card.text.startswith("# small") or card.text.lstrip().startswith("# small")
     assert "| small | 8.123 |" in card.text
+    assert "- layers: 14 as F16" in card.text
+    assert "Loaded in plain transformers and held" in card.text
     assert "on 16 tokens: KL 2e-09" in card.text
     assert "/home/someone" not in card.text
     assert "made from: pruned, by stage small (distill)" in card.text
 
 
-def test_quantized_models_say_so(folder: Path) -> None:
-    (folder / "config.json").write_text('{"quantization_config": {"format": "pack-quantized"}}')
-    write_card(folder, title="small", lineage=LINEAGE)
-    card = ModelCard.load(folder / "README.md")
+def test_quantized_models_say_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": {"format": "pack-quantized"}}')
+    facts = HuggingFace().card(tmp_path)
+    write_card(tmp_path, title="small", facts=facts, engine="transformers", lineage=LINEAGE)
+    card = ModelCard.load(tmp_path / "README.md")
     assert card.data.to_dict()["base_model_relation"] == "quantized"
+    assert "compressed-tensors" in card.data.to_dict()["tags"]
     assert "pack-quantized format" in card.text
 
 
-def test_what_is_not_known_is_not_guessed(folder: Path) -> None:
-    write_card(folder, title="small", lineage=replace(LINEAGE, licence=None, base_model="/models/base"))
-    card = ModelCard.load(folder / "README.md")
+def test_what_is_not_known_is_not_guessed(tmp_path: Path) -> None:
+    unknown = replace(LINEAGE, licence=None, base_model="/models/base")
+    write_card(tmp_path, title="small", facts=FACTS, engine="transformers", lineage=unknown)
+    card = ModelCard.load(tmp_path / "README.md")
     assert not {"license", "base_model", "base_model_relation"} & set(card.data.to_dict())
     assert "licence: unknown - check the base model before you publish" in card.text
     assert "base model: base" in card.text
-    assert "was not verified" in card.text
+    assert "was not verified: nobody has held it against the trained model." in card.text
     assert "Nothing was measured" in card.text
+    write_card(tmp_path, title="small", facts=FACTS, engine="transformers", lineage=None, verified="no engine here")
+    text = (tmp_path / "README.md").read_text()
+    assert "was not verified: no engine here." in text
+    assert "base model: not recorded" in text
 
 
 def test_table_takes_ragged_rows() -> None:

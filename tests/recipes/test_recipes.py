@@ -107,13 +107,17 @@ def test_runs_from_end_to_end(file: Path, shrink: Callable[[Path], list[str]], t
     from transformers import AutoModelForCausalLM
 
     recipe = Recipe.load(file, set=shrink(file))
+    targets = {name: stage.target.kind for name, stage in recipe.stages.items() if stage.kind == "export"}
+    if "gguf" in targets.values():
+        pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'distill[test]'")
     said: list[str] = []
     the_run = run(recipe, tmp_path / "run", say=said.append)
     assert [name for name in recipe.stages if the_run.done(name) is None] == []
     for name, stage in recipe.stages.items():
         if stage.kind == "export":
             folder = the_run.stage(name) / the_run.done(name).figures["folder"]  # type: ignore[union-attr]
-            model = AutoModelForCausalLM.from_pretrained(folder)
+            packed = {"gguf_file": next(folder.glob("*.gguf")).name} if targets[name] == "gguf" else {}
+            model = AutoModelForCausalLM.from_pretrained(folder, **packed)
             with torch.no_grad():
                 assert model(input_ids=torch.arange(8)[None]).logits.isfinite().all()
         elif stage.makes_model:

@@ -1,0 +1,233 @@
+"""One GGUF file for llama.cpp, Ollama and what is built on them, with its tokenizer and an Ollama ``Modelfile``.
+
+The deliverable of choice for a CPU, a laptop or a phone: the one engine in which low-bit weights are fast without a
+GPU. A model that was trained on a grid of llama.cpp's (q8_0, q4_0, tq2_0), or on any symmetric integer grid with groups
+of a multiple of 32 (int4_group), is written from its codes: nothing is rounded a second time. A full-precision model
+is written as F16, or rounded here with ``round_to``.
+
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the format.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from distill.core.artifact import Artifact
+from distill.core.errors import DistillError, InputError
+from distill.exporters.base import (
+    CardFacts,
+    ExporterSpec,
+    VerifyResult,
+    new_folder,
+    require_close,
+    require_engine,
+    require_package,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from distill.exporters.gguf_blocks import Blocks
+
+ENDS = ("token_embd.weight", "output.weight")
+
+
+class Gguf(ExporterSpec):
+    """A GGUF file, run by llama.cpp."""
+
+    engine: ClassVar[str] = "llama.cpp"
+
+    kind: Literal["gguf"] = "gguf"
+    max_kl: float = Field(5e-2, ge=0)
+    """Largest KL, in nats, of any token between the trained model and the file in llama.cpp, which rounds activations
+    to 8 bits before it multiplies them with low-bit weights: some thousandths at the worst token of a small model, F16
+    less than 1e-4; 0 demands equal probabilities."""
+    round_to: Literal["q8_0", "q4_0"] | None = None
+    """Grid that the layers of a full-precision model are rounded to; unset: as trained (codes stay codes, else F16)."""
+    embeddings: Literal["f16", "f32", "q8_0"] = "f16"
+    """How embeddings and output head are stored if they were not trained on a grid."""
+
+    def export(self, source_folder: Path, folder: Path, *, title: str) -> list[str]:
+        require_package("gguf", "gguf", "target gguf")
+        from gguf import GGUFWriter, LlamaFileType
+
+        from distill.data.tokenizer import load_tokenizer
+        from distill.exporters.gguf_model import add_model, architecture_of
+        from distill.exporters.gguf_vocabulary import add_vocabulary
+        from distill.models.load import load_config
+
+        new_folder(source_folder, folder)
+        config = load_config(str(source_folder))
+        tokenizer = load_tokenizer(source_folder)
+        # tensors wait in a temporary file, not in memory, until the header is complete
+        writer = GGUFWriter(folder / f"{title}.gguf", architecture_of(source_folder, config).name, use_temp_file=True)
+        try:
+            writer.add_name(title)
+            add_model(writer, config)
+            add_vocabulary(writer, tokenizer, config)
+            written = _add_tensors(writer, self._blocks(source_folder))
+            layers = written.formats or written.ends
+            file_type = "ALL_F32" if layers.most_common(1)[0][0] == "F32" else f"MOSTLY_{layers.most_common(1)[0][0]}"
+            writer.add_file_type(LlamaFileType[file_type])
+            writer.add_quantization_version(2)
+            lineage = Artifact(title, str(source_folder)).lineage()
+            if lineage and lineage.licence:
+                writer.add_license(lineage.licence)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+        num_tensors = _read_back(folder / f"{title}.gguf", self._blocks(source_folder))
+        (folder / "Modelfile").write_text(_modelfile(title, tokenizer, config.max_position_embeddings))
+        return [
+            *written.notes(self.round_to),
+            f"read back: {num_tensors} tensors hold what was to be written, bit for bit",
+        ]
+
+    def verify(
+        self,
+        source_model: PreTrainedModel,
+        folder: Path,
+        batches: Iterable[Mapping[str, Tensor]],
+        tokenizer: PreTrainedTokenizerFast | None = None,
+    ) -> VerifyResult:
+        require_engine("llama_cpp", "gguf", self.engine)
+        from distill.exporters.compare import compare, plain_logits
+        from distill.exporters.llama_cpp import LlamaCpp
+
+        file = file_of(folder)
+        batches = list(batches)
+        longest = max((batch["input_ids"].shape[-1] for batch in batches), default=1)
+        with LlamaCpp(file, context_tokens=longest) as engine:
+            if tokenizer is not None:
+                engine.check_tokenizer(tokenizer, [row for batch in batches for row in batch["input_ids"].tolist()])
+            with plain_logits(source_model) as source:
+                result = compare(source, engine.logits, batches, folder, file.stat().st_size)
+        return require_close(result, self.max_kl, folder)
+
+    def card(self, folder: Path) -> CardFacts:
+        file = file_of(folder)
+        return CardFacts(
+            library="gguf",
+            tags=("gguf", "llama.cpp"),
+            quantized=True,
+            how_to_load=(
+                f"```sh\nllama-cli -m {file.name} -p 'Once'         # llama.cpp\n"
+                f"ollama create {file.stem} -f Modelfile   # Ollama\n```\n\n"
+                "```python\nfrom llama_cpp import Llama  # pip install llama-cpp-python\n\n"
+                f'print(Llama("{file.name}")("Once", max_tokens=32)["choices"][0]["text"])\n```'
+            ),
+        )
+
+    def _blocks(self, source_folder: Path) -> Iterator[tuple[str, Blocks]]:
+        """(llama.cpp's name, weight as in the file) of every tensor."""
+        import torch
+
+        from distill.exporters.gguf_blocks import code_blocks, plain_blocks
+        from distill.exporters.gguf_model import architecture_of, in_order, rope_factors, tensor_names
+        from distill.exporters.stored import bits_of, stored_weights
+        from distill.models.load import load_config
+        from distill.quantization.base import Codes
+
+        config = load_config(str(source_folder))
+        architecture = architecture_of(source_folder, config)
+        name_of = tensor_names(architecture, config)
+        if self.round_to and bits_of(source_folder):
+            raise InputError(
+                f"{source_folder}: its weights are low-bit already; leave round_to out, and their codes are written"
+            )
+        if factors := rope_factors(config):
+            yield "rope_freqs.weight", plain_blocks("rope_freqs", torch.tensor(factors), "f32")
+        for key, weight in stored_weights(source_folder):
+            if key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and config.tie_word_embeddings):
+                continue  # llama.cpp computes the first, and takes the embeddings for the second
+            name, weight = name_of(key), in_order(key, weight, architecture, config)
+            if isinstance(weight, Codes):
+                blocks: Blocks = code_blocks(key, weight)
+            elif weight.ndim == 1:
+                blocks = plain_blocks(key, weight, "f32")
+            else:
+                blocks = plain_blocks(key, weight, self.embeddings if name in ENDS else self.round_to or "f16")
+            yield name, blocks
+
+
+class _Written:
+    """What went into a file: formats of the layers and of the ends, and scales that had to move."""
+
+    def __init__(self) -> None:
+        self.formats: Counter[str] = Counter()
+        self.ends: Counter[str] = Counter()
+        self.from_codes = self.moved_scales = 0
+
+    def notes(self, round_to: str | None) -> list[str]:
+        """The same in words."""
+        layers = ", ".join(f"{count} as {kind}" for kind, count in self.formats.most_common())
+        how = "rounded to nearest here, after training" if round_to else "as they were trained"
+        notes = [
+            f"layers: {layers}, {how}" + (f"; {self.from_codes} from their codes" if self.from_codes else ""),
+            f"embeddings and head: {', '.join(self.ends)}",
+        ]
+        if self.moved_scales:
+            notes.append(f"{self.moved_scales} scales are too small for fp16 to hold exactly and were rounded to it")
+        return notes
+
+
+def _add_tensors(writer: Any, tensors: Iterator[tuple[str, Blocks]]) -> _Written:
+    from gguf import GGMLQuantizationType
+
+    written = _Written()
+    for name, blocks in tensors:
+        writer.add_tensor(name, blocks.data, raw_dtype=GGMLQuantizationType[blocks.format])
+        if name in ENDS:
+            written.ends[blocks.format] += 1
+        elif blocks.data.ndim > 1:
+            written.formats[blocks.format] += 1
+        written.from_codes += blocks.from_codes
+        written.moved_scales += blocks.moved_scales
+    return written
+
+
+def _read_back(file: Path, tensors: Iterator[tuple[str, Blocks]]) -> int:
+    """Hold every tensor of the file, as another reader decodes it, against what it has to stand for.
+
+    Raises:
+        DistillError: one differs in a single bit.
+    """
+    import numpy
+    from gguf import GGUFReader, quants
+
+    stored = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    for name, blocks in tensors:
+        tensor = stored.pop(name, None)
+        if tensor is None or not numpy.array_equal(
+            quants.dequantize(tensor.data, tensor.tensor_type).reshape(blocks.values.shape), blocks.values
+        ):
+            raise DistillError(f"{file}: tensor {name} is not what was written; is the disk sound?")
+    if stored:
+        raise DistillError(f"{file}: has tensors that were not written: {', '.join(stored)}")
+    return len(GGUFReader(file).tensors)
+
+
+def _modelfile(title: str, tokenizer: PreTrainedTokenizerFast, context_tokens: int) -> str:
+    """What ``ollama create`` reads. Without a chat template the model is to go on with the text as it is given."""
+    lines = [f"FROM ./{title}.gguf", f"PARAMETER num_ctx {context_tokens}"]
+    return "\n".join([*lines, *([] if tokenizer.chat_template else ['TEMPLATE """{{ .Prompt }}"""'])]) + "\n"
+
+
+def file_of(folder: Path) -> Path:
+    """The one GGUF file of an export.
+
+    Raises:
+        DistillError: there is none, or several.
+    """
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise DistillError(f"{folder}: {len(files)} GGUF files in it, expected one")
+    return files[0]

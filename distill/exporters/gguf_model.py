@@ -1,0 +1,156 @@
+"""How llama.cpp names and expects the parts of an architecture that it computes as transformers does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.core.errors import InputError
+from distill.core.source import suggest
+from distill.quantization.base import Codes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One of llama.cpp's architectures.
+
+    Attributes:
+        name: ``general.architecture`` of the file.
+        interleaved: whether its rotary embedding turns neighbouring rows of a head, so that query and key rows have to
+            be put in that order; transformers turns row i with row i + head_dim / 2.
+        biases: linear layers, by the last part of their names, that may have a bias.
+    """
+
+    name: str
+    interleaved: bool
+    biases: frozenset[str]
+
+
+QKV = frozenset({"q_proj", "k_proj", "v_proj"})
+LLAMA = Architecture("llama", True, QKV | {"o_proj", "gate_proj", "up_proj", "down_proj"})
+ARCHITECTURES = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": Architecture("qwen2", False, QKV),
+    "qwen3": Architecture("qwen3", False, frozenset()),
+}
+ROPES = ("default", "linear", "llama3")
+
+
+def architecture_of(folder: Path, config: PretrainedConfig) -> Architecture:
+    """The architecture that a model is written as.
+
+    Raises:
+        InputError: llama.cpp, or this writer, would compute something else than transformers does.
+    """
+    kind = config.model_type
+    if kind not in ARCHITECTURES:
+        raise InputError(
+            f"{folder}: model_type {kind!r} cannot be written as GGUF (expected one of {', '.join(ARCHITECTURES)})"
+            + suggest(kind, ARCHITECTURES)
+        )
+    head_dim, heads = head_dim_of(config), config.num_attention_heads
+    window = getattr(config, "sliding_window", None)
+    rope = rope_of(config)
+    wrong = [
+        (config.hidden_act != "silu", f"hidden_act {config.hidden_act!r}, expected 'silu'"),
+        (window and window < config.max_position_embeddings, f"sliding_window {window}, expected null"),
+        (rope["rope_type"] not in ROPES, f"rope_type {rope['rope_type']!r}, expected one of {', '.join(ROPES)}"),
+        (rope.get("partial_rotary_factor", 1.0) != 1.0, "partial_rotary_factor, expected 1.0"),
+        (
+            kind == "qwen2" and heads * head_dim != config.hidden_size,
+            f"{heads} heads of {head_dim}, expected a product of hidden_size ({config.hidden_size}), as llama.cpp's "
+            "qwen2 has no other; keep all heads",
+        ),
+    ]
+    for is_wrong, what in wrong:
+        if is_wrong:
+            raise InputError(f"{folder}: cannot be written as GGUF: {kind} with {what}")
+    return ARCHITECTURES[kind]
+
+
+def head_dim_of(config: PretrainedConfig) -> int:
+    """Rows of one head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def rope_of(config: PretrainedConfig) -> dict[str, Any]:
+    """The rotary embedding's settings."""
+    return {"rope_type": "default", "rope_theta": 10000.0, **(config.rope_parameters or {})}
+
+
+def add_model(writer: Any, config: PretrainedConfig) -> None:
+    """Write the shape of the model into the file's header."""
+    head_dim, rope = head_dim_of(config), rope_of(config)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        from gguf import RopeScalingType
+
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+
+
+def rope_factors(config: PretrainedConfig) -> list[float] | None:
+    """What each frequency of a llama3 rotary embedding is divided by, [head_dim / 2]; None for another embedding."""
+    rope, head_dim = rope_of(config), head_dim_of(config)
+    if rope["rope_type"] != "llama3":
+        return None
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    factors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * rope["rope_theta"] ** (i / head_dim)
+        # 1 for waves that turn `high` times or more in the original context, `factor` for `low` or less
+        smooth = (rope["original_max_position_embeddings"] / wavelength - low) / (high - low)
+        smooth = min(max(smooth, 0.0), 1.0)
+        factors.append(1 / ((1 - smooth) / factor + smooth))
+    return factors
+
+
+def tensor_names(architecture: Architecture, config: PretrainedConfig) -> Callable[[str], str]:
+    """A function from a transformers weight's name to llama.cpp's; InputError for one that llama.cpp does not have."""
+    import gguf
+
+    kinds = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(kinds[architecture.name], config.num_hidden_layers)
+
+    def name_of(key: str) -> str:
+        layer, _, leaf = key.rpartition(".")
+        found = table.get_name(key, try_suffixes=(".weight", ".bias"))
+        if found is None or (leaf == "bias" and layer.rpartition(".")[2] not in architecture.biases):
+            raise InputError(f"{key}: llama.cpp's {architecture.name} has no such weight; it cannot be written as GGUF")
+        return found
+
+    return name_of
+
+
+def in_order(key: str, weight: Tensor | Codes, architecture: Architecture, config: PretrainedConfig) -> Tensor | Codes:
+    """The weight with its rows in llama.cpp's order; only queries and keys are put in another."""
+    import torch
+
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    part = key.rpartition(".")[0].rpartition(".")[2]
+    if not architecture.interleaved or part not in heads:
+        return weight
+    half = head_dim_of(config) // 2
+    rows = torch.arange(heads[part] * 2 * half).view(heads[part], 2, half).transpose(1, 2).flatten()
+    if isinstance(weight, Codes):
+        return replace(weight, values=weight.values[rows], scale=weight.scale[rows])
+    return weight[rows]

@@ -1,0 +1,117 @@
+"""A byte-level BPE tokenizer as llama.cpp keeps it: tokens, merges, special ids and the name of its way to cut text."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from distill.core.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+# llama.cpp has the patterns in its source and a file names one; these are the ones that a tokenizer.json spells out.
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+PATTERNS = {
+    rf"{_ENDINGS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe",
+    rf"{_ENDINGS}|{_WORDS}|\p{{N}}|{_REST}": "qwen2",
+    _TEKKEN: "tekken",
+}
+# token types of the format
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+
+
+def add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerFast, config: PretrainedConfig) -> None:
+    """Write the tokenizer, its special tokens and its chat template into the file's header.
+
+    Raises:
+        InputError: it is no byte-level BPE, cuts text in a way that llama.cpp does not know, or has more tokens than
+            the model has embeddings.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer_name(state))
+    tokens, types = _tokens(state, config.vocab_size)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    # older files write a merge as one string, newer ones as a pair
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in state["model"]["merges"]]
+    if not merges:
+        raise _refusal("it has no merges, and llama.cpp loads no BPE without any")
+    writer.add_token_merges(merges)
+    for name in ("bos", "eos", "pad"):
+        index = getattr(tokenizer, f"{name}_token_id")
+        if index is not None:
+            getattr(writer, f"add_{name}_token_id")(index)
+    begins, ends = _added(tokenizer)
+    writer.add_add_bos_token(begins)
+    writer.add_add_eos_token(ends)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def pre_tokenizer_name(state: dict[str, Any]) -> str:
+    """llama.cpp's name of the way in which a ``tokenizer.json`` cuts text before its merges.
+
+    Raises:
+        InputError: it has none for it.
+    """
+    model = state["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        raise _refusal(f"it is {model['type']}{' with byte fallback' * bool(model.get('byte_fallback'))}")
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or model.get("dropout"):
+        raise _refusal("its merges have a prefix, a suffix or dropout")
+    # NFC is left out there, as it is for the published files of these models: text is nearly always in it
+    if (state["normalizer"] or {"type": "NFC"})["type"] != "NFC":
+        raise _refusal(f"it normalizes text ({state['normalizer']['type']})")
+    steps = state["pre_tokenizer"] or {}
+    steps = steps.get("pretokenizers", [steps])
+    if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
+        raise _refusal("it is not byte-level, or puts a space before the text")
+    if steps[-1].get("use_regex", True):
+        digits = [step for step in steps[:-1] if step.get("type") == "Digits" and step.get("individual_digits")]
+        if len(digits) == len(steps) - 1 <= 1:
+            return "smollm" if digits else "gpt-2"
+    elif len(steps) == 2 and steps[0].get("type") == "Split" and not steps[0].get("invert"):
+        name = PATTERNS.get(steps[0]["pattern"].get("Regex", ""))
+        if name and steps[0]["behavior"] == "Isolated":
+            return name
+    raise _refusal("llama.cpp has no name for its pattern of words")
+
+
+def _tokens(state: dict[str, Any], num_rows: int) -> tuple[list[str], list[int]]:
+    """Every token by its id, and its type; rows of the embedding beyond the vocabulary are unused tokens."""
+    tokens = {index: (token, NORMAL) for token, index in state["model"]["vocab"].items()}
+    for added in state["added_tokens"]:
+        if added["single_word"] or added["lstrip"] or added["rstrip"]:
+            raise _refusal(f"token {added['content']!r} takes in the spaces around it, or only whole words")
+        tokens[added["id"]] = (added["content"], CONTROL if added["special"] else USER_DEFINED)
+    if max(tokens) >= num_rows:
+        raise _refusal(f"it has a token {max(tokens)}, and the model {num_rows} embeddings")
+    listed = [tokens.get(index, (f"[unused {index}]", UNUSED)) for index in range(num_rows)]
+    return [token for token, _ in listed], [kind for _, kind in listed]
+
+
+def _added(tokenizer: PreTrainedTokenizerFast) -> tuple[bool, bool]:
+    """Whether a text's ids begin with the begin-of-text token, and end with the end-of-text token."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for begin in ([], [tokenizer.bos_token_id]):
+        for end in ([], [tokenizer.eos_token_id]):
+            if whole == begin + plain + end:
+                return bool(begin), bool(end)
+    raise _refusal("it puts more around a text than a begin-of-text and an end-of-text token")
+
+
+def _refusal(why: str) -> InputError:
+    return InputError(
+        f"tokenizer: cannot be written as GGUF: {why} (expected a byte-level BPE cut like GPT-2, SmolLM, Llama 3, "
+        "Qwen 2 or Mistral's Tekken)"
+    )

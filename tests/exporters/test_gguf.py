@@ -1,0 +1,360 @@
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from distill.core.errors import DistillError, InputError
+from distill.data.tokenizer import load_tokenizer, train_tokenizer
+from distill.exporters import Gguf
+from distill.exporters.base import EngineMissing
+from distill.exporters.compressed_tensors import save
+from distill.exporters.gguf_blocks import code_blocks
+from distill.exporters.gguf_vocabulary import pre_tokenizer_name
+from distill.exporters.stored import stored_weights
+from distill.quantization import QUANTIZERS
+from distill.quantization.base import Codes
+from distill.quantization.convert import convert, round_unquantized
+from distill.quantization.prepare import prepare
+
+gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'distill[test]'")
+in_llama_cpp = pytest.mark.skipif(
+    find_spec("llama_cpp") is None, reason="llama.cpp is not installed: pip install 'distill[gguf]'"
+)
+
+Batches = list[dict[str, torch.Tensor]]
+TEXT = "the student learns what its teacher knows; def f(x):\n    return x ** 2  # 1234 naïve\n\n\tüber "
+SIZES = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": 0,
+    "eos_token_id": 0, "pad_token_id": None, "rms_norm_eps": 1e-2,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "llama_tied_biased": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
+    ),
+    "llama3_rope": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LLAMA3)),
+    "linear_rope": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LINEAR)),
+    "mistral_wide_heads": lambda: MistralForCausalLM(MistralConfig(**SIZES, head_dim=32, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True)),
+}
+
+
+def build(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key or "bias" in key:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    return train_tokenizer([TEXT * 3], 320, tmp_path_factory.mktemp("bpe") / "tokenizer")
+
+
+@pytest.fixture
+def texts(bpe: PreTrainedTokenizerFast) -> Batches:
+    ids = torch.tensor(bpe(TEXT * 3)["input_ids"][:48]).view(2, 24)
+    return [{"input_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}]
+
+
+@pytest.fixture
+def write(tmp_path: Path, bpe: PreTrainedTokenizerFast) -> Callable[..., tuple[PreTrainedModel, Path]]:
+    """(model as it is stored, its folder), of an architecture, on a grid if one is named."""
+
+    def make(name: str, kind: str | None = None, **settings: object) -> tuple[PreTrainedModel, Path]:
+        model, folder = build(name), tmp_path / f"{name}-{kind}"
+        if kind is None:
+            round_unquantized(model, torch.bfloat16)
+            model.save_pretrained(folder)
+        else:
+            spec = QUANTIZERS[kind](**settings)
+            prepare(model, spec)
+            round_unquantized(model, torch.bfloat16)
+            save(model, folder, dtype=torch.float32)
+        bpe.save_pretrained(folder)
+        return model, folder
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_wide_heads", "qwen2"])
+def test_transformers_reads_the_same_model_back(
+    name: str, write: Callable[..., tuple[PreTrainedModel, Path]], texts: Batches, tmp_path: Path
+) -> None:
+    """A reader that is not ours finds every name, and puts the rows of queries and keys back."""
+    model, source = write(name)
+    notes = Gguf(embeddings="f32").export(source, tmp_path / "out", title="small")
+    assert notes[0] == "layers: 14 as F16, as they were trained"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="small.gguf", dtype=torch.float32).eval()
+    with torch.no_grad():
+        ours, theirs = (each(texts[0]["input_ids"]).logits for each in (model, again))
+    assert (ours - theirs).abs().max() < 1e-3 * ours.abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama_tied_biased", "llama3_rope"])
+def test_what_transformers_leaves_out_is_in_the_file(
+    name: str, write: Callable[..., tuple[PreTrainedModel, Path]], tmp_path: Path
+) -> None:
+    model, source = write(name)
+    Gguf().export(source, tmp_path / "out", title="small")
+    read = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "out" / "small.gguf").tensors}
+    assert ("output.weight" in read) is not model.config.tie_word_embeddings
+    if name == "llama3_rope":
+        plain = 1e4 ** -(torch.arange(0, 16, 2) / 16)
+        assert torch.allclose(
+            plain / torch.from_numpy(read["rope_freqs.weight"].copy()), model.model.rotary_emb.inv_freq
+        )
+    else:
+        bias = model.state_dict()["model.layers.1.self_attn.k_proj.bias"].view(2, 16)
+        pairs = torch.stack([bias[:, :8], bias[:, 8:]], -1).flatten()  # row i of a head turns with row i + 8
+        assert numpy.array_equal(read["blk.1.attn_k.bias"], pairs.numpy())
+        assert {"blk.0.attn_output.bias", "blk.0.ffn_gate.bias", "blk.0.ffn_down.bias"} <= set(read)
+
+
+@in_llama_cpp
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_computes_what_transformers_does(
+    name: str,
+    write: Callable[..., tuple[PreTrainedModel, Path]],
+    texts: Batches,
+    tmp_path: Path,
+) -> None:
+    model, source = write(name)
+    Gguf().export(source, tmp_path / "out", title="small")
+    result = Gguf(max_kl=1e-3).verify(model, tmp_path / "out", texts, load_tokenizer(source))
+    assert result.tokens == 48
+    assert result.kl < 1e-4  # its cache and its products of fp16 weights are in fp16
+    assert result.weight_bytes == (tmp_path / "out" / "small.gguf").stat().st_size
+
+
+GRIDS = {
+    "int_group": ({"bits": 4, "group_size": 32}, "Q4_0"),
+    "int8_channel": ({}, "Q8_0"),
+    "q4_0": ({}, "Q4_0"),
+    "q8_0": ({}, "Q8_0"),
+    "ternary": ({}, "Q4_0"),  # rows of 64 do not fill a block of 256; the codes are the same
+}
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_codes_are_written_as_they_were_trained(
+    kind: str, write: Callable[..., tuple[PreTrainedModel, Path]], tmp_path: Path
+) -> None:
+    settings, expected = GRIDS[kind]
+    model, source = write("qwen3", kind, **settings)
+    notes = Gguf().export(source, tmp_path / "out", title="small")
+    assert notes[0] == f"layers: 14 as {expected}, as they were trained; 14 from their codes"
+    read = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / "small.gguf").tensors}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 2)
+    spec = QUANTIZERS[kind](**settings)
+    for layer, codes in convert(model).items():
+        tensor = read[names.get_name(f"{layer}.weight", try_suffixes=(".weight",))]
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert numpy.array_equal(values, spec.dequantize(codes).numpy()), layer
+
+
+@in_llama_cpp
+@pytest.mark.parametrize("kind", GRIDS)
+def test_llama_cpp_runs_the_codes(
+    kind: str,
+    write: Callable[..., tuple[PreTrainedModel, Path]],
+    texts: Batches,
+    tmp_path: Path,
+    bpe: PreTrainedTokenizerFast,
+) -> None:
+    model, source = write("llama", kind, **GRIDS[kind][0])
+    Gguf().export(source, tmp_path / "out", title="small")
+    assert Gguf(max_kl=0.1).verify(model, tmp_path / "out", texts, bpe).kl < 5e-3  # activations of 8 bits
+    with pytest.raises(DistillError, match="not the trained one: KL"):
+        Gguf(max_kl=0.0).verify(model, tmp_path / "out", texts, bpe)
+
+
+@pytest.mark.parametrize(("low", "high", "group", "expected"), [
+    (-1, 1, 256, "TQ2_0"), (-1, 1, 512, "TQ2_0"), (-1, 1, 64, "Q4_0"), (-8, 7, 32, "Q4_0"), (-8, 7, 256, "Q4_0"),
+    (-16, 15, 32, "Q8_0"), (-128, 127, 512, "Q8_0"),
+])  # fmt: skip
+def test_blocks_hold_the_codes(low: int, high: int, group: int, expected: str) -> None:
+    random = torch.Generator().manual_seed(0)
+    values = torch.randint(low, high + 1, (3, 512), generator=random).char()
+    values[:, ::group] = low
+    values[:, 1::group] = high
+    scale = torch.rand(3, 512 // group, generator=random).add(0.01).half()
+    blocks = code_blocks("layer", Codes(values, scale))
+    kind = gguf.GGMLQuantizationType[expected]
+    assert blocks.format == expected
+    read = gguf.quants.dequantize(blocks.data, kind)
+    assert numpy.array_equal(read, (values.float() * scale.float().repeat_interleave(group, -1)).numpy())
+    assert numpy.array_equal(read, blocks.values)
+    if (low, high) != (-16, 15) and expected != "Q8_0" and scale.numel():
+        # and it is what ggml's own layout makes of these very numbers, where its quantizer finds the same scale
+        assert blocks.data.shape == gguf.quants.quantize(read, kind).shape
+
+
+def test_scales_beyond_fp16() -> None:
+    values = torch.ones(1, 64).char()
+    tiny = code_blocks("layer", Codes(values, torch.tensor([[1.0, 3e-7]]).bfloat16()))
+    assert tiny.moved_scales == 1
+    values[:, 32:] = 0
+    assert code_blocks("layer", Codes(values, torch.tensor([[1.0, 3e-7]]).bfloat16())).moved_scales == 0
+    with pytest.raises(InputError, match=r"layer: has a scale of 1e\+05"):
+        code_blocks("layer", Codes(values, torch.tensor([[1e5, 1.0]])))
+
+
+def test_stored_weights_are_the_codes(write: Callable[..., tuple[PreTrainedModel, Path]]) -> None:
+    model, source = write("llama", "int_group", bits=3, group_size=32)
+    found = dict(stored_weights(source))
+    codes = convert(model)
+    assert {key for key, value in found.items() if isinstance(value, Codes)} == {f"{name}.weight" for name in codes}
+    for name, expected in codes.items():
+        assert torch.equal(found[f"{name}.weight"].values, expected.values)
+        assert torch.equal(found[f"{name}.weight"].scale.float(), expected.scale.float())
+    assert set(found) == set(model.state_dict())
+
+
+def test_the_tokenizer_is_in_the_file(
+    write: Callable[..., tuple[PreTrainedModel, Path]], tmp_path: Path, bpe: PreTrainedTokenizerFast
+) -> None:
+    _, source = write("llama")
+    Gguf().export(source, tmp_path / "out", title="small")
+    fields = gguf.GGUFReader(tmp_path / "out" / "small.gguf").fields
+    vocabulary = bpe.get_vocab()
+    assert fields["tokenizer.ggml.tokens"].contents() == sorted(vocabulary, key=vocabulary.get)
+    assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+    assert fields["tokenizer.ggml.bos_token_id"].contents() == bpe.bos_token_id
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is False
+    assert fields["tokenizer.ggml.token_type"].contents()[:3] == [3, 3, 1]
+    assert "tokenizer.chat_template" not in fields
+    assert 'TEMPLATE """{{ .Prompt }}"""' in (tmp_path / "out" / "Modelfile").read_text()
+    bpe_with_template = source / "chat_template.jinja"
+    bpe_with_template.write_text("{{ messages[0]['content'] }}")
+    Gguf().export(source, tmp_path / "chat", title="small")
+    fields = gguf.GGUFReader(tmp_path / "chat" / "small.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == "{{ messages[0]['content'] }}"
+    assert "TEMPLATE" not in (tmp_path / "chat" / "Modelfile").read_text()
+
+
+@in_llama_cpp
+def test_another_tokenizer_is_found(
+    write: Callable[..., tuple[PreTrainedModel, Path]], texts: Batches, tmp_path: Path, bpe: PreTrainedTokenizerFast
+) -> None:
+    model, source = write("llama")
+    state = json.loads((source / "tokenizer.json").read_text())
+    state["model"]["merges"] = state["model"]["merges"][:3]
+    (source / "tokenizer.json").write_text(json.dumps(state))
+    Gguf().export(source, tmp_path / "out", title="small")
+    with pytest.raises(DistillError, match="cuts text otherwise"):
+        Gguf().verify(model, tmp_path / "out", texts, bpe)
+
+
+def test_an_engine_that_is_missing_is_named(
+    write: Callable[..., tuple[PreTrainedModel, Path]], texts: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, source = write("llama")
+    notes = Gguf().export(source, tmp_path / "out", title="small")
+    assert notes[-1] == "read back: 21 tensors hold what was to be written, bit for bit"
+    monkeypatch.setattr("distill.exporters.base.find_spec", lambda module: None)
+    with pytest.raises(EngineMissing, match=r"not verified in llama.cpp.*pip install 'distill\[gguf\]'"):
+        Gguf().verify(model, tmp_path / "out", texts)
+    with pytest.raises(InputError, match=r"needs gguf, which is not installed: pip install 'distill\[gguf\]'"):
+        Gguf().export(source, tmp_path / "new", title="small")
+
+
+def test_a_full_model_can_be_rounded_and_says_so(
+    write: Callable[..., tuple[PreTrainedModel, Path]], tmp_path: Path
+) -> None:
+    _, plain = write("llama")
+    notes = Gguf(round_to="q4_0", embeddings="q8_0").export(plain, tmp_path / "out", title="small")
+    assert notes[0] == "layers: 14 as Q4_0, rounded to nearest here, after training"
+    assert notes[1] == "embeddings and head: Q8_0"
+    _, low_bit = write("llama", "q4_0")
+    with pytest.raises(InputError, match="low-bit already; leave round_to out"):
+        Gguf(round_to="q4_0").export(low_bit, tmp_path / "again", title="small")
+
+
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("llama", {"model_type": "gpt2"}, "model_type 'gpt2' cannot be written as GGUF"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ("mistral_wide_heads", {"sliding_window": 8}, "sliding_window 8, expected null"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'yarn'"),
+    ("qwen2", {"hidden_size": 128}, "4 heads of"),
+])  # fmt: skip
+def test_what_llama_cpp_computes_otherwise_is_refused(
+    name: str, change: dict[str, object], message: str, write: Callable[..., tuple[PreTrainedModel, Path]],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    _, source = write(name)
+    config = json.loads((source / "config.json").read_text())
+    if name == "qwen2":
+        config["head_dim"] = 16
+    (source / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=message):
+        Gguf().export(source, tmp_path / "out", title="small")
+
+
+def test_weights_and_codes_without_a_place_are_refused(
+    write: Callable[..., tuple[PreTrainedModel, Path]], tmp_path: Path
+) -> None:
+    _, groups = write("llama", "int_group", bits=4, group_size=16)
+    with pytest.raises(InputError, match="a scale is shared by 16 weights"):
+        Gguf().export(groups, tmp_path / "a", title="small")
+    _, shifted = write("llama", "int_group", bits=4, group_size=32, symmetry="asymmetric")
+    with pytest.raises(InputError, match="codes are asymmetric"):
+        Gguf().export(shifted, tmp_path / "b", title="small")
+
+
+def test_pre_tokenizers(bpe: PreTrainedTokenizerFast) -> None:
+    state = json.loads(bpe.backend_tokenizer.to_str())
+    byte_level = state["pre_tokenizer"]
+    split = {
+        "type": "Split", "behavior": "Isolated", "invert": False,
+        "pattern": {
+            "Regex": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+            r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        },
+    }  # fmt: skip
+
+    def named(*steps: dict[str, object], **changed: object) -> str:
+        return pre_tokenizer_name(state | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}} | changed)
+
+    assert named(byte_level) == "gpt-2"
+    assert named({"type": "Digits", "individual_digits": True}, byte_level) == "smollm"
+    assert named(split, byte_level | {"use_regex": False}) == "llama-bpe"
+    for steps in ([byte_level | {"add_prefix_space": True}], [split, byte_level], [{"type": "Whitespace"}]):
+        with pytest.raises(InputError, match="tokenizer: cannot be written as GGUF"):
+            named(*steps)
+    with pytest.raises(InputError, match="it normalizes text"):
+        named(byte_level, normalizer={"type": "Lowercase"})
+    with pytest.raises(InputError, match="BPE with byte fallback"):
+        named(byte_level, model=state["model"] | {"byte_fallback": True})
+    words = json.loads(Tokenizer.from_str(bpe.backend_tokenizer.to_str()).to_str())
+    words["model"]["type"] = "WordLevel"
+    with pytest.raises(InputError, match="it is WordLevel"):
+        pre_tokenizer_name(words)

@@ -1,0 +1,75 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from distill.core.errors import DistillError, InputError
+from distill.exporters import Torchao
+from distill.exporters.base import EngineMissing
+from distill.exporters.compressed_tensors import save
+from distill.quantization import QUANTIZERS
+from distill.quantization.convert import round_unquantized
+from distill.quantization.prepare import prepare
+
+pytest.importorskip("torchao", reason="torchao is not installed: pip install 'distill[torchao]'")
+
+Batches = list[dict[str, torch.Tensor]]
+GRIDS = {
+    "int_group": {"bits": 4, "group_size": 32},
+    "int8_channel": {},
+    "q4_0": {},
+    "ternary": {},
+    "asymmetric": {"bits": 3, "group_size": 32, "symmetry": "asymmetric"},
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_codes_are_written_as_they_were_trained(
+    name: str, make: Callable[[str], PreTrainedModel], batches: Batches, tmp_path: Path
+) -> None:
+    model = make("qwen3")
+    spec = QUANTIZERS["int_group" if name == "asymmetric" else name](**GRIDS[name])
+    prepare(model, spec)
+    round_unquantized(model, torch.float32)
+    save(model, tmp_path / "artifact", dtype=torch.float32)
+    _tokenizer(tmp_path / "artifact")
+    notes = Torchao().export(tmp_path / "artifact", tmp_path / "out", title="small")
+    assert notes[0].startswith("14 layers from their codes of ")
+    result = Torchao(max_kl=0.0 if name != "asymmetric" else 1e-9).verify(model, tmp_path / "out", batches)
+    assert result.tokens == 16
+    assert result.max_abs_logit < 1e-5
+
+
+def test_a_full_model_is_rounded_only_when_asked(
+    make: Callable[[str], PreTrainedModel], batches: Batches, tmp_path: Path
+) -> None:
+    model = make("llama")
+    model.save_pretrained(tmp_path / "artifact")
+    _tokenizer(tmp_path / "artifact")
+    with pytest.raises(InputError, match="not low-bit; set round_to: int8"):
+        Torchao().export(tmp_path / "artifact", tmp_path / "a", title="small")
+    notes = Torchao(round_to="int8").export(tmp_path / "artifact", tmp_path / "out", title="small")
+    assert notes == ["linear layers: int8 a channel, rounded to nearest here, after training"]
+    assert 0 < Torchao(max_kl=0.1).verify(model, tmp_path / "out", batches).kl < 1e-2
+    with pytest.raises(DistillError, match="not the trained one: KL"):
+        Torchao().verify(model, tmp_path / "out", batches)
+
+
+def test_what_cannot_be_done_is_named(
+    artifact: Path, trained: PreTrainedModel, batches: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="low-bit already; leave round_to out"):
+        Torchao(round_to="int8").export(artifact, tmp_path / "a", title="small")
+    monkeypatch.setattr("distill.exporters.base.find_spec", lambda module: None)
+    with pytest.raises(InputError, match=r"target torchao needs torchao, which is not installed: .*distill\[torchao\]"):
+        Torchao().export(artifact, tmp_path / "b", title="small")
+    with pytest.raises(EngineMissing, match="not verified in torchao"):
+        Torchao().verify(trained, tmp_path, batches)
+
+
+def _tokenizer(folder: Path) -> None:
+    from distill.data.tokenizer import train_tokenizer
+
+    train_tokenizer(["what it knows"], 260, folder / "tokenizer").save_pretrained(folder)
