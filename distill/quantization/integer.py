@@ -11,12 +11,13 @@ reads the very scale that the codes were made with. A group of zeros has scale 1
 Quantizing the result again gives the same codes only with the same scale: the largest code, 2^(b-1) - 1 or -2^(b-1), is
 not (2^b - 1) / 2, so a second absolute maximum gives another scale. Never quantize a dequantized weight anew.
 
-A learned scale starts at 2 mean|w| / sqrt(high), and with v = w / scale has the gradient, in a group of N weights,
+A learned scale starts where the squared error is least. With v = w / scale its gradient is, in a group of N weights,
 
     d scale = sum_i d w_i * (low if v_i <= low else high if v_i >= high else round(v_i) - v_i) / sqrt(N * high)
 
 while the weight's own passes where low <= v <= high. What is learned is log(scale), and it is given this gradient as it
-stands, without the factor of the chain rule: Adam's step would not depend on it but where it drowns in epsilon.
+stands, without the factor of the chain rule: Adam's step would not depend on it but where it drowns in epsilon. The
+source starts at 2 mean|w| / sqrt(high), which suits trainings that are long enough to leave it.
 
 Source: Esser et al. 2019, arXiv 1902.08153, sections 2.1 and 2.2 (learned scales).
 """
@@ -64,8 +65,7 @@ class IntegerSpec(QuantizerSpec):
         if self.scale != "learned":
             return None
         grouped = weight.detach().float().unflatten(-1, (self.groups(weight.shape[-1]), -1))
-        scale = 2 * grouped.abs().mean(-1) / self.limits()[1] ** 0.5
-        return scale.masked_fill(scale == 0, 1.0)
+        return self._searched(grouped)[0].float()
 
     def gradients(
         self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, gradient: Tensor
