@@ -126,3 +126,24 @@ def test_runs_from_end_to_end(file: Path, shrink: Callable[[Path], list[str]], t
     said.clear()
     run(recipe, tmp_path / "run", say=said.append)
     assert len([line for line in said if "finished before" in line]) == len(recipe.stages)
+
+
+def test_the_quickstart_can_end_in_a_gguf(shrink: Callable[[Path], list[str]], tmp_path: Path) -> None:
+    """As the README says: another target, and the stages before it are not run again."""
+    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'distill[test]'")
+    file = FOLDER / "quickstart.yaml"
+    said: list[str] = []
+    for target in ("huggingface", "gguf"):
+        said.clear()
+        recipe = Recipe.load(file, set=[*shrink(file), f"stages.export.target={target}"])
+        the_run = run(recipe, tmp_path / "run", say=said.append)
+    lines = [line for line in said if line.startswith("[") and "finished" not in line]
+    started = [line.split("]")[1].split()[0].rstrip(":") for line in lines]
+    assert started == ["export", "report"], said
+    figures = the_run.done("export").figures  # type: ignore[union-attr]
+    (written,) = (the_run.stage("export") / figures["folder"]).glob("*.gguf")
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(written).tensors}
+    assert kinds == {"F32", "F16", "Q4_0"}
+    # the student's codes are compared in llama.cpp where it is installed, and the stage says so where it is not
+    assert figures.get("worst_kl", 0.0) < 0.05
+    assert ("worst_kl" in figures) != ("unverified" in figures)
