@@ -1,17 +1,21 @@
 # make quickstart   install, then prune, distil and quantize a small model and write its report
 # make test         install with the test extras, then run the tests
+# make chaos        kill, freeze and spoil runs hundreds of times, and write docs/reliability.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test lint format schema clean
+.PHONY: quickstart test chaos lint format schema clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/distill run recipes/quickstart.yaml
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+chaos: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

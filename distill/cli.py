@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -198,9 +200,16 @@ def _options(
 
 
 def main() -> NoReturn:
-    """Entry point: an error of the user's or the machine's is one clear line and an exit code, never a traceback."""
+    """Entry point."""
+    exit_with(lambda: app(standalone_mode=False))
+
+
+def exit_with(work: Callable[[], Any]) -> NoReturn:
+    """Work, then exit: an error of the user's or the machine's is one clear line and a code, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log is read while the run goes on, and after a kill
     try:
-        code = app(standalone_mode=False)
+        code = work()
         if code == 130:  # typer swallows Ctrl-C and returns this
             raise KeyboardInterrupt
     except typer.Exit as exit_:

@@ -32,7 +32,7 @@ from distill.stages.prune import Prune
 from distill.stages.quantize import Quantize
 from distill.stages.sparsify import Sparsify
 from distill.training.ends import agreed_ends
-from distill.training.spec import BudgetSpec, DistillSpec, split_batch
+from distill.training.spec import BudgetSpec, ComputeSpec, DistillSpec, split_batch
 
 TRAINED_BYTES = 16
 """Bytes a trained parameter: fp32 weight, gradient and AdamW's two moments."""
@@ -87,7 +87,10 @@ def describe(recipe: Recipe) -> str:
     if mistakes:
         raise RecipeError(mistakes)
     compute = recipe.compute
-    lines.append(f"  compute {compute.accelerator}, precision {compute.precision}, {recipe.logging.wandb} W&B")
+    together = f"{compute.known_processes()} processes ({compute.strategy}), " * (compute.known_processes() > 1)
+    lines.append(
+        f"  compute {together}{compute.accelerator}, precision {compute.precision}, {recipe.logging.wandb} W&B"
+    )
     return "\n".join(lines)
 
 
@@ -109,7 +112,7 @@ def _check(stage: StageSpec, recipe: Recipe, config: Config | None) -> None:
     """
     length = recipe.data.sequence_length
     if isinstance(stage, BudgetSpec) and stage.steps(length):
-        split_batch(stage, recipe.compute)
+        split_batch(stage, recipe.compute, recipe.compute.known_processes())
         positions = (config or {}).get("max_position_embeddings")
         if positions is not None and length > positions:
             raise InputError(
@@ -179,7 +182,7 @@ def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config |
     if (
         isinstance(stage, BudgetSpec)
         and stage.steps(recipe.data.sequence_length)
-        and (memory := _memory(name, stage, known))
+        and (memory := _memory(name, stage, known, recipe.compute))
     ):
         parts.append(f"({memory})")
     if isinstance(stage, Prune) and (memory := _cut_memory(stage, known[name], known)):
@@ -332,8 +335,8 @@ def _size(config: Config | None) -> str:
     )
 
 
-def _memory(name: str, stage: BudgetSpec, known: dict[str, Config | None]) -> str | None:
-    """Bytes of weights, gradients and optimizer; activations come on top."""
+def _memory(name: str, stage: BudgetSpec, known: dict[str, Config | None], compute: ComputeSpec) -> str | None:
+    """Bytes of weights, gradients and optimizer in a process; activations come on top."""
     student = _count(known[name])
     if student is None:
         return None
@@ -343,7 +346,11 @@ def _memory(name: str, stage: BudgetSpec, known: dict[str, Config | None]) -> st
     if teacher not in (None, SELF):
         config = _known(teacher, known)
         total += (_count(config) or 0) * FROZEN_BYTES
-    return f"{total / 1e9:,.2f} GB for weights, gradients and optimizer; activations come on top"
+    num_processes = compute.known_processes()
+    if compute.strategy == "fsdp":
+        total //= num_processes
+    each = " in each process" if num_processes > 1 else ""
+    return f"{total / 1e9:,.2f} GB{each} for weights, gradients and optimizer; activations come on top"
 
 
 def _cut_memory(stage: Prune, after: Config | None, known: dict[str, Config | None]) -> str | None:

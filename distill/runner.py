@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distill.core.artifact import fingerprint, hash_of, write_text
-from distill.core.errors import DistillError, InputError, MachineError
+from distill.core.errors import DistillError, InputError, MachineError, Preempted
 from distill.core.run import CHECKPOINTS, RECIPE, Done, Run, sizes_of
+from distill.core.world import ALONE, World
+from distill.launch import check_world, launch, wanted_processes
 from distill.recipe import Recipe
-from distill.stages.base import Session, StageContext, StageSpec
+from distill.stages.base import Released, Session, StageContext, StageSpec
+from distill.training.ranks import Ranks, meet
 
 
 def run(
@@ -44,6 +50,8 @@ def run(
         InputError: the recipe, the models or the data are wrong; nothing is lost.
         MachineError: the machine is at fault.
         Interrupted: the user asked to stop; the same call goes on.
+        Preempted: so did the machine, by SIGTERM or SIGUSR1.
+        RankEnded: one of several processes that were started here ended badly.
     """
     folder = Path(run_dir) if run_dir is not None else Path("runs") / recipe.name
     names = list(recipe.stages)
@@ -51,30 +59,93 @@ def run(
         if name is not None and name not in names:
             raise InputError(f"{flag} {name}: no such stage (stages: {', '.join(names)})")
     the_run = Run(folder)
+    world = World.joined()
+    if world is None and (num_processes := wanted_processes(recipe.compute)) > 1:
+        with the_run.lock():
+            pass  # a folder in use is refused before anything is started
+        order = {"recipe": recipe.dump(), "run_dir": str(folder), "only": only, "start": start, "command": command}
+        launch(num_processes, order, folder)
+        return the_run
+    if world is not None:
+        check_world(recipe.compute, world)
+    world = world or ALONE
+    with _preemptible(), meet(world, recipe.compute.silence_s) as ranks:
+        session = _session(recipe, the_run, say if world.rank == 0 else _silent, command, world)
+        if world.rank and ranks is not None:
+            _follow(session, ranks)
+        else:
+            try:
+                _lead(session, ranks, only, start)
+            except DistillError as error:
+                if ranks is not None:
+                    ranks.tell({"exit": error.exit_code})
+                raise
+    return the_run
+
+
+def _lead(session: Session, ranks: Ranks | None, only: str | None, start: str | None) -> None:
+    """Walk the stages; other processes are told of those that they share in."""
+    the_run, names, say = session.run, list(session.stages), session.say
     with the_run.lock():
-        session = _session(recipe, the_run, say, command)
         hashes: dict[str, str] = {}
-        say(f"{recipe.name}: {len(names)} stages into {folder}")
+        say(f"{session.recipe}: {len(names)} stages into {the_run.folder}")
         for name in [only] if only is not None else names[names.index(start) :] if start is not None else []:
             the_run.forget(name)
         try:
             for number, name in enumerate(names, 1):
                 if name == (only or names[0]):  # what comes before may still refuse, and then the old recipe stands
-                    write_text(folder / RECIPE, recipe.dump())
+                    write_text(the_run.folder / RECIPE, session.text)
                 if only is not None and number > names.index(only) + 1:
                     break
                 input_hash = _input_hash(session, name, hashes)
                 if only is not None and name != only:
                     _require_done(the_run, name, input_hash, only)
                 else:
-                    _run_stage(session, name, input_hash, f"[{number}/{len(names)}]")
+                    _run_stage(session, ranks, name, input_hash, f"[{number}/{len(names)}]")
                 hashes[name] = f"{input_hash} {_done(the_run, name).made}"
         finally:
             session.close()
-    return the_run
+    if ranks is not None:
+        ranks.tell(None)
 
 
-def _session(recipe: Recipe, the_run: Run, say: Callable[[str], None], command: str | None) -> Session:
+def _follow(session: Session, ranks: Ranks) -> None:
+    """Any process but the first: share in the stages that are told of, and wait meanwhile."""
+    while (order := ranks.hear()) is not None:
+        if "exit" in order:
+            raise SystemExit(order["exit"])  # the first has said why
+        name, input_hash = order["stage"], order["input_hash"]
+        _seed(session, name)
+        try:
+            session.stages[name].run(StageContext(session, name, session.run.stage(name), input_hash))
+        except Released:
+            continue
+        raise AssertionError(f"stages.{name}: rank {ranks.world.rank} was not released")
+
+
+def _silent(line: str) -> None:
+    """What a process says that does not speak for all."""
+
+
+@contextmanager
+def _preemptible() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end a run with an exit code of their own; while it trains the step is finished and saved."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise Preempted(f"stopped by {signal.Signals(number).name}; the same command goes on from the last stage")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _session(recipe: Recipe, the_run: Run, say: Callable[[str], None], command: str | None, world: World) -> Session:
     return Session(
         run=the_run,
         recipe=recipe.name,
@@ -87,10 +158,11 @@ def _session(recipe: Recipe, the_run: Run, say: Callable[[str], None], command: 
         stages=dict(recipe.stages),
         command=command or f"distill run {shlex.quote(str(the_run.folder / RECIPE))}",
         say=say,
+        world=world,
     )
 
 
-def _run_stage(session: Session, name: str, input_hash: str, number: str) -> None:
+def _run_stage(session: Session, ranks: Ranks | None, name: str, input_hash: str, number: str) -> None:
     """One stage: skipped when its marker fits, else run and marked."""
     stage, done = session.stages[name], session.run.done(name)
     title = f"{number} {name}" + (f" ({stage.kind})" if stage.kind != name else "")
@@ -105,7 +177,9 @@ def _run_stage(session: Session, name: str, input_hash: str, number: str) -> Non
     folder = session.run.begin(name, input_hash, session.say)
     (folder / "DONE").unlink(missing_ok=True)
     started = time.perf_counter()
-    torch.manual_seed(int(hash_of(session.seed, name), 16) % 2**63)  # dropout and new adapters, whatever ran before
+    _seed(session, name)
+    if ranks is not None and stage.takes_all_ranks():
+        ranks.tell({"stage": name, "input_hash": input_hash})
     try:
         figures = stage.run(StageContext(session.speaking(stage.speaker()), name, folder, input_hash))
     except torch.OutOfMemoryError as error:
@@ -119,6 +193,11 @@ def _run_stage(session: Session, name: str, input_hash: str, number: str) -> Non
     session.run.finish(name, Done(input_hash, round(seconds, 3), figures, sizes=sizes_of(folder / "model")))
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # only now: until DONE stands they are what a kill leaves
     session.say(f"  done in {seconds:.0f} s")
+
+
+def _seed(session: Session, name: str) -> None:
+    """Dropout and new adapters, whatever ran before."""
+    torch.manual_seed(int(hash_of(session.seed, name), 16) % 2**63)
 
 
 def _has_weights(session: Session, name: str) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import books, losses, matrix, pruning, pruning_cuts, pruning_peers, result, scoring, tables
+from benchmarks import books, faults, losses, matrix, pruning, pruning_cuts, pruning_peers, result, scoring, tables
 from distill.core.artifact import write_text
 from distill.core.run import Run
 from distill.losses import LOSSES
@@ -26,6 +26,11 @@ each = pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
 
 def test_the_page_is_made_of_the_results() -> None:
     assert tables.PAGE.read_text(encoding="utf-8") == tables.render(), "run `python -m benchmarks.tables`"
+
+
+def test_the_page_of_faults_is_made_of_its_result() -> None:
+    found = json.loads(faults.RESULT.read_text(encoding="utf-8"))
+    assert faults.PAGE.read_text(encoding="utf-8") == faults.render(found), "run `python -m benchmarks.faults --page`"
 
 
 @each

@@ -15,10 +15,11 @@ LAYERS = (
     {"models", "data"},
     {"training", "evaluation", "exporters", "tracking"},
     {"stages"},
-    {"recipe", "recipes"},
+    {"recipe", "recipes", "launch"},
     {"runner", "listing", "forecast", "doctor", "compare"},
     {"cli"},
-    {"__main__"},
+    {"__main__", "worker"},
+    {"testing"},
 )
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
 TOP = {"__version__"}

@@ -35,3 +35,21 @@ class Interrupted(DistillError):
     """The user asked to stop; what was done is saved and the same command goes on."""
 
     exit_code = 130
+
+
+class Preempted(DistillError):
+    """The machine is wanted for something else (SIGTERM, SIGUSR1); what was done is saved, the same command goes on."""
+
+    exit_code = 75
+
+
+class RankEnded(DistillError):
+    """A process of several ended before its time, and the others with it.
+
+    Attributes:
+        exit_code: that of the process which ended first.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -10,6 +10,7 @@ from distill.core.spec import Spec
 from distill.losses.schedule import Schedule, Weight
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from distill.losses.rows import Rows
@@ -36,6 +37,10 @@ class LossTerm:
     def detach(self) -> LossTerm:
         """The same term without a graph, to be logged."""
         return LossTerm(self.sum.detach(), self.count.detach())
+
+    def to(self, device: torch.device) -> LossTerm:
+        """The same term elsewhere."""
+        return LossTerm(self.sum.to(device), self.count.to(device))
 
     def per_token(self) -> Tensor:
         """The loss per token; 0 when no token counts. The one line in the project that divides a loss."""

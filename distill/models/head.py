@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from copy import deepcopy
+from collections.abc import Callable
+from copy import copy, deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.distributed.tensor import DTensor, Partial
+from torch.func import functional_call
 
 from distill.core.errors import InputError
 from distill.losses.head import Head
@@ -74,18 +77,43 @@ def _scales(model: PreTrainedModel) -> dict[str, float]:
 
 def _scaled(module: torch.nn.Module, scales: dict[str, float]) -> Head:
     softcap, factor = scales["softcap"], scales["multiply"] / scales["divide"]
+    shared_out = any(isinstance(p, DTensor) for p in module.parameters())
+    call, parameters = _gathered(module) if shared_out else (module, tuple(module.parameters()))
     if factor == 1.0 and not softcap:
-        return Head(module, tuple(module.parameters()))
+        return Head(call, parameters)
 
     def logits(hidden: Tensor) -> Tensor:
-        out = module(hidden)
+        out = call(hidden)
         if factor != 1.0:
             out = out * factor
         if softcap:
             out = torch.tanh(out / softcap) * softcap
         return out
 
-    return Head(logits, tuple(module.parameters()))
+    return Head(logits, parameters)
+
+
+def _gathered(module: torch.nn.Module) -> tuple[Callable[[Tensor], Tensor], tuple[Any, ...]]:
+    """A head whose weights are shared out among ranks, with the whole of them, for one micro-batch.
+
+    The gradient goes back to the shards as the mean over the ranks, like those of all other weights.
+    """
+    wholes = {name: _gather(p) for name, p in module.named_parameters()}
+    if type(module) is torch.nn.Linear:  # it stays one, so that the losses multiply by it in place
+        plain, own = copy(module), cast(dict[str, Any], module._parameters)
+        plain._parameters = own | wholes  # its bias may be None
+        return plain, tuple(wholes.values())
+    return lambda hidden: functional_call(module, wholes, (hidden,)), tuple(wholes.values())
+
+
+def _gather(parameter: Any) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    full = parameter.full_tensor(grad_placements=[Partial()])
+    if full.requires_grad:
+        full.register_hook(lambda gradient: gradient / mesh.size())
+    return full
 
 
 def save_head(model: PreTrainedModel, file: Path) -> None:

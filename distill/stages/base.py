@@ -14,9 +14,10 @@ import yaml
 from distill.core.artifact import Artifact, Lineage, fingerprint, hash_of, replacing, write_lineage, write_text
 from distill.core.run import Run
 from distill.core.spec import Spec
+from distill.core.world import ALONE, World
 from distill.data.spec import DataSpec
 from distill.tracking.spec import LoggingSpec
-from distill.training.spec import ComputeSpec
+from distill.training.spec import BudgetSpec, ComputeSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -57,6 +58,10 @@ class StageSpec(Spec):
         """
         return [reference for _, reference in self.references()]
 
+    def takes_all_ranks(self) -> bool:
+        """Whether all processes of a run work at it, which is when it trains; else the first does it alone."""
+        return isinstance(self, BudgetSpec) and bool(self.num_tokens or self.num_steps)
+
     def run(self, context: StageContext) -> dict[str, Any]:
         """Do the work inside ``context.folder``.
 
@@ -78,6 +83,7 @@ class Session:
         seed: of everything random.
         stages: all stages of the recipe, in order.
         say: prints one line for people.
+        world: the processes of the run, and which of them this is.
     """
 
     run: Run
@@ -91,6 +97,7 @@ class Session:
     stages: dict[str, StageSpec]
     command: str
     say: Callable[[str], None] = print
+    world: World = ALONE
     _tokenizer: PreTrainedTokenizerFast | None = None
     _corpus: Corpus | None = None
     _logger: SafeLogger | None = None
@@ -170,12 +177,15 @@ class Session:
         return self._corpus
 
     def logger(self) -> SafeLogger | None:
-        """The W&B run that all stages log to, opened once; its id stays with the run folder, so that curves go on."""
+        """The W&B run that all stages log to, opened once; its id stays with the run folder, so that curves go on.
+
+        None when it is off, and in all processes but the first.
+        """
         from distill.tracking.wandb import make_logger
 
         if self._whole is not None:
             return self._whole.logger()
-        if self._logger is None and self.logging.wandb != "disabled":
+        if self._logger is None and self.logging.wandb != "disabled" and self.world.rank == 0:
             file = self.run.folder / "wandb-id"
             if not file.is_file():
                 write_text(file, uuid.uuid4().hex[:8])
@@ -190,6 +200,10 @@ class Session:
 
             if line := finish(self._logger):
                 self.say(f"W&B is offline; to send this run: {line}")
+
+
+class Released(Exception):
+    """What was left to do of a stage by all processes is done; all but the first go on to the next one."""
 
 
 @dataclass

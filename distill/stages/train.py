@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.core.errors import InputError
 from distill.losses.base import AnyLossSpec
-from distill.stages.base import SELF, StageContext
+from distill.stages.base import SELF, Released, StageContext
 from distill.training.spec import BudgetSpec
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def train(
 ) -> dict[str, Any]:
     """Train an assembled student in place, from the stage's last checkpoint if there is one.
 
+    All processes of the run do it together; of several only the first comes back from it.
+
     Args:
         context: of the stage.
         student: what to train.
@@ -43,15 +45,20 @@ def train(
 
     Returns:
         Figures: steps, tokens, seconds of training, tokens a second.
+
+    Raises:
+        Released: in all processes but the first.
     """
+    from distill.data.packing import alone
     from distill.stages.cache_teacher import open_cache
     from distill.stages.origin import origin_of
     from distill.training.live_teacher import LiveTeacher
     from distill.training.module import DistillationModule
     from distill.training.own_weights import OwnWeights
-    from distill.training.trainer import fit, resolve_teacher
+    from distill.training.ranks import together
+    from distill.training.trainer import fit, resolve_device, resolve_teacher
 
-    session = context.session
+    session, world = context.session, context.session.world
     corpus = session.corpus()
     tokens_per_sequence = corpus.tokens_per_sequence
     num_steps = budget.steps(tokens_per_sequence)
@@ -67,7 +74,8 @@ def train(
     elif teacher == SELF:
         source = OwnWeights(student.model)
     elif teacher in session.stages and session.stages[teacher].makes_signal:
-        corpus, source = open_cache(context, teacher, num_steps * budget.batch_size)
+        with alone(context.folder):  # of several processes the first writes what the cache lacks
+            corpus, source = open_cache(context, teacher, num_steps * budget.batch_size)
     elif teacher is not None:
         device, _ = resolve_teacher(session.compute)
         source = LiveTeacher(load_frozen(context, teacher), device)
@@ -84,20 +92,24 @@ def train(
     for line in module.states.summary() if module.states is not None else ():
         context.say(line)
     started = time.perf_counter()
-    fit(
-        module,
-        budget,
-        session.compute,
-        name=context.name,
-        folder=context.folder,
-        tokens_per_sequence=tokens_per_sequence,
-        train_loader=lambda micro, consumed: corpus.train_loader(
-            micro, consumed_sequences=consumed, num_workers=session.compute.num_workers
-        ),
-        validation_loader=corpus.validation_loader(session.compute.micro_batch_size or budget.batch_size),
-        logger=session.logger(),
-        say=session.say,
-    )
+    with together(world, resolve_device(session.compute), context.name):
+        fit(
+            module,
+            budget,
+            session.compute,
+            name=context.name,
+            folder=context.folder,
+            tokens_per_sequence=tokens_per_sequence,
+            train_loader=lambda micro, consumed: corpus.train_loader(
+                micro, consumed, world.rank, world.size, session.compute.num_workers
+            ),
+            validation_loader=corpus.validation_loader(session.compute.micro_batch_size or budget.batch_size),
+            logger=session.logger(),
+            say=session.say,
+            world=world,
+        )
+    if world.rank:
+        raise Released
     seconds = time.perf_counter() - started
     planned = round(num_steps * budget.batch_size * tokens_per_sequence)
     tokens = planned if module.on_policy is None else int(module.tokens_read)

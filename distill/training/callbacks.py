@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,11 +18,16 @@ from lightning_fabric.utilities.throughput import get_available_flops
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from distill.core.errors import DistillError, Interrupted
+from distill.core.errors import DistillError, Interrupted, Preempted
 from distill.training.alarms import Alarms
 from distill.training.checkpoint import checkpoint_path, rotate
 from distill.training.metrics import MetricsLog
 from distill.training.module import DistillationModule
+from distill.training.ranks import largest
+from distill.training.sharded import local
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask a training to stop."""
 
 
 class StepEnd(pl.Callback):
@@ -67,7 +72,7 @@ class Waited:
 
 
 class Record(StepEnd):
-    """Rows of metrics to disk and, through Lightning's logger, to W&B.
+    """Rows of metrics to disk and, through Lightning's logger, to W&B; of several processes the first one writes them.
 
     The losses are read from the device only every ``every`` steps; nothing else synchronises. Speed is in tokens that a
     loss was taken from: filling and prompts that do not count are no work done.
@@ -75,7 +80,7 @@ class Record(StepEnd):
 
     def __init__(
         self,
-        metrics: MetricsLog,
+        metrics: MetricsLog | None,
         name: str,
         data: Waited,
         *,
@@ -105,12 +110,9 @@ class Record(StepEnd):
             return
         tokens, self._counted = module.counted_tokens() - self._counted, 0
         terms = module.drain_terms()
-        for name, value in terms.items():
-            if not math.isfinite(value):
-                raise diverged(f"{name} is {value}", step)
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
-        speed = tokens * trainer.world_size / seconds
+        speed = tokens / seconds
         row = {name if "/" in name else f"train/{name}": value for name, value in terms.items()} | {
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "perf/tokens_per_s": speed,
@@ -119,7 +121,7 @@ class Record(StepEnd):
             "memory/peak_bytes": _memory_bytes(),
         }
         if self._peak_flops:
-            row["perf/mfu"] = speed * self._flops_per_token / self._peak_flops
+            row["perf/mfu"] = speed * self._flops_per_token / (self._peak_flops * trainer.world_size)
         self._since, self.data.waited_s = now, 0.0
         self._write(trainer, step, row)
         if self.alarms is not None:
@@ -142,40 +144,44 @@ class Record(StepEnd):
 
     def _tokens(self, module: Any, step: int) -> int:
         """Tokens trained on after ``step`` steps; own sequences are counted, as their length is not known before."""
-        return round(step * self.tokens_per_step) if module.on_policy is None else int(module.tokens_read)
+        return round(step * self.tokens_per_step) if module.on_policy is None else module.tokens_of_all_ranks()
 
     def _write(self, trainer: pl.Trainer, step: int, row: dict[str, float]) -> None:
         self.latest |= row
         row = {"step": step, "tokens": self._tokens(trainer.lightning_module, step), **row}
-        self.metrics.write(row)
+        if self.metrics is not None:
+            self.metrics.write(row)
         if trainer.logger is not None:
             trainer.logger.log_metrics({f"{self.name}/{key}": value for key, value in row.items()}, step=step)
 
 
 class Checkpoints(StepEnd):
-    """A checkpoint every so many steps, and one at Ctrl-C; both at the end of a step, never within one, and never of
-    weights that have diverged."""
+    """A checkpoint every so many steps, and one when a signal asks to stop; both at the end of a step, never within
+    one, on all ranks alike, and never of weights that have diverged.
+
+    Ctrl-C ends with one exit code, SIGTERM and SIGUSR1, by which a scheduler takes the machine back, with another.
+    """
 
     def __init__(self, folder: Path, *, every: int, keep: int):
         super().__init__()
         self.folder, self.every, self.keep = folder, every, keep
-        self._stop = False
+        self._asked = 0
+        self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Take over Ctrl-C: the first asks to stop after the step, the second stops at once.
-
-        Not earlier, because Lightning puts back the handlers that it met when it began.
-        """
+        """Take over the signals: the first asks to stop after the step, a second Ctrl-C stops at once."""
         super().on_train_start(trainer, module)
-        self._before = signal.signal(signal.SIGINT, self._asked)
+        if threading.current_thread() is threading.main_thread():  # signals are no other's
+            self._before = {number: signal.signal(number, self._ask) for number in STOPS}
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        """Give Ctrl-C back."""
-        if hasattr(self, "_before"):
-            signal.signal(signal.SIGINT, self._before)
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        """Give Ctrl-C back; Lightning calls no teardown when training ends by an error."""
+        """Give the signals back; Lightning calls no teardown when training ends by an error."""
         self.teardown(trainer, module, "fit")
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -186,21 +192,26 @@ class Checkpoints(StepEnd):
                 # one micro-batch is not completed yet, because we save in its last hook
                 progress.update(ready=done, started=done, processed=done, completed=done - 1)
 
-    def _asked(self, number: int, frame: FrameType | None) -> None:
+    def _ask(self, number: int, frame: FrameType | None) -> None:
         # not KeyboardInterrupt: Lightning turns that into exit code 1
-        if self._stop:
+        if number == signal.SIGINT and self._asked:
             raise Interrupted("stopped at once; the same command goes on from the last checkpoint")
-        self._stop = True
+        self._asked = self._asked or number
 
     def step_end(self, trainer: pl.Trainer, module: DistillationModule, step: int) -> None:
-        """Save when it is due or when we are asked to stop."""
-        if step % self.every == 0 or self._stop:
-            if not all(p.isfinite().all() for p in module.student.parameters() if p.requires_grad):
+        """Save when it is due or when any rank is asked to stop."""
+        asked = largest(self._asked)
+        if step % self.every == 0 or asked:
+            trained = local(p.detach() for p in module.parameters() if p.requires_grad)
+            if largest(not all(p.isfinite().all() for p in trained)):
                 raise diverged("a trained weight is not finite", step)
             trainer.save_checkpoint(checkpoint_path(self.folder, step))
-            rotate(self.folder, self.keep)
-        if self._stop:
-            raise Interrupted(f"stopped at step {step} of {trainer.max_steps}, which is saved")
+            if trainer.is_global_zero:
+                rotate(self.folder, self.keep)
+        if asked:
+            stopped = Interrupted if asked == signal.SIGINT else Preempted
+            by = "" if asked == signal.SIGINT else f" by {signal.Signals(asked).name}"
+            raise stopped(f"stopped{by} at step {step} of {trainer.max_steps}, which is saved")
 
 
 class ShowProgress(StepEnd):

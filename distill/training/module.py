@@ -8,9 +8,9 @@ over micro-batches would weight short ones more.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -24,10 +24,14 @@ from distill.losses.head import KL, head_losses
 from distill.losses.states import refusal
 from distill.models.head import check_head, hidden_states, output_head
 from distill.quantization.fake_quant import switch
+from distill.training import rank_state
 from distill.training.live_teacher import LiveTeacher
 from distill.training.on_policy import OnPolicy
+from distill.training.ranks import from_each, several, summed
+from distill.training.sharded import local, shard_module
 from distill.training.spec import OptimizerSpec
 from distill.training.state_losses import StateLosses
+from distill.training.step import Step, gradients_of, means_of, norm_of
 from distill.training.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -88,11 +92,11 @@ class DistillationModule(pl.LightningModule):
         self.teacher = LiveTeacher(teacher) if isinstance(teacher, torch.nn.Module) else teacher
         self.on_policy = on_policy
         self.tokens_read = torch.zeros((), dtype=torch.int64)
-        self._step_tokens = torch.zeros((), dtype=torch.int64)
-        self._step_sequences = 0
+        self._step = Step.begin()
         self._terms: dict[str, LossTerm] = {}
+        self._skipped: deque[Tensor] = deque(maxlen=1000)  # of a Trainer that never looks
         self._settings: dict[str, float] = {}
-        self._rng: dict[str, Any] | None = None
+        self._random: dict[str, Tensor] | None = None
         check_head(student)
         if self.teacher is not None:
             self.teacher.check([loss for loss in losses if isinstance(loss, LossSpec)])
@@ -110,12 +114,15 @@ class DistillationModule(pl.LightningModule):
         if on_policy is not None and all(loss.needs_text for loss in losses if isinstance(loss, LossSpec)):
             raise InputError("on_policy needs a loss that does without the text's next token, such as reverse_kl")
 
+    def configure_model(self) -> None:
+        """Share student and teacher out among the ranks, where the strategy does that."""
+        shard_module(self)
+
     def on_fit_start(self) -> None:
         """Make the teacher ready for the student's device, and forget a step that was broken off."""
         self.on_validation_start()
-        self._step_tokens = torch.zeros_like(self._step_tokens, device=self.device)
+        self._step = Step.begin(self.device)
         self.tokens_read = self.tokens_read.to(self.device)
-        self._step_sequences = 0
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Switch fake-quantization on when its step has come."""
@@ -150,15 +157,13 @@ class DistillationModule(pl.LightningModule):
             total, terms = self.batch_losses(batch, losses)
         else:
             batch, total, terms = self._turn(self.on_policy, batch, losses)
-        self._step_tokens += batch["mask"].sum()
-        for name, term in terms.items():
-            self._terms[name] = self._terms[name] + term if name in self._terms else term
+        self._step.add(total.detach(), batch["mask"].sum(), terms)
         return total
 
     def _turn(self, policy: OnPolicy, batch: Batch, losses: Losses) -> tuple[Batch, Tensor, dict[str, LossTerm]]:
         """A micro-batch as text or as the student's own sequences: what was learned from, its losses and figures."""
-        place = self._step_sequences * self.trainer.world_size + self.trainer.global_rank * len(batch["input_ids"])
-        self._step_sequences += len(batch["input_ids"])
+        place = self._step.sequences * self.trainer.world_size + self.trainer.global_rank * len(batch["input_ids"])
+        self._step.sequences += len(batch["input_ids"])
         turn = policy.turn(self.student, batch, losses, self.trainer.global_step, self._schedule_steps(), place)
         self.tokens_read += turn.tokens
         total, terms = self.batch_losses(turn.batch, turn.losses)
@@ -181,29 +186,60 @@ class DistillationModule(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the step's tokens, undoing Lightning's and DDP's means; clipping comes after."""
-        tokens = self._step_tokens
-        if self.trainer.world_size > 1:
-            tokens = self.trainer.strategy.reduce(tokens, reduce_op="sum")
-        means = torch.full_like(tokens, self.trainer.accumulate_grad_batches * self.trainer.world_size)
-        scale = LossTerm(means, tokens).per_token()
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(gradients, scale)
-        self._step_tokens.zero_()
-        self._step_sequences = 0
+        step = self._step
+        if several():
+            total, tokens = summed(torch.stack([step.total.double(), step.tokens.double()]))
+            step.total, step.tokens = total, tokens.long()
+        means = torch.full_like(step.tokens, self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        torch._foreach_mul_(local(gradients_of(optimizer)), LossTerm(means, step.tokens).per_token())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, and let the optimizer pass over a step whose loss or gradient is not finite, on all ranks alike.
+
+        The decision stays on the device: nobody waits for it, and the optimizer takes it as it would a loss scaler's.
+        """
+        if gradient_clip_val is not None and gradient_clip_algorithm == "value":
+            norm = norm_of(optimizer)
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            norm = norm_of(optimizer, clip=gradient_clip_val)
+        skipped = ~(norm.isfinite() & self._step.total.isfinite())
+        optimizer.found_inf = skipped.to(torch.float32)  # type: ignore[attr-defined]
+        self._skipped.append(skipped)
+        for name, term in self._step.terms.items():
+            made = LossTerm(torch.where(skipped, 0.0, term.sum), torch.where(skipped, 0, term.count))
+            self._terms[name] = self._terms[name] + made if name in self._terms else made
+        self._step = Step.begin(self.device)
 
     def counted_tokens(self) -> int:
-        """Tokens of this rank that a loss was taken from since the last drain (this synchronises with the device)."""
-        return max((int(term.count) for term in self._terms.values()), default=0)
+        """Tokens of all ranks that a loss was taken from since the last drain (this synchronises with the device)."""
+        counts = [term.count for term in self._terms.values()]
+        return int(summed(torch.stack(counts)).max()) if counts else 0
+
+    def tokens_of_all_ranks(self) -> int:
+        """:attr:`tokens_read`, summed over all ranks."""
+        return int(summed(self.tokens_read.clone()))
 
     def drain_terms(self) -> dict[str, float]:
-        """Mean of each loss per token of this rank since the last call (this synchronises with the device).
+        """Mean of each loss per token of all ranks since the last call (this synchronises with the device).
 
         Beside them stand figures of own sequences, under ``on_policy/``, and settings that follow a schedule, as the
-        last step had them (``forward_kl.temperature``).
+        last step had them (``forward_kl.temperature``). Steps that were passed over count for nothing.
         """
-        means = {name: float(term.per_token()) for name, term in self._terms.items()}
+        means = means_of(self._terms)
         self._terms = {}
         return means | self._settings
+
+    def drain_skipped(self) -> list[bool]:
+        """Of each optimizer step since the last call: was it passed over? (This synchronises with the device.)"""
+        skipped = torch.stack(list(self._skipped)).tolist() if self._skipped else []
+        self._skipped.clear()
+        return skipped
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Add a batch to the validation's terms: always cross-entropy, and KL where there is a teacher."""
@@ -216,8 +252,8 @@ class DistillationModule(pl.LightningModule):
         self._validation: dict[str, LossTerm] = {}
 
     def validation_means(self) -> dict[str, float]:
-        """Nats per token over the validation split that has just been read."""
-        return {name: float(term.per_token()) for name, term in self._validation.items()}
+        """Nats per token over the validation split that has just been read, by all ranks together."""
+        return means_of(self._validation)
 
     def configure_optimizers(self) -> Any:
         """AdamW, without decay on vectors, and the schedule per step."""
@@ -244,31 +280,31 @@ class DistillationModule(pl.LightningModule):
         return int(num_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what is frozen (it is in its artifact already); add random state and terms not yet logged."""
+        """Leave out what is frozen (it is in its artifact already); add what each rank has for itself."""
         frozen = {f"student.{name}" for name, p in self._named_parameters() if not p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
-        checkpoint["terms"] = {name: asdict(term) for name, term in self._terms.items()}
-        checkpoint["tokens_read"] = self.tokens_read
-        checkpoint["rng"] = {"torch": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state()
+        checkpoint["ranks"] = from_each(rank_state.of(self._terms, self.tokens_read))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the frozen weights back beside the saved ones, so that loading stays strict."""
+        """Put the frozen weights back beside the saved ones, so that loading stays strict.
+
+        Each rank takes up its own state; with another number of ranks the first one takes what all have counted.
+        """
         for name, p in self._named_parameters():
             if not p.requires_grad:
                 checkpoint["state_dict"].setdefault(f"student.{name}", p.detach())
-        self._terms = {name: LossTerm(**term) for name, term in checkpoint["terms"].items()}
-        self.tokens_read = checkpoint["tokens_read"]
-        self._rng = checkpoint["rng"]
+        mine = rank_state.share(checkpoint["ranks"], self.trainer.global_rank, self.trainer.world_size)
+        self._terms, self.tokens_read, self._random = mine
 
     def on_train_start(self) -> None:
-        """Restore the random state last, after everything that may draw from it."""
-        if self._rng is not None:
-            torch.set_rng_state(self._rng["torch"].cpu())
-            if "cuda" in self._rng and torch.cuda.is_available():
-                torch.cuda.set_rng_state(self._rng["cuda"].cpu())
-            self._rng = None
+        """Restore the random state last, after everything that may draw from it; a rank without one draws its own."""
+        self._terms = {name: term.to(self.device) for name, term in self._terms.items()}
+        self.tokens_read = self.tokens_read.to(self.device)
+        if self._random is not None:
+            rank_state.set_random(self._random)
+        elif self.trainer.global_rank:
+            torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)
+        self._random = None
 
     def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """The student's parameters under every name that they have in a ``state_dict`` (tied ones have two)."""

@@ -60,7 +60,7 @@ class OwnWeights(Teacher):
             with _start_of(module):
                 return head.logits(rows)
 
-        with _start_of(self.model), torch.inference_mode():
+        with _start_of(self.model), torch.no_grad():  # not inference_mode, which weights shared out cannot bear
             return Signal(hidden_states(self.model, **model_inputs(batch)), Head(logits))
 
 

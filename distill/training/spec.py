@@ -56,6 +56,8 @@ class BudgetSpec(Spec):
     """AdamW and its schedule."""
     validate_every_steps: int | None = Field(None, ge=1)
     """Steps between two looks at the validation split; unset: four times a run."""
+    max_skipped_steps: int = Field(5, ge=1)
+    """Steps in a row whose loss or gradient is not finite until the run stops; each of them is passed over."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> BudgetSpec:
@@ -71,16 +73,25 @@ class BudgetSpec(Spec):
         return math.ceil(self.num_tokens / (self.batch_size * tokens_per_sequence))
 
 
-def split_batch(budget: BudgetSpec, compute: ComputeSpec) -> tuple[int, int]:
-    """Micro-batch size and how many of them make a step.
+def split_batch(budget: BudgetSpec, compute: ComputeSpec, num_processes: int = 1) -> tuple[int, int]:
+    """Micro-batch size of a process, and how many micro-batches it takes to a step.
 
     Raises:
-        InputError: the batch is not a whole number of micro-batches.
+        InputError: the batch is not a whole number of micro-batches on each process.
     """
-    micro = min(compute.micro_batch_size or budget.batch_size, budget.batch_size)
-    if budget.batch_size % micro:
-        raise InputError(f"batch_size ({budget.batch_size}) must be a multiple of compute.micro_batch_size ({micro})")
-    return micro, budget.batch_size // micro
+    if budget.batch_size % num_processes:
+        raise InputError(
+            f"batch_size ({budget.batch_size}) must be a multiple of the {num_processes} processes that share it; "
+            "change it or compute.devices"
+        )
+    share = budget.batch_size // num_processes
+    micro = min(compute.micro_batch_size or share, share)
+    if share % micro:
+        among = f" / {num_processes} processes" if num_processes > 1 else ""
+        raise InputError(
+            f"batch_size ({budget.batch_size}{among}) must be a multiple of compute.micro_batch_size ({micro})"
+        )
+    return micro, share // micro
 
 
 class AlarmSpec(Spec):
@@ -162,6 +173,15 @@ class ComputeSpec(Spec):
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device to use; auto takes a GPU where there is one."""
+    devices: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Processes on each machine that train together, one a GPU; auto is every GPU, and 1 on a CPU."""
+    num_nodes: int = Field(1, ge=1)
+    """Machines; more than 1 are started by torchrun or srun, with the same command on each."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp: each process holds the whole student and teacher. fsdp: each holds a share of both, for what does not fit.
+    auto is ddp where there are several."""
+    silence_s: float = Field(60.0, ge=1)
+    """Seconds without a sign of life from one of several processes until the others stop."""
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
     """Arithmetic of training; auto is bf16-mixed on a GPU and 32-true on a CPU."""
     teacher_device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -169,7 +189,7 @@ class ComputeSpec(Spec):
     teacher_precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights and arithmetic of that teacher; auto is its file's precision on a GPU and float32 on a CPU."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Sequences in memory at once (gradients accumulate to batch_size); unset: the whole batch."""
+    """Sequences in a process's memory at once (gradients accumulate to batch_size); unset: its share of the batch."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
@@ -182,3 +202,7 @@ class ComputeSpec(Spec):
     """Checkpoints kept while a stage trains; they go when it has finished."""
     log_every_steps: int = Field(10, ge=1)
     """Optimizer steps between two rows of the metrics."""
+
+    def known_processes(self) -> int:
+        """Processes that train together, as far as this says it: ``devices: auto`` is counted as one a machine."""
+        return self.num_nodes * (1 if self.devices == "auto" else self.devices)

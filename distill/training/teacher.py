@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
     from distill.losses.base import LossSpec
@@ -36,6 +37,10 @@ class Teacher(ABC):
     @abstractmethod
     def move(self, device: torch.device) -> None:
         """Make ready for batches on the student's device; called at the start of every training and validation."""
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Share out what is in memory of a model of its own among the ranks, for the rest of its life."""
+        return
 
     @abstractmethod
     def signal(self, batch: dict[str, Tensor]) -> Signal | SparseSignal:

@@ -6,21 +6,29 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.strategies import DDPStrategy
 
 from distill.core.errors import MachineError
 from distill.core.run import CHECKPOINTS
+from distill.core.world import ALONE, World
 from distill.training.alarms import Alarms
 from distill.training.callbacks import Checkpoints, Record, ShowProgress, Waited
 from distill.training.checkpoint import AtomicCheckpointIO, checkpoint_step, newest_valid
 from distill.training.compile import compiled_bodies
+from distill.training.guard import BAD_BATCHES, Guard
+from distill.training.joined import Joined
 from distill.training.metrics import MetricsLog
 from distill.training.module import DistillationModule
+from distill.training.ranks import from_first, summed
+from distill.training.sharded import Sharded, unshard
+from distill.training.share import Share
 from distill.training.spec import BudgetSpec, ComputeSpec, split_batch
 
 Loader = Iterable[Any]
@@ -72,6 +80,7 @@ def fit(
     validation_loader: Loader,
     logger: Logger | None = None,
     say: Callable[[str], None] = print,
+    world: World = ALONE,
 ) -> int:
     """Train for the budget, from the newest valid checkpoint in ``folder`` if there is one.
 
@@ -82,33 +91,46 @@ def fit(
         name: shown to people.
         folder: of the stage; checkpoints go to ``checkpoints/``, metrics beside them.
         tokens_per_sequence: of text, on average.
-        train_loader: (micro-batch size, sequences consumed already) -> batches without end.
-        validation_loader: the validation split in a fixed order.
+        train_loader: (micro-batch size, sequences consumed already) -> this rank's batches without end.
+        validation_loader: the validation split in a fixed order, the same on every rank.
         logger: Lightning's logger, for W&B.
         say: prints a line.
+        world: the processes that train together; see :func:`distill.training.ranks.together`.
 
     Returns:
         Optimizer steps of the budget.
     """
     _quiet_lightning()
     num_steps = budget.steps(tokens_per_sequence)
-    micro, accumulate = split_batch(budget, compute)
-    checkpoint, complaints = newest_valid(folder / CHECKPOINTS)
+    micro, accumulate = split_batch(budget, compute, world.size)
+    # one looks for all: ranks that went on from different steps would be lost
+    found = newest_valid(folder / CHECKPOINTS) if world.rank == 0 else (None, [])
+    checkpoint, complaints = from_first(found)
     for line in complaints:
         say(f"  warning: {line}")
     step = checkpoint_step(checkpoint) if checkpoint else 0
     if checkpoint:
         say(f"  going on from step {step} of {num_steps} ({checkpoint.name})")
-    log = MetricsLog(folder, step)
+    log = MetricsLog(folder, step) if world.rank == 0 else None
     data = Waited(train_loader(micro, step * budget.batch_size))
     alarms = Alarms(module.on_policy.spec, name, say) if module.on_policy is not None else None
     tokens_per_step = budget.batch_size * tokens_per_sequence
     record = Record(log, name, data, every=compute.log_every_steps, tokens_per_step=tokens_per_step, alarms=alarms)
+    guard = Guard(
+        folder / BAD_BATCHES,
+        lambda bad: islice(train_loader(micro, bad * budget.batch_size), accumulate),
+        every=compute.log_every_steps,
+        limit=budget.max_skipped_steps,
+        rank=world.rank,
+        say=say,
+    )
     saver = Checkpoints(folder / CHECKPOINTS, every=compute.checkpoint_every_steps, keep=compute.keep_checkpoints)
     validate_every = min(budget.validate_every_steps or max(1, num_steps // 4), num_steps)
     trainer = pl.Trainer(
         accelerator="gpu" if resolve_device(compute) == "cuda" else "cpu",
-        devices=1,
+        devices=world.local_size,
+        num_nodes=world.num_nodes,
+        strategy=_strategy(compute, world),
         precision=resolve_precision(compute),
         max_steps=num_steps,
         max_epochs=-1,
@@ -119,14 +141,18 @@ def fit(
         num_sanity_val_steps=0,
         log_every_n_steps=compute.log_every_steps,
         logger=logger or False,
-        callbacks=[record, ShowProgress(record, name), saver],
-        plugins=[AtomicCheckpointIO()],
+        # the guard before the saver: what it stops at is not saved
+        callbacks=[record, guard, *([ShowProgress(record, name)] if world.rank == 0 else []), saver],
+        plugins=[AtomicCheckpointIO(), *([Joined(world)] if world.size > 1 else [])],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=folder,
     )
+    # Lightning's own handlers exchange numbers within a signal, and its look for one waits for the device each time
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     module.student.train()
     teacher = module.teacher.model if module.teacher is not None else None
     models = {id(model): model for model in (module.student, teacher) if model is not None}
@@ -135,20 +161,34 @@ def fit(
             trainer.fit(
                 module,
                 train_dataloaders=data,
-                val_dataloaders=validation_loader,
+                val_dataloaders=Share(validation_loader, world),
                 ckpt_path=checkpoint,
                 weights_only=True,
             )
+            if isinstance(trainer.strategy, Sharded):
+                unshard(module.student, keep=world.rank == 0)
+            module.tokens_read = summed(module.tokens_read)
     except torch.OutOfMemoryError as error:
         raise MachineError(
             f"{name}: out of GPU memory; lower compute.micro_batch_size ({micro}) "
             "or set compute.gradient_checkpointing: true"
         ) from error
     except BaseException:
-        log.stop()
+        if log is not None:
+            log.stop()
         raise
-    log.close()
+    if log is not None:
+        log.close()
     return num_steps
+
+
+def _strategy(compute: ComputeSpec, world: World) -> Any:
+    """How the ranks share the work."""
+    if world.size == 1:
+        return "auto"
+    if compute.strategy == "fsdp":
+        return Sharded(world.size)
+    return DDPStrategy(gradient_as_bucket_view=True)
 
 
 def _quiet_lightning() -> None:

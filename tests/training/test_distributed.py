@@ -96,18 +96,36 @@ def described(module: DistillationModule, teacher: Any) -> dict[str, Any]:
     }
 
 
-def hold_against_two_ranks(
-    single: DistillationModule, pieces: list[Any], given: dict[str, Any], tmp_path: Path
-) -> None:
-    """Train ``single`` on all pieces, and what was ``given`` in two processes; steps and weights must be the same."""
+def test_a_bad_gradient_on_one_rank_is_passed_over_by_both(tmp_path: Path, module: Any, batch: Any) -> None:
+    single: DistillationModule = module()
+    assert single.teacher is not None
+    pieces = [batch(2 * i, 2) for i in range(8)]
+    given = {**described(single, single.teacher.model), "batches": [pieces[0::2], pieces[1::2]], "spoilt": True}
+    first, second = in_two_processes(given, tmp_path)
+    assert first["skipped"] == second["skipped"] == [True, False]
+    for name in first["weights"]:
+        assert torch.equal(first["weights"][name], second["weights"][name])
+        assert first["weights"][name].isfinite().all()
+    assert any(not torch.equal(first["weights"][name], w) for name, w in single.state_dict().items())
+
+
+def in_two_processes(given: dict[str, Any], tmp_path: Path) -> list[dict[str, Any]]:
+    """Train what is given, and what each rank leaves."""
     torch.save(given, tmp_path / "given.pt")
     script = Path(__file__).with_name("two_ranks.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [sys.executable, script, tmp_path], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, script, tmp_path], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
+
+def hold_against_two_ranks(
+    single: DistillationModule, pieces: list[Any], given: dict[str, Any], tmp_path: Path
+) -> None:
+    """Train ``single`` on all pieces, and what was ``given`` in two processes; steps and weights must be the same."""
+    ranks = in_two_processes(given, tmp_path)
     seen = Seen()
     from torch.utils.data import DataLoader
 
@@ -123,7 +141,6 @@ def hold_against_two_ranks(
         callbacks=[seen],
     ).fit(single, DataLoader(pieces, batch_size=None))  # type: ignore[arg-type]
     seen.on_before_zero_grad(single.trainer, single, None)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     assert [len(rank["seen"]) for rank in ranks] == [2, 2]
     assert len(seen.steps) == 2
     for step, expected in enumerate(seen.steps):

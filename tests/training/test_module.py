@@ -96,7 +96,7 @@ def test_every_step_has_its_own_tokens(module: Any, loader: Any, batch: Any) -> 
 
 def test_a_broken_off_step_leaves_nothing_behind(module: Any, loader: Any, batch: Any) -> None:
     model = watched(module(lr=1e-30))
-    model._step_tokens += 1000
+    model._step.tokens += 1000
     trainer().fit(model, loader(1, 4))
     assert_same(model.scaled[0], by_hand(model, batch(0, 4)))
 
@@ -237,10 +237,12 @@ def test_validate_works_alone(precision: Any, module: Any, loader: Any, batch: A
 
 
 def test_drained_terms_are_means_per_token_since_the_last_time(module: Any, batch: Any) -> None:
-    model = module(attention_dropout=0.0)
+    model = module(steps=1, attention_dropout=0.0)
     whole = batch(0, 8)
     _, terms = model.batch_losses(whole, model.losses)
     for start in (0, 2, 4, 6):
         model.training_step(batch(start, 2), 0)
+    assert model.drain_terms() == {}, "the step is not made yet"
+    model.configure_gradient_clipping(model.configure_optimizers()["optimizer"])
     assert model.drain_terms() == pytest.approx({name: float(t.per_token()) for name, t in terms.items()}, rel=1e-5)
     assert model.drain_terms() == {}

@@ -305,7 +305,7 @@ def test_two_ranks_write_what_one_writes(own: Any) -> None:
     def step(world_size: int, rank: int, parts: list[slice]) -> list[list[int]]:
         trainer = SimpleNamespace(world_size=world_size, global_rank=rank, global_step=0)
         module.trainer = trainer
-        module._step_sequences = 0
+        module._step.sequences = 0
         wrote.clear()
         for part in parts:
             module._turn(module.on_policy, {key: value[part] for key, value in batch.items()}, module.losses)

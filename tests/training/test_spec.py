@@ -61,8 +61,14 @@ def test_losses_of_a_distillation() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"precision": "fp8"}, {"micro_batch_size": 0}, {"devices": 4}, {"accelerator": "tpu"}]
+    "settings",
+    [{"precision": "fp8"}, {"micro_batch_size": 0}, {"devices": 0}, {"strategy": "fsdp1"}, {"accelerator": "tpu"}],
 )
 def test_compute_refuses_what_it_does_not_know(settings: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         ComputeSpec(**settings)  # type: ignore[arg-type]
+
+
+def test_how_many_processes_a_forecast_counts_with() -> None:
+    assert ComputeSpec().known_processes() == 1
+    assert ComputeSpec(devices=8, num_nodes=2).known_processes() == 16

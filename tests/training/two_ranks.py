@@ -24,6 +24,12 @@ from distill.training.module import DistillationModule
 
 
 class Watched(DistillationModule):
+    spoilt = False
+
+    def training_step(self, batch: Any, batch_index: int) -> torch.Tensor:
+        bad = self.spoilt and self.trainer.global_rank == 1 and self.trainer.global_step == 0
+        return super().training_step(batch, batch_index) * (float("nan") if bad else 1.0)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
         self.seen = getattr(self, "seen", [])
@@ -64,6 +70,7 @@ def main(folder: Path) -> None:
         teacher = CachedTeacher(source.config.vocab_size, folder / "head.safetensors", whole=False)
     losses = [LOSSES[loss["kind"]].model_validate(loss) for loss in given["losses"]]
     module = Watched(student, losses, teacher)  # type: ignore[arg-type]
+    module.spoilt = "spoilt" in given
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=2,
@@ -85,7 +92,7 @@ class Keep(pl.Callback):
         self.folder = folder
 
     def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
-        left = {"seen": module.seen, "weights": module.state_dict()}
+        left = {"skipped": module.drain_skipped(), "seen": module.seen, "weights": module.state_dict()}
         torch.save(left, self.folder / f"rank{trainer.global_rank}.pt")
 
 

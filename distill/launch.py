@@ -1,0 +1,199 @@
+"""Starts the processes of a run on this machine and ends them together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from distill.core.errors import InputError, Interrupted, Preempted, RankEnded
+from distill.core.world import ADDRESS, PORT, World
+from distill.training.spec import ComputeSpec
+
+LOGS = "logs"
+"""Folder in a run folder where the ranks but the first write what they have to say."""
+GRACE_S = 15.0
+"""Seconds that the others have to end by themselves after one has ended badly."""
+STOP_S = 120.0
+"""The same when all were asked to stop, which the first may have to tell W&B."""
+STOPPED = (Interrupted.exit_code, Preempted.exit_code)
+ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def launch(num_processes: int, order: dict[str, Any], folder: Path) -> None:
+    """Run ``distill.worker`` in so many processes until all have ended. Rank 0 speaks; the others write to logs.
+
+    Args:
+        num_processes: on this machine.
+        order: what the workers do, as JSON.
+        folder: of the run.
+
+    Raises:
+        RankEnded: one ended badly, and so the others were ended too; it bears that one's exit code.
+    """
+    from torch.distributed import TCPStore
+
+    # the store lives here, so that it outlives every worker and no port is fought over
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    logs = folder / LOGS
+    logs.mkdir(parents=True, exist_ok=True)
+    workers: list[subprocess.Popen[str]] = []
+    try:
+        for rank in range(num_processes):
+            with _voice(rank, logs) as out:
+                workers.append(_start(rank, num_processes, store.port, out))
+            _hand_over(workers[-1], order)
+        with _passing_on(workers):
+            failed = _first_that_fails(workers)
+    finally:
+        _end(workers)
+    if failed is not None:
+        raise _ended(failed, workers[failed].returncode, logs)
+
+
+def _start(rank: int, size: int, port: int, out: IO[str] | None) -> subprocess.Popen[str]:
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size))}
+    return subprocess.Popen(
+        [sys.executable, "-m", "distill.worker"],
+        env=threads | dict(os.environ) | place_of(rank, size, port),
+        stdin=subprocess.PIPE,
+        stdout=out,
+        stderr=out,
+        text=True,
+        start_new_session=True,  # Ctrl-C on a terminal comes to us alone, and we pass it on once
+    )
+
+
+def place_of(rank: int, size: int, port: int) -> dict[str, str]:
+    """What tells a process of this machine which rank it is, as environment variables.
+
+    Args:
+        rank: from 0.
+        size: number of processes, all on this machine.
+        port: of a ``TCPStore`` that none of them holds.
+    """
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, PORT: port}
+    # as torchrun's agent does, we hold the store and no worker does
+    store = {ADDRESS: "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    return {key: str(value) for key, value in place.items()} | store
+
+
+@contextmanager
+def _voice(rank: int, logs: Path) -> Iterator[IO[str] | None]:
+    """Where a worker writes; None is where we do."""
+    if rank == 0:
+        yield None
+    else:
+        with log_of(logs, rank).open("a", encoding="utf-8") as out:
+            yield out
+
+
+def log_of(logs: Path, rank: int) -> Path:
+    """What a rank but the first has said."""
+    return logs / f"rank-{rank}.log"
+
+
+def _hand_over(worker: subprocess.Popen[str], order: dict[str, Any]) -> None:
+    """The pipe stays open: a worker that finds it closed knows that we are gone."""
+    assert worker.stdin is not None
+    try:
+        worker.stdin.write(json.dumps(order) + "\n")
+        worker.stdin.flush()
+    except BrokenPipeError:
+        pass  # it has ended already, and will be found to have
+
+
+@contextmanager
+def _passing_on(workers: list[subprocess.Popen[str]]) -> Iterator[None]:
+    """Within the block the signals that ask for a stop go to every worker."""
+
+    def pass_on(number: int, frame: Any) -> None:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in ASKED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _first_that_fails(workers: list[subprocess.Popen[str]]) -> int | None:
+    """The rank that ended badly first; None when all end well."""
+    while True:
+        codes = [worker.poll() for worker in workers]
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if failed:  # a process that was killed is the cause, one that lost its peer the effect
+            return min(failed, key=lambda rank: (codes[rank] or 0, rank))
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(0.05)
+
+
+def _end(workers: list[subprocess.Popen[str]]) -> None:
+    """Wait a little for those that still run, then kill them."""
+    stopped = any(worker.returncode in STOPPED for worker in workers)
+    until = time.monotonic() + (STOP_S if stopped else GRACE_S)
+    for worker in workers:
+        try:
+            worker.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+        assert worker.stdin is not None
+        worker.stdin.close()
+
+
+def _ended(rank: int, code: int, logs: Path) -> RankEnded:
+    where = "see above" if rank == 0 else f"its log is {log_of(logs, rank)}"
+    if code in STOPPED:
+        return RankEnded("stopped; the same command goes on where this one was left", code)
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return RankEnded(f"rank {rank} {how} ({where}); the others were stopped", code if code > 0 else 1)
+
+
+def wanted_processes(compute: ComputeSpec) -> int:
+    """How many processes of its own a run starts.
+
+    Raises:
+        InputError: several machines, on which it cannot start any.
+    """
+    if compute.num_nodes > 1:
+        raise InputError(
+            f"compute.num_nodes: {compute.num_nodes}: start the same command on every machine by torchrun or srun "
+            "(docs/multi-gpu.md), or set it to 1"
+        )
+    import torch
+
+    from distill.training.trainer import resolve_device
+
+    size = compute.devices
+    if size == "auto":
+        size = torch.cuda.device_count() if resolve_device(compute) == "cuda" else 1
+    elif resolve_device(compute) == "cuda" and size > torch.cuda.device_count():
+        raise InputError(f"compute.devices: {size}: PyTorch sees {torch.cuda.device_count()} GPUs here; lower it")
+    if size == 1 and compute.strategy == "fsdp":
+        raise InputError("compute.strategy: fsdp shares a model out among processes, and there is one; remove it")
+    return int(size)
+
+
+def check_world(compute: ComputeSpec, world: World) -> None:
+    """Refuse processes that are not as many as the recipe says.
+
+    Raises:
+        InputError: with both numbers.
+    """
+    if compute.devices != "auto" and compute.devices * compute.num_nodes != world.size:
+        raise InputError(
+            f"compute.devices ({compute.devices}) x num_nodes ({compute.num_nodes}) is not the {world.size} processes "
+            "that were started; change one of them, or set devices: auto"
+        )

@@ -1,0 +1,100 @@
+"""Kills a process where it hurts: in the middle of what it writes.
+
+Everything that a run leaves is written under another name, synced and renamed, so these few calls are all the moments
+at which a file is in the making: of a checkpoint, a model, a marker or a recipe.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+POINTS = ("half written", "before sync", "after sync", "before rename", "after rename")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL at one of :data:`POINTS`.
+
+    Attributes:
+        point: where.
+        number: at which of the calls of this kind, from 1.
+    """
+
+    point: str
+    number: int
+
+    def arm(self) -> None:
+        """From now on this process is going to be killed.
+
+        Raises:
+            ValueError: no such point.
+        """
+        import torch
+
+        if self.point not in POINTS:
+            raise ValueError(f"{self.point!r} is not one of {', '.join(POINTS)}")
+        if self.point == "half written":
+            torch.save = self._around(torch.save, before=None, after=_cut)
+            return
+        moment, _, call = self.point.partition(" ")
+        name = {"sync": "fsync", "rename": "replace"}[call]
+        guarded = self._around(getattr(os, name), **{"before": None, "after": None, moment: _die})
+        setattr(os, name, guarded)
+
+    def _around(
+        self, call: Callable[..., Any], *, before: Callable[..., Any] | None, after: Callable[..., Any] | None
+    ) -> Callable[..., Any]:
+        left = self.number
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0 and before is not None:
+                before(*args)
+            result = call(*args, **kwargs)
+            if left == 0 and after is not None:
+                after(*args)
+            return result
+
+        return counted
+
+
+def _die(*args: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _cut(_: Any, file: Any) -> None:
+    """Leave half of what has just been written, as if the process had died in the middle."""
+    os.truncate(file, Path(file).stat().st_size // 2)
+    _die()
+
+
+def chaos_recipe(text: Path) -> str:
+    """A recipe to be killed: a training of seconds that saves at every other step, with dropout.
+
+    Args:
+        text: a JSONL file.
+    """
+    import yaml
+
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "max_position_embeddings": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_dropout": 0.2}
+    train = {"kind": "finetune", "num_steps": 24, "batch_size": 2, "validate_every_steps": 24}
+    recipe = {
+        "name": "chaos",
+        "data": {
+            "train": {"kind": "jsonl", "path": str(text)},
+            "sequence_length": 16,
+            "validation_tokens": 60,
+            "tokenizer": {"vocab_size": 260},
+        },
+        "stages": {"train": train | {"model": {"config": {"model_type": "llama"} | shape | heads}}},
+        "compute": {"accelerator": "cpu", "micro_batch_size": 1, "checkpoint_every_steps": 2},
+        "logging": {"wandb": "disabled"},
+    }
+    return yaml.safe_dump(recipe, sort_keys=False)

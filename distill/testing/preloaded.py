@@ -1,0 +1,10 @@
+"""Imports what a run needs, in the process that all workers are forked from."""
+
+import peft  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+import distill.runner
+import distill.stages.train
+import distill.training.assemble
+import distill.training.module
+import distill.training.trainer  # noqa: F401

@@ -1,0 +1,130 @@
+"""Runs of the command line in processes of their own that start at once: they are forked from one that has imported it.
+
+with Workers() as workers:
+    world = workers.start(["run", "recipe.yaml", "--run-dir", "runs/a"], size=2, log=Path("logs"))
+    world[1].send(signal.SIGKILL)
+    assert world.wait(60) == [1, -signal.SIGKILL]
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from distill.launch import place_of
+from distill.testing.chaos import Kill
+
+
+class World:
+    """The processes of one run.
+
+    Attributes:
+        processes: by rank.
+        logs: what each has said, by rank.
+    """
+
+    def __init__(self, processes: list[Any], logs: list[Path], store: Any):
+        self.processes, self.logs, self._store = processes, logs, store
+
+    def send(self, number: signal.Signals, rank: int) -> None:
+        """Send a rank a signal."""
+        os.kill(self.processes[rank].pid, number)
+
+    def wait(self, seconds: float) -> list[int]:
+        """Exit codes by rank, negative for signals; what has not ended by then is killed.
+
+        Raises:
+            TimeoutError: with what the ranks have said.
+        """
+        until = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, until - time.monotonic()))
+        late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        for rank in late:
+            self.processes[rank].kill()
+            self.processes[rank].join()
+        if late:
+            raise TimeoutError(f"ranks {late} did not end in {seconds:.0f} s:\n{self.said()}")
+        return [process.exitcode for process in self.processes]
+
+    def running(self) -> bool:
+        """Whether any still runs."""
+        return any(process.is_alive() for process in self.processes)
+
+    def said(self) -> str:
+        """All that the ranks have said."""
+        return "\n".join(f"--- rank {rank}\n{log.read_text()}" for rank, log in enumerate(self.logs) if log.exists())
+
+
+class Workers:
+    """Where worlds are started; use it as a context. Not for a GPU: a device cannot be used after a fork."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["distill.testing.preloaded"])
+        self._started: list[World] = []
+
+    def start(
+        self, arguments: Sequence[str], *, size: int = 1, log: Path, kill: Kill | None = None, victim: int = 0
+    ) -> World:
+        """Start ``distill`` with these arguments in ``size`` processes.
+
+        Args:
+            arguments: of the command line.
+            size: number of processes; more than one meet on this machine.
+            log: folder for what they say.
+            kill: when one of them dies.
+            victim: which.
+        """
+        from torch.distributed import TCPStore
+
+        log.mkdir(parents=True, exist_ok=True)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if size > 1 else None
+        processes, logs = [], []
+        for rank in range(size):
+            place = place_of(rank, size, store.port) if store is not None else {}
+            logs.append(log / f"rank-{rank}.log")
+            fault = kill if rank == victim else None
+            process = self._context.Process(target=_work, args=(place, list(arguments), str(logs[-1]), fault))
+            process.start()
+            processes.append(process)
+        self._started.append(World(processes, logs, store))
+        return self._started[-1]
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Kill what still runs."""
+        for world in self._started:
+            for process in world.processes:
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def _work(place: dict[str, str], arguments: list[str], log: str, kill: Kill | None) -> None:
+    """One process: take its place, speak into its log, run the command line."""
+    import torch
+
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # multiprocessing's server ignores it
+    os.environ.update(place)
+    torch.set_num_threads(1)  # several processes with several threads each would wait for each other's
+    if kill is not None:
+        kill.arm()
+    sys.argv = ["distill", *arguments]
+    from distill.cli import main
+
+    main()

@@ -1,0 +1,16 @@
+"""Killed again and again, at chosen points and at any time, a run ends in the very weights of one that was not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distill.testing.campaign import Campaign
+from distill.testing.workers import Workers
+
+
+def test_twenty_five_kills_lose_nothing(workers: Workers, chaos: Path, tmp_path: Path) -> None:
+    toll = Campaign(workers, chaos, "train", tmp_path).run(num_kills=25)
+    assert toll.kills.total() == 25
+    assert len(toll.kills) > 3, "the kills are spread over points"
+    assert toll.lost == []
+    assert toll.exact == toll.finished >= 1

@@ -1,0 +1,183 @@
+"""Two processes over gloo do what one does: the same weights, the same figures, resumed by any number of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distill.testing.workers import Workers, World
+from distill.training.metrics import read_rows
+
+DEVICES = ["--set", "compute.devices=2"]
+BOUND_S = 240
+
+
+def arguments(recipe: Path, folder: Path, *more: str) -> list[str]:
+    return ["run", str(recipe), "--run-dir", str(folder), *more]
+
+
+def finished(workers: Workers, recipe: Path, folder: Path, *more: str, size: int = 1) -> Path:
+    world = workers.start(arguments(recipe, folder, *more), size=size, log=folder.with_suffix(".finished"))
+    codes = world.wait(BOUND_S)
+    assert codes == [0] * size, world.said()
+    for log in world.logs[1:]:
+        assert log.read_text() == "", "only the first process speaks"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(workers: Workers, quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished(workers, quickstart, tmp_path_factory.mktemp("alone") / "run")
+
+
+@pytest.fixture(scope="module")
+def together(workers: Workers, quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished(workers, quickstart, tmp_path_factory.mktemp("together") / "run", *DEVICES, size=2)
+
+
+def weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / stage / "model" / "model.safetensors")
+
+
+def figures(folder: Path, stage: str) -> list[dict[str, float]]:
+    measured = ("perf/", "memory/")
+    return [{k: v for k, v in row.items() if not k.startswith(measured)} for row in read_rows(folder / stage)]
+
+
+def trained(folder: Path) -> list[dict[str, float]]:
+    """Without looks at the validation split, which a stop does not wait for."""
+    return [row for row in figures(folder, "distill") if "lr" in row]
+
+
+def assert_alike(folder: Path, other: Path, stage: str = "distill") -> None:
+    ours, theirs = figures(folder, stage), figures(other, stage)
+    assert len(ours) == len(theirs) > 4
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    expected = weights(other, stage)
+    for name, weight in weights(folder, stage).items():
+        assert (weight - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
+
+
+def test_ddp_is_as_one(alone: Path, together: Path) -> None:
+    assert_alike(together, alone)
+    assert figures(together, "int4") == [pytest.approx(row, rel=1e-2, abs=1e-5) for row in figures(alone, "int4")]
+    # what is written down and read is the whole model
+    assert {p.name for p in (together / "distill" / "model").iterdir()} == {
+        p.name for p in (alone / "distill" / "model").iterdir()
+    }
+
+
+def test_fsdp_is_as_one(workers: Workers, quickstart: Path, alone: Path, tmp_path: Path) -> None:
+    more = [*DEVICES, "--set", "compute.strategy=fsdp"]
+    folder = finished(workers, quickstart, tmp_path / "run", *more, size=2)
+    assert_alike(folder, alone)
+    assert figures(folder, "int4") == [pytest.approx(row, rel=1e-2, abs=1e-5) for row in figures(alone, "int4")]
+
+
+def started_until_saved(workers: Workers, recipe: Path, folder: Path, *more: str) -> World:
+    """A world of two, whose second stage has just written its first checkpoint."""
+    world = workers.start(arguments(recipe, folder, *DEVICES, *more), size=2, log=folder.with_suffix(".log"))
+    until = time.monotonic() + BOUND_S
+    while not any((folder / "distill" / "checkpoints").glob("step=*.ckpt")):
+        assert world.running(), world.said()
+        assert time.monotonic() < until, world.said()
+        time.sleep(0.002)
+    return world
+
+
+@pytest.fixture
+def pruned(alone: Path, tmp_path: Path) -> Path:
+    """A run whose first stage is done."""
+    shutil.copytree(alone / "prune", tmp_path / "run" / "prune")
+    shutil.copytree(alone / "data", tmp_path / "run" / "data")
+    return tmp_path / "run"
+
+
+def test_a_killed_rank_ends_the_other_and_one_process_goes_on(
+    workers: Workers, quickstart: Path, pruned: Path, together: Path, tmp_path: Path
+) -> None:
+    """Checkpoints of two processes are taken up by one: the same steps, but for the order of sums."""
+    world = started_until_saved(workers, quickstart, pruned, "--set", "compute.checkpoint_every_steps=1")
+    world.send(signal.SIGKILL, rank=1)
+    codes = world.wait(60)
+    assert codes == [1, -signal.SIGKILL]
+    assert "rank 0: another process is gone" in world.said() or "no sign of life" in world.said()
+    assert "Traceback" not in world.said().split("Current thread")[0]
+    finished(workers, quickstart, pruned, "--set", "compute.checkpoint_every_steps=1")
+    assert "going on from step" in (pruned.with_suffix(".finished") / "rank-0.log").read_text()
+    for row, expected in zip(trained(pruned), trained(together), strict=True):
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_preempted_rank_saves_for_all_and_two_go_on_to_the_last_bit(
+    number: signal.Signals, workers: Workers, quickstart: Path, pruned: Path, together: Path
+) -> None:
+    """The signal reaches one of the two, as when a machine of several is taken back."""
+    world = started_until_saved(workers, quickstart, pruned)
+    world.send(number, rank=1)
+    assert world.wait(120) == [75, 75], world.said()
+    assert f"stopped by {number.name} at step" in world.said()
+    finished(workers, quickstart, pruned, *DEVICES, size=2)
+    ours, theirs = weights(pruned, "distill"), weights(together, "distill")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert trained(pruned) == trained(together)
+
+
+def test_shards_are_taken_up_by_two_and_by_one(
+    workers: Workers, quickstart: Path, pruned: Path, alone: Path, tmp_path: Path
+) -> None:
+    sharded = ["--set", "compute.strategy=fsdp"]
+    world = started_until_saved(workers, quickstart, pruned, *sharded)
+    world.send(signal.SIGTERM, rank=0)
+    assert world.wait(BOUND_S) == [75, 75], world.said()
+    by_one = tmp_path / "by-one"
+    shutil.copytree(pruned, by_one)
+    finished(workers, quickstart, pruned, *DEVICES, *sharded, size=2)
+    finished(workers, quickstart, by_one)
+    for folder in (pruned, by_one):
+        assert "going on from step" in (folder.with_suffix(".finished") / "rank-0.log").read_text()
+        for row, expected in zip(trained(folder), trained(alone), strict=True):
+            assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_a_frozen_rank_is_found(workers: Workers, quickstart: Path, pruned: Path) -> None:
+    world = started_until_saved(workers, quickstart, pruned, "--set", "compute.silence_s=10")
+    world.send(signal.SIGSTOP, rank=1)
+    try:
+        world.processes[0].join(60)
+        assert world.processes[0].exitcode == 1, world.said()
+        assert "rank 1 (process" in world.said()
+        assert "has given no sign of life for 10 s" in world.said()
+    finally:
+        world.send(signal.SIGKILL, rank=1)
+    world.wait(10)
+
+
+def test_a_mistake_is_told_once(workers: Workers, quickstart: Path, tmp_path: Path) -> None:
+    more = ["--set", "stages.distill.batch_size=3", *DEVICES]
+    world = workers.start(arguments(quickstart, tmp_path / "run", *more), size=2, log=tmp_path / "log")
+    codes = world.wait(BOUND_S)
+    assert codes == [2, 2], world.said()
+    assert "batch_size (3) must be a multiple of the 2 processes" in world.logs[0].read_text()
+
+
+def test_the_command_starts_its_own_processes(chaos: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "distill", "run", str(chaos), "--run-dir", str(tmp_path / "run")]
+    short = ["--set", "stages.train.num_steps=4", *DEVICES]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *short], env=environment, capture_output=True, text=True, timeout=BOUND_S)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("train step 4/4") == 1
+    assert (tmp_path / "run" / "train" / "model" / "model.safetensors").exists()
+    assert {path.name for path in (tmp_path / "run" / "logs").iterdir()} == {"rank-1.log"}

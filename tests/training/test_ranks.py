@@ -1,0 +1,67 @@
+"""What each rank has for itself: its part of the text, and its state in a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from distill.core.errors import InputError
+from distill.core.world import World
+from distill.losses import LossTerm
+from distill.training import rank_state
+from distill.training.share import Share
+from distill.training.spec import BudgetSpec, ComputeSpec, split_batch
+
+
+def test_a_batch_is_split_over_processes() -> None:
+    def split(batch_size: int, micro: int | None, processes: int) -> tuple[int, int]:
+        return split_batch(
+            BudgetSpec(num_steps=1, batch_size=batch_size), ComputeSpec(micro_batch_size=micro), processes
+        )
+
+    assert split(16, None, 4) == (4, 1)
+    assert split(16, 2, 4) == (2, 2)
+    with pytest.raises(InputError, match=r"batch_size \(6\) must be a multiple of the 4 processes"):
+        split(6, None, 4)
+    with pytest.raises(InputError, match=r"batch_size \(16 / 4 processes\) must be a multiple of .* \(3\)"):
+        split(16, 3, 4)
+
+
+@pytest.mark.parametrize("count", [1, 5, 6])
+def test_validation_is_shared_without_loss_or_repetition(count: int, batch: Any) -> None:
+    batches = [batch(2 * i, 2) for i in range(count)]
+    parts = [list(Share(batches, World(rank, 3, rank, 3))) for rank in range(3)]
+    assert len({len(part) for part in parts}) == 1, "all ranks run as many forward passes"
+    assert len(parts[0]) == -(-count // 3)
+    counted = [one for part in parts for one in part if one["mask"].any()]
+    assert sorted(int(one["input_ids"].sum()) for one in counted) == sorted(
+        int(one["input_ids"].sum()) for one in batches if one["mask"].any()
+    )
+    assert [list(Share(batches, World()))[i] is one for i, one in enumerate(batches)] == [True] * count
+
+
+def state(tokens: int, **terms: float) -> dict[str, Any]:
+    counted = {name: LossTerm(torch.tensor(value), torch.tensor(tokens)) for name, value in terms.items()}
+    return rank_state.of(counted, torch.tensor(tokens))
+
+
+@pytest.mark.parametrize("now", [1, 2, 3])
+def test_what_was_counted_before_a_checkpoint_is_counted_once(now: int) -> None:
+    saved = [state(3, kl=1.0, ce=4.0), state(4, kl=2.0)]
+    taken = [rank_state.share(saved, rank, now) for rank in range(now)]
+    assert {frozenset(terms) for terms, _, _ in taken} == {frozenset({"kl", "ce"})}
+    assert sum(float(terms["kl"].sum) for terms, _, _ in taken) == 3.0
+    assert sum(int(terms["kl"].count) for terms, _, _ in taken) == 7
+    assert sum(int(tokens) for _, tokens, _ in taken) == 7
+    assert [random is not None for _, _, random in taken] == [True, True, False][:now]
+    if now == 2:
+        assert float(taken[1][0]["kl"].sum) == 2.0
+
+
+def test_random_state_is_taken_up_where_it_was() -> None:
+    kept = state(0)
+    drawn = torch.rand(3)
+    rank_state.set_random(rank_state.share([kept], 0, 1)[2] or {})
+    assert torch.equal(torch.rand(3), drawn)
