@@ -117,7 +117,8 @@ def _follow(session: Session, ranks: Ranks) -> None:
         name, input_hash = order["stage"], order["input_hash"]
         _seed(session, name)
         try:
-            session.stages[name].run(StageContext(session, name, session.run.stage(name), input_hash))
+            stage = session.stages[name]
+            stage.run(StageContext(session.speaking(stage.speaker()), name, session.run.stage(name), input_hash))
         except Released:
             continue
         raise AssertionError(f"stages.{name}: rank {ranks.world.rank} was not released")

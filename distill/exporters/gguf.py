@@ -2,7 +2,7 @@
 
 The deliverable of choice for a CPU, a laptop or a phone: the one engine in which low-bit weights are fast without a
 GPU. A model that was trained on a grid of llama.cpp's (q8_0, q4_0, tq2_0), or on any symmetric integer grid with groups
-of a multiple of 32 (int4_group), is written from its codes: nothing is rounded a second time. A full-precision model
+of a multiple of 32 (int_group), is written from its codes: nothing is rounded a second time. A full-precision model
 is written as F16, or rounded here with ``round_to``.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the format.

@@ -75,7 +75,11 @@ class _FakeQuant(nn.Module):
 
     def effective(self, weight: Tensor) -> Tensor:
         """The weight that is multiplied by in place of ``weight``."""
-        return fake_quantize(weight, self.spec, self.log_scale) if self.enabled else weight
+        if self.enabled:
+            return fake_quantize(weight, self.spec, self.log_scale)
+        if self.log_scale is None or not torch.is_grad_enabled():
+            return weight
+        return weight + 0 * self.log_scale.sum()  # DDP waits for a gradient of every parameter
 
     def codes(self) -> Codes:
         """What is shipped: ``spec.dequantize`` of it is, bit for bit, what the forward uses."""

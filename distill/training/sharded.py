@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from distill.core.errors import InputError
+from distill.quantization.fake_quant import fake_quant_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,7 +138,8 @@ def shard_module(module: DistillationModule) -> None:
     if any(p._backward_hooks for p in module.student.parameters()):
         raise InputError("compute.strategy: fsdp cannot hold a mask of zeros; use ddp")
     mesh = strategy.device_mesh["data_parallel"]
-    half = "bf16" in str(module.trainer.precision)
+    # a grid is taken of the fp32 weights that are shipped, so these must not be gathered in another type
+    half = "bf16" in str(module.trainer.precision) and not fake_quant_layers(module.student)
     shard(module.student, mesh, torch.bfloat16 if half else None)
     for projection in module.states.projections.values() if module.states is not None else ():
         fully_shard(projection, mesh=mesh)

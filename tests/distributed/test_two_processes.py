@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from distill.testing.workers import Workers, World
@@ -75,6 +77,31 @@ def test_ddp_is_as_one(alone: Path, together: Path) -> None:
     assert {p.name for p in (together / "distill" / "model").iterdir()} == {
         p.name for p in (alone / "distill" / "model").iterdir()
     }
+
+
+def test_a_cut_vocabulary_and_scales_that_learn_late(workers: Workers, quickstart: Path, tmp_path: Path) -> None:
+    """All processes read the text in the student's own tokens; a scale without a gradient yet stops nobody."""
+    cut = ["--set", "stages.prune.keep.vocabulary=used"]
+    late = ["--set", "stages.int4.quantizer={kind: int_group, scale: learned}", "--set", "stages.int4.from_step=2"]
+    one = finished(workers, quickstart, tmp_path / "one", *cut, *late)
+    two = finished(workers, quickstart, tmp_path / "two", *cut, *late, *DEVICES, size=2)
+    assert_alike(two, one)
+    assert figures(two, "int4") == [pytest.approx(row, rel=1e-2, abs=1e-5) for row in figures(one, "int4")]
+
+
+def test_a_search_is_the_work_of_the_first(workers: Workers, quickstart: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(quickstart.read_text())
+    train = {"num_candidates": 2, "num_steps": 2, "batch_size": 4}
+    search = {"budget": {"non_embedding_parameters": "50%"}, "train": train}
+    recipe["stages"] = {"prune": {"search": search}}
+    file = tmp_path / "search.yaml"
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    found = [
+        json.loads((finished(workers, file, tmp_path / name, *more, size=size) / "prune" / "search.json").read_text())
+        for name, more, size in (("one", [], 1), ("two", DEVICES, 2))
+    ]
+    first, second = ([row["keep"] for row in one["ranking"]] for one in found)
+    assert first == second
 
 
 def test_fsdp_is_as_one(workers: Workers, quickstart: Path, alone: Path, tmp_path: Path) -> None:

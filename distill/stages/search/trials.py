@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.core.artifact import hash_of
 from distill.core.run import CHECKPOINTS
+from distill.core.world import ALONE
 from distill.stages.base import StageContext
 from distill.stages.search.found import Found
 from distill.stages.search.spec import SearchSpec
@@ -94,7 +95,9 @@ class Trials:
         location = session.artifact(self.reference).location
         start = carve_folder(location, self._plan(candidate.keep), self.space.layout, torch.float32)
         student = assemble(start, gradient_checkpointing=session.compute.gradient_checkpointing)
-        own = replace(self.context, name=f"{self.context.name}/{candidate.name}", folder=folder)
+        # the other processes do not take part in a search
+        alone = replace(session, world=ALONE)
+        own = replace(self.context, session=alone, name=f"{self.context.name}/{candidate.name}", folder=folder)
         figures = train(own, student, [ForwardKL()], self.spec.train, teacher=self._teacher)
         trained = move(disassemble(student), resolve_device(session.compute))
         return self._loss(trained, self._teacher.model) | figures
