@@ -137,7 +137,8 @@ def require_engine(module: str, extra: str, engine: str) -> None:
     """Raise EngineMissing when an engine's module is not there."""
     if find_spec(module) is None:
         raise EngineMissing(
-            f"not verified in {engine}, which is not installed; pip install 'distill[{extra}]' and export again"
+            f"not verified in {engine}, which is not installed; pip install 'distill[{extra}]' and run again with "
+            "--from and the stage's name"
         )
 
 
