@@ -12,7 +12,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/distill run recipes/quickstart.yaml
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest  # models are tiny, and processes that share two cores wait for each other
 
 chaos: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults
