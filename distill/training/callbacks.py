@@ -160,11 +160,17 @@ class Checkpoints(StepEnd):
     on all ranks alike, and never of weights that have diverged.
 
     Ctrl-C ends with one exit code, SIGTERM and SIGUSR1, by which a scheduler takes the machine back, with another.
+
+    Args:
+        folder: where they go.
+        every: steps between two.
+        keep: how many are kept.
+        owed: whether the checkpoint that is gone on from was left before the validation after its step was done.
     """
 
-    def __init__(self, folder: Path, *, every: int, keep: int):
+    def __init__(self, folder: Path, *, every: int, keep: int, owed: bool = False):
         super().__init__()
-        self.folder, self.every, self.keep = folder, every, keep
+        self.folder, self.every, self.keep, self.owed = folder, every, keep, owed
         self._asked = self._saved = 0
         self._before: dict[int, Any] = {}
 
@@ -196,6 +202,9 @@ class Checkpoints(StepEnd):
             if isinstance(progress, dict):
                 # one micro-batch is not completed yet, as when we save in its last hook
                 progress.update(ready=done, started=done, processed=done, completed=done - 1)
+        for progress in checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"].values():
+            if isinstance(progress, dict):  # to Lightning a validation that is begun is one to do again
+                progress.update(ready=int(self.owed), started=int(self.owed), processed=0, completed=0)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         # not KeyboardInterrupt: Lightning turns that into exit code 1
