@@ -128,6 +128,7 @@ def _work(place: dict[str, str], arguments: list[str], log: str, kill: Kill | No
     os.dup2(out, 1)
     os.dup2(out, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # multiprocessing's server ignores it
+    multiprocessing.set_start_method(None, force=True)  # a loader's workers are forked as in any other process
     os.environ.update(place)
     torch.set_num_threads(1)  # several processes with several threads each would wait for each other's
     if kill is not None:
