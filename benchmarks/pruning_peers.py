@@ -121,7 +121,11 @@ def plain(model: Any, keep: dict[str, int]) -> Any:
     """The pruned weights in a fresh model of a config that says their sizes; strict."""
     from transformers import AutoModelForCausalLM
 
-    config = type(model.config)(**{**model.config.to_dict(), **keep, "use_cache": True})
+    sizes = {
+        **keep,
+        "intermediate_size": model.model.layers[0].mlp.up_proj.out_features,
+    }  # it rounds down to 103 of 104
+    config = type(model.config)(**{**model.config.to_dict(), **sizes, "use_cache": True})
     fresh = AutoModelForCausalLM.from_config(config)
     fresh.load_state_dict(model.state_dict(), strict=True)
     return fresh
