@@ -24,7 +24,19 @@ import torch
 from benchmarks import books, hardware, pruning_peers, result, tables
 from benchmarks.losses import Budget, next_rate
 from benchmarks.matrix import Cell, Matrix
-from benchmarks.pruning_cuts import EVEN, SEARCH, SHAPES, START, cuts, others, search, stage_name, telling
+from benchmarks.pruning_cuts import (
+    EVEN,
+    SEARCH,
+    SHAPES,
+    SOLVED,
+    START,
+    cuts,
+    others,
+    search,
+    solved,
+    stage_name,
+    telling,
+)
 from distill.core.errors import DistillError
 
 BATCH_SIZE = 8
@@ -64,6 +76,7 @@ class Pruning:
     def cut_all(self, share: int) -> None:
         """Every cut to this share, ours and the peers', measured as it is."""
         found = self._cut(share, f"cut-{share}", cuts(share))
+        found |= self._cut(share, f"solved-{share}", {SOLVED: solved(share)})
         self.cut[share] = found
         folders = {peer.name: str(peer.folder) for peer in self.peers if peer.share == share and peer.folder}
         if folders:
@@ -123,7 +136,7 @@ class Pruning:
         self._keep(share, name, stages, seed)
 
     def _keep(self, share: int, name: str, stages: dict[str, Any], seed: int) -> None:
-        cell = Cell(f"trained-{share}/{stage_name(name).replace(',', '')}/seed-{seed}", stages | _evaluate(), seed)
+        cell = Cell(f"trained-{share}/{stage_name(name)}/seed-{seed}", stages | _evaluate(), seed)
         self.trained.setdefault((share, name), []).append(self.reporting.run(cell)["student"])
 
     def run(self) -> Iterator[list[dict[str, Any]]]:

@@ -40,8 +40,15 @@ NUM_CHANCES = 3
 START = "width activation"
 """The cut whose learning rate all cuts of its share get, and whose architecture is trained from random weights."""
 
+SOLVED = f"{START}, reconstructed"
+"""The same cut with its output projections solved anew."""
 SEARCH, EVEN = "budget search", "even shares"
 """What a search chose, and of all that it could have chosen the one that keeps most nearly even shares of its axes."""
+
+
+def solved(share: int) -> dict[str, Any]:
+    """The prune stage of SOLVED."""
+    return {**cuts(share)[START], "reconstruct": {"num_sequences": 64}}
 
 
 def search(most: int, training: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +95,7 @@ def _each(
 
 def stage_name(cut: str) -> str:
     """The name of a cut as a recipe's stage."""
-    return cut.replace(" ", "-")
+    return cut.replace(" ", "-").replace(",", "")
 
 
 def telling(share: int, seed: int) -> dict[str, list[str]]:
@@ -96,7 +103,8 @@ def telling(share: int, seed: int) -> dict[str, list[str]]:
     chance = {f"{shape} random": [f"{shape} random {seed}"] for shape in ("width", "depth") if _is_cut(share, shape)}
     depth = "depth leave_one_out kl contiguous" if _is_cut(share, "depth") else "depth block_influence"
     rounds = {"width activation, two rounds": [START, START]} if share < 75 else {}
-    return {START: [START], depth: [depth], SEARCH: [SEARCH], EVEN: [EVEN], **chance, **rounds}
+    ours = {name: [name] for name in (START, SOLVED, depth, SEARCH, EVEN)}
+    return {**ours, **chance, **rounds}
 
 
 def others(share: int, seed: int) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -174,6 +175,8 @@ def main() -> None:
         name, share, folder = options.one
         model = attempts()[name](options.work / "books-teacher-final", options.corpus, int(share))
         model.save_pretrained(folder)
+        for file in (options.work / "books-teacher-final").glob("*token*.json"):
+            shutil.copy(file, folder)
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
         return
     for name in attempts():
