@@ -240,6 +240,47 @@ def test_arguments_that_do_not_exist(distill: Distill, recipe: Path) -> None:
         assert distill(*arguments).code == 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        (
+            ["compute.devices=0"],
+            ["--set compute.devices: input should be 'auto' or greater than or equal to 1 (got 0)"],
+        ),
+        (["stages.prune.keep=3"], ["--set stages.prune.keep: needs a mapping of keys to values (got 3)"]),
+        (
+            ["stages.distill.num_tokens=9", "seed=3"],
+            [
+                "--set stages.distill.num_tokens: {file}:11: stages.distill: "
+                "give the budget once: num_tokens or num_steps"
+            ],
+        ),
+        (
+            ["seed=3", "stages.distill.student=quantize"],
+            ["--set stages.distill.student: 'quantize' must stand before this stage"],
+        ),
+        (
+            ["stages.prune.model=a/b", "stages.distill.teacher=a/b", "seed=3", "data.tokenizer=a/b"],
+            [
+                "--set stages.prune.model, --set stages.distill.teacher, --set data.tokenizer: "
+                "{file}:2: teacher: no stage uses it; remove it"
+            ],
+        ),
+    ],
+)
+def test_a_mistake_of_set_is_blamed_on_set(
+    distill: Distill, recipe: Path, changes: list[str], lines: list[str]
+) -> None:
+    result = distill("check", recipe, *(part for each in changes for part in ("--set", each)))
+    assert (result.code, result.err.splitlines()) == (2, [line.format(file=recipe) for line in lines])
+
+
+def test_a_mistake_of_the_file_is_not_blamed_on_set(distill: Distill, recipe: Path) -> None:
+    edited(recipe, ("num_steps: 1", "num_steps: 1\n    num_tokens: 2"))
+    result = distill("check", recipe, "--set", "seed=3", "--set", "stages.quantize.student=evaluate")
+    assert result.err.splitlines()[0].startswith(f"{recipe}:11: stages.distill: give the budget once")
+
+
 # ------------------------------------------------------------------------------------ mistakes that a run meets
 
 
