@@ -130,7 +130,12 @@ def _check(stage: StageSpec, recipe: Recipe, config: Config | None) -> None:
                     f"{holder.rpartition('.')[2]!r} to skip to ship them as they are"
                 )
             if len(parameter.axes) == 2 and "{layer}" in name and not stage.quantizer.skips(name):
-                stage.grid_of(name).groups(shape(parameter, sizes)[1])
+                grid = stage.grid_of(name)
+                grid.groups(shape(parameter, sizes)[1])
+                if stage.rounding == "gptq" and not grid.keeps_scale:
+                    raise InputError(
+                        f"{name}: rounding: gptq rounds to symmetric integer grids, not {grid.label()}; set nearest"
+                    )
 
 
 def _check_states(stage: StageSpec, known: dict[str, Config | None]) -> None:
