@@ -27,6 +27,7 @@ from distill.stages.base import SELF, StageSpec
 from distill.stages.cache_teacher import CacheTeacher
 from distill.stages.distill import Distill
 from distill.stages.evaluate import Evaluate
+from distill.stages.export import Export
 from distill.stages.finetune import Finetune, NewModel
 from distill.stages.prune import Prune
 from distill.stages.quantize import Quantize
@@ -73,6 +74,7 @@ def describe(recipe: Recipe) -> str:
             if recipe.data.validation
             else f"{recipe.data.held_out:.0%} held out"
         )
+        + f", at most {recipe.data.validation_tokens:,} tokens of it to validate on"
     )
     for number, (name, stage) in enumerate(recipe.stages.items(), 1):
         try:
@@ -168,7 +170,7 @@ def _check_ends(stage: StageSpec, known: dict[str, Config | None]) -> None:
 
 def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config | None]) -> str:
     title = name if stage.kind == name else f"{name} ({stage.kind})"
-    parts = [f"{title}:"]
+    parts = [f"{title}:"] if stage.kind != "report" else [f"{title}: reads what was measured;"]
     read = [reference for _, reference in stage.references()]
     if isinstance(stage, Evaluate) and not stage.models:
         parts.append("measures every model before it;")
@@ -176,6 +178,9 @@ def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config |
         parts.append("reads " + ", ".join(dict.fromkeys(read)) + ";")
     if isinstance(stage, Prune):
         parts.append(f"keeps {_kept(stage.keep)};" if stage.keep else f"{_searched(stage, recipe, known)};")
+    if isinstance(stage, Export):
+        unverified = stage.target.missing_engine()
+        parts.append(stage.missing() or stage.target.kind + (f", {unverified}" if unverified else ""))
     if isinstance(stage, CacheTeacher):
         parts.append(_cached(name, stage, recipe))
     if isinstance(stage, BudgetSpec):

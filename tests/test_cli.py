@@ -177,6 +177,7 @@ def test_check_prints_the_plan(distill: Distill, recipe: Path) -> None:
     assert result.code == 0
     assert "[2/3] distill: reads prune, teacher; 224 tokens = 7 steps of 2 x 16;" in result.out
     assert "keeps intermediate_size 32" in result.out
+    assert "5% held out, at most 100 tokens of it to validate on" in result.out
 
 
 def test_check_finds_a_size_that_the_teacher_does_not_have(distill: Distill, recipe: Path) -> None:
