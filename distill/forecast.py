@@ -27,6 +27,7 @@ from distill.stages.base import SELF, StageSpec
 from distill.stages.cache_teacher import CacheTeacher
 from distill.stages.distill import Distill
 from distill.stages.evaluate import Evaluate
+from distill.stages.export import Export
 from distill.stages.finetune import Finetune, NewModel
 from distill.stages.prune import Prune
 from distill.stages.quantize import Quantize
@@ -73,6 +74,7 @@ def describe(recipe: Recipe) -> str:
             if recipe.data.validation
             else f"{recipe.data.held_out:.0%} held out"
         )
+        + f", at most {recipe.data.validation_tokens:,} tokens of it to validate on"
     )
     for number, (name, stage) in enumerate(recipe.stages.items(), 1):
         try:
@@ -130,7 +132,12 @@ def _check(stage: StageSpec, recipe: Recipe, config: Config | None) -> None:
                     f"{holder.rpartition('.')[2]!r} to skip to ship them as they are"
                 )
             if len(parameter.axes) == 2 and "{layer}" in name and not stage.quantizer.skips(name):
-                stage.grid_of(name).groups(shape(parameter, sizes)[1])
+                grid = stage.grid_of(name)
+                grid.groups(shape(parameter, sizes)[1])
+                if stage.rounding == "gptq" and not grid.keeps_scale:
+                    raise InputError(
+                        f"{name}: rounding: gptq rounds to symmetric integer grids, not {grid.label()}; set nearest"
+                    )
 
 
 def _check_states(stage: StageSpec, known: dict[str, Config | None]) -> None:
@@ -163,7 +170,7 @@ def _check_ends(stage: StageSpec, known: dict[str, Config | None]) -> None:
 
 def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config | None]) -> str:
     title = name if stage.kind == name else f"{name} ({stage.kind})"
-    parts = [f"{title}:"]
+    parts = [f"{title}:"] if stage.kind != "report" else [f"{title}: reads what was measured;"]
     read = [reference for _, reference in stage.references()]
     if isinstance(stage, Evaluate) and not stage.models:
         parts.append("measures every model before it;")
@@ -171,6 +178,9 @@ def _line(name: str, stage: StageSpec, recipe: Recipe, known: dict[str, Config |
         parts.append("reads " + ", ".join(dict.fromkeys(read)) + ";")
     if isinstance(stage, Prune):
         parts.append(f"keeps {_kept(stage.keep)};" if stage.keep else f"{_searched(stage, recipe, known)};")
+    if isinstance(stage, Export):
+        unverified = stage.target.missing_engine()
+        parts.append(stage.missing() or stage.target.kind + (f", {unverified}" if unverified else ""))
     if isinstance(stage, CacheTeacher):
         parts.append(_cached(name, stage, recipe))
     if isinstance(stage, BudgetSpec):
