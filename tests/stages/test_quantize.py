@@ -119,3 +119,28 @@ def test_before_its_step_training_is_in_full_precision(teacher, text, tmp_path):
     assert losses("late")[:2] == losses("plain")[:2]
     assert losses("late")[2] != losses("plain")[2]
     assert losses("now")[0] != losses("plain")[0]
+
+
+def test_a_scan_is_made_once_for_the_same_inputs(teacher, text, tmp_path):
+    def go(bits: float) -> list[dict]:
+        mixed = f"{{bits: {bits}, also: [{{kind: int_group, bits: 2}}], num_sequences: 1}}"
+        run(
+            recipe_of(teacher, text, f"mixed: {{kind: quantize, student: teacher, num_tokens: 0, mixed: {mixed}}}"),
+            run_dir,
+        )
+        return json.loads((run_dir / "mixed" / "sensitivity.json").read_text())
+
+    run_dir = tmp_path / "run"
+    scan = go(4)
+    assert {row["chosen"] for row in scan} == {"int4, group 32", "int2, group 32"}
+    # what another process, or this one before it was killed, has found is what is done
+    (run_dir / "mixed" / "DONE").unlink()
+    for row in scan:
+        row["chosen"] = "int2, group 32"
+    (run_dir / "mixed" / "sensitivity.json").write_text(json.dumps(scan))
+    assert go(4) == scan
+    config = json.loads((run_dir / "mixed" / "model" / "config.json").read_text())
+    assert [group["weights"]["num_bits"] for group in config["quantization_config"]["config_groups"].values()] == [2]
+    # another budget is another scan
+    assert {row["chosen"] for row in go(4.5)} == {"int4, group 32"}
+    assert (run_dir / "mixed.old-1").is_dir()
