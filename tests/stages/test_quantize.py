@@ -49,6 +49,7 @@ def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
             "learned: {kind: quantize, student: teacher, teacher: self, lora: {r: 2}, from_step: 1, quantizer: "
             f"{{kind: int_group, bits: 2, scale: learned}}, {TRAINING}}}",
             f"q4_0: {{kind: quantize, student: teacher, quantizer: q4_0, {TRAINING}}}",
+            f"on_text: {{kind: quantize, student: teacher, losses: [cross_entropy], quantizer: q8_0, {TRAINING}}}",
             "evaluate: {speed: null}",
         ),
         tmp_path / "run",
@@ -61,12 +62,15 @@ def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
         "w8a8": "int8, per channel; int8 activations, mse",
         "learned": "int2, group 32, learned",
         "q4_0": "Q4_0",
+        "on_text": "Q8_0",
     }
     for name, scheme in schemes.items():
         figures = the_run.done(name).figures
         assert figures["scheme"] == scheme
         assert figures["verified_worst_kl"] <= 1e-9
         assert figures["quantized_layers"] == 14
+    assert the_run.model("q4_0").lineage().teacher == "teacher"
+    assert the_run.model("on_text").lineage().teacher is None
     config = json.loads((the_run.stage("by_layer") / "model" / "config.json").read_text())
     groups = config["quantization_config"]["config_groups"].values()
     assert [(len(group["targets"]), group["format"]) for group in groups] == [
@@ -92,6 +96,7 @@ def test_what_has_no_effect_or_cannot_be_is_refused(teacher, text, tmp_path):
         ("num_tokens: 0, quantizer: {kind: int_group, scale: learned}", "learned needs training"),
         (f"quantizer: fp8, activations: dynamic_int8, {TRAINING}", "which no engine multiplies"),
         ("num_tokens: 0, from_step: 2", "from_step has no effect"),
+        (f"losses: [cross_entropy], teacher: teacher, {TRAINING}", "so teacher has no effect"),
         (f"quantizer: {{kind: int_group, scale: learned, symmetry: asymmetric}}, {TRAINING}", "for symmetric codes"),
     ):
         with pytest.raises(RecipeError, match=message):
