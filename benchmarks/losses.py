@@ -96,9 +96,14 @@ def measure(corpus: Path, work: Path, budget: Budget) -> Iterator[list[dict[str,
             yield rows(start, searched, rates, trained)
 
 
-def next_rate(found: Mapping[float, float]) -> float | None:
-    """The learning rate to try next, given the perplexities of others; None when the best one is known."""
-    for lr in LEARNING_RATES:
+def next_rate(found: Mapping[float, float], first: Sequence[float] = LEARNING_RATES) -> float | None:
+    """The learning rate to try next, given the perplexities of others; None when the best one is known.
+
+    Args:
+        found: learning rate -> perplexity.
+        first: those to begin with, neighbours by factors of two.
+    """
+    for lr in first:
         if lr not in found:
             return lr
     best = min(found, key=found.__getitem__)
