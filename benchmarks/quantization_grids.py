@@ -76,7 +76,7 @@ def trained(grid: Grid, scale: str | None, method: str, start: str) -> dict[str,
 
 
 def longer(method: str, start: str) -> dict[str, Any]:
-    """The control: as many tokens more of the same loss, in full precision."""
+    """The control of a method that is searched: as many tokens more of the same loss, in full precision."""
     if method == "cross-entropy":
         return {"kind": "finetune", "model": start}
     return {"kind": "distill", "student": start, **METHODS[method]}
