@@ -23,7 +23,7 @@ from distill.pruning.layout import shape
 from distill.pruning.search import Candidate
 from distill.pruning.select import target_sizes
 from distill.recipe import Recipe
-from distill.stages.base import SELF, StageSpec
+from distill.stages.base import StageSpec
 from distill.stages.cache_teacher import CacheTeacher
 from distill.stages.distill import Distill
 from distill.stages.evaluate import Evaluate
@@ -345,17 +345,16 @@ def _size(config: Config | None) -> str:
     )
 
 
-def _memory(name: str, stage: BudgetSpec, known: dict[str, Config | None], compute: ComputeSpec) -> str | None:
+def _memory(name: str, stage: StageSpec, known: dict[str, Config | None], compute: ComputeSpec) -> str | None:
     """Bytes of weights, gradients and optimizer in a process; activations come on top."""
     student = _count(known[name])
     if student is None:
         return None
     trained = TRAINED_BYTES if getattr(stage, "lora", None) is None else FROZEN_BYTES
     total = student * trained
-    teacher = getattr(stage, "teacher", None)
-    if teacher not in (None, SELF):
-        config = _known(teacher, known)
-        total += (_count(config) or 0) * FROZEN_BYTES
+    for key, reference in stage.references():
+        if key == ("teacher",):
+            total += (_count(_known(reference, known)) or 0) * FROZEN_BYTES
     num_processes = compute.known_processes()
     if compute.strategy == "fsdp":
         total //= num_processes
