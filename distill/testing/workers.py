@@ -99,6 +99,10 @@ class Workers:
         return self._started[-1]
 
     def __enter__(self) -> Workers:
+        """Import everything now, so that no run is charged with it."""
+        first = self._context.Process(target=_nothing)
+        first.start()
+        first.join()
         return self
 
     def __exit__(
@@ -112,6 +116,10 @@ class Workers:
                     process.join()
 
 
+def _nothing() -> None:
+    """What the process does whose start starts the server."""
+
+
 def _work(place: dict[str, str], arguments: list[str], log: str, kill: Kill | None) -> None:
     """One process: take its place, speak into its log, run the command line."""
     import torch
@@ -120,6 +128,7 @@ def _work(place: dict[str, str], arguments: list[str], log: str, kill: Kill | No
     os.dup2(out, 1)
     os.dup2(out, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # multiprocessing's server ignores it
+    multiprocessing.set_start_method(None, force=True)  # a loader's workers are forked as in any other process
     os.environ.update(place)
     torch.set_num_threads(1)  # several processes with several threads each would wait for each other's
     if kill is not None:
