@@ -116,16 +116,18 @@ class Job:
         width, trained = self.weight_bytes, self.trained()
         gradients = width * trained / shares
         half = self.precision != "32-true"
-        copies = (2 if half else FP32) * of.body_weights if self.quantized or self.precision == "bf16-mixed" else 0
+        # shards are gathered in half precision as they are, so autocast copies nothing
+        multiplied_as_copies = self.quantized or (self.precision == "bf16-mixed" and not self.sharded)
+        copies = (2.0 if half else FP32) * of.body_weights if multiplied_as_copies else 0.0
         stream = FP32 if self.precision == "bf16-mixed" else width
         block = tokens * of.block_bytes(self.precision, self.sequence_length)
         kept = tokens * (stream * of.hidden + of.last_norm_bytes(self.precision))
         kept += of.layers * (tokens * stream * of.hidden if self.checkpointing else block)
         losses = self._losses(of, tokens)
-        backward = tokens * ((2 if half else FP32) * of.neurons + FP32 * of.hidden)
+        backward: float = tokens * ((2 if half else FP32) * of.neurons + FP32 * of.hidden)
         if self.checkpointing:
             backward += block - tokens * stream * of.hidden  # its input is among what is kept
-            copies, backward = 0, backward + copies / of.layers
+            copies, backward = 0.0, backward + copies / of.layers
         if not self.accumulates and self.num_processes == 1:
             backward -= gradients  # those of the step before are freed by then
         if self.sharded:

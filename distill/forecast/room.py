@@ -146,13 +146,18 @@ def _changes(job: Job, batch_size: int) -> Iterator[tuple[str, Job]]:
         yield words[0], least
     if smaller:
         least, words = replace(least, micro_batch_size=1, accumulates=True), [*words, "compute.micro_batch_size: 1"]
-        yield " and ".join(words), least
+        yield ", ".join(words), least
+    yield from _shared_out(least, words, batch_size)
     if job.teacher is not None and not job.head_only and not job.on_cpu:
         least, words = replace(least, head_only=True), [*words, "compute.teacher_device: cpu"]
         yield ", ".join(words), least
+        yield from _shared_out(least, words, batch_size)
+
+
+def _shared_out(job: Job, words: list[str], batch_size: int) -> Iterator[tuple[str, Job]]:
     for num in (2, 4, 8, 16, 32, 64):
-        if num > job.num_processes * job.sharded and batch_size % num == 0:
-            sharded = replace(least, num_processes=num, sharded=True)
+        if num > (job.num_processes if job.sharded else 1) and batch_size % num == 0:
+            sharded = replace(job, num_processes=num, sharded=True)
             yield ", ".join([*words, f"compute.strategy: fsdp over {num} processes"]), sharded
 
 
