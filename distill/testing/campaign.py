@@ -96,8 +96,10 @@ class Campaign:
             world.processes[victim].join(chance.uniform(0, took_s))
             if world.processes[victim].is_alive():
                 world.send(signal.SIGKILL, victim)
-        codes = world.wait(self.limit_s)
-        if codes[victim] == -signal.SIGKILL:
+        world.processes[victim].join(self.limit_s)
+        is_killed = world.processes[victim].exitcode == -signal.SIGKILL
+        codes = world.end() if is_killed else world.wait(self.limit_s)
+        if is_killed:
             toll.kills[point] += 1
         elif any(codes):
             raise RuntimeError(f"exit codes {codes}\n{world.said()}")

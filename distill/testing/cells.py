@@ -1,25 +1,20 @@
-"""Trainings that differ in all that a resume must get right, and whether each goes on to the last bit.
+"""Trainings that differ in all that a resume must get right.
 
-A cell is one choice of what is trained, from which text, by how many processes, killed when. :func:`pairs` picks cells
-so that any two choices meet in one of them; :class:`Resumes` kills a cell and holds what comes out against the same
-training undisturbed.
+A cell is one choice of what is trained, from which text, by how many processes, killed when; :func:`pairs` picks cells
+so that any two choices meet in one of them. :mod:`~distill.testing.resumes` runs them.
 """
 
 from __future__ import annotations
 
 import json
-import signal
 from dataclasses import astuple, dataclass
-from hashlib import sha256
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from distill.testing.chaos import Kill
 from distill.testing.workers import Workers
-from distill.training.metrics import read_rows
 
 STAGE = "train"
 _LORA = {"r": 2, "dropout": 0.1}
@@ -59,6 +54,7 @@ class Cell:
         micro_batches: to a step.
         num_workers: that read ahead.
         compile: whether models are compiled.
+        dropout: whether the student has it.
     """
 
     trained: str = "distilled"
@@ -68,6 +64,7 @@ class Cell:
     micro_batches: int = 2
     num_workers: int = 0
     compile: bool = False
+    dropout: bool = True
 
     @property
     def size(self) -> int:
@@ -87,12 +84,12 @@ class Cell:
         """As YAML."""
         stage = yaml.safe_load(
             yaml.safe_dump(TRAINED[self.trained])
-            .replace("{student}", str(text.student))
-            .replace("{teacher}", str(text.teacher))
+            .replace("{student}", str(text.model("small" if self.dropout else "dry")))
+            .replace("{teacher}", str(text.model("large")))
         )
         stages = {STAGE: stage | {"num_steps": STEPS, "batch_size": BATCH, "validate_every_steps": EDGE}}
         if self.trained == "cached teacher":
-            cache = {"kind": "cache_teacher", "teacher": str(text.teacher)}
+            cache = {"kind": "cache_teacher", "teacher": str(text.model("large"))}
             stages = {"cache": cache} | stages
         recipe = {
             "name": "cell",
@@ -134,20 +131,14 @@ class Text:
     """What cells train on: 24 documents of 8 tokens, which are a whole number of batches however they are packed.
 
     Attributes:
-        folder: of two sets of text, and of two models that are made once.
+        folder: of two sets of text, and of the models that are made once.
     """
 
     folder: Path
 
-    @property
-    def student(self) -> Path:
-        """With dropout."""
-        return self.folder / "models" / "small" / "model"
-
-    @property
-    def teacher(self) -> Path:
-        """Of another width."""
-        return self.folder / "models" / "large" / "model"
+    def model(self, name: str) -> Path:
+        """The student, ``small`` with dropout or ``dry`` without, or the ``large`` teacher."""
+        return self.folder / "models" / name / "model"
 
     def data(self, packing: str) -> dict[str, Any]:
         """The ``data`` section of a recipe."""
@@ -161,21 +152,25 @@ class Text:
             "validation_tokens": 64,
             "packing": "wrapped" if packing == "stream" else packing,
             "calibration_sequences": 4,
-            "tokenizer": str(self.student) if self.student.exists() else {"vocab_size": 258},
+            "tokenizer": str(self.model("small")) if self.model("small").exists() else {"vocab_size": 258},
         }
 
     def make(self, workers: Workers) -> Text:
-        """Write the text, and train both models for a step."""
+        """Write the text, and train each model for a step."""
         (self.folder / "train").mkdir(parents=True)
-        for file, start, count in (("train/train", 10, 24), ("validation", 60, 8)):
-            rows = [
-                json.dumps({"text": f"{i}: {i * i:03d}"[:7].ljust(7, "x")}) + "\n" for i in range(start, start + count)
-            ]
-            (self.folder / f"{file}.jsonl").write_text("".join(rows))
-        shape = {"model_type": "llama", "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-        models = {
+        for name, start, count in (("train/train", 10, 24), ("validation", 60, 8)):
+            rows = [json.dumps({"text": f"{i}: {i * i:03d}"[:7].ljust(7, "x")}) for i in range(start, start + count)]
+            (self.folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+        shape: dict[str, Any] = {
+            "model_type": "llama",
+            "intermediate_size": 24,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        }
+        models: dict[str, dict[str, Any]] = {
             "large": {"hidden_size": 24, "num_hidden_layers": 2},
             "small": {"hidden_size": 16, "num_hidden_layers": 2, "attention_dropout": 0.2},
+            "dry": {"hidden_size": 16, "num_hidden_layers": 2},
         }
         recipe = {
             "name": "models",
@@ -200,63 +195,3 @@ class Text:
         if any(world.wait(120)):
             raise RuntimeError(world.said())
         return self
-
-
-@dataclass(frozen=True)
-class Resumes:
-    """Runs cells.
-
-    Attributes:
-        workers: start the runs.
-        text: of :meth:`Text.make`.
-        folder: where runs go.
-        limit_s: of one run.
-    """
-
-    workers: Workers
-    text: Text
-    folder: Path
-    limit_s: float = 300.0
-
-    def difference(self, cell: Cell) -> str | None:
-        """What is not the same, to the last bit, after the kills of a cell; None when nothing is.
-
-        Raises:
-            RuntimeError: a run ended in another way than it should.
-        """
-        place = self.folder / sha256(repr(cell).encode()).hexdigest()[:8]
-        place.mkdir()
-        file = place / "recipe.yaml"
-        file.write_text(cell.recipe(self.text))
-        straight, resumed = place / "straight", place / "resumed"
-        self._run(cell, file, straight, None)
-        for step in cell.steps():
-            self._run(cell, file, resumed, step)
-        self._run(cell, file, resumed, None)
-        return differing(straight, resumed)
-
-    def _run(self, cell: Cell, recipe: Path, run: Path, step: int | None) -> None:
-        """To the end, or until the checkpoint of ``step`` is in its place."""
-        kill = Kill("after rename", 1, f"step={step:08d}.ckpt") if step is not None else None
-        arguments = ["run", str(recipe), "--run-dir", str(run)]
-        world = self.workers.start(arguments, size=cell.size, log=run.with_suffix(f".log-{step}"), kill=kill)
-        codes = world.wait(self.limit_s)
-        if codes[0] != (0 if step is None else -signal.SIGKILL):
-            raise RuntimeError(f"{cell}: exit codes {codes}\n{world.said()}")
-
-
-def differing(run: Path, other: Path) -> str | None:
-    """What two runs have not in common: the first file of weights, or row of metrics without clock and memory."""
-    for file in sorted((run / STAGE / "model").glob("*.safetensors")):
-        if file.read_bytes() != (other / STAGE / "model" / file.name).read_bytes():
-            return file.name
-    ours, theirs = figures(run), figures(other)
-    if len(ours) != len(theirs):
-        return f"{len(ours)} and {len(theirs)} rows of metrics"
-    return next((f"metrics of step {row['step']}" for row, its in zip(ours, theirs, strict=True) if row != its), None)
-
-
-def figures(run: Path) -> list[dict[str, float]]:
-    """The rows of metrics, without clock and memory."""
-    measured = ("perf/", "memory/")
-    return [{k: v for k, v in row.items() if not k.startswith(measured)} for row in read_rows(run / STAGE)]
