@@ -58,13 +58,13 @@ def gptq(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward: For
     model.eval()
     for layer in layers.values():
         layer.enabled = False
-    for _, group in groupby(layers, _block):
+    for _, group in groupby(layers, block_of):
         block = {name: layers[name] for name in group}
-        moments = _moments(model, block, kept, forward)
+        sums = moments(model, block, kept, forward)
         for name, layer in block.items():
-            if name not in moments:
+            if name not in sums:
                 raise InputError(f"{name}: no token of the calibration set reached it, so gptq cannot round it")
-            _round(layer, moments[name])
+            _round(layer, sums[name])
             layer.enabled = True
     model.train(training)
     return list(layers)
@@ -74,13 +74,13 @@ class _Enough(Exception):
     """Every layer of a block has seen a batch."""
 
 
-def _block(name: str) -> str:
+def block_of(name: str) -> str:
     """``model.layers.3`` of ``model.layers.3.mlp.up_proj``; the whole name of a layer outside of any."""
     found = re.match(r".*?\.\d+(?=\.)", name)
     return found.group() if found else name
 
 
-def _moments(
+def moments(
     model: nn.Module, block: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]], forward: Forward
 ) -> dict[str, Tensor]:
     """X^T X of every layer of a block, fp64, [in_features, in_features]; what comes after the block is not computed."""
