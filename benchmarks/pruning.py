@@ -163,7 +163,7 @@ class Pruning:
             self.control(share, control, seed)
             yield self.rows()
         for peer in self.peers:
-            if (share, peer.name) in self.folders:
+            if peer.share == share and peer.folder:
                 self.train(share, peer.name, [peer.name], seed)
                 yield self.rows()
 

@@ -103,7 +103,8 @@ def telling(share: int, seed: int) -> dict[str, list[str]]:
     chance = {f"{shape} random": [f"{shape} random {seed}"] for shape in ("width", "depth") if _is_cut(share, shape)}
     depth = "depth leave_one_out kl contiguous" if _is_cut(share, "depth") else "depth block_influence"
     rounds = {"width activation, two rounds": [START, START]} if share < 75 else {}
-    ours = {name: [name] for name in (START, SOLVED, depth, SEARCH, EVEN)}
+    mlp = ["mlp taylor"] if _is_cut(share, "mlp") else []
+    ours = {name: [name] for name in (START, SOLVED, depth, *mlp, SEARCH, EVEN)}
     return {**ours, **chance, **rounds}
 
 
@@ -118,4 +119,4 @@ def others(share: int, seed: int) -> dict[str, list[str]]:
 
 def _is_cut(share: int, shape: str) -> bool:
     """Whether a cut of this shape leaves a criterion anything to choose."""
-    return shape != "depth" or SHAPES[share]["depth"]["num_hidden_layers"] > 2
+    return shape in SHAPES[share] and (shape != "depth" or SHAPES[share]["depth"]["num_hidden_layers"] > 2)
