@@ -78,13 +78,19 @@ def resume(
 
 
 @app.command()
-def check(recipe: RecipeFile, set: Set = None) -> None:
+def check(
+    recipe: RecipeFile,
+    set: Set = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GB", help="Memory of one GPU; unset: what this machine has.")
+    ] = None,
+) -> None:
     """Validate a recipe and print its plan; needs no GPU, no download and no torch."""
     from distill.forecast import describe
     from distill.recipe import Recipe
     from distill.recipes import find
 
-    print(describe(Recipe.load(find(recipe), set or [])))
+    print(describe(Recipe.load(find(recipe), set or []), memory))
 
 
 @app.command("list")

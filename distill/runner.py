@@ -64,6 +64,9 @@ def run(
         if name is not None and name not in names:
             raise InputError(f"{flag} {name}: no such stage (stages: {', '.join(names)})")
     the_run = Run(folder)
+    for name in names if only is None else [only]:
+        if (missing := recipe.stages[name].missing()) is not None and the_run.done(name) is None:
+            raise InputError(f"stages.{name}: {missing}")
     world = World.joined()
     if world is None and (num_processes := wanted_processes(recipe.compute)) > 1:
         with the_run.lock():  # what is refused is refused before anything is started
@@ -181,8 +184,12 @@ def _run_stage(session: Session, ranks: Ranks | None, name: str, input_hash: str
         session.run.forget(name)
         done = None
     if done is not None and done.input_hash == input_hash:
-        session.say(f"{title}: finished before, {done.seconds:.0f} s")
-        return
+        why, shown = stage.outdated(done.figures), stage.shown(done.figures)
+        if why is None:
+            place = f": {session.run.stage(name) / shown}" if shown else ""
+            session.say(f"{title}: finished before, {done.seconds:.0f} s{place}")
+            return
+        title += f": {why}"
     session.say(title)
     folder = session.run.begin(name, input_hash, session.say)
     (folder / "DONE").unlink(missing_ok=True)

@@ -62,6 +62,7 @@ def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
     [
         ("full", {}),
         ("tied", {}),
+        ("masked", {}),
         ("lora", {}),
         ("lora tied", {}),
         ("quant", {}),
