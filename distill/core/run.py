@@ -66,7 +66,7 @@ class Run:
         """
         folder = self.stage(name)
         marker = folder / "INPUT"
-        if folder.is_dir() and (not marker.is_file() or marker.read_text().strip() != input_hash):
+        if folder.is_dir() and (not marker.is_file() or marker.read_text(errors="replace").strip() != input_hash):
             number = 1
             while (aside := folder.with_name(f"{name}.old-{number}")).exists():
                 number += 1
