@@ -96,13 +96,23 @@ def measure(corpus: Path, work: Path, budget: Budget) -> Iterator[list[dict[str,
             yield rows(start, searched, rates, trained)
 
 
-def next_rate(found: Mapping[float, float]) -> float | None:
-    """The learning rate to try next, given the perplexities of others; None when the best one is known."""
-    for lr in LEARNING_RATES:
+def next_rate(found: Mapping[float, float], first: Sequence[float] = LEARNING_RATES) -> float | None:
+    """The learning rate to try next, given the perplexities of others; None when the best one is known.
+
+    The search does not fall below a 16th of the first rate: a student that every rate makes worse is best left alone,
+    and would be sought there for ever.
+
+    Args:
+        found: learning rate -> perplexity.
+        first: those to begin with, neighbours by factors of two.
+    """
+    for lr in first:
         if lr not in found:
             return lr
     best = min(found, key=found.__getitem__)
-    return best / 2 if best == min(found) else best * 2 if best == max(found) else None
+    if best == min(found):
+        return best / 2 if best > first[0] / 16 else None
+    return best * 2 if best == max(found) else None
 
 
 def rows(

@@ -16,6 +16,7 @@ import yaml
 
 import distill
 from distill.core.artifact import fingerprint, hash_of, write_text
+from distill.core.run import Run
 from distill.stages.evaluate import ROWS
 from distill.tracking.tradeoff import from_json
 
@@ -28,7 +29,7 @@ class Cell:
 
     Attributes:
         name: its folder below the matrix's, such as ``forward_kl/seed-0``.
-        stages: of its recipe; the one called ``evaluate`` measures.
+        stages: of its recipe; those of kind ``evaluate`` measure, the one of that name first of all.
         seed: of its recipe.
     """
 
@@ -54,7 +55,10 @@ class Matrix:
     say: Callable[[str], None] = print
 
     def run(self, cell: Cell) -> dict[str, dict[str, Any]]:
-        """Every model that the cell's ``evaluate`` measured, by stage, with the figures of a report's row."""
+        """Every model that was measured, with the figures of a report's row, by its stage.
+
+        Those of a stage of kind ``evaluate`` with another name stand under ``NAME/MODEL``.
+        """
         recipe = {
             "name": self.folder.name,
             "teacher": str(self.teacher),
@@ -71,10 +75,9 @@ class Matrix:
             run = distill.run(
                 distill.Recipe.from_text(yaml.safe_dump(recipe, sort_keys=False)), run_dir=folder, say=_silence
             )
-            rows = from_json((run.stage("evaluate") / ROWS).read_text(encoding="utf-8"))
-            known = {"made_of": made_of, "figures": {row.name: asdict(row) for row in rows}}
+            known = {"made_of": made_of, "figures": dict(_figures(run, cell))}
             write_text(folder / FIGURES, json.dumps(known, indent=2))
-            self.say(f"{cell.name}: " + "; ".join(_line(row.name, known["figures"][row.name]) for row in rows))
+            self.say(f"{cell.name}: " + "; ".join(_line(name, row) for name, row in known["figures"].items()))
         return known["figures"]
 
     def _share_tokens(self, folder: Path) -> None:
@@ -84,6 +87,14 @@ class Matrix:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "data").exists():
             (folder / "data").symlink_to(tokens.resolve(), target_is_directory=True)
+
+
+def _figures(run: Run, cell: Cell) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, stage in cell.stages.items():
+        if stage.get("kind", name) == "evaluate":
+            prefix = "" if name == "evaluate" else f"{name}/"
+            for row in from_json((run.stage(name) / ROWS).read_text(encoding="utf-8")):
+                yield prefix + row.name, asdict(row)
 
 
 def _models(value: Any) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from distill import __version__
-from distill.core.errors import DistillError
+from distill.core.errors import DistillError, RankEnded
 
 app = typer.Typer(
     help="From a big language model to a small one that is ready to ship, by one recipe.",
@@ -221,7 +221,8 @@ def exit_with(work: Callable[[], Any]) -> NoReturn:
     except typer.Exit as exit_:
         sys.exit(exit_.exit_code)
     except DistillError as error:
-        print(error, file=sys.stderr)
+        if not (isinstance(error, RankEnded) and error.is_told):
+            print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         print("stopped; the same command goes on where this one was left", file=sys.stderr)

@@ -10,7 +10,21 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import books, faults, losses, matrix, pruning, pruning_cuts, pruning_peers, result, scoring, tables
+from benchmarks import (
+    books,
+    faults,
+    losses,
+    matrix,
+    pruning,
+    pruning_cuts,
+    pruning_peers,
+    quantization,
+    quantization_grids,
+    result,
+    scoring,
+    tables,
+)
+from benchmarks.quantization_grids import GRIDS, METHODS
 from distill.core.artifact import write_text
 from distill.core.run import Run
 from distill.losses import LOSSES
@@ -18,6 +32,7 @@ from distill.models.layouts import layout_for
 from distill.pruning import CRITERIA
 from distill.pruning.select import target_sizes
 from distill.recipe import Recipe
+from distill.stages.quantize import Quantize
 from distill.tracking.tradeoff import Row, to_json
 
 RESULTS = sorted(result.FOLDER.glob("*.json"))
@@ -122,6 +137,10 @@ def test_the_search_goes_on_past_its_edges() -> None:
     while (lr := losses.next_rate(found)) is not None:
         found[lr] = lr if lr > 3e-4 else 1
     assert min(found, key=found.__getitem__) == 5e-4
+    found = {}
+    while (lr := losses.next_rate(found)) is not None:
+        found[lr] = lr
+    assert min(found) == 1e-3 / 16
 
 
 def test_losses_are_held_against_the_control_of_their_own_seed() -> None:
@@ -196,9 +215,19 @@ def test_every_criterion_is_compared_and_training_starts_from_cuts() -> None:
     }
     assert kinds == set(CRITERIA)
     for share in pruning_cuts.SHAPES:
-        starts = [start for seed in range(3) for starts in pruning_cuts.ways(share, seed).values() for start in starts]
-        assert [start for start in starts if start not in pruning_cuts.cuts(share)] == []
-        assert f"width random {2}" in starts
+        told = [pruning_cuts.telling(share, seed) | pruning_cuts.others(share, seed) for seed in range(3)]
+        starts = {start for ways in told for starts in ways.values() for start in starts}
+        made = {*pruning_cuts.cuts(share), pruning_cuts.SOLVED, pruning_cuts.SEARCH, pruning_cuts.EVEN}
+        assert starts <= made
+        assert {pruning_cuts.START, pruning_cuts.SOLVED, pruning_cuts.SEARCH, "width random 2"} <= starts
+
+
+@pytest.mark.parametrize("share", pruning_cuts.SHAPES)
+def test_what_is_solved_and_searched_is_a_recipe_that_is_valid(share: int, tmp_path: Path) -> None:
+    training = {"num_tokens": 4096, "batch_size": 8}
+    stages = {"solved": pruning_cuts.solved(share), "search": pruning_cuts.search(10**6, training)}
+    recipe = {"name": "pruning", "teacher": str(tmp_path), "data": books.data(tmp_path, "test"), "stages": stages}
+    assert list(Recipe.from_text(yaml.safe_dump(recipe, sort_keys=False)).stages) == ["solved", "search"]
 
 
 def test_cuts_by_chance_are_one_row_and_the_best_comes_first() -> None:
@@ -229,3 +258,40 @@ def test_scoring_is_held_against_the_passes_of_its_own_round() -> None:
     assert rows["activation"]["each_round"] == pytest.approx([1.1, 1.1])
     assert rows["taylor"]["each_round"] == pytest.approx([0.44, 0.5])
     assert rows["activation"]["peak_mb"] == 8e-6
+
+
+def test_every_grid_is_rounded_and_trained_by_a_recipe_that_is_valid(tmp_path: Path) -> None:
+    assert {grid.quantizer["kind"] for grid in GRIDS.values()} == {"int8_channel", "int_group", "ternary", "binary"}
+    assert {grid.searched for grid in GRIDS.values()} | set(quantization_grids.SEARCHED.values()) <= {*GRIDS, *METHODS}
+    ways = {(grid, way): keys for grid in GRIDS for way, keys in quantization_grids.rounded(GRIDS[grid]).items()}
+    assert all((grid, quantization_grids.best(grid)) in ways for grid in GRIDS)
+    start = str(tmp_path)
+    stages = quantization.rounding(ways, start)
+    for method in METHODS:
+        if method not in quantization_grids.SEARCHED:
+            longer = quantization_grids.longer(method, start)
+            stages[f"longer-{len(stages)}"] = quantization.budgeted(longer, 4096, 1e-3)
+        for grid in GRIDS:
+            for scale in GRIDS[grid].scales:
+                stage = quantization_grids.trained(GRIDS[grid], scale, method, start)
+                stages[f"trained-{len(stages)}"] = quantization.budgeted(stage, 4096, 1e-3)
+    recipe = {"name": "quantization", "teacher": start, "data": books.data(tmp_path, "test"), "stages": stages}
+    found = Recipe.from_text(yaml.safe_dump(recipe, sort_keys=False)).stages
+    assert sum("trained" in name for name in found) == sum(len(grid.scales) for grid in GRIDS.values()) * len(METHODS)
+    keep = quantization_grids.KEEP
+    widths = (keep["hidden_size"], keep["intermediate_size"], keep["num_attention_heads"] * 32)
+    for grid in [stage.quantizer for stage in found.values() if isinstance(stage, Quantize)]:
+        assert all(grid.groups(width) for width in widths)
+
+
+def test_what_training_recovers_is_counted_from_the_control_of_its_own_seed() -> None:
+    def of(*losses: float) -> list[dict[str, float]]:
+        return [{"loss_nats": loss} for loss in losses]
+
+    full, nearest = of(2.0, 3.0), of(4.0, 4.0)
+    controls = [{quantization.FULL: f, "int4, nearest": n} for f, n in zip(full, nearest, strict=True)]
+    assert quantization.recovered(of(3.0, 3.0), controls, "int4, nearest")["values"] == [0.5, 1.0]
+    assert (
+        quantization.recovered(of(3.0), [{quantization.FULL: full[0], "int4, nearest": full[0]}], "int4, nearest")
+        is None
+    )

@@ -54,7 +54,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward
         largest[name] = torch.maximum(largest.get(name, peak), peak)
         average[name] = DECAY * average[name] + (1 - DECAY) * peak if name in average else peak
 
-    _watch(model, layers, kept, forward, note_largest)
+    watch(model, layers, kept, forward, note_largest)
     for name in layers:
         if name not in largest or not largest[name].isfinite():
             raise InputError(f"{name}: no finite activation in the calibration set to take a range from")
@@ -67,7 +67,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward
 
     drawn = {name: layer for name, layer in layers.items() if _observer(layer) in ("percentile", "mse")}
     if drawn:
-        _watch(model, drawn, kept, forward, note_histogram)
+        watch(model, drawn, kept, forward, note_histogram)
     scales: dict[str, float] = {}
     for name, layer in layers.items():
         extent = average[name] if _observer(layer) == "moving_average" else largest[name]
@@ -98,7 +98,7 @@ def _share(counts: Tensor, observer: str) -> float:
     return tries[errors.index(min(errors))]
 
 
-def _watch(
+def watch(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Iterable[Mapping[str, Tensor]],

@@ -6,7 +6,7 @@ factor of H^-1. Column by column, with q the column's codes on the grid,
     error = (W_j - q_j) / U_jj,   W_k -= error * U_jk  for all k > j
 
 which is the least change of the layer's output. The layers of one block are rounded together, on what the blocks
-before, rounded already, hand them. It costs a pass over the calibration set a block and no gradient.
+before, rounded already, hand them. It costs a pass over the calibration set a block, up to that block, and no gradient.
 
 Source: Frantar et al. 2022, arXiv 2210.17323, section 3.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -57,30 +58,35 @@ def gptq(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward: For
     model.eval()
     for layer in layers.values():
         layer.enabled = False
-    for _, group in groupby(layers, _block):
+    for _, group in groupby(layers, block_of):
         block = {name: layers[name] for name in group}
-        moments = _moments(model, block, kept, forward)
+        sums = moments(model, block, kept, forward)
         for name, layer in block.items():
-            if name not in moments:
+            if name not in sums:
                 raise InputError(f"{name}: no token of the calibration set reached it, so gptq cannot round it")
-            _round(layer, moments[name])
+            _round(layer, sums[name])
             layer.enabled = True
     model.train(training)
     return list(layers)
 
 
-def _block(name: str) -> str:
+class _Enough(Exception):
+    """Every layer of a block has seen a batch."""
+
+
+def block_of(name: str) -> str:
     """``model.layers.3`` of ``model.layers.3.mlp.up_proj``; the whole name of a layer outside of any."""
     found = re.match(r".*?\.\d+(?=\.)", name)
     return found.group() if found else name
 
 
-def _moments(
+def moments(
     model: nn.Module, block: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]], forward: Forward
 ) -> dict[str, Tensor]:
-    """X^T X of every layer of a block, fp64, [in_features, in_features]."""
+    """X^T X of every layer of a block, fp64, [in_features, in_features]; what comes after the block is not computed."""
     sums: dict[str, Tensor] = {}
     mask: list[Tensor | None] = [None]
+    awaited: set[str] = set()
 
     def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows, attended = inputs[0], mask[0]
@@ -89,12 +95,17 @@ def _moments(
         rows = rows.reshape(-1, rows.shape[-1]).double()
         if len(rows):
             sums[name] = sums.get(name, 0) + rows.T @ rows
+        awaited.discard(name)
+        if not awaited:
+            raise _Enough
 
     handles = [layer.register_forward_pre_hook(partial(hook, name)) for name, layer in block.items()]
     try:
         for batch in batches:
             mask[0] = batch.get("attention_mask")
-            forward(batch)
+            awaited.update(block)
+            with suppress(_Enough):
+                forward(batch)
     finally:
         for handle in handles:
             handle.remove()

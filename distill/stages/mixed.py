@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from distill.quantization.sensitivity import Sensitivity
+
 FILE = "sensitivity.json"
 
 
@@ -38,34 +40,56 @@ def choose_grids(
 ) -> list[tuple[str, QuantizerSpec]]:
     """Scan a plain model, which is left as it was; the scan is kept in the stage's folder with a picture of it.
 
+    Of several processes the first to come scans; the others, and a run that goes on, read what it has found.
+
     Returns:
         (layer name, grid) of every quantized linear layer.
     """
-    from distill.models.load import move
-    from distill.quantization.prepare import prepare, unprepare
-    from distill.quantization.sensitivity import choose, sensitivity
-    from distill.stages.report_page.sensitivity_plot import sensitivity_plot
-    from distill.training.trainer import resolve_device
+    from distill.data.packing import alone
 
     grids = [quantizer, *mixed.also]
-    corpus = context.session.corpus()
+    labels = [grid.label() for grid in grids]
+    file = context.folder / FILE
+    with alone(context.folder):
+        if not file.is_file():
+            found = _scan(context, model, grids, mixed.num_sequences)
+            _write(context, found, labels, mixed.bits)
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    counts = [f"{sum(row['chosen'] == label for row in rows)} as {label}" for label in labels]
+    bits = sum(row["grids"][row["chosen"]]["bits"] * row["weights"] for row in rows)
+    bits /= sum(row["weights"] for row in rows)
+    context.say(f"{len(rows)} layers scanned: {', '.join(counts)}; {bits:.2f} bits a weight ({FILE})")
+    return [(row["layer"], grids[labels.index(row["chosen"])]) for row in rows]
+
+
+def _scan(
+    context: StageContext, model: PreTrainedModel, grids: Sequence[QuantizerSpec], num_sequences: int
+) -> list[Sensitivity]:
+    from distill.models.load import move
+    from distill.quantization.prepare import prepare, unprepare
+    from distill.quantization.sensitivity import sensitivity
+    from distill.training.trainer import resolve_device
+
     move(model, resolve_device(context.session.compute))
-    prepare(model, quantizer)
-    batches = list(corpus.calibration_loader(num_sequences=mixed.num_sequences, batch_size=4))
+    prepare(model, grids[0])
+    batches = context.session.corpus().calibration_loader(num_sequences=num_sequences, batch_size=4)
     found = sensitivity(model, grids, batches, partial(_logits, model))
     unprepare(model)
-    chosen = choose(found, mixed.bits)
-    labels = [grid.label() for grid in grids]
+    return found
+
+
+def _write(context: StageContext, found: Sequence[Sensitivity], labels: Sequence[str], bits: float) -> None:
+    """The picture, and last the file by which the others know that both are there."""
+    from distill.quantization.sensitivity import choose
+    from distill.stages.report_page.sensitivity_plot import sensitivity_plot
+
+    chosen = choose(found, bits)
     rows = [_row(one, labels, chosen[one.layer]) for one in found]
-    write_text(context.folder / FILE, json.dumps(rows, indent=1))
     write_bytes(context.folder / "sensitivity.png", sensitivity_plot(context.name, rows).png)
-    bits = sum(one.bits[chosen[one.layer]] * one.weights for one in found) / sum(one.weights for one in found)
-    counts = [f"{sum(i == index for i in chosen.values())} as {label}" for index, label in enumerate(labels)]
-    context.say(f"{len(found)} layers scanned: {', '.join(counts)}; {bits:.2f} bits a weight ({FILE})")
-    return [(one.layer, grids[chosen[one.layer]]) for one in found]
+    write_text(context.folder / FILE, json.dumps(rows, indent=1))
 
 
-def _row(one: Any, labels: Sequence[str], chosen: int) -> dict[str, Any]:
+def _row(one: Sensitivity, labels: Sequence[str], chosen: int) -> dict[str, Any]:
     figures = {label: {"kl": one.kl[i], "bits": one.bits[i]} for i, label in enumerate(labels)}
     return {"layer": one.layer, "weights": one.weights, "grids": figures, "chosen": labels[chosen]}
 

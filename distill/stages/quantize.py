@@ -43,6 +43,7 @@ class Quantize(DistillSpec, StageSpec):
     """Train a student with fake-quant layers on the teacher's logits, then store real low-bit weights.
 
     ``num_tokens: 0`` is post-training rounding to nearest: the baseline of quantization-aware training.
+    ``losses: [cross_entropy]`` trains on the text alone, without a teacher.
     """
 
     makes_model: ClassVar[bool] = True
@@ -52,7 +53,7 @@ class Quantize(DistillSpec, StageSpec):
     """What to quantize: an earlier stage, "teacher", a folder or a Hub id."""
     teacher: str = "teacher"
     """Whom to learn from: a model, a cache of one, or "self": the student before quantization, at no memory (needs
-    lora). Without effect (and not read) when nothing is trained."""
+    lora). Without effect (and not read) when nothing is trained, or on the text alone."""
     quantizer: Annotated[QuantizerSpec, QUANTIZERS] = IntGroup()
     """The grid of the weights."""
     layers: tuple[LayerGrid, ...] = ()
@@ -114,8 +115,14 @@ class Quantize(DistillSpec, StageSpec):
         return self
 
     @model_validator(mode="after")
+    def _looks_at_the_teacher(self) -> Quantize:
+        if self.trains() and not self.is_taught() and "teacher" in self.model_fields_set:
+            raise ValueError("no loss looks at the teacher, so teacher has no effect; remove it or add a loss")
+        return self
+
+    @model_validator(mode="after")
     def _own_teacher(self) -> Quantize:
-        if self.trains():
+        if self.trains() and self.is_taught():
             check_own_teacher(self.teacher, self.lora, silent=False)
         return self
 
@@ -143,8 +150,11 @@ class Quantize(DistillSpec, StageSpec):
 
     def references(self) -> list[tuple[tuple[str | int, ...], str]]:
         """The student, and the teacher when there is training."""
-        taught = self.trains() and self.teacher != SELF
-        return [(("student",), self.student), *([(("teacher",), self.teacher)] if taught else [])]
+        reads_teacher = self._taught_by() not in (None, SELF)
+        return [(("student",), self.student), *([(("teacher",), self.teacher)] if reads_teacher else [])]
+
+    def _taught_by(self) -> str | None:
+        return self.teacher if self.trains() and self.is_taught() else None
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Prepare, train, convert; then hold the packed model against the trained one."""
@@ -183,7 +193,7 @@ class Quantize(DistillSpec, StageSpec):
             self._calibrate(context, student.model)
         if self.rounding == "gptq":
             self._gptq(context, student.model)
-        teacher = self.teacher if self.trains() else None
+        teacher = self._taught_by()
         figures = train(
             context, student, self.losses, self, teacher=teacher, start=self.student, quantized_from_step=self.from_step
         )
@@ -208,9 +218,7 @@ class Quantize(DistillSpec, StageSpec):
             write,
             kind=self.kind,
             parent=self.student,
-            teacher=context.session.teacher_behind(self.student if self.teacher == SELF else self.teacher)
-            if self.trains()
-            else None,
+            teacher=context.session.teacher_behind(self.student if teacher == SELF else teacher) if teacher else None,
             figures=figures | {"scheme": self.label(), "gguf_type": self.quantizer.gguf_type if not layers else None},
             mask=mask,
         )

@@ -149,11 +149,19 @@ class DistillSpec(BudgetSpec):
         kinds = [loss.kind for loss in self.losses]
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"each kind of loss stands once (got {', '.join(kinds)}); add up their weights instead")
-        if not any(loss.needs_teacher for loss in self.losses):
-            raise ValueError("no loss looks at the teacher; use kind: finetune to train without one")
         if all(isinstance(loss, StateLossSpec) for loss in self.losses):
             raise ValueError(f"{kinds[0]} teaches no prediction; add a loss on the logits, such as forward_kl")
         return self
+
+    @model_validator(mode="after")
+    def _looks_at_the_teacher(self) -> DistillSpec:
+        if not self.is_taught():
+            raise ValueError("no loss looks at the teacher; use kind: finetune to train without one")
+        return self
+
+    def is_taught(self) -> bool:
+        """Whether any loss looks at the teacher."""
+        return any(loss.needs_teacher for loss in self.losses)
 
     @model_validator(mode="after")
     def _own_sequences_have_a_loss(self) -> DistillSpec:

@@ -50,6 +50,7 @@ def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
             "learned: {kind: quantize, student: teacher, teacher: self, lora: {r: 2}, from_step: 1, quantizer: "
             f"{{kind: int_group, bits: 2, scale: learned}}, {TRAINING}}}",
             f"q4_0: {{kind: quantize, student: teacher, quantizer: q4_0, {TRAINING}}}",
+            f"on_text: {{kind: quantize, student: teacher, losses: [cross_entropy], quantizer: q8_0, {TRAINING}}}",
             "evaluate: {speed: null}",
         ),
         tmp_path / "run",
@@ -62,12 +63,15 @@ def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
         "w8a8": "int8, per channel; int8 activations, mse",
         "learned": "int2, group 32, learned",
         "q4_0": "Q4_0",
+        "on_text": "Q8_0",
     }
     for name, scheme in schemes.items():
         figures = the_run.done(name).figures
         assert figures["scheme"] == scheme
         assert figures["verified_worst_kl"] <= 1e-9
         assert figures["quantized_layers"] == 14
+    assert the_run.model("q4_0").lineage().teacher == "teacher"
+    assert the_run.model("on_text").lineage().teacher is None
     config = json.loads((the_run.stage("by_layer") / "model" / "config.json").read_text())
     groups = config["quantization_config"]["config_groups"].values()
     assert [(len(group["targets"]), group["format"]) for group in groups] == [
@@ -102,6 +106,7 @@ def test_what_has_no_effect_or_cannot_be_is_refused(teacher, text, tmp_path):
             "num_tokens: 0, rounding: gptq, mixed: {bits: 5, also: [fp8]}",
             "gptq rounds to symmetric integer grids, not fp8",
         ),
+        (f"losses: [cross_entropy], teacher: teacher, {TRAINING}", "so teacher has no effect"),
         (f"quantizer: {{kind: int_group, scale: learned, symmetry: asymmetric}}, {TRAINING}", "for symmetric codes"),
     ):
         with pytest.raises(RecipeError, match=message):
@@ -132,3 +137,28 @@ def test_before_its_step_training_is_in_full_precision(teacher, text, tmp_path):
     assert losses("late")[:2] == losses("plain")[:2]
     assert losses("late")[2] != losses("plain")[2]
     assert losses("now")[0] != losses("plain")[0]
+
+
+def test_a_scan_is_made_once_for_the_same_inputs(teacher, text, tmp_path):
+    def go(bits: float) -> list[dict]:
+        mixed = f"{{bits: {bits}, also: [{{kind: int_group, bits: 2}}], num_sequences: 1}}"
+        run(
+            recipe_of(teacher, text, f"mixed: {{kind: quantize, student: teacher, num_tokens: 0, mixed: {mixed}}}"),
+            run_dir,
+        )
+        return json.loads((run_dir / "mixed" / "sensitivity.json").read_text())
+
+    run_dir = tmp_path / "run"
+    scan = go(4)
+    assert {row["chosen"] for row in scan} == {"int4, group 32", "int2, group 32"}
+    # what another process, or this one before it was killed, has found is what is done
+    (run_dir / "mixed" / "DONE").unlink()
+    for row in scan:
+        row["chosen"] = "int2, group 32"
+    (run_dir / "mixed" / "sensitivity.json").write_text(json.dumps(scan))
+    assert go(4) == scan
+    config = json.loads((run_dir / "mixed" / "model" / "config.json").read_text())
+    assert [group["weights"]["num_bits"] for group in config["quantization_config"]["config_groups"].values()] == [2]
+    # another budget is another scan
+    assert {row["chosen"] for row in go(4.5)} == {"int4, group 32"}
+    assert (run_dir / "mixed.old-1").is_dir()

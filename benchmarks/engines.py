@@ -1,0 +1,301 @@
+"""Size, memory and speed of one model in the engines that it is exported for.
+
+A Llama of random weights is exported by distill in every format, once. Each engine then reads a prompt and answers it
+in a process of its own, all of them in turn, round by round; ratios are taken to transformers in float32 within a round
+and their median counts. Needs the extras gguf, torchao and onnx; an engine that is not installed is left out by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import hardware, result, tables
+
+BASE = "transformers, float32"
+WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
+VOCABULARY = Path(__file__).parents[1] / "distill" / "assets" / "quickstart-teacher"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An engine and a format.
+
+    Attributes:
+        runs: the function that measures it: transformers, llama_cpp or onnxruntime.
+        needs: the module of the engine.
+        folder: where its export lies.
+        dtype: of transformers' arithmetic.
+    """
+
+    runs: str
+    needs: str
+    folder: str
+    dtype: str = "auto"
+
+
+CONTENDERS = {
+    BASE: Contender("transformers", "transformers", "float32"),
+    "transformers, bfloat16": Contender("transformers", "transformers", "bfloat16"),
+    "torchao, int8": Contender("transformers", "torchao", "torchao-int8", "float32"),
+    "ONNX Runtime, float32": Contender("onnxruntime", "onnxruntime", "onnx-float32"),
+    "ONNX Runtime, int8": Contender("onnxruntime", "onnxruntime", "onnx-int8"),
+    "llama.cpp, F16": Contender("llama_cpp", "llama_cpp", "gguf-f16"),
+    "llama.cpp, Q8_0": Contender("llama_cpp", "llama_cpp", "gguf-q8_0"),
+    "llama.cpp, Q4_0": Contender("llama_cpp", "llama_cpp", "gguf-q4_0"),
+    "llama.cpp, TQ2_0": Contender("llama_cpp", "llama_cpp", "gguf-tq2_0"),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the model and lengths of what it reads and writes."""
+
+    hidden: int
+    layers: int
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+
+
+def make(work: Path, shape: Shape) -> int:
+    """Write the model and its exports, those that are not there yet; returns the number of parameters."""
+    from distill.exporters.gguf import Gguf
+    from distill.exporters.onnx import Onnx
+    from distill.exporters.torchao import Torchao
+    from distill.quantization import Ternary
+
+    torch.manual_seed(0)
+    parameters = 0
+    for dtype in ("float32", "bfloat16"):
+        parameters = _write(work / dtype, lambda folder, dtype=dtype: _new_model(shape, dtype).save_pretrained(folder))
+    _write(work / "ternary", lambda folder: _rounded(work / "bfloat16", folder, Ternary(group_size=256)))
+    exports: dict[str, tuple[str, Any]] = {
+        "torchao-int8": ("bfloat16", Torchao(round_to="int8")),
+        "onnx-float32": ("bfloat16", Onnx(weights="float32")),
+        "onnx-int8": ("bfloat16", Onnx()),
+        "gguf-f16": ("bfloat16", Gguf()),
+        "gguf-q8_0": ("bfloat16", Gguf(round_to="q8_0", embeddings="q8_0")),
+        "gguf-q4_0": ("bfloat16", Gguf(round_to="q4_0", embeddings="q8_0")),
+        "gguf-tq2_0": ("ternary", Gguf(embeddings="q8_0")),
+    }
+    for name, (source, target) in exports.items():
+        if installed(name):
+            _write(work / name, lambda folder, s=source, t=target: t.export(work / s, folder, title="model"))
+    return parameters
+
+
+def installed(folder: str) -> bool:
+    """Whether the engine of a format is there."""
+    return all(find_spec(one.needs) is not None for one in CONTENDERS.values() if one.folder == folder)
+
+
+def _write(folder: Path, write: Callable[[Path], Any]) -> int:
+    """A model folder with a tokenizer, whole or not at all; returns what the model counts, where that is known."""
+    from distill.core.artifact import replacing
+    from distill.data.tokenizer import load_tokenizer
+
+    if not folder.is_dir():
+        with replacing(folder) as place:
+            write(place)
+            load_tokenizer(VOCABULARY).save_pretrained(place)
+    from distill.models.size import measure_size
+
+    return measure_size(folder).parameters if any(folder.glob("*.safetensors")) else 0
+
+
+def _new_model(shape: Shape, dtype: str) -> Any:
+    from distill.data.tokenizer import load_tokenizer
+    from distill.models.load import new_config, new_model
+
+    sizes = {"hidden_size": shape.hidden, "intermediate_size": 3 * shape.hidden, "num_hidden_layers": shape.layers}
+    heads = {"num_attention_heads": shape.hidden // 64, "num_key_value_heads": max(1, shape.hidden // 256)}
+    tokens = {"vocab_size": len(load_tokenizer(VOCABULARY)), "bos_token_id": 0, "eos_token_id": 0}
+    config = new_config({"model_type": "llama", **sizes, **heads, **tokens, "max_position_embeddings": 1024})
+    return new_model(config, seed=0).to(getattr(torch, dtype))
+
+
+def _rounded(source: Path, folder: Path, grid: Any) -> None:
+    from distill.exporters.compressed_tensors import save
+    from distill.models.load import load_model
+    from distill.quantization.prepare import prepare
+
+    model = load_model(str(source), dtype="float32")
+    prepare(model, grid)
+    save(model, folder)
+
+
+def measure(contender: Contender, folder: Path, shape: Shape, threads: int) -> dict[str, Any]:
+    """Figures of one engine, in this process: prefill in ms, decoding in tokens a second, memory above the start."""
+    torch.set_num_threads(threads)
+    return {"transformers": _transformers, "llama_cpp": _llama_cpp, "onnxruntime": _onnxruntime}[contender.runs](
+        contender, folder, shape, threads
+    )
+
+
+def _transformers(contender: Contender, folder: Path, shape: Shape, threads: int) -> dict[str, Any]:
+    from distill.evaluation.speed_child import measure
+    from distill.evaluation.speed_settings import SpeedSettings
+
+    lengths = {"prompt_tokens": shape.prompt_tokens, "new_tokens": shape.new_tokens, "repeats": shape.repeats}
+    found = measure(str(folder), SpeedSettings(**lengths, threads=threads, dtype=contender.dtype))
+    return {
+        "prefill_ms": found["prefill_ms_p50"],
+        "decode_tokens_per_s": found["decode_tokens_per_s_p50"],
+        "memory_mb": found["memory_above_start_bytes"] / 1e6,
+    }
+
+
+def _llama_cpp(contender: Contender, folder: Path, shape: Shape, threads: int) -> dict[str, Any]:
+    from llama_cpp import Llama
+
+    start = _peak_memory()
+    length = shape.prompt_tokens + shape.new_tokens
+    settings: dict[str, Any] = {"n_ctx": length, "n_batch": shape.prompt_tokens, "verbose": False}
+    llama = Llama(str(next(folder.glob("*.gguf"))), n_threads=threads, n_threads_batch=threads, **settings)
+
+    def read(ids: list[int]) -> None:
+        llama.eval(ids)
+
+    return _timed(read, llama.reset, shape) | {"memory_mb": (_peak_memory() - start) / 1e6}
+
+
+def _onnxruntime(contender: Contender, folder: Path, shape: Shape, threads: int) -> dict[str, Any]:
+    import numpy
+    import onnxruntime
+
+    start = _peak_memory()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+
+    def read(ids: list[int]) -> None:
+        array = numpy.array([ids], dtype=numpy.int64)
+        session.run(["logits"], {"input_ids": array, "attention_mask": numpy.ones_like(array)})
+
+    prefill = _timed(read, lambda: None, shape, decode=False)  # the graph has no cache of keys and values
+    return prefill | {"memory_mb": (_peak_memory() - start) / 1e6}
+
+
+def _timed(read: Callable[[list[int]], None], reset: Callable[[], None], shape: Shape, decode: bool = True) -> Any:
+    """Medians over the repeats, after one that warms up."""
+    prompt = torch.randint(2000, (shape.prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    prefill: list[float] = []
+    steps: list[float] = []
+    for repeat in range(shape.repeats + 1):
+        reset()
+        started = time.perf_counter()
+        read(prompt)
+        times = [time.perf_counter() - started]
+        for token in prompt[: shape.new_tokens] if decode else []:
+            started = time.perf_counter()
+            read([token])
+            times.append(time.perf_counter() - started)
+        if repeat:
+            prefill.append(times[0])
+            steps.extend(times[1:])
+    rate = 1 / statistics.median(steps) if steps else None
+    return {"prefill_ms": 1e3 * statistics.median(prefill), "decode_tokens_per_s": rate}
+
+
+def _peak_memory() -> int:
+    """The most that this process has held, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+
+
+def rounds(work: Path, shape: Shape, num_rounds: int, threads: int) -> Iterator[dict[str, dict[str, Any]]]:
+    """One round after the other: every engine that is there, in a fresh process each."""
+    for _ in range(num_rounds):
+        found = {}
+        for name, contender in CONTENDERS.items():
+            if installed(contender.folder):
+                command = [sys.executable, "-m", "benchmarks.engines", *sys.argv[1:], "--one", name]
+                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                found[name] = json.loads(output.splitlines()[-1])
+        yield found
+
+
+def rows(work: Path, found: list[dict[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """A row an engine: bytes, memory, medians, and the medians of its ratios to the first one."""
+    base_bytes = size_of(work / CONTENDERS["transformers, bfloat16"].folder)
+    for name in found[0]:
+        num_bytes = size_of(work / CONTENDERS[name].folder)
+        row = {"table": "engines", "engine": name, "file_mb": num_bytes / 1e6, "of_bfloat16": num_bytes / base_bytes}
+        for key in ("memory_mb", "prefill_ms", "decode_tokens_per_s"):
+            row[key] = _median([one[name][key] for one in found])
+        row["prefill_speed"] = _median([one[BASE]["prefill_ms"] / one[name]["prefill_ms"] for one in found])
+        if row["decode_tokens_per_s"] is None:
+            row["decode_speed"] = None
+        else:
+            row["decode_speed"] = _median([_ratio(one, name, "decode_tokens_per_s") for one in found])
+        yield row
+
+
+def _ratio(one: Mapping[str, Mapping[str, Any]], name: str, key: str) -> float:
+    return float(one[name][key] / one[BASE][key])
+
+
+def _median(values: list[Any]) -> float | None:
+    return None if None in values else statistics.median(values)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the weight files."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHTS)
+
+
+def main() -> None:
+    """Export, measure in turn, and write the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for the model and its exports (2 GB)")
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=14)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5, help="of a process, after one that warms up")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    shape = Shape(options.hidden, options.layers, options.prompt_tokens, options.new_tokens, options.repeats)
+    work = options.work / "engines" / f"{shape.hidden}x{shape.layers}"
+    if options.one:
+        contender = CONTENDERS[options.one]
+        print(json.dumps(measure(contender, work / contender.folder, shape, options.threads)))
+        return
+    torch.set_num_threads(options.threads)
+    parameters = make(work, shape)
+    missing = sorted({one.needs for one in CONTENDERS.values() if find_spec(one.needs) is None})
+    found: list[dict[str, dict[str, Any]]] = []
+    for one in rounds(work, shape, options.rounds, options.threads):
+        found.append(one)
+        result.write(
+            "engines",
+            command="python -m benchmarks.engines --work WORK",
+            hardware=hardware.describe(options.threads),
+            versions=hardware.versions("torchao", "onnxruntime", "llama-cpp-python"),
+            rows=rows(work, found),
+            notes=[
+                f"A Llama of {parameters:,} random parameters; a prompt of {shape.prompt_tokens} tokens and "
+                f"{shape.new_tokens} more, {shape.repeats} times a process, {len(found)} rounds, {options.threads} "
+                "threads. Memory is what the process takes above its start.",
+                *([f"Not installed: {', '.join(missing)}."] if missing else []),
+            ],
+        )
+    print(tables.table(list(rows(work, found))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""Quantization: one student on every grid, rounded after training and trained on the grid, with and without a teacher.
+
+The student is cut out of the teacher of ``books`` to half of its parameters and distilled. It is rounded onto each grid
+in every way that the grid allows; trained on the grid by cross-entropy, by distillation from the teacher, and by
+distillation from itself before quantization. The control is the student in full precision, trained on as many tokens
+more by the same loss: what training recovers is counted between the control as it is and the control rounded, so that
+no share of it is mere training. (Distilled from itself, the student stays what it is, and is the control.)
+
+Learning rates, and whether the scale is learned, are chosen on the validation books at half of the budget, on int4,
+int2 and ternary, which int8, int3 and binary take over.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import books, hardware, result, tables
+from benchmarks.losses import next_rate
+from benchmarks.matrix import Cell, Matrix
+from benchmarks.quantization_grids import (
+    BATCH_SIZE,
+    GRIDS,
+    KEEP,
+    METHODS,
+    SEARCHED,
+    best,
+    longer,
+    rounded,
+    stage_name,
+    trained,
+)
+from distill.core.errors import DistillError
+from distill.tracking.tradeoff import gap_closed
+
+FIRST_RATES = (5e-4, 1e-3)
+FIGURES = ("perplexity", "kl_to_student", "kl_to_teacher", "top1_agreement")
+FULL = "full precision"
+CALIBRATION_SEQUENCES = 32
+"""Of 256 tokens: fifty a channel of the layers that gptq rounds."""
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Tokens of the student, of the final runs and of the search for a learning rate, and how many seeds."""
+
+    student_tokens: int
+    num_tokens: int
+    search_tokens: int
+    num_seeds: int
+
+
+def budgeted(stage: Mapping[str, Any], num_tokens: int, lr: float) -> dict[str, Any]:
+    """A training stage with its budget."""
+    num_steps = max(1, num_tokens // (BATCH_SIZE * books.SEQUENCE_LENGTH))
+    budget = {"num_steps": num_steps, "batch_size": BATCH_SIZE, "validate_every_steps": num_steps}
+    return {**stage, **budget, "optimizer": {"lr": lr}}
+
+
+def rounding(ways: Mapping[tuple[str, str], Mapping[str, Any]], model: str) -> dict[str, dict[str, Any]]:
+    """A stage for each way onto a grid without training."""
+    start = {"kind": "quantize", "student": model, "num_tokens": 0}
+    return {stage_name(*key): {**start, **keys} for key, keys in ways.items()}
+
+
+class Quantization:
+    """The benchmark's cells, and the rows of what is finished."""
+
+    def __init__(self, corpus: Path, work: Path, budget: Budget) -> None:
+        teacher = books.teacher(corpus, work)
+        self.budget = budget
+        calibration = {"calibration_sequences": CALIBRATION_SEQUENCES}
+        self.choosing, self.reporting = (
+            Matrix(work / "quantization", teacher, books.data(corpus, split) | calibration)
+            for split in ("valid", "test")
+        )
+        self.models: dict[str, Figures] = {}
+        self.rounded: dict[tuple[str, str], Figures] = {}
+        self.controls: dict[str, list[dict[str, Figures]]] = {}
+        self.trained: dict[tuple[str, str], list[Figures]] = {}
+        self.rates: dict[tuple[str, str | None, str], dict[float, float]] = {}
+
+    @property
+    def start(self) -> str:
+        """The folder of the student before it is quantized."""
+        return str(self.reporting.folder / "start" / "student" / "model")
+
+    def make_student(self) -> None:
+        """Cut and distilled."""
+        num_steps = self.budget.student_tokens // (8 * books.SEQUENCE_LENGTH)
+        student = {"kind": "distill", "student": "pruned", "num_steps": num_steps, "batch_size": 8}
+        stages = {
+            "pruned": {"kind": "prune", "keep": KEEP},
+            "student": {**student, "optimizer": {"lr": 2e-3}, "validate_every_steps": num_steps},
+            "evaluate": {"models": ["teacher", "pruned", "student"], "speed": None},
+        }
+        self.models = self.reporting.run(Cell("start", stages))
+
+    def round_all(self) -> None:
+        """The student onto every grid in every way."""
+        ways = {(grid, way): keys for grid in GRIDS for way, keys in rounded(GRIDS[grid]).items()}
+        stages = rounding(ways, self.start)
+        figures = self.reporting.run(Cell("rounded", stages | self._measured(*stages)))
+        self.rounded = {key: _joined(figures, stage_name(*key)) for key in ways}
+
+    def _measured(self, *models: str) -> dict[str, Any]:
+        """Held against the teacher, and against the student in full precision."""
+        measured = {"models": list(models), "speed": None}
+        return {"evaluate": measured, "to_student": {"kind": "evaluate", **measured, "teacher": self.start}}
+
+    def search(self, grid: str, scale: str | None, method: str) -> dict[float, float]:
+        """Learning rate -> perplexity on the validation books, searched where it is not known."""
+        found = self.rates.setdefault((grid, scale, method), {})
+        while (lr := next_rate(found, FIRST_RATES)) is not None:
+            control = grid == FULL
+            stage = longer(method, self.start) if control else trained(GRIDS[grid], scale, method, self.start)
+            stages = {"student": budgeted(stage, self.budget.search_tokens, lr)}
+            measured = {"evaluate": {"models": ["student"], "speed": None}}
+            name = stage_name(f"{grid}-{scale}" if scale else grid, method)
+            figures = self.choosing.run(Cell(f"search/{name}/lr-{lr:g}", stages | measured))
+            found[lr] = figures["student"]["perplexity"]
+        return found
+
+    def choice(self, grid: str, method: str) -> tuple[str | None, float]:
+        """Where a grid's training takes its scale from, and its learning rate."""
+        method = SEARCHED.get(method, method)
+        scales, place = (GRIDS[grid].scales, GRIDS[grid].searched) if grid in GRIDS else ((None,), grid)
+        found = {(scale, lr): p for scale in scales for lr, p in self.search(place, scale, method).items()}
+        return min(found, key=found.__getitem__)
+
+    def control(self, method: str, seed: int) -> None:
+        """The student trained on in full precision, as it is and rounded: nearest, and as well as can be."""
+        _, lr = self.choice(FULL, method)
+        stages = {"longer": budgeted(longer(method, self.start), self.budget.num_tokens, lr)}
+        ways = {(g, w): keys for g in GRIDS for w, keys in rounded(GRIDS[g]).items() if w in ("nearest", best(g))}
+        stages |= rounding(ways, "longer")
+        stages |= self._measured("longer")
+        stages["evaluate"] = {**stages["evaluate"], "models": ["longer", *(stage_name(*key) for key in ways)]}
+        figures = self.reporting.run(Cell(f"control/{stage_name(FULL, method)}/seed-{seed}", stages, seed))
+        measured = {FULL: _joined(figures, "longer")}
+        measured |= {f"{g}, {w}": _joined(figures, stage_name(g, w)) for g, w in ways}
+        self.controls.setdefault(method, []).append(measured)
+
+    def train(self, grid: str, method: str, seed: int) -> None:
+        """The student trained on a grid."""
+        scale, lr = self.choice(grid, method)
+        stages = {"student": budgeted(trained(GRIDS[grid], scale, method, self.start), self.budget.num_tokens, lr)}
+        cell = Cell(f"trained/{stage_name(grid, method)}/seed-{seed}", stages | self._measured("student"), seed)
+        self.trained.setdefault((grid, method), []).append(_joined(self.reporting.run(cell), "student"))
+
+    def run(self) -> Iterator[list[dict[str, Any]]]:
+        """Run what is not finished; yields the rows so far after each cell."""
+        self.make_student()
+        self.round_all()
+        yield self.rows()
+        for seed in range(self.budget.num_seeds):
+            for method in METHODS:
+                if method not in SEARCHED:
+                    self.control(method, seed)
+                    yield self.rows()
+                for grid in GRIDS:
+                    self.train(grid, method, seed)
+                    yield self.rows()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of the result."""
+        return [
+            *({"table": "start", "model": name, **_figures([row])} for name, row in self.models.items()),
+            *rounded_rows(self.rounded),
+            *control_rows(self.controls),
+            *trained_rows(self.trained, self._controls_of, self.choice),
+            *rate_rows(self.rates),
+        ]
+
+    def _controls_of(self, method: str, seed: int) -> dict[str, Figures]:
+        """What the training of a method and seed is held against."""
+        if method in SEARCHED:
+            return {FULL: self.models["student"], **{f"{g}, {w}": row for (g, w), row in self.rounded.items()}}
+        return self.controls[method][seed]
+
+
+def _joined(figures: Mapping[str, Figures], name: str) -> Figures:
+    """A model's figures with its KL to the student in full precision, where that was measured."""
+    beside = figures.get(f"to_student/{name}")
+    return {**figures[name], "kl_to_student": beside["kl_to_teacher"]} if beside else figures[name]
+
+
+def rounded_rows(found: Mapping[tuple[str, str], Figures]) -> Iterator[dict[str, Any]]:
+    """The student rounded, a row a grid and way."""
+    for (grid, way), row in found.items():
+        yield {"table": "rounded", "grid": grid, "way": way, **_figures([row])}
+
+
+def control_rows(controls: Mapping[str, Sequence[Mapping[str, Figures]]]) -> Iterator[dict[str, Any]]:
+    """The student trained longer, as it is and rounded."""
+    for method, runs in controls.items():
+        for name in runs[0]:
+            rows = [run[name] for run in runs]
+            yield {"table": "controls", "loss": method, "model": name, **_figures(rows), "seeds": len(runs)}
+
+
+def trained_rows(
+    found: Mapping[tuple[str, str], list[Figures]], controls: Any, choice: Any
+) -> Iterator[dict[str, Any]]:
+    """The student trained on grids, with the share of the gap that this recovers."""
+    for grid in GRIDS:
+        for (name, method), runs in found.items():
+            if name != grid:
+                continue
+            against = [controls(method, seed) for seed in range(len(runs))]
+            scale, lr = choice(grid, method)
+            yield {
+                "table": "trained",
+                "grid": grid,
+                "method": method,
+                **_figures(runs),
+                "recovered": recovered(runs, against, f"{grid}, nearest"),
+                "recovered_of_best": recovered(runs, against, f"{grid}, {best(grid)}"),
+                "scale": scale or "-",
+                "lr": f"{lr:g}",
+                "seeds": len(runs),
+            }
+
+
+def recovered(runs: Sequence[Figures], controls: Sequence[Mapping[str, Figures]], rounding: str) -> Any:
+    """How much of what rounding costs the controls the trained students do not lose; None where it costs nothing."""
+    shares = [
+        gap_closed(control[rounding]["loss_nats"], run["loss_nats"], control[FULL]["loss_nats"])
+        for run, control in zip(runs, controls, strict=True)
+    ]
+    whole = [share for share in shares if share is not None]
+    return result.spread(whole) if len(whole) == len(shares) else None
+
+
+def rate_rows(rates: Mapping[tuple[str, str | None, str], Mapping[float, float]]) -> Iterator[dict[str, Any]]:
+    """Validation perplexity at each learning rate that was tried."""
+    tried = sorted({lr for found in rates.values() for lr in found})
+    for (grid, scale, method), found in rates.items():
+        name = f"{grid}, {scale}" if scale else grid
+        yield {"table": "search", "grid": name, "method": method, **{f"{lr:g}": found.get(lr) for lr in tried}}
+
+
+def _figures(runs: Sequence[Figures]) -> dict[str, Any]:
+    return {key: result.spread([run[key] for run in runs]) for key in FIGURES if key in runs[0]}
+
+
+def main() -> None:
+    """Measure, and write the result after each cell."""
+    parser = books.arguments(__doc__)
+    parser.add_argument(
+        "--student-tokens", type=int, default=600_000, help="that the student learns from (%(default)s)"
+    )
+    parser.add_argument("--tokens", type=int, default=80_000, help="of each final run (default: %(default)s)")
+    parser.add_argument("--search-tokens", type=int, default=40_000, help="of a run of the search (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="final runs of each way (default: %(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    budget = Budget(options.student_tokens, options.tokens, options.search_tokens, options.seeds)
+    found: list[dict[str, Any]] = []
+    for found in Quantization(options.corpus, options.work, budget).run():
+        result.write(
+            "quantization",
+            command="python -m benchmarks.quantization --corpus BOOKS --work WORK "
+            f"--student-tokens {options.student_tokens} --tokens {options.tokens} "
+            f"--search-tokens {options.search_tokens} --seeds {options.seeds}",
+            hardware=hardware.describe(options.threads),
+            versions=hardware.versions("compressed-tensors"),
+            rows=found,
+            notes=[
+                f"The student learned from {budget.student_tokens:,} tokens before; each final run trained on "
+                f"{budget.num_tokens:,}, {BATCH_SIZE} sequences of {books.SEQUENCE_LENGTH} a step; those of the search "
+                f"on {budget.search_tokens:,}."
+            ],
+        )
+    print(tables.table(found, where={"table": "trained"}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DistillError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,87 @@
+"""What the quantization benchmark quantizes: grids, ways to round onto them and ways to train on them. No package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+KEEP = {"hidden_size": 160, "num_attention_heads": 4, "intermediate_size": 192}
+"""Of 192, 6 and 384: 48 % of the parameters outside the embeddings, in rows that groups of 32 divide."""
+BATCH_SIZE = 4
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid of weights.
+
+    Attributes:
+        quantizer: of a recipe.
+        scales: where a training may take its scale from; the best is chosen on the validation books.
+        searched: the grid whose search of scale and learning rate is taken over.
+    """
+
+    quantizer: dict[str, Any]
+    scales: tuple[str | None, ...]
+    searched: str
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether its range can be searched and its codes chosen by gptq."""
+        return self.quantizer["kind"] in ("int8_channel", "int_group")
+
+
+def _group(bits: int, searched: str) -> Grid:
+    return Grid({"kind": "int_group", "bits": bits, "group_size": 32}, ("absmax", "learned"), searched)
+
+
+GRIDS = {
+    "int8": Grid({"kind": "int8_channel"}, ("absmax",), "int4"),
+    "int4": _group(4, "int4"),
+    "int3": _group(3, "int2"),
+    "int2": _group(2, "int2"),
+    "ternary": Grid({"kind": "ternary", "group_size": 32}, (None,), "ternary"),
+    "binary": Grid({"kind": "binary", "group_size": 32}, (None,), "ternary"),
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "cross-entropy": {"losses": ["cross_entropy"]},
+    "distillation": {"losses": ["forward_kl"]},
+    "distillation from itself": {"losses": ["forward_kl"], "teacher": "START"},
+}
+"""Ways to train; START stands for the student before it is quantized."""
+SEARCHED = {"distillation from itself": "distillation"}
+"""Methods that take over another's learning rates."""
+
+
+def rounded(grid: Grid) -> dict[str, dict[str, Any]]:
+    """Ways onto a grid without training: name -> keys of a ``quantize`` stage."""
+    found: dict[str, dict[str, Any]] = {"nearest": {"quantizer": grid.quantizer}}
+    if grid.is_integer:
+        searched = {**grid.quantizer, "scale": "mse"}
+        found["mse"] = {"quantizer": searched}
+        found["gptq"] = {"quantizer": grid.quantizer, "rounding": "gptq"}
+        found["gptq, mse"] = {"quantizer": searched, "rounding": "gptq"}
+    return found
+
+
+def best(grid: str) -> str:
+    """The way onto a grid without training that loses least where rounding costs anything."""
+    return "gptq, mse" if GRIDS[grid].is_integer and grid != "int8" else "nearest"
+
+
+def trained(grid: Grid, scale: str | None, method: str, start: str) -> dict[str, Any]:
+    """A ``quantize`` stage that trains on a grid, without its budget."""
+    quantizer = grid.quantizer if scale is None else {**grid.quantizer, "scale": scale}
+    keys = {key: start if value == "START" else value for key, value in METHODS[method].items()}
+    return {"kind": "quantize", "student": start, "quantizer": quantizer, **keys}
+
+
+def longer(method: str, start: str) -> dict[str, Any]:
+    """The control of a method that is searched: as many tokens more of the same loss, in full precision."""
+    if method == "cross-entropy":
+        return {"kind": "finetune", "model": start}
+    return {"kind": "distill", "student": start, **METHODS[method]}
+
+
+def stage_name(grid: str, way: str) -> str:
+    """The name of one of them as a recipe's stage."""
+    return f"{grid}-{way}".replace(", ", "-").replace(" ", "-")

@@ -1,0 +1,261 @@
+"""The same student quantized by peers, in an environment of their own; what they cannot do is kept in their words.
+
+    PYTHONPATH=. WORK/peers-quant/bin/python -m benchmarks.quantization_peers --corpus BOOKS --work WORK
+
+Each attempt is a process of its own with a time limit, which measures what it has made: on the text, and with the code,
+that measure ours. torchao's fake-quantized layers are trained by our loop on the very batches of the benchmark, with a
+learning rate of their own, chosen as ours are. The student must be there (``benchmarks.quantization``), which also
+shows what this leaves in WORK.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quantization_grids import BATCH_SIZE
+
+TIME_LIMIT_S = 1800
+RECORD = "peer.json"
+FIGURES = ("perplexity", "kl_to_student", "kl_to_teacher", "top1_agreement")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One attempt: its name, what came of it, and the figures of each seed if it did."""
+
+    name: str
+    outcome: str
+    figures: list[dict[str, float]] = field(default_factory=list)
+
+
+def found(work: Path) -> list[Peer]:
+    """What the attempts of :func:`main` have left."""
+    records = sorted((work / "quantization" / "peers").glob(f"*/{RECORD}"))
+    return [Peer(**json.loads(file.read_text(encoding="utf-8"))) for file in records]
+
+
+@dataclass
+class Bench:
+    """Student, teacher and text, as the benchmark has them."""
+
+    corpus: Path
+    work: Path
+    num_tokens: int
+    search_tokens: int
+    num_seeds: int
+
+    def student(self) -> Any:
+        """A fresh copy of the student in full precision."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(
+            self.work / "quantization" / "start" / "student" / "model", dtype="float32"
+        )
+
+    @cached_property
+    def teacher(self) -> Any:
+        """The model behind the student."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.work / "books-teacher-final", dtype="float32").eval()
+
+    def text(self, split: str, seed: int = 0) -> Any:
+        """The benchmark's tokens, in its order."""
+        from benchmarks import books
+        from distill.data.corpus import Corpus
+        from distill.data.spec import DataSpec
+        from distill.data.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(str(self.work / "books-teacher-final"))
+        data = DataSpec.model_validate({**books.data(self.corpus, split), "calibration_sequences": 32})  # type: ignore[arg-type]
+        return Corpus.open(data, tokenizer, self.work / "quantization" / "tokens", seed, len(tokenizer))
+
+    def calibration(self) -> list[dict[str, Any]]:
+        """What our own rounding is calibrated on."""
+        return list(self.text("test").calibration_loader(batch_size=4))
+
+    def measure(self, model: Any, split: str = "test") -> dict[str, float]:
+        """Quality on the test books, or perplexity alone on the validation books."""
+        from distill.evaluation.quality import measure_quality
+
+        corpus = self.text(split)
+        if split == "valid":
+            return {"perplexity": measure_quality(model, None, corpus.validation_loader(8)).perplexity}
+        quality = measure_quality(model, self.teacher, corpus.validation_loader(8))
+        beside = measure_quality(model, self.student().eval(), corpus.validation_loader(8))
+        figures = (quality.perplexity, beside.kl_to_teacher, quality.kl_to_teacher, quality.top1_agreement)
+        return dict(zip(FIGURES, figures, strict=True))  # type: ignore[arg-type]
+
+    def train(self, model: Any, loss: str, num_tokens: int, lr: float, seed: int) -> None:
+        """Our loop, with its optimizer, schedule and order of the text."""
+        import pytorch_lightning as pl
+
+        from benchmarks import books
+        from distill.losses import CrossEntropy, ForwardKL
+        from distill.training.module import DistillationModule
+        from distill.training.spec import OptimizerSpec
+
+        losses, teacher = ([CrossEntropy()], None) if loss == "cross-entropy" else ([ForwardKL()], self.teacher)
+        num_steps = num_tokens // (BATCH_SIZE * books.SEQUENCE_LENGTH)
+        module = DistillationModule(model.train(), losses, teacher, optimizer=OptimizerSpec(lr=lr), num_steps=num_steps)
+        trainer = pl.Trainer(
+            accelerator="cpu", max_steps=num_steps, max_epochs=-1, gradient_clip_val=1.0, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, train_dataloaders=self.text("test", seed).train_loader(BATCH_SIZE))
+
+
+def attempts() -> dict[str, Callable[[Bench], Iterator[Any]]]:
+    """Name -> function of a bench that yields a quantized model for each seed (one where there is nothing to train)."""
+    ways: dict[str, Callable[[Bench], Iterator[Any]]] = {}
+    for grid in ("int4", "int3", "int2", "int4, int8 activations"):
+        ways[f"torchao {grid}"] = _torchao(grid, None)
+    for bits in (4, 3, 2):
+        ways[f"llm-compressor nearest int{bits}"] = _llm_compressor("QuantizationModifier", bits)
+        ways[f"llm-compressor GPTQ int{bits}"] = _llm_compressor("GPTQModifier", bits)
+    ways["llm-compressor AWQ int4"] = _llm_compressor("AWQModifier", 4)
+    for name in ("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "INT4_AWQ_CFG", "INT8_WEIGHT_ONLY_CFG", "INT8_SMOOTHQUANT_CFG"):
+        ways[f"Model-Optimizer {name.removesuffix('_CFG')}"] = _model_optimizer(name)
+    for grid in ("int4", "int2", "int4, int8 activations"):
+        for loss in ("distillation", "cross-entropy"):
+            ways[f"torchao QAT {grid}, {loss}"] = _torchao(grid, loss)
+    return ways
+
+
+def _torchao(grid: str, loss: str | None) -> Callable[[Bench], Iterator[Any]]:
+    def quantized(bench: Bench) -> Iterator[Any]:
+        import torch
+        from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
+        from torchao.quantization.granularity import PerGroup
+        from torchao.quantization.qat import QATConfig
+
+        from benchmarks.losses import next_rate
+        from benchmarks.quantization import FIRST_RATES
+
+        kind = Int8DynamicActivationIntxWeightConfig if "activations" in grid else IntxWeightOnlyConfig
+        config = kind(weight_dtype=getattr(torch, grid.split(",")[0]), **_grouped(kind, PerGroup(32)))
+
+        def linear(module: Any, name: str) -> bool:
+            return isinstance(module, torch.nn.Linear) and name != "lm_head"
+
+        def trained(num_tokens: int, lr: float, seed: int) -> Any:
+            model = bench.student()
+            quantize_(model, QATConfig(config, step="prepare"), linear)
+            bench.train(model, str(loss), num_tokens, lr, seed)
+            quantize_(model, QATConfig(config, step="convert"), linear)
+            return model.eval()
+
+        if loss is None:
+            model = bench.student().eval()
+            quantize_(model, config, linear)
+            yield model
+            return
+        rates: dict[float, float] = {}
+        while (lr := next_rate(rates, FIRST_RATES)) is not None:
+            rates[lr] = bench.measure(trained(bench.search_tokens, lr, 0), "valid")["perplexity"]
+        for seed in range(bench.num_seeds):
+            yield trained(bench.num_tokens, min(rates, key=rates.__getitem__), seed)
+
+    return quantized
+
+
+def _grouped(kind: Any, group: Any) -> dict[str, Any]:
+    """The group's size, by the name that the config has for it."""
+    return {"weight_granularity" if "weight_granularity" in kind.__dataclass_fields__ else "granularity": group}
+
+
+def _llm_compressor(modifier: str, bits: int) -> Callable[[Bench], Iterator[Any]]:
+    def quantized(bench: Bench) -> Iterator[Any]:
+        import datasets
+        from llmcompressor import oneshot
+        from llmcompressor.modifiers import awq, quantization
+
+        model = bench.student().eval()
+        weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+        group = {"targets": ["Linear"], "weights": weights}
+        kind = getattr(quantization, modifier, None) or getattr(awq, modifier)
+        recipe = kind(config_groups={"group_0": group}, ignore=["lm_head"])
+        rows = [ids.tolist() for batch in bench.calibration() for ids in batch["input_ids"]]
+        text = datasets.Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
+        reads = {} if modifier == "QuantizationModifier" else {"dataset": text, "num_calibration_samples": len(rows)}
+        oneshot(model=model, recipe=recipe, **reads)
+        yield model
+
+    return quantized
+
+
+def _model_optimizer(name: str) -> Callable[[Bench], Iterator[Any]]:
+    def quantized(bench: Bench) -> Iterator[Any]:
+        import copy
+
+        import modelopt.torch.quantization as mtq
+
+        model, config = bench.student().eval(), copy.deepcopy(getattr(mtq, name))
+        for entry in config["quant_cfg"]:
+            if "block_sizes" in entry.get("cfg", {}):
+                entry["cfg"]["block_sizes"][-1] = 32  # as the others; its own is 128
+
+        def forward(model: Any) -> None:
+            for batch in bench.calibration():
+                model(input_ids=batch["input_ids"])
+
+        mtq.quantize(model, config, forward)
+        yield model
+
+    return quantized
+
+
+def attempt(name: str, bench: Bench) -> Peer:
+    """One attempt in its own process; its outcome is what its last line says, or that the time is up."""
+    folder = bench.work / "quantization" / "peers" / name.replace(",", "").replace(" ", "-")
+    if (folder / RECORD).is_file():
+        return Peer(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, *sys.orig_argv[1:], "--one", name, str(folder)]
+    figures: list[dict[str, float]] = []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False)
+        printed = [line for line in (done.stdout if done.returncode == 0 else done.stderr).splitlines() if line.strip()]
+        outcome = printed[-1] if printed else f"exit code {done.returncode} and nothing printed"
+        if done.returncode == 0:
+            figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    except subprocess.TimeoutExpired:
+        outcome = f"no result in {TIME_LIMIT_S} s"
+    peer = Peer(name, outcome.replace(str(bench.work), "WORK"), figures)
+    (folder / RECORD).write_text(json.dumps(asdict(peer), indent=2), encoding="utf-8")
+    return peer
+
+
+def main() -> None:
+    """Make every attempt that was not made before."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=60_000, help="as of the benchmark (default: %(default)s)")
+    parser.add_argument("--search-tokens", type=int, default=30_000, help="likewise (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="likewise (default: %(default)s)")
+    parser.add_argument("--one", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    bench = Bench(options.corpus, options.work, options.tokens, options.search_tokens, options.seeds)
+    if options.one:
+        name, folder = options.one
+        figures = [bench.measure(model) for model in attempts()[name](bench)]
+        (Path(folder) / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
+        print(f"perplexity {statistics.fmean(one['perplexity'] for one in figures):.2f}")
+        return
+    for name in attempts():
+        peer = attempt(name, bench)
+        print(f"{peer.name}: {peer.outcome}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

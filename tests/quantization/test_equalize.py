@@ -1,0 +1,113 @@
+"""Scales folded into norms: the model stays what it is, and rounding costs it less where channels are uneven."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from distill.core.errors import InputError
+from distill.quantization import DynamicInt8, Int8Channel, IntGroup
+from distill.quantization.base import QuantizerSpec
+from distill.quantization.equalize import Method, equalize
+from distill.quantization.fake_quant import switch
+from distill.quantization.inputs import ActivationSpec
+from distill.quantization.prepare import prepare
+
+
+@pytest.fixture
+def uneven(llama: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Norms that make a few channels large, as trained models have them."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in llama.model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight[torch.randint(64, (4,), generator=generator)] = 20.0
+    return llama
+
+
+def batches_of(length: int = 24) -> list[dict[str, Tensor]]:
+    ids = torch.randint(0, 64, (8, length), generator=torch.Generator().manual_seed(7))
+    return [{"input_ids": part} for part in ids.split(4)]
+
+
+def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(input_ids=batch["input_ids"]).logits
+
+
+def kl(full: Tensor, other: Tensor) -> float:
+    p, q = full.double().log_softmax(-1), other.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(
+    ("method", "grid", "inputs"),
+    [("awq", IntGroup(bits=3), None), ("smooth_quant", Int8Channel(), DynamicInt8())],
+)
+def test_what_it_computes_stays_and_rounding_costs_less(
+    uneven: LlamaForCausalLM, ids: Tensor, method: Method, grid: QuantizerSpec, inputs: ActivationSpec | None
+) -> None:
+    full = logits(uneven, {"input_ids": ids})
+    plain = copy.deepcopy(uneven)
+    prepare(plain, grid, activations=inputs)
+    prepare(uneven, grid, activations=inputs)
+    norms = equalize(uneven, batches_of(), partial(logits, uneven), method)
+    assert norms == [f"model.layers.{i}.{n}_layernorm" for i in range(2) for n in ("input", "post_attention")]
+    assert kl(full, logits(uneven, {"input_ids": ids})) < 0.7 * kl(full, logits(plain, {"input_ids": ids}))
+    switch(uneven, enabled=False)
+    torch.testing.assert_close(logits(uneven, {"input_ids": ids}), full, rtol=1e-4, atol=1e-4)
+
+
+def test_smooth_quant_against_the_formula(uneven: LlamaForCausalLM) -> None:
+    seen: list[Tensor] = []
+    layer = uneven.model.layers[0]
+    handle = layer.input_layernorm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    batches = batches_of()
+    for batch in batches:
+        logits(uneven, batch)
+    handle.remove()
+    largest = torch.cat(seen).flatten(0, 1).abs().amax(0)
+    weights = [getattr(layer.self_attn, name).weight for name in ("q_proj", "k_proj", "v_proj")]
+    scale = (largest / torch.cat(weights).abs().amax(0)) ** 0.5
+    norm, q_proj = layer.input_layernorm.weight / scale, weights[0] * scale
+    prepare(uneven, Int8Channel())
+    equalize(uneven, batches, partial(logits, uneven), "smooth_quant")
+    torch.testing.assert_close(layer.input_layernorm.weight, norm)
+    torch.testing.assert_close(layer.self_attn.q_proj.weight, q_proj)
+
+
+def test_awq_leaves_alone_what_it_cannot_better(llama: LlamaForCausalLM) -> None:
+    """A grid that holds the weights exactly: no scale has less error than none."""
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(torch.where(parameter >= 0, 7.0, -7.0) * 2**-6)
+                parameter[:, 0] = 7.5 * 2**-6
+    weight = llama.model.layers[0].self_attn.q_proj.weight
+    before = weight.detach().clone()
+    prepare(llama, IntGroup(bits=8, group_size=64, scale="mse"))
+    equalize(llama, batches_of(), partial(logits, llama), "awq")
+    assert (weight / before - 1).abs().max() < 0.5
+
+
+def test_a_norm_that_something_else_reads_is_refused(uneven: LlamaForCausalLM) -> None:
+    class Router(nn.Module):
+        def __init__(self, mlp: nn.Module):
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mlp(x) + x.roll(1, -1)
+
+    uneven.model.layers[0].mlp = Router(uneven.model.layers[0].mlp)
+    prepare(uneven, IntGroup())
+    with pytest.raises(InputError, match="something else than linear layers reads them"):
+        equalize(uneven, batches_of(), partial(logits, uneven), "awq")
+    model = nn.Sequential(nn.Linear(32, 32))
+    prepare(model, IntGroup())
+    with pytest.raises(InputError, match="awq has no norm to fold scales into"):
+        equalize(model, [{"x": torch.ones(1, 4, 32)}], lambda batch: model(batch["x"]), "awq")
