@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks import hardware, result
 from distill.core.run import CHECKPOINTS
 from distill.testing.campaign import Campaign
+from distill.testing.cells import WORLDS, Cell, Text, pairs
 from distill.testing.chaos import chaos_recipe
+from distill.testing.resumes import Resumes
 from distill.testing.workers import Workers, World
 from distill.training.checkpoint import checkpoints
 
@@ -26,7 +35,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 RESULT = result.FOLDER.parent / "faults.json"
 TWO = ("--set", "compute.devices=2", "--set", "compute.silence_s=20")
 SHARDED = (*TWO, "--set", "compute.strategy=fsdp")
-LIMIT_S = 600
+LIMIT_S = 1200
+
+
+Rows = Iterator[dict[str, Any]]
 
 
 @dataclass
@@ -63,46 +75,46 @@ class Bench:
 
 
 def main() -> None:
-    """Do all of it, write the JSON, and make the page."""
+    """Do what is asked for, write it into the JSON, and make the page."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="the others stay as they are")
     parser.add_argument("--kills", type=int, default=300, help="of one process")
     parser.add_argument("--kills-of-two", type=int, default=100, help="of two, for ddp and for fsdp each")
     parser.add_argument("--repeats", type=int, default=5, help="of each other fault")
+    parser.add_argument("--restarts", type=int, default=20, help="by torchrun")
     parser.add_argument("--page", action="store_true", help="only make the page from the JSON")
     options = parser.parse_args()
-    if not options.page:
-        _measure(options)
+    with Workers() as workers, tempfile.TemporaryDirectory() as place:
+        for part in [] if options.page else options.parts:
+            _measure(part, workers, Path(place) / part, options)
     PAGE.write_text(render(json.loads(RESULT.read_text(encoding="utf-8"))), encoding="utf-8")
 
 
-def _measure(options: argparse.Namespace) -> None:
-    with Workers() as workers, tempfile.TemporaryDirectory() as place:
-        text = Path(place) / "text.jsonl"
-        text.write_text(
-            "".join(json.dumps({"text": f"row {i}: " + f"{i * i} more words. " * (i % 9)}) + "\n" for i in range(100))
+def _measure(part: str, workers: Workers, place: Path, options: argparse.Namespace) -> None:
+    """One part, whose rows take the place of those that it left before."""
+    place.mkdir()
+    text, recipe = place / "text.jsonl", place / "chaos.yaml"
+    rows = [{"text": f"row {i}: " + f"{i * i} more words. " * (i % 9)} for i in range(100)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe.write_text(chaos_recipe(text))
+    done: list[dict[str, Any]] = []
+    for row in PARTS[part](Bench(workers, recipe, place), options):
+        done.append({"part": part, "date": date.today().isoformat()} | row)
+        kept = json.loads(RESULT.read_text(encoding="utf-8"))["rows"] if RESULT.exists() else []
+        every = [row for row in kept if row["part"] != part] + done
+        result.write(
+            RESULT.stem,
+            command="python -m benchmarks.faults",
+            hardware=hardware.describe(),
+            versions=hardware.versions(),
+            rows=sorted(every, key=lambda row: list(PARTS).index(row["part"])),
+            folder=RESULT.parent,
         )
-        recipe = Path(place) / "chaos.yaml"
-        recipe.write_text(chaos_recipe(text))
-        bench = Bench(workers, recipe, Path(place))
-        rows = [*_killed(bench, options), *_stopped(bench, options.repeats), *_damaged(bench, options.repeats)]
-    notes = [
-        "Weights are compared to the last bit with those of a run that nothing happened to, by their bytes on disk."
-    ]
-    result.write(
-        RESULT.stem,
-        command=f"python -m benchmarks.faults --kills {options.kills} --kills-of-two {options.kills_of_two} "
-        f"--repeats {options.repeats}",
-        hardware=hardware.describe(),
-        versions=hardware.versions(),
-        rows=rows,
-        notes=notes,
-        folder=RESULT.parent,
-    )
 
 
-def _killed(bench: Bench, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    cases = [("1 process", 1, (), options.kills)]
-    cases += [
+def _killed(bench: Bench, options: argparse.Namespace) -> Rows:
+    cases: list[tuple[str, int, tuple[str, ...], int]] = [
+        ("1 process", 1, (), options.kills),
         ("2 processes, ddp", 2, TWO, options.kills_of_two),
         ("2 processes, fsdp", 2, SHARDED, options.kills_of_two),
     ]
@@ -124,7 +136,7 @@ def _killed(bench: Bench, options: argparse.Namespace) -> Iterator[dict[str, Any
         }
 
 
-def _stopped(bench: Bench, repeats: int) -> Iterator[dict[str, Any]]:
+def _stopped(bench: Bench, options: argparse.Namespace) -> Rows:
     for size in (1, 2):
         expected = bench.whole(size)
         for number, code in ((signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)):
@@ -141,10 +153,10 @@ def _stopped(bench: Bench, repeats: int) -> Iterator[dict[str, Any]]:
                 return codes == [code] * size and again == [0] * size and bench.weights(run) == expected
 
             did = f"step finished and saved, exit code {code} of all, resumed to the undisturbed weights"
-            yield _row(f"{number.name} to the last process", size, repeats, stop, did)
+            yield _row(f"{number.name} to the last process", size, options.repeats, stop, did)
 
 
-def _damaged(bench: Bench, repeats: int) -> Iterator[dict[str, Any]]:
+def _damaged(bench: Bench, options: argparse.Namespace) -> Rows:
     expected = bench.whole(1)
 
     def damage(spoil: Callable[[Path], None]) -> bool:
@@ -167,23 +179,92 @@ def _damaged(bench: Bench, repeats: int) -> Iterator[dict[str, Any]]:
 
     did = "named in a warning, the one before it taken, resumed to the undisturbed weights"
     cut = lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])  # noqa: E731
-    yield _row("newest checkpoint cut in half", 1, repeats, lambda: damage(cut), did)
-    yield _row("one bit of the newest checkpoint flipped", 1, repeats, lambda: damage(flip), did)
+    yield _row("newest checkpoint cut in half", 1, options.repeats, lambda: damage(cut), did)
+    yield _row("one bit of the newest checkpoint flipped", 1, options.repeats, lambda: damage(flip), did)
 
-    def freeze() -> bool:
-        run = bench.fresh()
-        world = bench.start(run, 2)
-        bench.until_saved(world, run)
-        world.send(signal.SIGSTOP, rank=1)
-        world.processes[0].join(120)
-        ended = world.processes[0].exitcode == 1 and "rank 1 (process" in world.said()
-        world.send(signal.SIGKILL, rank=1)
-        world.wait(LIMIT_S)
-        return ended and bench.start(run, 2).wait(LIMIT_S) == [0, 0] and bench.weights(run) == two
 
+def _lost(bench: Bench, options: argparse.Namespace) -> Rows:
+    """A process that is dead or frozen, with the seconds that ``silence_s`` has unless it is set."""
     two = bench.whole(2)
-    did = "the other names it and ends within 120 s (silence_s 20), resumed to the undisturbed weights"
-    yield _row("SIGSTOP of a process: frozen, not dead", 2, repeats, freeze, did)
+    for number, fault in ((signal.SIGKILL, "dead"), (signal.SIGSTOP, "frozen")):
+        for victim in (0, 1):
+            took: list[float] = []
+
+            def lose(number: signal.Signals = number, victim: int = victim, took: list[float] = took) -> bool:
+                run = bench.fresh()
+                world = bench.start(run, 2, "--set", "compute.silence_s=60")
+                bench.until_saved(world, run)
+                world.send(number, rank=victim)
+                began = time.monotonic()
+                world.processes[1 - victim].join(LIMIT_S)
+                took.append(time.monotonic() - began)
+                ended = world.processes[1 - victim].exitcode == 1 and took[-1] <= 120
+                named = number == signal.SIGKILL or f"rank {victim} (process" in world.said()
+                world.send(signal.SIGKILL, rank=victim)
+                world.wait(LIMIT_S)
+                return ended and named and bench.start(run, 2).wait(LIMIT_S) == [0, 0] and bench.weights(run) == two
+
+            row = _row(f"rank {victim} {fault} ({number.name})", 2, options.repeats, lose, "")
+            did = f"the other ends with one line, after {max(took):.0f} s at most; resumed to the undisturbed weights"
+            yield row | {"what happened": row["what happened"] + did}
+
+
+def _restarted(bench: Bench, options: argparse.Namespace) -> Rows:
+    two, environment = bench.whole(2), os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3"]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "distill", "run", str(bench.recipe)]
+
+    def restart() -> bool:
+        run = bench.fresh()
+        log = run.with_suffix(".log")
+        command = [*torchrun, *meeting, "--run-dir", str(run)]
+        with log.open("w") as out, subprocess.Popen(command, env=environment, stdout=out, stderr=out) as agent:
+            while not checkpoints(run / "train" / CHECKPOINTS):
+                assert agent.poll() is None, log.read_text()
+                time.sleep(0.001)
+            workers = psutil.Process(agent.pid).children()
+            next(worker for worker in workers if worker.environ().get("RANK") == "1").kill()
+            code = agent.wait(LIMIT_S)
+        once = log.read_text().count("going on from step") == 1
+        return code == 0 and once and bench.weights(run) == two
+
+    did = "restarted once, met again, resumed to the undisturbed weights"
+    yield _row("SIGKILL of rank 1 under torchrun", 2, options.restarts, restart, did)
+
+
+def _resumed(bench: Bench, options: argparse.Namespace) -> Rows:
+    """Every cell, a row each."""
+    resumes = Resumes(bench.workers, Text(bench.folder / "text").make(bench.workers), bench.folder, LIMIT_S)
+    for cell in [*pairs(), Cell(compile=True)]:
+        began = time.monotonic()
+        different = resumes.difference(cell)
+        print(cell, different, flush=True)
+        yield {
+            "cell": asdict(cell),
+            "run": cell.world,
+            "times": len(cell.steps()),
+            "lost": different or "nothing",
+            "seconds": round(time.monotonic() - began),
+        }
+
+
+def _moved(bench: Bench, options: argparse.Namespace) -> Rows:
+    resumes = Resumes(bench.workers, Text(bench.folder / "text").make(bench.workers), bench.folder, LIMIT_S)
+    one, *several = WORLDS
+    ways = [*((one, other) for other in several), *((other, one) for other in several), tuple(several)]
+    for trained, worlds in product(("text alone", "distilled", "inner states"), [*ways, (several[1], one, several[0])]):
+        began = time.monotonic()
+        moved = resumes.moved([Cell(trained, world=world, dropout=False) for world in worlds])
+        print(trained, worlds, moved, flush=True)
+        yield {
+            "fault": f"killed and resumed by other processes, {trained}",
+            "run": " -> ".join(worlds),
+            "times": len(worlds) - 1,
+            "what happened": f"{moved.other_rows} steps of other rows of text, "
+            f"losses within {moved.loss_difference:.0e} of those undisturbed",
+            "lost": "nothing" if not moved.other_rows and moved.loss_difference <= 1e-5 else "exactness",
+            "seconds": round(time.monotonic() - began),
+        }
 
 
 def _row(fault: str, size: int, repeats: int, attempt: Callable[[], bool], did: str) -> dict[str, Any]:
@@ -200,21 +281,43 @@ def _row(fault: str, size: int, repeats: int, attempt: Callable[[], bool], did: 
     }
 
 
+PARTS: dict[str, Callable[[Bench, argparse.Namespace], Rows]] = {
+    "killed": _killed,
+    "stopped": _stopped,
+    "damaged": _damaged,
+    "lost": _lost,
+    "restarted": _restarted,
+    "moved": _moved,
+    "resumed": _resumed,
+}
+
+
 def render(data: dict[str, Any]) -> str:
     """The page of a result."""
-    head = ["fault", "run", "times", "what happened", "lost"]
+    faults = [row for row in data["rows"] if row["part"] != "resumed"]
+    cells = [row | row["cell"] for row in data["rows"] if row["part"] == "resumed"]
+    days = sorted({row["date"] for row in data["rows"]})
+    exact = sum(row["lost"] == "nothing" for row in cells)
     lines = [
         "<!-- Made by `python -m benchmarks.faults --page` of benchmarks/faults.json; change the words there. -->",
         "# What happens when something happens",
         "",
-        "Faults that were done to real runs on purpose, how often, and what was lost. "
-        f"By `{data['command']}` on {data['date']}: {data['hardware']['cpu']}, no GPU; the processes talked over gloo.",
+        "Faults that were done to real runs on purpose, how often, and what was lost. By "
+        f"`{data['command']}` on {' to '.join(dict.fromkeys((days[0], days[-1])))}: {data['hardware']['cpu']}, no GPU; "
+        "the processes talked over gloo.",
         "",
-        "| " + " | ".join(head) + " |",
-        "|" + " --- |" * len(head),
-        *("| " + " | ".join(str(row[key]) for key in head) + " |" for row in data["rows"]),
+        *_table(["fault", "run", "times", "what happened", "lost"], faults),
         "",
-        *data["notes"],
+        "Weights are compared to the last bit with those of a run that nothing happened to, by their bytes on disk.",
+        "",
+        "## Resumed to the last bit",
+        "",
+        f"{exact} of {len(cells)} trainings, with dropout, end in the very weights and rows of metrics of one that "
+        "nothing happened to. They are chosen so that any two entries of two columns meet in a row. Killed is once in "
+        "the middle of a pass over the text, once where it ends, or after each of the first five steps, always when a "
+        "checkpoint has just been made.",
+        "",
+        *_table(["trained", "data", "run", "killed", "micro_batches", "num_workers", "compile", "lost"], cells),
         "",
         "[multi-gpu.md](multi-gpu.md) has the exit codes. A loss or gradient that is not finite is passed over, its "
         "text kept in `bad-batches/`, and `max_skipped_steps` in a row end the run; a full disk ends it with one line, "
@@ -223,6 +326,11 @@ def render(data: dict[str, Any]) -> str:
         "Not tried: GPUs and NCCL, several machines, a network that fails, a disk that lies about what it has synced.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _table(head: list[str], rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| " + " | ".join(str(row[key]) for key in head) + " |" for row in rows]
+    return ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head), *lines]
 
 
 if __name__ == "__main__":

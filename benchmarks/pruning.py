@@ -3,40 +3,44 @@
 The teacher of ``books`` is cut to three quarters, a half and a quarter of its parameters outside the embeddings, in
 width and in depth, by each criterion. Every cut is measured as it is (cheap, so all of them), then trained on the same
 tokens. Controls: units chosen by chance, the same architecture from random weights, two rounds of pruning in place of
-one. Cuts that ``pruning_peers`` has left in WORK are measured and trained like our own.
+one. A search under the same budget of parameters chooses an architecture too, and stands beside the one that keeps even
+shares of every axis. Cuts that ``pruning_peers`` has left in WORK are measured and trained like our own.
 
 Learning rates are chosen on the validation books at a third of the budget, for each share that is kept and each kind of
-start (pruned, or from random weights by either loss). The order of the cells is that of their importance: stopped after
-any of them, the table says what there is.
+start (pruned, or from random weights by either loss). What tells most is trained first with every seed, the other
+criteria after it: stopped after any cell, the table says what there is.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import books, hardware, pruning_peers, result, tables
-from benchmarks.losses import next_rate
+from benchmarks.losses import Budget, next_rate
 from benchmarks.matrix import Cell, Matrix
-from benchmarks.pruning_cuts import SHAPES, START, cuts, stage_name, ways
+from benchmarks.pruning_cuts import (
+    EVEN,
+    SEARCH,
+    SHAPES,
+    SOLVED,
+    START,
+    cuts,
+    others,
+    search,
+    solved,
+    stage_name,
+    telling,
+)
 from distill.core.errors import DistillError
 
 BATCH_SIZE = 8
 FIGURES = ("perplexity", "kl_to_teacher", "top1_agreement")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Tokens of the final runs and of the search for a learning rate, and how many seeds."""
-
-    num_tokens: int
-    search_tokens: int
-    num_seeds: int
 
 
 def training(stage: Mapping[str, Any], start: str, num_tokens: int, lr: float) -> dict[str, Any]:
@@ -64,32 +68,50 @@ class Pruning:
         self.reporting = Matrix(work / "pruning", teacher, books.data(corpus, "test"))
         self.peers = pruning_peers.found(work)
         self.cut: dict[int, dict[str, dict[str, Any]]] = {}
+        self.folders: dict[tuple[int, str], str] = {}
+        self.searched: dict[int, list[dict[str, Any]]] = {}
         self.rates: dict[tuple[int, str], dict[float, float]] = {}
         self.trained: dict[tuple[int, str], list[dict[str, Any]]] = {}
 
     def cut_all(self, share: int) -> None:
         """Every cut to this share, ours and the peers', measured as it is."""
-        stages = {stage_name(name): stage for name, stage in cuts(share).items()}
-        measured = {"evaluate": {"models": ["teacher", *stages], "speed": None}}
-        figures = self.reporting.run(Cell(f"cut-{share}", {**stages, **measured}))
-        self.cut[share] = {name: figures[stage_name(name)] for name in cuts(share)} | {"teacher": figures["teacher"]}
+        found = self._cut(share, f"cut-{share}", cuts(share))
+        found |= self._cut(share, f"solved-{share}", {SOLVED: solved(share)})
+        self.cut[share] = found
         folders = {peer.name: str(peer.folder) for peer in self.peers if peer.share == share and peer.folder}
         if folders:
             stages = {"evaluate": {"models": list(folders.values()), "speed": None}}
             figures = self.reporting.run(Cell(f"peers-{share}", stages))
-            self.cut[share] |= {name: figures[folder] for name, folder in folders.items()}
+            found |= {name: figures[folder] for name, folder in folders.items()}
+            self.folders |= {(share, name): folder for name, folder in folders.items()}
 
-    def start(self, share: int, cut: str) -> str:
-        """The folder of a cut."""
-        folders = {peer.name: str(peer.folder) for peer in self.peers if peer.share == share and peer.folder}
-        return folders.get(cut) or str(self.reporting.folder / f"cut-{share}" / stage_name(cut) / "model")
+    def search(self, share: int) -> None:
+        """The architecture that a search finds for the parameters of START, and the even one that fits them too."""
+        most = self.cut[share][START]["non_embedding_parameters"]
+        training = {"num_tokens": self.budget.search_tokens, "batch_size": BATCH_SIZE}
+        stage = search(most, {**training, "optimizer": {"lr": self.rate(share, None)}})
+        found = self._cut(share, f"found-{share}", {SEARCH: stage})
+        told = self.reporting.folder / f"found-{share}" / stage_name(SEARCH) / "search.json"
+        self.searched[share] = json.loads(told.read_text(encoding="utf-8"))["ranking"]
+        even = next(row["keep"] for row in self.searched[share] if row["uniform"])
+        found |= self._cut(share, f"even-{share}", {EVEN: {"kind": "prune", "keep": even}})
+        self.cut[share] |= found
+
+    def _cut(self, share: int, name: str, wanted: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        stages = {stage_name(cut): stage for cut, stage in wanted.items()}
+        figures = self.reporting.run(
+            Cell(name, {**stages, "evaluate": {"models": ["teacher", *stages], "speed": None}})
+        )
+        for cut in wanted:
+            self.folders[share, cut] = str(self.reporting.folder / name / stage_name(cut) / "model")
+        return {cut: figures[stage_name(cut)] for cut in wanted} | {"teacher": figures["teacher"]}
 
     def rate(self, share: int, control: str | None) -> float:
         """The learning rate of a share's cuts, or of a control; searched where it is not known."""
         found = self.rates.setdefault((share, control or "pruned"), {})
         while (lr := next_rate(found)) is not None:
             stage = CONTROLS[control] if control else KD
-            stages = {"student": training(stage, self.start(share, START), self.budget.search_tokens, lr)}
+            stages = {"student": training(stage, self.folders[share, START], self.budget.search_tokens, lr)}
             cell = Cell(f"search-{share}/{stage_name(control or 'pruned')}/lr-{lr:g}", stages | _evaluate())
             found[lr] = self.choosing.run(cell)["student"]["perplexity"]
         return min(found, key=found.__getitem__)
@@ -98,11 +120,11 @@ class Pruning:
         """A cut, trained; in rounds where it has several starts: the next cut is made of what the last has become."""
         tokens, lr = self.budget.num_tokens // len(starts), self.rate(share, None)
         if len(starts) == 1:
-            stages = {"student": training(KD, self.start(share, starts[0]), tokens, lr)}
+            stages = {"student": training(KD, self.folders[share, starts[0]], tokens, lr)}
         else:
             shares = list(SHAPES)
             before = shares[shares.index(share) - 1]
-            first = training(KD, self.start(before, starts[0]), tokens, lr)
+            first = training(KD, self.folders[before, starts[0]], tokens, lr)
             again = {**cuts(share)[starts[1]], "model": "first"}
             stages = {"first": first, "again": again, "student": training(KD, "again", tokens, lr)}
         self._keep(share, name, stages, seed)
@@ -110,11 +132,11 @@ class Pruning:
     def control(self, share: int, name: str, seed: int) -> None:
         """The same architecture from random weights."""
         lr = self.rate(share, name)
-        stages = {"student": training(CONTROLS[name], self.start(share, START), self.budget.num_tokens, lr)}
+        stages = {"student": training(CONTROLS[name], self.folders[share, START], self.budget.num_tokens, lr)}
         self._keep(share, name, stages, seed)
 
     def _keep(self, share: int, name: str, stages: dict[str, Any], seed: int) -> None:
-        cell = Cell(f"trained-{share}/{stage_name(name).replace(',', '')}/seed-{seed}", stages | _evaluate(), seed)
+        cell = Cell(f"trained-{share}/{stage_name(name)}/seed-{seed}", stages | _evaluate(), seed)
         self.trained.setdefault((share, name), []).append(self.reporting.run(cell)["student"])
 
     def run(self) -> Iterator[list[dict[str, Any]]]:
@@ -122,21 +144,38 @@ class Pruning:
         for share in SHAPES:
             self.cut_all(share)
             yield self.rows()
-        for seed in range(self.budget.num_seeds):
+        if self.budget.num_seeds:
             for share in SHAPES:
-                todo = ways(share, seed)
-                todo |= {peer.name: [peer.name] for peer in self.peers if peer.share == share and peer.folder}
-                for number, (name, starts) in enumerate(todo.items()):
-                    self.train(share, name, starts, seed)
-                    yield self.rows()
-                    if number == 0:
-                        for control in CONTROLS:
-                            self.control(share, control, seed)
-                            yield self.rows()
+                self.search(share)
+                yield self.rows()
+        for tell in (telling, others):
+            for seed in range(self.budget.num_seeds):
+                for share in SHAPES:
+                    for name, starts in tell(share, seed).items():
+                        self.train(share, name, starts, seed)
+                        yield self.rows()
+                    if tell is telling:
+                        yield from self._compared(share, seed)
+
+    def _compared(self, share: int, seed: int) -> Iterator[list[dict[str, Any]]]:
+        """The controls and the peers of a share."""
+        for control in CONTROLS:
+            self.control(share, control, seed)
+            yield self.rows()
+        for peer in self.peers:
+            if peer.share == share and peer.folder:
+                self.train(share, peer.name, [peer.name], seed)
+                yield self.rows()
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of the result."""
-        return [*cut_rows(self.cut), *trained_rows(self.trained), *peer_rows(self.peers), *rate_rows(self.rates)]
+        return [
+            *cut_rows(self.cut),
+            *trained_rows(self.trained),
+            *searched_rows(self.searched),
+            *peer_rows(self.peers),
+            *rate_rows(self.rates),
+        ]
 
 
 def _evaluate() -> dict[str, Any]:
@@ -159,6 +198,16 @@ def trained_rows(trained: Mapping[tuple[int, str], list[dict[str, Any]]]) -> Ite
     found = [(share, name, _figures(runs)) for (share, name), runs in trained.items()]
     for share, name, row in sorted(found, key=lambda one: (-one[0], _by_perplexity(one[1:]))):
         yield {"table": "trained", "kept": share, "start": name, **row, "seeds": len(trained[share, name])}
+
+
+def searched_rows(searched: Mapping[int, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """What each search chose, and the even architecture beside it."""
+    for share, ranking in searched.items():
+        for name, row in ((SEARCH, ranking[0]), (EVEN, next(row for row in ranking if row["uniform"]))):
+            sizes = ", ".join(f"{key} {size}" for key, size in row["keep"].items())
+            trained = row["trained"] and row["trained"]["kl"]
+            figures = {"kl_when_cut": row["cut"]["kl"], "kl_after_training": trained}
+            yield {"table": "searched", "kept": share, "by": name, "sizes": sizes, **figures}
 
 
 def peer_rows(peers: list[pruning_peers.Peer]) -> Iterator[dict[str, Any]]:

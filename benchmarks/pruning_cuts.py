@@ -40,6 +40,30 @@ NUM_CHANCES = 3
 START = "width activation"
 """The cut whose learning rate all cuts of its share get, and whose architecture is trained from random weights."""
 
+SOLVED = f"{START}, reconstructed"
+"""The same cut with its output projections solved anew."""
+SEARCH, EVEN = "budget search", "even shares"
+"""What a search chose, and of all that it could have chosen the one that keeps most nearly even shares of its axes."""
+
+
+def solved(share: int) -> dict[str, Any]:
+    """The prune stage of SOLVED."""
+    return {**cuts(share)[START], "reconstruct": {"num_sequences": 64}}
+
+
+def search(most: int, training: dict[str, Any]) -> dict[str, Any]:
+    """A prune stage that looks for the best architecture of at most so many parameters outside the embeddings."""
+    return {
+        "kind": "prune",
+        "search": {
+            "budget": {"non_embedding_parameters": most},
+            "axes": ["hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"],
+            "multiple_of": {"hidden_size": 24, "intermediate_size": 16},
+            "smallest_share": 0.25,
+            "train": {"num_candidates": 3, **training},
+        },
+    }
+
 
 def cuts(share: int, seeds: range = range(NUM_CHANCES)) -> dict[str, dict[str, Any]]:
     """What is cut: "shape criterion" -> prune stage; by chance once a seed, as "shape random SEED"."""
@@ -71,20 +95,28 @@ def _each(
 
 def stage_name(cut: str) -> str:
     """The name of a cut as a recipe's stage."""
-    return cut.replace(" ", "-")
+    return cut.replace(" ", "-").replace(",", "")
 
 
-def ways(share: int, seed: int) -> dict[str, list[str]]:
-    """What is trained, the most telling first: name -> what it starts from, in rounds."""
+def telling(share: int, seed: int) -> dict[str, list[str]]:
+    """What is trained first: name -> what it starts from, in rounds."""
     chance = {f"{shape} random": [f"{shape} random {seed}"] for shape in ("width", "depth") if _is_cut(share, shape)}
     depth = "depth leave_one_out kl contiguous" if _is_cut(share, "depth") else "depth block_influence"
-    found = {START: [START], depth: [depth], **chance}
-    if share < 75:
-        found["width activation, two rounds"] = [START, START]
-    rest = [name for name in cuts(share, range(0)) if name not in found and not name.startswith("mlp ")]
-    return found | {name: [name] for name in rest}
+    rounds = {"width activation, two rounds": [START, START]} if share < 75 else {}
+    mlp = ["mlp taylor"] if _is_cut(share, "mlp") else []
+    ours = {name: [name] for name in (START, SOLVED, depth, *mlp, SEARCH, EVEN)}
+    return {**ours, **chance, **rounds}
+
+
+def others(share: int, seed: int) -> dict[str, list[str]]:
+    """What is trained then: the criteria that are left."""
+    return {
+        name: [name]
+        for name in cuts(share, range(0))
+        if name not in telling(share, seed) and not name.startswith("mlp ")
+    }
 
 
 def _is_cut(share: int, shape: str) -> bool:
     """Whether a cut of this shape leaves a criterion anything to choose."""
-    return shape != "depth" or SHAPES[share]["depth"]["num_hidden_layers"] > 2
+    return shape in SHAPES[share] and (shape != "depth" or SHAPES[share]["depth"]["num_hidden_layers"] > 2)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,7 +122,11 @@ def plain(model: Any, keep: dict[str, int]) -> Any:
     """The pruned weights in a fresh model of a config that says their sizes; strict."""
     from transformers import AutoModelForCausalLM
 
-    config = type(model.config)(**{**model.config.to_dict(), **keep, "use_cache": True})
+    sizes = {
+        **keep,
+        "intermediate_size": model.model.layers[0].mlp.up_proj.out_features,
+    }  # it rounds down to 103 of 104
+    config = type(model.config)(**{**model.config.to_dict(), **sizes, "use_cache": True})
     fresh = AutoModelForCausalLM.from_config(config)
     fresh.load_state_dict(model.state_dict(), strict=True)
     return fresh
@@ -170,6 +175,8 @@ def main() -> None:
         name, share, folder = options.one
         model = attempts()[name](options.work / "books-teacher-final", options.corpus, int(share))
         model.save_pretrained(folder)
+        for file in (options.work / "books-teacher-final").glob("*token*.json"):
+            shutil.copy(file, folder)
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
         return
     for name in attempts():

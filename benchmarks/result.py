@@ -23,7 +23,7 @@ def write(
     notes: Iterable[str] = (),
     folder: Path = FOLDER,
 ) -> Path:
-    """Write ``<folder>/<benchmark>.json``, whole or not at all.
+    """Write ``<folder>/<benchmark>.json``, whole or not at all; its date is today's.
 
     Args:
         benchmark: name of the script, without ``.py``.

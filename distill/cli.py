@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from distill import __version__
-from distill.core.errors import DistillError
+from distill.core.errors import DistillError, RankEnded
 
 app = typer.Typer(
     help="From a big language model to a small one that is ready to ship, by one recipe.",
@@ -78,13 +78,19 @@ def resume(
 
 
 @app.command()
-def check(recipe: RecipeFile, set: Set = None) -> None:
+def check(
+    recipe: RecipeFile,
+    set: Set = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GB", help="Memory of one GPU; unset: what this machine has.")
+    ] = None,
+) -> None:
     """Validate a recipe and print its plan; needs no GPU, no download and no torch."""
     from distill.forecast import describe
     from distill.recipe import Recipe
     from distill.recipes import find
 
-    print(describe(Recipe.load(find(recipe), set or [])))
+    print(describe(Recipe.load(find(recipe), set or []), memory))
 
 
 @app.command("list")
@@ -215,7 +221,8 @@ def exit_with(work: Callable[[], Any]) -> NoReturn:
     except typer.Exit as exit_:
         sys.exit(exit_.exit_code)
     except DistillError as error:
-        print(error, file=sys.stderr)
+        if not (isinstance(error, RankEnded) and error.is_told):
+            print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         print("stopped; the same command goes on where this one was left", file=sys.stderr)

@@ -55,7 +55,7 @@ def launch(num_processes: int, order: dict[str, Any], folder: Path) -> None:
     finally:
         _end(workers)
     if failed is not None:
-        raise _ended(failed, workers[failed].returncode, logs)
+        raise _ended(workers, failed, logs)
 
 
 def _start(rank: int, size: int, port: int, out: IO[str] | None) -> subprocess.Popen[str]:
@@ -142,7 +142,11 @@ def _first_that_fails(workers: list[subprocess.Popen[str]]) -> int | None:
 def _end(workers: list[subprocess.Popen[str]]) -> None:
     """Wait a little for those that still run, then kill them."""
     stopped = any(worker.returncode in STOPPED for worker in workers)
-    until = time.monotonic() + (STOP_S if stopped else GRACE_S)
+    grace_s = 0.0 if _is_mistake(workers) else STOP_S if stopped else GRACE_S
+    until = time.monotonic() + grace_s
+    for worker in workers:
+        if stopped and worker.poll() is None:
+            worker.terminate()  # the signal may have reached one alone
     for worker in workers:
         try:
             worker.wait(max(0.0, until - time.monotonic()))
@@ -153,10 +157,19 @@ def _end(workers: list[subprocess.Popen[str]]) -> None:
         worker.stdin.close()
 
 
-def _ended(rank: int, code: int, logs: Path) -> RankEnded:
-    where = "see above" if rank == 0 else f"its log is {log_of(logs, rank)}"
+def _is_mistake(workers: list[subprocess.Popen[str]]) -> bool:
+    """Whether the first has found the user's mistake: its line is all there is to say, and nobody has work to save."""
+    return workers[0].returncode == InputError.exit_code
+
+
+def _ended(workers: list[subprocess.Popen[str]], rank: int, logs: Path) -> RankEnded:
+    """Why the workers, which have all ended, did so, when this one was the first to."""
+    code = workers[rank].returncode
+    if _is_mistake(workers):
+        return RankEnded("the recipe or the arguments are wrong (see above)", InputError.exit_code, is_told=True)
     if code in STOPPED:
         return RankEnded("stopped; the same command goes on where this one was left", code)
+    where = "see above" if rank == 0 else f"its log is {log_of(logs, rank)}"
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return RankEnded(f"rank {rank} {how} ({where}); the others were stopped", code if code > 0 else 1)
 
@@ -181,19 +194,24 @@ def wanted_processes(compute: ComputeSpec) -> int:
         size = torch.cuda.device_count() if resolve_device(compute) == "cuda" else 1
     elif resolve_device(compute) == "cuda" and size > torch.cuda.device_count():
         raise InputError(f"compute.devices: {size}: PyTorch sees {torch.cuda.device_count()} GPUs here; lower it")
-    if size == 1 and compute.strategy == "fsdp":
-        raise InputError("compute.strategy: fsdp shares a model out among processes, and there is one; remove it")
+    _check_several(compute, int(size))
     return int(size)
 
 
 def check_world(compute: ComputeSpec, world: World) -> None:
-    """Refuse processes that are not as many as the recipe says.
+    """Refuse processes that are not as many as the recipe says, or too few for its strategy.
 
     Raises:
         InputError: with both numbers.
     """
+    _check_several(compute, world.size)
     if compute.devices != "auto" and compute.devices * compute.num_nodes != world.size:
         raise InputError(
             f"compute.devices ({compute.devices}) x num_nodes ({compute.num_nodes}) is not the {world.size} processes "
             "that were started; change one of them, or set devices: auto"
         )
+
+
+def _check_several(compute: ComputeSpec, size: int) -> None:
+    if size == 1 and compute.strategy == "fsdp":
+        raise InputError("compute.strategy: fsdp shares a model out among processes, and there is one; remove it")

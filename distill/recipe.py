@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from distill.core.errors import RecipeError
-from distill.core.source import KeyPath, Source, dotted, mistakes_of, parse, read, suggest
+from distill.core.mistakes import blamed, mistakes_of
+from distill.core.source import KeyPath, Source, parse, read, suggest
 from distill.core.spec import Family, Spec
 from distill.data import SOURCES
 from distill.data.spec import DataSpec
@@ -83,12 +84,28 @@ class Recipe(Spec):
         Raises:
             RecipeError: with every mistake, as ``file:line: key: what``.
         """
-        return cls.from_source(read(file, set))
+        return cls._read(lambda overrides: read(file, overrides), list(set))
 
     @classmethod
     def from_text(cls, text: str, name: str = "recipe", set: Iterable[str] = ()) -> Recipe:
         """As :meth:`load`, for text in memory."""
-        return cls.from_source(parse(text, name, set))
+        return cls._read(lambda overrides: parse(text, name, overrides), list(set))
+
+    @classmethod
+    def _read(cls, source: Callable[[list[str]], Source], overrides: list[str]) -> Recipe:
+        """Read, override and check."""
+
+        def mistakes(some: list[str]) -> list[str]:
+            try:
+                cls.from_source(source(some))
+            except RecipeError as error:
+                return error.mistakes
+            return []
+
+        try:
+            return cls.from_source(source(overrides))
+        except RecipeError as error:
+            raise RecipeError(blamed(error.mistakes, overrides, mistakes)) from None
 
     @classmethod
     def from_source(cls, source: Source) -> Recipe:
@@ -114,23 +131,21 @@ class Recipe(Spec):
             path: KeyPath = ("stages", name)
             if name in RESERVED or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 yield (
-                    f"{source.place(path)}: {dotted(path)}: {name!r} cannot be the name of a stage "
+                    f"{source.at(path)}: {name!r} cannot be the name of a stage "
                     "(letters, digits, _ and -; " + ", ".join(sorted(RESERVED)) + " are taken)"
                 )
             if isinstance(stage, CacheTeacher) and self.data.train.is_stream():
-                yield f"{source.place(path)}: {dotted(path)}: {NO_STREAM}"
+                yield f"{source.at(path)}: {NO_STREAM}"
             for key, reference in stage.references():
                 yield from self._reference_mistakes(source, (*path, *key), reference, earlier)
             if isinstance(stage, DistillSpec) and stage.on_policy is not None:
                 yield from self._own_sequence_mistakes(source, (*path, "on_policy"), stage.on_policy)
             earlier.append(name)
         if self.teacher is not None and not _may_be_model(self.teacher):
-            place = source.place(("teacher",))
-            yield f"{place}: teacher: no folder {self.teacher!r} here, and a Hub id is <who>/<model>"
+            yield f"{source.at(('teacher',))}: no folder {self.teacher!r} here, and a Hub id is <who>/<model>"
         if self.data.tokenizer == "teacher" and self.teacher is None:
-            place = source.place(("data", "tokenizer"))
             yield (
-                f"{place}: data.tokenizer: there is no teacher to take it from; name a model or write "
+                f"{source.at(('data', 'tokenizer'))}: there is no teacher to take it from; name a model or write "
                 "tokenizer: {vocab_size: 2048} to train one"
             )
         if (
@@ -138,10 +153,10 @@ class Recipe(Spec):
             and self.data.tokenizer != "teacher"
             and not any(reference == "teacher" for stage in self.stages.values() for _, reference in stage.references())
         ):
-            yield f"{source.place(('teacher',))}: teacher: no stage uses it; remove it"
+            yield f"{source.at(('teacher',))}: no stage uses it; remove it"
 
     def _reference_mistakes(self, source: Source, path: KeyPath, reference: str, earlier: list[str]) -> Iterable[str]:
-        at = f"{source.place(path)}: {dotted(path)}: "
+        at = f"{source.at(path)}: "
         if reference == "teacher":
             if self.teacher is None:
                 yield at + "the recipe names no teacher; add teacher: <Hub id or folder>"
@@ -164,7 +179,7 @@ class Recipe(Spec):
         """Own sequences that are longer than the text's blocks, for which memory and positions are meant."""
         if (wanted := policy.num_tokens()) > self.data.sequence_length:
             yield (
-                f"{source.place(path)}: {dotted(path)}: prompt_tokens ({policy.prompt_tokens}) + max_new_tokens "
+                f"{source.at(path)}: prompt_tokens ({policy.prompt_tokens}) + max_new_tokens "
                 f"({policy.max_new_tokens}) = {wanted} must fit a block of data.sequence_length "
                 f"({self.data.sequence_length}); lower one of them or raise it"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,13 +16,16 @@ from typing import Any
 import torch
 
 from distill.core.artifact import fingerprint, hash_of, write_text
-from distill.core.errors import DistillError, InputError, MachineError, Preempted
+from distill.core.errors import DistillError, InputError, Interrupted, MachineError, Preempted
 from distill.core.run import CHECKPOINTS, RECIPE, Done, Run, sizes_of
 from distill.core.world import ALONE, World
 from distill.launch import check_world, launch, wanted_processes
 from distill.recipe import Recipe
 from distill.stages.base import Released, Session, StageContext, StageSpec
 from distill.training.ranks import Ranks, meet
+
+FAREWELL_S = 10.0
+"""Seconds that the first process, where the others met by it, stays after an error so that they hear of it."""
 
 
 def run(
@@ -59,17 +63,23 @@ def run(
         if name is not None and name not in names:
             raise InputError(f"{flag} {name}: no such stage (stages: {', '.join(names)})")
     the_run = Run(folder)
+    for name in names if only is None else [only]:
+        if (missing := recipe.stages[name].missing()) is not None and the_run.done(name) is None:
+            raise InputError(f"stages.{name}: {missing}")
     world = World.joined()
     if world is None and (num_processes := wanted_processes(recipe.compute)) > 1:
-        with the_run.lock():
-            pass  # a folder in use is refused before anything is started
+        with the_run.lock():  # what is refused is refused before anything is started
+            if only is not None:
+                _finished_before(_session(recipe, the_run, say, command, ALONE), only)
         order = {"recipe": recipe.dump(), "run_dir": str(folder), "only": only, "start": start, "command": command}
         launch(num_processes, order, folder)
         return the_run
     if world is not None:
         check_world(recipe.compute, world)
-    world = world or ALONE
-    with _preemptible(), meet(world, recipe.compute.silence_s) as ranks:
+    from distill.training.trainer import resolve_device  # Lightning, which takes seconds to import
+
+    world, device = world or ALONE, resolve_device(recipe.compute)
+    with _preemptible(), meet(world, recipe.compute.silence_s, device) as ranks:
         session = _session(recipe, the_run, say if world.rank == 0 else _silent, command, world)
         if world.rank and ranks is not None:
             _follow(session, ranks)
@@ -79,6 +89,7 @@ def run(
             except DistillError as error:
                 if ranks is not None:
                     ranks.tell({"exit": error.exit_code})
+                    ranks.leave(FAREWELL_S)
                 raise
     return the_run
 
@@ -87,21 +98,15 @@ def _lead(session: Session, ranks: Ranks | None, only: str | None, start: str | 
     """Walk the stages; other processes are told of those that they share in."""
     the_run, names, say = session.run, list(session.stages), session.say
     with the_run.lock():
-        hashes: dict[str, str] = {}
+        hashes = _finished_before(session, only) if only is not None else {}
         say(f"{session.recipe}: {len(names)} stages into {the_run.folder}")
         for name in [only] if only is not None else names[names.index(start) :] if start is not None else []:
             the_run.forget(name)
+        write_text(the_run.folder / RECIPE, session.text)  # only now: what is refused leaves the old one alone
         try:
-            for number, name in enumerate(names, 1):
-                if name == (only or names[0]):  # what comes before may still refuse, and then the old recipe stands
-                    write_text(the_run.folder / RECIPE, session.text)
-                if only is not None and number > names.index(only) + 1:
-                    break
+            for name in [only] if only is not None else names:
                 input_hash = _input_hash(session, name, hashes)
-                if only is not None and name != only:
-                    _require_done(the_run, name, input_hash, only)
-                else:
-                    _run_stage(session, ranks, name, input_hash, f"[{number}/{len(names)}]")
+                _run_stage(session, ranks, name, input_hash, f"[{names.index(name) + 1}/{len(names)}]")
                 hashes[name] = f"{input_hash} {_done(the_run, name).made}"
         finally:
             session.close()
@@ -113,6 +118,7 @@ def _follow(session: Session, ranks: Ranks) -> None:
     """Any process but the first: share in the stages that are told of, and wait meanwhile."""
     while (order := ranks.hear()) is not None:
         if "exit" in order:
+            ranks.leave()
             raise SystemExit(order["exit"])  # the first has said why
         name, input_hash = order["stage"], order["input_hash"]
         _seed(session, name)
@@ -136,6 +142,8 @@ def _preemptible() -> Iterator[None]:
         return
 
     def stop(number: int, frame: Any) -> None:
+        if isinstance(sys.exception(), Interrupted | Preempted):
+            return  # already on the way out, and maybe telling W&B so
         raise Preempted(f"stopped by {signal.Signals(number).name}; the same command goes on from the last stage")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
@@ -172,8 +180,12 @@ def _run_stage(session: Session, ranks: Ranks | None, name: str, input_hash: str
         session.run.forget(name)
         done = None
     if done is not None and done.input_hash == input_hash:
-        session.say(f"{title}: finished before, {done.seconds:.0f} s")
-        return
+        why, shown = stage.outdated(done.figures), stage.shown(done.figures)
+        if why is None:
+            place = f": {session.run.stage(name) / shown}" if shown else ""
+            session.say(f"{title}: finished before, {done.seconds:.0f} s{place}")
+            return
+        title += f": {why}"
     session.say(title)
     folder = session.run.begin(name, input_hash, session.say)
     (folder / "DONE").unlink(missing_ok=True)
@@ -214,10 +226,22 @@ def _done(the_run: Run, name: str) -> Done:
     return done
 
 
-def _require_done(the_run: Run, name: str, input_hash: str, only: str) -> None:
-    done = the_run.done(name)
-    if done is None or done.input_hash != input_hash:
-        raise InputError(f"--only {only}: stage {name!r} before it is not finished in {the_run.folder}; run it first")
+def _finished_before(session: Session, only: str) -> dict[str, str]:
+    """Hashes of the stages before ``only``.
+
+    Raises:
+        InputError: one of them is not finished.
+    """
+    hashes: dict[str, str] = {}
+    names = list(session.stages)
+    for name in names[: names.index(only)]:
+        input_hash, done = _input_hash(session, name, hashes), session.run.done(name)
+        if done is None or done.input_hash != input_hash:
+            raise InputError(
+                f"--only {only}: stage {name!r} before it is not finished in {session.run.folder}; run it first"
+            )
+        hashes[name] = f"{input_hash} {done.made}"
+    return hashes
 
 
 def _input_hash(session: Session, name: str, hashes: dict[str, str]) -> str:

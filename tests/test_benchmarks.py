@@ -137,6 +137,10 @@ def test_the_search_goes_on_past_its_edges() -> None:
     while (lr := losses.next_rate(found)) is not None:
         found[lr] = lr if lr > 3e-4 else 1
     assert min(found, key=found.__getitem__) == 5e-4
+    found = {}
+    while (lr := losses.next_rate(found)) is not None:
+        found[lr] = lr
+    assert min(found) == 1e-3 / 16
 
 
 def test_losses_are_held_against_the_control_of_their_own_seed() -> None:
@@ -211,9 +215,19 @@ def test_every_criterion_is_compared_and_training_starts_from_cuts() -> None:
     }
     assert kinds == set(CRITERIA)
     for share in pruning_cuts.SHAPES:
-        starts = [start for seed in range(3) for starts in pruning_cuts.ways(share, seed).values() for start in starts]
-        assert [start for start in starts if start not in pruning_cuts.cuts(share)] == []
-        assert f"width random {2}" in starts
+        told = [pruning_cuts.telling(share, seed) | pruning_cuts.others(share, seed) for seed in range(3)]
+        starts = {start for ways in told for starts in ways.values() for start in starts}
+        made = {*pruning_cuts.cuts(share), pruning_cuts.SOLVED, pruning_cuts.SEARCH, pruning_cuts.EVEN}
+        assert starts <= made
+        assert {pruning_cuts.START, pruning_cuts.SOLVED, pruning_cuts.SEARCH, "width random 2"} <= starts
+
+
+@pytest.mark.parametrize("share", pruning_cuts.SHAPES)
+def test_what_is_solved_and_searched_is_a_recipe_that_is_valid(share: int, tmp_path: Path) -> None:
+    training = {"num_tokens": 4096, "batch_size": 8}
+    stages = {"solved": pruning_cuts.solved(share), "search": pruning_cuts.search(10**6, training)}
+    recipe = {"name": "pruning", "teacher": str(tmp_path), "data": books.data(tmp_path, "test"), "stages": stages}
+    assert list(Recipe.from_text(yaml.safe_dump(recipe, sort_keys=False)).stages) == ["solved", "search"]
 
 
 def test_cuts_by_chance_are_one_row_and_the_best_comes_first() -> None:

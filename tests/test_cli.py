@@ -177,6 +177,7 @@ def test_check_prints_the_plan(distill: Distill, recipe: Path) -> None:
     assert result.code == 0
     assert "[2/3] distill: reads prune, teacher; 224 tokens = 7 steps of 2 x 16;" in result.out
     assert "keeps intermediate_size 32" in result.out
+    assert "5% held out, at most 100 tokens of it to validate on" in result.out
 
 
 def test_check_finds_a_size_that_the_teacher_does_not_have(distill: Distill, recipe: Path) -> None:
@@ -238,6 +239,47 @@ def test_several_mistakes_come_at_once(distill: Distill, recipe: Path) -> None:
 def test_arguments_that_do_not_exist(distill: Distill, recipe: Path) -> None:
     for arguments in (["rnu"], ["run"], ["run", str(recipe), "--onyl", "prune"], ["check", str(recipe), "--set"]):
         assert distill(*arguments).code == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        (
+            ["compute.devices=0"],
+            ["--set compute.devices: input should be 'auto' or greater than or equal to 1 (got 0)"],
+        ),
+        (["stages.prune.keep=3"], ["--set stages.prune.keep: needs a mapping of keys to values (got 3)"]),
+        (
+            ["stages.distill.num_tokens=9", "seed=3"],
+            [
+                "--set stages.distill.num_tokens: {file}:11: stages.distill: "
+                "give the budget once: num_tokens or num_steps"
+            ],
+        ),
+        (
+            ["seed=3", "stages.distill.student=quantize"],
+            ["--set stages.distill.student: 'quantize' must stand before this stage"],
+        ),
+        (
+            ["stages.prune.model=a/b", "stages.distill.teacher=a/b", "seed=3", "data.tokenizer=a/b"],
+            [
+                "--set stages.prune.model, --set stages.distill.teacher, --set data.tokenizer: "
+                "{file}:2: teacher: no stage uses it; remove it"
+            ],
+        ),
+    ],
+)
+def test_a_mistake_of_set_is_blamed_on_set(
+    distill: Distill, recipe: Path, changes: list[str], lines: list[str]
+) -> None:
+    result = distill("check", recipe, *(part for each in changes for part in ("--set", each)))
+    assert (result.code, result.err.splitlines()) == (2, [line.format(file=recipe) for line in lines])
+
+
+def test_a_mistake_of_the_file_is_not_blamed_on_set(distill: Distill, recipe: Path) -> None:
+    edited(recipe, ("num_steps: 1", "num_steps: 1\n    num_tokens: 2"))
+    result = distill("check", recipe, "--set", "seed=3", "--set", "stages.quantize.student=evaluate")
+    assert result.err.splitlines()[0].startswith(f"{recipe}:11: stages.distill: give the budget once")
 
 
 # ------------------------------------------------------------------------------------ mistakes that a run meets

@@ -54,7 +54,9 @@ def test_all_get_the_order_and_end_well(played: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "line", "exit_code"),
     [
-        ("sys.exit(2 if rank == 0 else 0)", r"rank 0 ended with exit code 2 \(see above\)", 2),
+        ("sys.exit(2 if rank == 0 else time.sleep(60))", r"the recipe or the arguments are wrong \(see above\)", 2),
+        ("time.sleep(0.5 * (rank == 0)); sys.exit(2)", r"the recipe or the arguments are wrong \(see above\)", 2),
+        ("sys.exit(1 if rank == 0 else 0)", r"rank 0 ended with exit code 1 \(see above\)", 1),
         ("sys.exit('why') if rank == 1 else time.sleep(60)", r"rank 1 ended with exit code 1 \(its log is .*rank-1", 1),
         ("os.kill(os.getpid(), 9) if rank == 1 else time.sleep(60)", "rank 1 was killed by SIGKILL", 1),
         ("sys.exit(75)", "the same command goes on where this one was left", 75),
@@ -65,6 +67,7 @@ def test_the_first_that_fails_ends_all(played: Any, tmp_path: Path, code: str, l
     with pytest.raises(RankEnded, match=line) as ended:
         launch(2, {}, tmp_path)
     assert ended.value.exit_code == exit_code
+    assert ended.value.is_told == (exit_code == 2), "the first has said it, and nobody is blamed for it"
     if "why" in code:
         assert "why" in log_of(tmp_path / "logs", 1).read_text()
 
@@ -86,6 +89,26 @@ def test_a_signal_reaches_every_worker(played: Any, tmp_path: Path) -> None:
         launch(2, {"to": str(tmp_path)}, tmp_path)
     assert ended.value.exit_code == 75
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_stop_of_one_is_passed_on(played: Any, tmp_path: Path) -> None:
+    """By the scheduler, say, to the last process alone, while the others are at work that asks nobody."""
+    played("""there = order['to'] + '/0'
+def stop(*_):
+    open(there, 'a').write(' stopped')
+    sys.exit(75)
+if rank == 1:
+    while not os.path.exists(there):
+        time.sleep(0.01)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+open(there, 'w').write('ready')
+time.sleep(60)
+""")
+    with pytest.raises(RankEnded) as ended:
+        launch(2, {"to": str(tmp_path)}, tmp_path)
+    assert ended.value.exit_code == 75
+    assert (tmp_path / "0").read_text() == "ready stopped"
 
 
 def test_how_many_processes_a_recipe_wants(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,3 +133,5 @@ def test_a_world_of_another_size_is_refused() -> None:
         check_world(ComputeSpec(devices=8), World(0, 16, 0, 8))
     with pytest.raises(InputError, match=r"is not the 1 processes"):
         check_world(ComputeSpec(devices=8), World())
+    with pytest.raises(InputError, match=r"fsdp shares a model out among processes, and there is one"):
+        check_world(ComputeSpec(strategy="fsdp"), World())

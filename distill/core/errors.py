@@ -48,8 +48,9 @@ class RankEnded(DistillError):
 
     Attributes:
         exit_code: that of the process which ended first.
+        is_told: whether that process has said all there is to say to whoever started us.
     """
 
-    def __init__(self, message: str, exit_code: int):
+    def __init__(self, message: str, exit_code: int, *, is_told: bool = False):
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code, self.is_told = exit_code, is_told

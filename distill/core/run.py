@@ -12,13 +12,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from distill.core.artifact import Artifact, write_text
 from distill.core.errors import InputError
 
 RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
+
+_HELD: set[IO[str]] = set()
+"""Locks of this process. Those that it forks, such as a loader's workers, would hold them too, and outlive a kill."""
+os.register_at_fork(after_in_child=lambda: [stream.close() for stream in _HELD])
 
 
 @dataclass(frozen=True)
@@ -114,4 +118,8 @@ class Run:
             stream.truncate(0)
             stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             stream.flush()
-            yield
+            _HELD.add(stream)
+            try:
+                yield
+            finally:
+                _HELD.discard(stream)

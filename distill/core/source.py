@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from distill.core.errors import InputError, RecipeError
 
 KeyPath = tuple[str | int, ...]
 
+SET = "--set"
+"""The place of a value that the command line gave."""
 MOST_VALUES = 10_000
 """Values that a recipe may hold, with every alias written out."""
 
@@ -61,7 +62,7 @@ class Source:
     Attributes:
         data: dicts, lists and scalars.
         name: the file's name as the user gave it.
-        places: value path -> ``"file:line"`` or ``"--set key"``.
+        places: value path -> ``"file:line"`` or ``"--set"``.
     """
 
     data: dict[str, Any]
@@ -74,6 +75,12 @@ class Source:
         while path and path not in self.places:
             path = path[:-1]
         return self.places.get(path, self.name)
+
+    def at(self, path: Iterable[str | int]) -> str:
+        """How a message begins: the place and the key, ``"file:line: a.b"`` or ``"--set a.b"``."""
+        path = tuple(path)
+        place = self.place(path)
+        return f"{place}{' ' if place == SET else ': '}{dotted(path) or 'recipe'}"
 
 
 def read(file: str | Path, overrides: Iterable[str] = ()) -> Source:
@@ -154,9 +161,9 @@ def _scalar(node: yaml.Node, place: str) -> Any:
 def _apply(source: Source, override: str, mistakes: list[str]) -> None:
     """Set one ``a.b.c=value``; list items are addressed by index or by their ``kind``."""
     key, equals, text = override.partition("=")
-    place = f"--set {key}"
+    place = f"{SET} {key}"
     if not equals or not key.strip():
-        mistakes.append(f"--set {override}: write it as key.sub=value")
+        mistakes.append(f"{SET} {override}: write it as key.sub=value")
         return
     try:
         node = yaml.compose(text, Loader=_Loader)
@@ -173,7 +180,7 @@ def _apply(source: Source, override: str, mistakes: list[str]) -> None:
         step = _step(target, part)
         if step is None and isinstance(target, dict) and path != ("stages",):
             target[part], step = {}, part
-            source.places[(*path, part)] = place
+            source.places[(*path, part)] = SET
         if step is None:
             mistakes.append(f"{place}: there is no {dotted((*path, part))} to set" + suggest(part, _keys(target)))
             return
@@ -192,7 +199,7 @@ def _apply(source: Source, override: str, mistakes: list[str]) -> None:
     here = (*path, step)
     for old in [p for p in source.places if p[: len(here)] == here]:
         del source.places[old]
-    source.places[here] = place
+    source.places[here] = SET
 
 
 def _step(target: Any, part: str) -> str | int | None:
@@ -227,65 +234,3 @@ def suggest(word: object, choices: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest choice, else an empty string."""
     near = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def mistakes_of(
-    error: ValidationError, source: Source, fields_at: Callable[[KeyPath], list[str]], kinds: dict[str, list[str]]
-) -> list[str]:
-    """Pydantic's errors as the project's lines ``file:line: key: what (got ..., expected ...)``.
-
-    Args:
-        error: what validation raised.
-        source: the recipe, for places and for what was written.
-        fields_at: keys that are legal at a path, for "did you mean".
-        kinds: family noun -> its kinds.
-    """
-    lines = []
-    for item in error.errors():
-        path = _written(item["loc"], source.data)
-        got, kind = item.get("input"), item["type"]
-        if kind == "extra_forbidden":
-            what = "unknown key" + (
-                suggest(path[-1], fields_at(path[:-1])) or f" (expected one of {', '.join(fields_at(path[:-1]))})"
-            )
-        elif kind == "missing":
-            what = "is missing"
-        elif kind in {"model_type", "dict_type"}:
-            what = f"needs a mapping of keys to values (got {'a list' if isinstance(got, list) else repr(got)})"
-        elif kind.startswith("no_such_"):
-            noun = kind.removeprefix("no_such_")
-            wrong = got.get("kind") if isinstance(got, dict) else got
-            what = (
-                f"needs a kind (one of {', '.join(kinds[noun])})"
-                if wrong is None
-                else f"no {noun} called {wrong!r} (one of {', '.join(kinds[noun])})" + suggest(wrong, kinds[noun])
-            )
-        else:
-            what = item["msg"].removeprefix("Value error, ")
-            what = what[0].lower() + what[1:]
-            if kind != "value_error" and not isinstance(got, dict | list):
-                what += f" (got {got!r})"
-            if kind == "literal_error":
-                what += suggest(got, re.findall(r"'([^']*)'", item["msg"]))
-        lines.append(f"{source.place(path)}: {dotted(path) or 'recipe'}: {what}")
-    return lines
-
-
-def _has(data: Any, part: str | int) -> bool:
-    if isinstance(data, list):
-        return isinstance(part, int) and part < len(data)
-    return isinstance(data, dict) and part in data
-
-
-def _written(loc: tuple[str | int, ...], data: Any) -> KeyPath:
-    """Drop from a pydantic location the tags that stand for a union's choice, not for a key of the file."""
-    path: list[str | int] = []
-    for i, part in enumerate(loc):
-        if _has(data, part):
-            data = data[part]
-        elif isinstance(data, dict) and data.get("kind", path[-1] if path else None) == part:
-            continue  # a stage's kind defaults to its name
-        elif (isinstance(data, str) and data == part) or i < len(loc) - 1:
-            continue
-        path.append(part)
-    return tuple(path)

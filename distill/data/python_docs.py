@@ -45,7 +45,7 @@ class PythonDocs(SourceSpec):
     parts: Literal["all", "topics", "sources"] = "all"
     """`topics`: the reference documentation; `sources`: the library's modules; `all`: both."""
     max_bytes: int | None = Field(None, ge=1)
-    """Use about so many bytes, spread over the whole; null uses all."""
+    """Use whole documents of about so many bytes, those that are held out among them; null uses all."""
 
     def documents(self) -> Iterator[Document]:
         """One document a help topic and one a module, sorted by name; a text that came before is left out."""
@@ -76,12 +76,21 @@ class PythonDocs(SourceSpec):
         if self.max_bytes is None:
             return everything
         left, kept = self.max_bytes, []
-        for document in sorted(everything, key=lambda document: digest(document.id)):
+        for document in _spread(sorted(everything, key=lambda document: digest(document.id))):
             size = len(document.text.encode("utf-8"))
             if size <= left:
                 left -= size
                 kept.append(document)
         return iter(sorted(kept, key=lambda document: document.id))
+
+
+def _spread(ordered: list[Document]) -> list[Document]:
+    """In an order whose every beginning is spread over the whole: first, middle, quarters, eighths ...
+
+    The split holds out the documents of the lowest digests, so the first ones alone would nearly all be validation.
+    """
+    ranks = sorted(range(len(ordered)), key=lambda rank: f"{rank:032b}"[::-1])
+    return [ordered[rank] for rank in ranks]
 
 
 def _all(parts: str) -> Iterator[Document]:

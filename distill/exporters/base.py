@@ -67,10 +67,32 @@ class ExporterSpec(Spec):
 
     engine: ClassVar[str]
     """What runs the deliverable, in words."""
+    engine_module: ClassVar[str | None] = None
+    """The engine's module, where it does not come with distill."""
+    extra: ClassVar[str | None] = None
+    """Extra of distill that installs what writes and runs the deliverable."""
 
     kind: str
     max_kl: float = Field(1e-6, ge=0)
     """Largest KL, in nats, of any token between the trained and the exported model; 0 demands equal probabilities."""
+
+    def writers(self) -> tuple[str, ...]:
+        """Modules that write it and do not come with distill."""
+        return ()
+
+    def missing(self) -> str | None:
+        """What is not installed and must be to write it, in one line with the mend; None when all is there."""
+        missing = [module for module in self.writers() if find_spec(module) is None]
+        return f"target {self.kind} needs {missing[0]}, {self._not_installed()}" if missing else None
+
+    def missing_engine(self) -> str | None:
+        """What is not installed and must be to run and verify it, in one line; None when all is there."""
+        if self.engine_module is None or find_spec(self.engine_module) is not None:
+            return None
+        return f"not verified in {self.engine.rstrip(',')}, {self._not_installed()} and run again"
+
+    def _not_installed(self) -> str:
+        return f"which is not installed: pip install 'distill[{self.extra}]'"
 
     def export(self, source_folder: Path, folder: Path, *, title: str) -> list[str]:
         """Write the deliverable, without a card.
@@ -127,19 +149,16 @@ def new_folder(source_folder: Path, folder: Path) -> None:
         raise InputError(f"{folder}: is not empty; give a new folder, so that no older file is delivered by mistake")
 
 
-def require_package(module: str, extra: str, what: str) -> None:
-    """Raise an InputError that says what to install when a module is not there."""
-    if find_spec(module) is None:
-        raise InputError(f"{what} needs {module}, which is not installed: pip install 'distill[{extra}]'")
+def require_writers(spec: ExporterSpec) -> None:
+    """Raise an InputError that says what to install when a module that writes the deliverable is not there."""
+    if missing := spec.missing():
+        raise InputError(missing)
 
 
-def require_engine(module: str, extra: str, engine: str) -> None:
-    """Raise EngineMissing when an engine's module is not there."""
-    if find_spec(module) is None:
-        raise EngineMissing(
-            f"not verified in {engine}, which is not installed; pip install 'distill[{extra}]' and run again with "
-            "--from and the stage's name"
-        )
+def require_engine(spec: ExporterSpec) -> None:
+    """Raise EngineMissing when the module of the engine is not there."""
+    if missing := spec.missing_engine():
+        raise EngineMissing(missing)
 
 
 def require_close(result: VerifyResult, max_kl: float, folder: Path) -> VerifyResult:

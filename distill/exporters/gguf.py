@@ -26,7 +26,7 @@ from distill.exporters.base import (
     new_folder,
     require_close,
     require_engine,
-    require_package,
+    require_writers,
 )
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class Gguf(ExporterSpec):
     """A GGUF file, run by llama.cpp."""
 
     engine: ClassVar[str] = "llama.cpp"
+    engine_module: ClassVar[str | None] = "llama_cpp"
+    extra: ClassVar[str | None] = "gguf"
 
     kind: Literal["gguf"] = "gguf"
     max_kl: float = Field(5e-2, ge=0)
@@ -53,8 +55,11 @@ class Gguf(ExporterSpec):
     embeddings: Literal["f16", "f32", "q8_0"] = "f16"
     """How embeddings and output head are stored if they were not trained on a grid."""
 
+    def writers(self) -> tuple[str, ...]:
+        return ("gguf",)
+
     def export(self, source_folder: Path, folder: Path, *, title: str) -> list[str]:
-        require_package("gguf", "gguf", "target gguf")
+        require_writers(self)
         from gguf import GGUFWriter, LlamaFileType
 
         from distill.data.tokenizer import load_tokenizer
@@ -98,7 +103,7 @@ class Gguf(ExporterSpec):
         batches: Iterable[Mapping[str, Tensor]],
         tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> VerifyResult:
-        require_engine("llama_cpp", "gguf", self.engine)
+        require_engine(self)
         from distill.exporters.compare import compare, plain_logits
         from distill.exporters.llama_cpp import LlamaCpp
 

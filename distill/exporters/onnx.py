@@ -31,7 +31,7 @@ from distill.exporters.base import (
     new_folder,
     require_close,
     require_engine,
-    require_package,
+    require_writers,
 )
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class Onnx(ExporterSpec):
     """An ONNX graph, run by ONNX Runtime."""
 
     engine: ClassVar[str] = "ONNX Runtime"
+    engine_module: ClassVar[str | None] = "onnxruntime"
+    extra: ClassVar[str | None] = "onnx"
 
     kind: Literal["onnx"] = "onnx"
     weights: Literal["int8", "float32"] = "int8"
@@ -56,9 +58,11 @@ class Onnx(ExporterSpec):
     """Largest KL, in nats, of any token between the trained model and the graph in ONNX Runtime; activations in 8 bits
     cost some hundredths at the worst token of a small model, float32 less than 1e-6; 0 demands equal probabilities."""
 
+    def writers(self) -> tuple[str, ...]:
+        return ("onnx", "onnxscript", *(["onnxruntime"] if self.weights == "int8" else []))
+
     def export(self, source_folder: Path, folder: Path, *, title: str) -> list[str]:
-        for module in ("onnx", "onnxscript", *(["onnxruntime"] if self.weights == "int8" else [])):
-            require_package(module, "onnx", "target onnx")
+        require_writers(self)
         from distill.exporters.stored import bits_of
         from distill.models.load import load_model
 
@@ -86,7 +90,7 @@ class Onnx(ExporterSpec):
         batches: Iterable[Mapping[str, Tensor]],
         tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> VerifyResult:
-        require_engine("onnxruntime", "onnx", self.engine)
+        require_engine(self)
         from distill.exporters.compare import compare, plain_logits
 
         num_bytes = sum(file.stat().st_size for file in (folder / FILE, folder / DATA) if file.is_file())

@@ -21,7 +21,7 @@ from distill.exporters.base import (
     VerifyResult,
     new_folder,
     require_engine,
-    require_package,
+    require_writers,
 )
 
 if TYPE_CHECKING:
@@ -36,14 +36,19 @@ class Torchao(ExporterSpec):
     """A Hugging Face folder with torchao tensors, run by PyTorch."""
 
     engine: ClassVar[str] = "transformers with torchao, in fp32,"
+    engine_module: ClassVar[str | None] = "torchao"
+    extra: ClassVar[str | None] = "torchao"
 
     kind: Literal["torchao"] = "torchao"
     round_to: Literal["int8"] | None = None
     """Grid that a full-precision model's layers are rounded to, one scale a channel (then set max_kl to the loss that
     you accept); unset: the codes that a low-bit model was trained with."""
 
+    def writers(self) -> tuple[str, ...]:
+        return ("torchao",)
+
     def export(self, source_folder: Path, folder: Path, *, title: str) -> list[str]:
-        require_package("torchao", "torchao", "target torchao")
+        require_writers(self)
         from distill.data.tokenizer import load_tokenizer
         from distill.exporters.stored import bits_of
         from distill.models.load import without_bars
@@ -69,7 +74,7 @@ class Torchao(ExporterSpec):
         batches: Iterable[Mapping[str, Tensor]],
         tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> VerifyResult:
-        require_engine("torchao", "torchao", "torchao")
+        require_engine(self)
         from distill.exporters.huggingface import verify
 
         return verify(source_model, folder, batches, max_kl=self.max_kl)

@@ -8,7 +8,6 @@ head it is. Masked positions are dropped before a head is paid for.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distill.losses.base import LossSpec, LossTerm
+from distill.losses.chunks import numbers_at_once, tokens_at_once
 from distill.losses.projection import CalledProjection, LinearProjection, projection
 from distill.losses.rows import Rows, Workspace
 from distill.losses.schedule import number
@@ -83,7 +83,8 @@ def head_losses(
     # index_select by positions, not a boolean mask, so that hidden states and targets share one lookup
     keep = mask.flatten().nonzero().squeeze(1)
     student_hidden = hidden.flatten(0, 1).index_select(0, keep)
-    chunk = chunk_tokens or tokens_at_once(head, len(keep), hidden.device)
+    vocabulary = max((side for p in head.parameters for side in p.shape), default=2**15)
+    chunk = chunk_tokens or tokens_at_once(vocabulary, len(keep), on_cpu=hidden.device.type == "cpu")
     signal = signal.take(keep) if signal is not None else None
     blocks = _blocks(signal, targets.flatten().index_select(0, keep), chunk, alone=len(losses) == 1)
     learn = torch.is_grad_enabled()  # inside the Function it is always off
@@ -96,17 +97,6 @@ def head_losses(
     sums = _Chunked.apply(losses_of, len(names), student, chunk, learn, student_hidden, *head.parameters)
     count = torch.tensor(len(keep), device=hidden.device)
     return sums[0], {name: LossTerm(value, count) for name, value in zip(names, sums[1:], strict=True)}
-
-
-def tokens_at_once(head: Head, num_tokens: int, device: torch.device) -> int:
-    """Tokens of a chunk: enough to keep the products efficient, few enough to keep its two buffers of logits small.
-
-    On a CPU products of less than 128 rows lose a third of their speed and those of more than 256 gain little. The
-    chunks of a batch are of one size, so that none is left over with few tokens.
-    """
-    vocabulary = max((side for p in head.parameters for side in p.shape), default=2**15)
-    most = min(256, max(128, 3 * 2**23 // vocabulary)) if device.type == "cpu" else max(256, 2**26 // vocabulary)
-    return math.ceil(num_tokens / math.ceil(num_tokens / most)) if num_tokens else 1
 
 
 def _blocks(
@@ -135,8 +125,8 @@ def _blocks(
 
 
 def _rows_at_once(logits: Tensor) -> int:
-    """Rows whose losses are taken together: what a core's cache holds several tensors of, or a GPU is busy with."""
-    numbers = 2**16 * torch.get_num_threads() if logits.device.type == "cpu" else 2**25
+    """Rows whose losses are taken together."""
+    numbers = numbers_at_once(torch.get_num_threads(), on_cpu=logits.device.type == "cpu")
     return max(1, numbers // logits.shape[-1])
 
 

@@ -50,6 +50,11 @@ class QuantizerSpec(Spec):
         """Whether weights may lie outside the range, so that :meth:`gradients` is asked and not just passed through."""
         return False
 
+    @property
+    def keeps_scale(self) -> bool:
+        """Whether a scale can stay as it is while weights move under it, as ``rounding: gptq`` has them do."""
+        return False
+
     def skips(self, name: str) -> bool:
         """Whether a layer of this dotted name stays as it is."""
         return any(matches(pattern, name) for pattern in self.skip)

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from distill.core.errors import InputError
 from distill.quantization.fake_quant import FakeQuantLinear, fake_quant_layers
-from distill.quantization.integer import IntegerSpec
 
 DAMPING = 0.01
 """lambda, as a share of the mean diagonal of H."""
@@ -53,7 +52,7 @@ def gptq(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward: For
     """
     layers = {n: layer for n, layer in fake_quant_layers(model).items() if isinstance(layer, FakeQuantLinear)}
     for name, layer in layers.items():
-        if not (isinstance(layer.spec, IntegerSpec) and layer.spec.symmetric()):
+        if not layer.spec.keeps_scale:
             raise InputError(f"{name}: gptq rounds to symmetric integer grids, not {layer.spec.label()}; use nearest")
     kept, training = list(batches), model.training
     model.eval()

@@ -49,6 +49,10 @@ class IntegerSpec(QuantizerSpec):
         """Whether the grid is symmetric about zero."""
         return True
 
+    @property
+    def keeps_scale(self) -> bool:
+        return self.symmetric()
+
     def limits(self) -> tuple[int, int]:
         """The lowest and the highest code."""
         return -(2 ** (self.num_bits() - 1)), 2 ** (self.num_bits() - 1) - 1

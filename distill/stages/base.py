@@ -62,6 +62,18 @@ class StageSpec(Spec):
         """Whether all processes of a run work at it, which is when it trains; else the first does it alone."""
         return isinstance(self, BudgetSpec) and bool(self.num_tokens or self.num_steps)
 
+    def missing(self) -> str | None:
+        """What this machine lacks to run it, in one line with the mend; None when all is there."""
+        return None
+
+    def outdated(self, figures: dict[str, Any]) -> str | None:
+        """Why a finished stage is worth running again here, by its figures; None when it is not."""
+        return None
+
+    def shown(self, figures: dict[str, Any]) -> str | None:
+        """What people will open, by the figures: a name in the stage's folder; None when there is nothing."""
+        return None
+
     def run(self, context: StageContext) -> dict[str, Any]:
         """Do the work inside ``context.folder``.
 

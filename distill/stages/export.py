@@ -38,6 +38,19 @@ class Export(StageSpec):
         """The model, and whatever was measured before, since the card shows it."""
         return [self.model, *earlier]
 
+    def missing(self) -> str | None:
+        """A package that writes the format."""
+        return self.target.missing()
+
+    def outdated(self, figures: dict[str, Any]) -> str | None:
+        """It was not verified for want of the engine, which is there now."""
+        can_now = "unverified" in figures and self.target.missing_engine() is None
+        return f"made again, as {self.target.engine_module} is installed now" if can_now else None
+
+    def shown(self, figures: dict[str, Any]) -> str | None:
+        """The deliverable."""
+        return str(figures["folder"])
+
     def run(self, context: StageContext) -> dict[str, Any]:
         """Export, reload, compare; only an export that was not found wrong takes its place, and one that could
         not be verified says so."""

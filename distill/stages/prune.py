@@ -14,7 +14,9 @@ from distill.core.run import CHECKPOINTS
 from distill.pruning import CRITERIA, Activation, BlockInfluence
 from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.keep import AXIS_OF_KEY, KeepSpec
+from distill.pruning.reconstruct import ReconstructSpec
 from distill.stages.base import StageContext, StageSpec
+from distill.stages.reconstruction import reconstructed
 from distill.stages.scoring import scores_of, write
 from distill.stages.search.spec import SearchSpec
 
@@ -55,6 +57,9 @@ class Prune(StageSpec):
     """How layers are scored, where keep lowers their number."""
     calibration_batch_size: int = Field(8, ge=1)
     """Sequences a forward pass; how many there are in all is data.calibration_sequences."""
+    reconstruct: ReconstructSpec | None = None
+    """Solve output projections anew after the cut, such as {num_sequences: 64}: better right after it, less so after
+    training. Needs both models in memory. Null leaves the weights as cut."""
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the stored weights; auto is that of the model that is cut."""
 
@@ -62,6 +67,20 @@ class Prune(StageSpec):
     def _sizes_come_from_one_place(self) -> Prune:
         if (self.keep is None) == (self.search is None):
             raise ValueError("say what stays once: keep with its sizes, or search with a budget")
+        if self.reconstruct is not None and self.keep is not None and self.keep.vocabulary is not None:
+            raise ValueError(
+                "reconstruct compares with a model that reads the same tokens; cut the vocabulary in a stage of its own"
+            )
+        if (
+            self.reconstruct is not None
+            and self.keep is not None
+            and set(self.keep.cuts())
+            <= {
+                "layers",
+                "num_hidden_layers",
+            }
+        ):
+            raise ValueError("reconstruct has no effect on layers that go; it needs a size of theirs to be cut")
         if self.keep is not None and not self.keep.cuts():
             raise ValueError("keep names no size, so nothing would be cut; name one, such as {intermediate_size: 1024}")
         return self
@@ -132,15 +151,19 @@ class Prune(StageSpec):
         the_plan = plan(scores, keep, layout, config, vocabulary=rows)
         for line in the_plan.summary():
             context.say(line)
-        pruned = carve_folder(location, the_plan, layout, getattr(torch, dtype))
+        pruned = carve_folder(location, the_plan, layout, torch.float32 if self.reconstruct else getattr(torch, dtype))
         write_text(context.folder / PLAN, json.dumps(the_plan.to_dict()))
         for plot in score_plots_of(context.folder, context.name):
             write_bytes(context.folder / f"{plot.name}.png", plot.png)
-        figures = {
+        figures: dict[str, Any] = {
             "parameters_before": the_plan.parameters_before,
             "parameters": the_plan.parameters,
             "plan": the_plan.summary(),
         }
+        if self.reconstruct is not None:
+            figures["reconstruct"] = reconstructed(
+                context, self.reconstruct, pruned, location, the_plan, layout, self.calibration_batch_size
+            )
         speaks = None
         if rows is not None:
             speaks = cut_tokenizer(context.session.tokenizer(), rows, context.folder / CHECKPOINTS / "tokenizer")

@@ -79,12 +79,13 @@ class Quantize(DistillSpec, StageSpec):
         if not self.trains():
             idle = [
                 key
-                for key in ("losses", "on_policy", "lora", "optimizer", "from_step")
-                if key in self.model_fields_set and getattr(self, key)
+                for key in (*DistillSpec.model_fields, "lora", "from_step")
+                if key not in ("num_tokens", "num_steps") and getattr(self, key) != type(self).model_fields[key].default
             ]
-            idle = [key for key in idle if getattr(self, key) != type(self).model_fields[key].default]
             if idle:
-                raise ValueError(f"nothing is trained (a budget of 0), so {', '.join(idle)} has no effect; remove it")
+                raise ValueError(
+                    f"nothing is trained (a budget of 0), so without effect: {', '.join(idle)}; remove that"
+                )
         return self
 
     @model_validator(mode="after")
@@ -96,6 +97,9 @@ class Quantize(DistillSpec, StageSpec):
             raise ValueError("rounding: gptq is for a model that is not trained on; set num_tokens: 0, or remove it")
         if not self.trains() and any(getattr(grid, "scale", None) == "learned" for grid in grids):
             raise ValueError("scale: learned needs training; set num_tokens, or scale: mse")
+        refused = [g.label() for g in (self.quantizer, *(self.mixed.also if self.mixed else ())) if not g.keeps_scale]
+        if self.rounding == "gptq" and refused:
+            raise ValueError(f"rounding: gptq rounds to symmetric integer grids, not {refused[0]}; set nearest")
         return self
 
     @model_validator(mode="after")

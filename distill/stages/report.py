@@ -40,6 +40,10 @@ class Report(StageSpec):
         """It shows the run's text, and models answer in their own tokens."""
         return None
 
+    def shown(self, figures: dict[str, Any]) -> str | None:
+        """The page."""
+        return str(figures["page"])
+
     def run(self, context: StageContext) -> dict[str, Any]:
         """Gather, let the models answer, write, and send."""
         from distill.core.errors import InputError

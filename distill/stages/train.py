@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from distill.core.errors import InputError
 from distill.losses.base import AnyLossSpec
 from distill.stages.base import SELF, Released, StageContext
-from distill.training.spec import BudgetSpec
+from distill.training.spec import BudgetSpec, split_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,7 +103,7 @@ def train(
             train_loader=lambda micro, consumed: corpus.train_loader(
                 micro, consumed, world.rank, world.size, session.compute.num_workers
             ),
-            validation_loader=corpus.validation_loader(session.compute.micro_batch_size or budget.batch_size),
+            validation_loader=corpus.validation_loader(split_batch(budget, session.compute, world.size)[0]),
             logger=session.logger(),
             say=session.say,
             world=world,

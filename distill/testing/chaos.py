@@ -23,10 +23,12 @@ class Kill:
     Attributes:
         point: where.
         number: at which of the calls of this kind, from 1.
+        name: count only calls with a file of this name; "" counts all. Not for syncs, which name no file.
     """
 
     point: str
     number: int
+    name: str = ""
 
     def arm(self) -> None:
         """From now on this process is going to be killed.
@@ -53,7 +55,7 @@ class Kill:
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             nonlocal left
-            left -= 1
+            left -= any(Path(str(arg)).name == self.name for arg in args) if self.name else 1
             if left == 0 and before is not None:
                 before(*args)
             result = call(*args, **kwargs)

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from distill.launch import place_of
+from distill.launch import GRACE_S, place_of
 from distill.testing.chaos import Kill
 
 
@@ -43,6 +43,16 @@ class World:
         Raises:
             TimeoutError: with what the ranks have said.
         """
+        if late := self._kill_after(seconds):
+            raise TimeoutError(f"ranks {late} did not end in {seconds:.0f} s:\n{self.said()}")
+        return [process.exitcode for process in self.processes]
+
+    def end(self, seconds: float = GRACE_S) -> list[int]:
+        """The same after one has died: as any launcher, kill what does not end by itself (it may not even have met)."""
+        self._kill_after(seconds)
+        return [process.exitcode for process in self.processes]
+
+    def _kill_after(self, seconds: float) -> list[int]:
         until = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, until - time.monotonic()))
@@ -50,9 +60,7 @@ class World:
         for rank in late:
             self.processes[rank].kill()
             self.processes[rank].join()
-        if late:
-            raise TimeoutError(f"ranks {late} did not end in {seconds:.0f} s:\n{self.said()}")
-        return [process.exitcode for process in self.processes]
+        return late
 
     def running(self) -> bool:
         """Whether any still runs."""
@@ -72,7 +80,14 @@ class Workers:
         self._started: list[World] = []
 
     def start(
-        self, arguments: Sequence[str], *, size: int = 1, log: Path, kill: Kill | None = None, victim: int = 0
+        self,
+        arguments: Sequence[str],
+        *,
+        size: int = 1,
+        log: Path,
+        kill: Kill | None = None,
+        victim: int = 0,
+        trace: Path | None = None,
     ) -> World:
         """Start ``distill`` with these arguments in ``size`` processes.
 
@@ -82,6 +97,7 @@ class Workers:
             log: folder for what they say.
             kill: when one of them dies.
             victim: which.
+            trace: folder for what each trains on: a line a row of text, the step (from 0) and its token ids.
         """
         from torch.distributed import TCPStore
 
@@ -92,13 +108,18 @@ class Workers:
             place = place_of(rank, size, store.port) if store is not None else {}
             logs.append(log / f"rank-{rank}.log")
             fault = kill if rank == victim else None
-            process = self._context.Process(target=_work, args=(place, list(arguments), str(logs[-1]), fault))
+            seen = trace / f"rank-{rank}.txt" if trace is not None else None
+            process = self._context.Process(target=_work, args=(place, list(arguments), str(logs[-1]), fault, seen))
             process.start()
             processes.append(process)
         self._started.append(World(processes, logs, store))
         return self._started[-1]
 
     def __enter__(self) -> Workers:
+        """Import everything now, so that no run is charged with it."""
+        first = self._context.Process(target=_nothing)
+        first.start()
+        first.join()
         return self
 
     def __exit__(
@@ -112,7 +133,11 @@ class Workers:
                     process.join()
 
 
-def _work(place: dict[str, str], arguments: list[str], log: str, kill: Kill | None) -> None:
+def _nothing() -> None:
+    """What the process does whose start starts the server."""
+
+
+def _work(place: dict[str, str], arguments: list[str], log: str, kill: Kill | None, trace: Path | None) -> None:
     """One process: take its place, speak into its log, run the command line."""
     import torch
 
@@ -120,11 +145,28 @@ def _work(place: dict[str, str], arguments: list[str], log: str, kill: Kill | No
     os.dup2(out, 1)
     os.dup2(out, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # multiprocessing's server ignores it
+    multiprocessing.set_start_method(None, force=True)  # a loader's workers are forked as in any other process
     os.environ.update(place)
     torch.set_num_threads(1)  # several processes with several threads each would wait for each other's
     if kill is not None:
         kill.arm()
+    if trace is not None:
+        _trace(trace)
     sys.argv = ["distill", *arguments]
     from distill.cli import main
 
     main()
+
+
+def _trace(file: Path) -> None:
+    """From now on this process writes down the rows that it trains on."""
+    from distill.training.module import DistillationModule
+
+    step = DistillationModule.training_step
+
+    def traced(module: Any, batch: Any, batch_index: int) -> Any:
+        with file.open("a") as out:
+            out.writelines(f"{module.trainer.global_step} {ids}\n" for ids in batch["input_ids"].tolist())
+        return step(module, batch, batch_index)
+
+    DistillationModule.training_step = traced  # type: ignore[assignment, method-assign]

@@ -156,16 +156,22 @@ class Record(StepEnd):
 
 
 class Checkpoints(StepEnd):
-    """A checkpoint every so many steps, and one when a signal asks to stop; both at the end of a step, never within
-    one, on all ranks alike, and never of weights that have diverged.
+    """A checkpoint every so many steps, and one when a signal asks to stop; both between two steps, never within one,
+    on all ranks alike, and never of weights that have diverged.
 
     Ctrl-C ends with one exit code, SIGTERM and SIGUSR1, by which a scheduler takes the machine back, with another.
+
+    Args:
+        folder: where they go.
+        every: steps between two.
+        keep: how many are kept.
+        owed: whether the checkpoint that is gone on from was left before the validation after its step was done.
     """
 
-    def __init__(self, folder: Path, *, every: int, keep: int):
+    def __init__(self, folder: Path, *, every: int, keep: int, owed: bool = False):
         super().__init__()
-        self.folder, self.every, self.keep = folder, every, keep
-        self._asked = 0
+        self.folder, self.every, self.keep, self.owed = folder, every, keep, owed
+        self._asked = self._saved = 0
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -175,22 +181,30 @@ class Checkpoints(StepEnd):
             self._before = {number: signal.signal(number, self._ask) for number in STOPS}
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        """Give the signals back, and stop if one has come after the last look, when nothing can be saved any more."""
+        self._give_back()
+        if self._asked:
+            raise _stopped(self._asked, "; the same command goes on from the last checkpoint")
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         """Give the signals back; Lightning calls no teardown when training ends by an error."""
-        self.teardown(trainer, module, "fit")
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Count micro-batches anew: Lightning finds the ends of steps by them, and their size may have changed."""
         done = checkpoint["global_step"] * trainer.accumulate_grad_batches
         for progress in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
             if isinstance(progress, dict):
-                # one micro-batch is not completed yet, because we save in its last hook
+                # one micro-batch is not completed yet, as when we save in its last hook
                 progress.update(ready=done, started=done, processed=done, completed=done - 1)
+        for progress in checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"].values():
+            if isinstance(progress, dict):  # to Lightning a validation that is begun is one to do again
+                progress.update(ready=int(self.owed), started=int(self.owed), processed=0, completed=0)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         # not KeyboardInterrupt: Lightning turns that into exit code 1
@@ -199,19 +213,40 @@ class Checkpoints(StepEnd):
         self._asked = self._asked or number
 
     def step_end(self, trainer: pl.Trainer, module: DistillationModule, step: int) -> None:
-        """Save when it is due or when any rank is asked to stop."""
-        asked = largest(self._asked)
-        if step % self.every == 0 or asked:
-            trained = local(p.detach() for p in module.parameters() if p.requires_grad)
-            if largest(not all(p.isfinite().all() for p in trained)):
-                raise diverged("a trained weight is not finite", step)
-            trainer.save_checkpoint(checkpoint_path(self.folder, step))
-            if trainer.is_global_zero:
-                rotate(self.folder, self.keep)
-        if asked:
-            stopped = Interrupted if asked == signal.SIGINT else Preempted
-            by = "" if asked == signal.SIGINT else f" by {signal.Signals(asked).name}"
-            raise stopped(f"stopped{by} at step {step} of {trainer.max_steps}, which is saved")
+        """Save when it is due, and stop when any rank is asked to."""
+        if step % self.every == 0:
+            self._save(trainer, module)
+        self._look(trainer, module)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, module: Any, *batch: Any) -> None:
+        """Stop when any rank is asked to: a look at the validation split may take longer than a machine is left us."""
+        self._look(trainer, module)
+
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        """Stop when any rank was asked to in what followed the last step."""
+        self._look(trainer, module)
+
+    def _look(self, trainer: pl.Trainer, module: DistillationModule) -> None:
+        if asked := largest(self._asked):
+            if self._saved != trainer.global_step:
+                self._save(trainer, module)
+            raise _stopped(asked, f" at step {trainer.global_step} of {trainer.max_steps}, which is saved")
+
+    def _save(self, trainer: pl.Trainer, module: DistillationModule) -> None:
+        step = trainer.global_step
+        trained = local(p.detach() for p in module.parameters() if p.requires_grad)
+        if largest(not all(p.isfinite().all() for p in trained)):
+            raise diverged("a trained weight is not finite", step)
+        trainer.save_checkpoint(checkpoint_path(self.folder, step))
+        self._saved = step
+        if trainer.is_global_zero:
+            rotate(self.folder, self.keep)
+
+
+def _stopped(asked: int, where: str) -> DistillError:
+    if asked == signal.SIGINT:
+        return Interrupted(f"stopped{where}")
+    return Preempted(f"stopped by {signal.Signals(asked).name}{where}")
 
 
 class ShowProgress(StepEnd):

@@ -47,6 +47,14 @@ class Guard(StepEnd):
         self.every, self.limit = every, limit
         self._in_a_row = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """Goes into a checkpoint: a run that is killed again and again still ends when it should."""
+        return {"in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._in_a_row = state_dict["in_a_row"]
+
     def step_end(self, trainer: pl.Trainer, module: DistillationModule, step: int) -> None:
         """Look, when it is due.
 

@@ -58,6 +58,11 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def is_validated(folder: Path, step: int) -> bool:
+    """Whether there is a row of a whole look at the validation split after this step."""
+    return any(row["step"] == step and any(key.startswith("val/") for key in row) for row in read_rows(folder))
+
+
 def as_csv(rows: list[dict[str, Any]]) -> str:
     """Rows with differing keys as one table; a column a key, in order of first appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))

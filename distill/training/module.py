@@ -284,6 +284,8 @@ class DistillationModule(pl.LightningModule):
         frozen = {f"student.{name}" for name, p in self._named_parameters() if not p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
         checkpoint["ranks"] = from_each(rank_state.of(self._terms, self.tokens_read))
+        none: Tensor = torch.zeros(0, dtype=torch.bool)
+        checkpoint["skipped"] = torch.stack(list(self._skipped)).cpu() if self._skipped else none  # alike on all ranks
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the frozen weights back beside the saved ones, so that loading stays strict.
@@ -295,11 +297,13 @@ class DistillationModule(pl.LightningModule):
                 checkpoint["state_dict"].setdefault(f"student.{name}", p.detach())
         mine = rank_state.share(checkpoint["ranks"], self.trainer.global_rank, self.trainer.world_size)
         self._terms, self.tokens_read, self._random = mine
+        self._skipped.extend(checkpoint["skipped"].unbind())
 
     def on_train_start(self) -> None:
         """Restore the random state last, after everything that may draw from it; a rank without one draws its own."""
         self._terms = {name: term.to(self.device) for name, term in self._terms.items()}
         self.tokens_read = self.tokens_read.to(self.device)
+        self._skipped = deque((skipped.to(self.device) for skipped in self._skipped), self._skipped.maxlen)
         if self._random is not None:
             rank_state.set_random(self._random)
         elif self.trainer.global_rank:

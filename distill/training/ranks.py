@@ -39,10 +39,15 @@ class Ranks:
 
     Attributes:
         world: which one this is.
+
+    Args:
+        world: likewise.
+        silence_s: without a sign of life, after which a process is taken for lost.
+        server: the store that all have met by, where this process holds it.
     """
 
-    def __init__(self, world: World, silence_s: float):
-        self.world, self.silence_s = world, silence_s
+    def __init__(self, world: World, silence_s: float, server: dist.Store | None = None):
+        self.world, self.silence_s, self._server = world, silence_s, server
         self._told = 0
         self._closed = threading.Event()
         self._store, self._beats = _client(), _client()  # a client each, as one blocks while it is asked
@@ -72,21 +77,30 @@ class Ranks:
         self._told += 1
 
     def hear(self) -> dict[str, Any] | None:
-        """Any other rank: wait for what rank 0 tells."""
+        """Any other rank: wait for what rank 0 tells.
+
+        Raises:
+            MachineError: the process that holds the store is gone.
+        """
         key = f"order/{self._told}"
-        while not self._store.check([key]):
-            time.sleep(0.05)  # not within the store, where no signal would reach us
-        self._told += 1
-        order: dict[str, Any] | None = json.loads(self._store.get(key))
+        with _lost_peer_is_one_line(self.world):
+            while not self._store.check([key]):
+                time.sleep(0.05)  # not within the store, where no signal would reach us
+            self._told += 1
+            order: dict[str, Any] | None = json.loads(self._store.get(key))
         return order
 
-    def leave(self) -> None:
-        """Say that this process ends well; rank 0, which may hold the store, stays until all have said so."""
+    def leave(self, wait_s: float | None = None) -> None:
+        """Say that this process ends as it should; the one that holds the store stays until all have said so.
+
+        Args:
+            wait_s: most seconds that it stays; unset: as long as a silence may last.
+        """
         self._closed.set()
         self._store.set(f"left/{self.world.rank}", "")
-        until = time.monotonic() + self.silence_s
+        until = time.monotonic() + (self.silence_s if wait_s is None else wait_s)
         keys = [f"left/{rank}" for rank in range(self.world.size)]
-        while self.world.rank == 0 and not self._store.check(keys) and time.monotonic() < until:
+        while self._server is not None and not self._store.check(keys) and time.monotonic() < until:
             time.sleep(0.05)
 
     def forsake(self) -> None:
@@ -94,23 +108,28 @@ class Ranks:
         self._closed.set()
 
     def _watch(self) -> None:
-        others = [rank for rank in range(self.world.size) if rank != self.world.rank]
-        heard = {rank: (b"", time.monotonic()) for rank in others}
+        heard = {rank: (b"", time.monotonic()) for rank in range(self.world.size) if rank != self.world.rank}
         number = 0
         while not self._closed.wait(BEAT_S):
             number += 1
             try:
                 self._beats.set(f"beat/{self.world.rank}", str(number))
-                beats = [self._beats.get(f"beat/{rank}") for rank in others]
+                silent = self._silent(heard)
             except Exception as error:
-                return self._give_up(f"the process that they all met by is gone ({str(error).splitlines()[0]})")
-            now = time.monotonic()
-            for rank, beat in zip(others, beats, strict=True):
-                if beat != heard[rank][0]:
-                    heard[rank] = (beat, now)
-                elif now - heard[rank][1] > self.silence_s and not self._beats.check([f"left/{rank}"]):
-                    host = self._beats.get(f"host/{rank}").decode()
-                    self._give_up(f"rank {rank} ({host}) has given no sign of life for {self.silence_s:.0f} s")
+                return self._give_up(f"the process that they all met by is gone ({_first_line(error)})")
+            if silent:
+                return self._give_up(f"{silent} has given no sign of life for {self.silence_s:.0f} s")
+
+    def _silent(self, heard: dict[int, tuple[bytes, float]]) -> str | None:
+        """Whoever has been silent for too long and has not left, by what was ``heard`` of each and when."""
+        now = time.monotonic()
+        for rank, (last, since) in heard.items():
+            beat = self._beats.get(f"beat/{rank}")
+            if beat != last:
+                heard[rank] = (beat, now)
+            elif now - since > self.silence_s and not self._beats.check([f"left/{rank}"]):
+                return f"rank {rank} ({self._beats.get(f'host/{rank}').decode()})"
+        return None
 
     def _give_up(self, why: str) -> None:
         """End at once: the main thread may wait for the lost process in a library, where no exception reaches it."""
@@ -137,12 +156,13 @@ def _client() -> dist.Store:
 
 
 @contextmanager
-def meet(world: World, silence_s: float) -> Iterator[Ranks | None]:
+def meet(world: World, silence_s: float, device: str) -> Iterator[Ranks | None]:
     """Bring the processes of a world together for as long as the block lasts; nothing to do for one alone.
 
     Args:
         world: of more than one process.
         silence_s: without a sign of life, after which a process is taken for lost.
+        device: ``"cuda"`` gives each process of a machine a GPU of its own, before it loads anything onto one.
 
     Raises:
         MachineError: they do not find each other.
@@ -154,13 +174,15 @@ def meet(world: World, silence_s: float) -> Iterator[Ranks | None]:
         # torchrun's agent holds a store for its workers, or leaves it to the first of them; so does distill itself
         held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         server = None if held or world.rank else _tcp(is_master=True)
-        ranks = Ranks(world, silence_s)
+        ranks = Ranks(world, silence_s, server)
         ranks.wait_for_all()
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ.get(ADDRESS)}:{os.environ.get(PORT)}"
         raise MachineError(
             f"rank {world.rank} did not find the other {world.size - 1} processes at {place} ({_first_line(error)})"
         ) from error
+    if device == "cuda":
+        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
     ranks.watch()
     try:
         yield ranks
@@ -168,7 +190,6 @@ def meet(world: World, silence_s: float) -> Iterator[Ranks | None]:
         ranks.forsake()
         raise
     ranks.leave()
-    del server
 
 
 @contextmanager
@@ -188,8 +209,6 @@ def together(world: World, device: str, name: str) -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    if device == "cuda":
-        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
     with _lost_peer_is_one_line(world):
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",

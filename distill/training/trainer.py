@@ -24,7 +24,7 @@ from distill.training.checkpoint import AtomicCheckpointIO, checkpoint_step, new
 from distill.training.compile import compiled_bodies
 from distill.training.guard import BAD_BATCHES, Guard
 from distill.training.joined import Joined
-from distill.training.metrics import MetricsLog
+from distill.training.metrics import MetricsLog, is_validated
 from distill.training.module import DistillationModule
 from distill.training.ranks import from_first, summed
 from distill.training.sharded import Sharded, unshard
@@ -103,12 +103,14 @@ def fit(
     _quiet_lightning()
     num_steps = budget.steps(tokens_per_sequence)
     micro, accumulate = split_batch(budget, compute, world.size)
+    validate_every = min(budget.validate_every_steps or max(1, num_steps // 4), num_steps)
     # one looks for all: ranks that went on from different steps would be lost
     found = newest_valid(folder / CHECKPOINTS) if world.rank == 0 else (None, [])
     checkpoint, complaints = from_first(found)
     for line in complaints:
         say(f"  warning: {line}")
     step = checkpoint_step(checkpoint) if checkpoint else 0
+    owed = bool(step) and step % validate_every == 0 and from_first(not is_validated(folder, step))
     if checkpoint:
         say(f"  going on from step {step} of {num_steps} ({checkpoint.name})")
     log = MetricsLog(folder, step) if world.rank == 0 else None
@@ -124,8 +126,9 @@ def fit(
         rank=world.rank,
         say=say,
     )
-    saver = Checkpoints(folder / CHECKPOINTS, every=compute.checkpoint_every_steps, keep=compute.keep_checkpoints)
-    validate_every = min(budget.validate_every_steps or max(1, num_steps // 4), num_steps)
+    saver = Checkpoints(
+        folder / CHECKPOINTS, every=compute.checkpoint_every_steps, keep=compute.keep_checkpoints, owed=owed
+    )
     trainer = pl.Trainer(
         accelerator="gpu" if resolve_device(compute) == "cuda" else "cpu",
         devices=world.local_size,
@@ -165,6 +168,8 @@ def fit(
                 ckpt_path=checkpoint,
                 weights_only=True,
             )
+            if owed and step == num_steps:  # with no step left to make, Lightning does not even begin
+                trainer.validate(module, Share(validation_loader, world), verbose=False)
             if isinstance(trainer.strategy, Sharded):
                 unshard(module.student, keep=world.rank == 0)
             module.tokens_read = summed(module.tokens_read)

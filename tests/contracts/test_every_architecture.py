@@ -17,6 +17,7 @@ from distill.models.shards import carve_folder
 from distill.pruning.base import Scores
 from distill.pruning.plan import Plan, plan
 from distill.pruning.random import random
+from distill.pruning.reconstruct import reconstruct
 from distill.pruning.surgery import apply
 
 from .architectures import GROUPS, HIDDEN, LAYERS, MODELS, NEURONS, VOCABULARY, make, masked
@@ -380,3 +381,18 @@ def test_neurons_are_stated_where_they_would_be_derived():
     made, _ = planned(model_of("gpt2_untied_derived"), {"hidden_size": 32, "num_attention_heads": 2})
     assert made.config["n_inner"] == 4 * HIDDEN
     assert made.config["n_inner"] != NEURONS
+
+
+@each
+def test_reconstruction_lowers_the_error(name):
+    """Least squares on the calibration set cannot be worse there than the weights as cut."""
+    model = copy.deepcopy(model_of(name))
+    made, layout = planned(model, cuts_of(name)["all"])
+    pruned = apply(model, made, layout)
+    ids = torch.randint(0, VOCABULARY, (8, 12), generator=torch.Generator().manual_seed(2))
+    before, after = reconstruct(
+        pruned, model, made, layout, [{"input_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}], ridge=0.01
+    )
+    assert after < before
+    with torch.no_grad():
+        assert torch.isfinite(pruned(input_ids=ids).logits).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -90,3 +91,20 @@ def test_a_run_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(InputError, match="cannot be used as a run folder"), Run(tmp_path / "run").lock():
         pass
+
+
+def test_a_process_that_was_forked_does_not_hold_the_lock(run: Run) -> None:
+    """A loader's workers outlive a kill by seconds, and a restart must not wait for them."""
+    read, write = os.pipe()
+    with run.lock():
+        child = os.fork()
+        if child == 0:
+            os.write(write, b".")
+            signal.pause()
+        os.read(read, 1)
+    try:
+        with run.lock():
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

@@ -153,7 +153,7 @@ def override(*texts: str) -> Any:
 def test_set_changes_a_nested_value_and_its_place() -> None:
     source = override("stages.distill.num_steps=2e3")
     assert source.data["stages"]["distill"]["num_steps"] == 2000
-    assert source.place(("stages", "distill", "num_steps")) == "--set stages.distill.num_steps"
+    assert source.place(("stages", "distill", "num_steps")) == "--set"
 
 
 def test_set_makes_what_is_not_there_yet() -> None:
@@ -177,7 +177,7 @@ def test_set_gives_settings_to_a_bare_kind() -> None:
 def test_set_replaces_a_whole_value_and_takes_yaml() -> None:
     source = override("stages.distill.losses=[reverse_kl, {kind: cross_entropy}]")
     assert source.data["stages"]["distill"]["losses"] == ["reverse_kl", {"kind": "cross_entropy"}]
-    assert source.place(("stages", "distill", "losses", 0)) == "--set stages.distill.losses"
+    assert source.place(("stages", "distill", "losses", 0)) == "--set"
 
 
 def test_the_last_set_wins_and_a_value_may_hold_an_equals_sign() -> None:

@@ -15,6 +15,8 @@ from distill.data.base import SourceSpec
 from distill.data.hub import Hub
 from distill.data.jsonl import Jsonl
 from distill.data.python_docs import PythonDocs
+from distill.data.spec import DataSpec
+from distill.data.split import Split
 from distill.data.text_files import TextFiles
 
 
@@ -63,6 +65,10 @@ def test_python_docs_parts_and_size():
     few = PythonDocs(max_bytes=300_000)
     assert 200_000 < few.num_bytes() <= 300_000
     assert len({document.id[:8] for document in few.documents()}) > 5  # not one corner of the alphabet
+    for held_out in (0.05, 0.2):  # a part is split as the whole is: not all of it is held out
+        split = Split(DataSpec(train=PythonDocs(max_bytes=1_000_000), held_out=held_out, sequence_length=16))
+        share = len(list(split.validation())) / len(list(split.data.train.documents()))
+        assert 0.6 * held_out < share < 1.4 * held_out
 
 
 def test_text_files_reads_folders_globs_files_and_gzip_in_the_order_of_names(tmp_path):

@@ -65,7 +65,9 @@ def test_what_cannot_be_done_is_named(
     monkeypatch.setattr("distill.exporters.base.find_spec", lambda module: None)
     with pytest.raises(InputError, match=r"target torchao needs torchao, which is not installed: .*distill\[torchao\]"):
         Torchao().export(artifact, tmp_path / "b", title="small")
-    with pytest.raises(EngineMissing, match="not verified in torchao"):
+    with pytest.raises(
+        EngineMissing, match="not verified in transformers with torchao, in fp32, which is not installed"
+    ):
         Torchao().verify(trained, tmp_path, batches)
 
 

@@ -172,6 +172,24 @@ def test_a_budget_of_time_is_held_by_measurement(teacher, text, tmp_path, monkey
     assert "for decode_ms_per_token at most 80%, measured on this machine" in line
 
 
+def test_times_of_another_machine_are_not_taken_over(teacher, text, tmp_path, monkeypatch) -> None:
+    calls: list[dict[str, int]] = []
+    monkeypatch.setattr(Clock, "_measure", lambda self, sizes: calls.append(sizes) or milliseconds(sizes))
+    keys = SEARCH.replace("non_embedding_parameters: 70%", "decode_ms_per_token: 80%")
+    killed_at(monkeypatch, "end_of_cuts", 0)
+
+    def calls_until_the_plug_is_pulled() -> int:
+        calls.clear()
+        with pytest.raises(PulledPlug):
+            run(recipe_of(teacher, text, keys), tmp_path / "run", say=lambda line: None)
+        return len(calls)
+
+    assert calls_until_the_plug_is_pulled() > 4
+    assert calls_until_the_plug_is_pulled() == 0
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    assert calls_until_the_plug_is_pulled() > 4
+
+
 def test_latency_is_that_of_the_candidate_s_own_config(teacher, text, tmp_path, monkeypatch) -> None:
     from distill.evaluation import speed
 

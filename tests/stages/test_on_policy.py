@@ -106,7 +106,7 @@ def test_weights_and_then_adapters_under_fake_quant_learn_from_own_sequences(rec
         ),
         (
             ("stages.quantize.num_steps=0",),
-            "nothing is trained (a budget of 0), so losses, on_policy, lora has no effect",
+            "nothing is trained (a budget of 0), so without effect: batch_size, losses, on_policy, lora; remove",
         ),
     ],
 )

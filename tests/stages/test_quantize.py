@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from distill.core.errors import InputError, RecipeError
+from distill.forecast import describe
 from distill.recipe import Recipe
 from distill.runner import run
 
@@ -96,12 +97,24 @@ def test_what_has_no_effect_or_cannot_be_is_refused(teacher, text, tmp_path):
         (f"rounding: gptq, {TRAINING}", "gptq is for a model that is not trained"),
         ("num_tokens: 0, quantizer: {kind: int_group, scale: learned}", "learned needs training"),
         (f"quantizer: fp8, activations: dynamic_int8, {TRAINING}", "which no engine multiplies"),
-        ("num_tokens: 0, from_step: 2", "from_step has no effect"),
+        ("num_tokens: 0, from_step: 2", "without effect: from_step; remove"),
+        (
+            "num_tokens: 0, batch_size: 4, validate_every_steps: 9, max_skipped_steps: 2",
+            "without effect: batch_size, validate_every_steps, max_skipped_steps; remove",
+        ),
+        ("num_tokens: 0, rounding: gptq, quantizer: ternary", "gptq rounds to symmetric integer grids, not ternary"),
+        (
+            "num_tokens: 0, rounding: gptq, mixed: {bits: 5, also: [fp8]}",
+            "gptq rounds to symmetric integer grids, not fp8",
+        ),
         (f"losses: [cross_entropy], teacher: teacher, {TRAINING}", "so teacher has no effect"),
         (f"quantizer: {{kind: int_group, scale: learned, symmetry: asymmetric}}, {TRAINING}", "for symmetric codes"),
     ):
         with pytest.raises(RecipeError, match=message):
             recipe_of(teacher, text, f"quantize: {{{start}, {settings}}}")
+    layers = "num_tokens: 0, rounding: gptq, layers: [{match: k_proj, quantizer: binary}]"
+    with pytest.raises(RecipeError, match="k_proj: rounding: gptq rounds to symmetric integer grids, not binary"):
+        describe(recipe_of(teacher, text, f"quantize: {{{start}, {layers}}}"))
     with pytest.raises(InputError, match=r"from_step \(3\) must be less than the stage's 3 steps"):
         run(recipe_of(teacher, text, f"quantize: {{{start}, from_step: 3, {TRAINING}}}"), tmp_path / "run")
     mask = "sparsify: {pattern: '2:4'}"

@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.losses import CrossEntropy, ForwardKL
+from distill.models.layouts import layout_for
 from distill.models.lora import LoraSpec
+from distill.pruning.mask import apply_mask, hold_zeros, masked_layers
 from distill.quantization import Int8Channel, IntGroup
 from distill.quantization.base import QuantizerSpec
 from distill.training.assemble import Student, assemble
@@ -49,6 +51,19 @@ class Stream:
             if start in self.at:
                 self.at[start]()
             yield rows(start, self.micro)
+
+
+class Validation:
+    """Two batches, of two rows and of one; ``at`` as above."""
+
+    def __init__(self, at: dict[int, Callable[[], Any]]):
+        self.at = at
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start, count in ((500, 2), (502, 1)):
+            if start in self.at:
+                self.at[start]()
+            yield rows(start, count)
 
 
 @pytest.fixture
@@ -102,7 +117,12 @@ def student(llama: Callable[..., LlamaForCausalLM]) -> Callable[..., Student]:
         lora = LoraSpec(r=2, target_modules=targets, dropout=0.0 if "quant" in way else 0.1) if "lora" in way else None
         with torch.random.fork_rng():
             torch.manual_seed(5)
-            return assemble(llama(0, **settings), quantizer=head if "quant" in way else None, lora=lora)
+            model = llama(0, **settings)
+            if "masked" in way:
+                layers = masked_layers(model, layout_for("llama"))
+                apply_mask(layers, "2:4", 0.5, {})
+                hold_zeros(layers)
+            return assemble(model, quantizer=head if "quant" in way else None, lora=lora)
 
     return make
 
@@ -148,7 +168,7 @@ def train(tmp_path: Path) -> Callable[..., list[str]]:
             folder=tmp_path / folder,
             tokens_per_sequence=LENGTH,
             train_loader=lambda size, consumed: Stream(size, consumed, at),
-            validation_loader=DataLoader([rows(500, 2), rows(502, 1)], batch_size=None),  # type: ignore[arg-type]
+            validation_loader=Validation(at or {}),
             say=said.append,
         )
         return said

@@ -49,13 +49,13 @@ def weights(tmp_path: Path, folder: str) -> dict[str, Any]:
     return torch.load(checkpoint_path(tmp_path / folder / "checkpoints", 6), weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize("way", ["full", "quant lora head", "quant learned lora"])
+@pytest.mark.parametrize("way", ["full", "masked", "quant lora head", "quant learned lora"])
 def test_it_trains_the_same_weights_and_a_kill_changes_no_bit(
     way: str, traced: None, module: Any, train: Any, tmp_path: Path
 ) -> None:
     def fit(folder: str, **settings: Any) -> None:
         trained = module(way)
-        if way != "full":
+        if "lora" in way:
             trained.teacher = OwnWeights(trained.student)
             trained.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         try:
@@ -76,6 +76,8 @@ def test_it_trains_the_same_weights_and_a_kill_changes_no_bit(
     for name in straight:
         torch.testing.assert_close(straight[name], plain[name], rtol=1e-4, atol=1e-5)
         assert torch.equal(resumed[name], straight[name])
+        if way == "masked" and "layers" in name and straight[name].ndim == 2:
+            assert ((straight[name].unflatten(1, (-1, 4)) != 0).sum(-1) == 2).all()
 
 
 @needs_compiler

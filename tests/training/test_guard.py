@@ -64,5 +64,20 @@ def test_too_many_in_a_row_end_the_run(module: Any, train: Any, tmp_path: Path) 
     assert kept == ["step=00000004.ckpt", "step=00000005.ckpt"]
 
 
-def test_a_gap_begins_the_count_anew(module: Any, train: Any) -> None:
-    train(spoil(module(), {0, 1, 3, 4}), log_every_steps=2)
+def test_a_gap_begins_the_count_anew(module: Any, train: Any, tmp_path: Path) -> None:
+    said = train(spoil(module(), {0, 1, 2, 4, 5}), log_every_steps=2)
+    assert [line.partition(": step ")[2].partition(" (see")[0] for line in said] == ["1, 2", "3", "5, 6"]
+    assert len(list((tmp_path / "stage" / "bad-batches").iterdir())) == 5
+
+
+@pytest.mark.parametrize("every", [1, 2, 6])
+def test_a_kill_does_not_begin_the_count_anew(every: int, module: Any, train: Any) -> None:
+    """Neither of what was looked at before the checkpoint of step 3, nor of what was not looked at yet."""
+
+    def pull() -> None:
+        raise KeyError("the plug")
+
+    with pytest.raises(KeyError):
+        train(spoil(module(), {1, 2, 3, 4, 5}), at={4 * BATCH: pull}, log_every_steps=every)
+    with pytest.raises(DistillError, match=r"not finite in 5 steps in a row, the last at step 6"):
+        train(spoil(module(), {1, 2, 3, 4, 5}), log_every_steps=every)

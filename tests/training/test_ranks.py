@@ -1,16 +1,20 @@
-"""What each rank has for itself: its part of the text, and its state in a checkpoint."""
+"""How processes meet and part, and what each rank has for itself: its part of the text, its state in a checkpoint."""
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
-from distill.core.errors import InputError
-from distill.core.world import World
+from distill.core.errors import InputError, MachineError
+from distill.core.world import ADDRESS, PORT, World
 from distill.losses import LossTerm
-from distill.training import rank_state
+from distill.training import rank_state, ranks
+from distill.training.ranks import Ranks, meet
 from distill.training.share import Share
 from distill.training.spec import BudgetSpec, ComputeSpec, split_batch
 
@@ -65,3 +69,65 @@ def test_random_state_is_taken_up_where_it_was() -> None:
     drawn = torch.rand(3)
     rank_state.set_random(rank_state.share([kept], 0, 1)[2] or {})
     assert torch.equal(torch.rand(3), drawn)
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> TCPStore:
+    """A store to meet by, held here."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv(ADDRESS, "127.0.0.1")
+    monkeypatch.setenv(PORT, str(store.port))
+    return store
+
+
+FIRST, SECOND = World(0, 2, 0, 2), World(1, 2, 1, 2)
+
+
+def test_the_holder_of_the_store_stays_until_all_have_heard(place: TCPStore) -> None:
+    first, second = Ranks(FIRST, 30, place), Ranks(SECOND, 30)
+    first.tell({"exit": 2})
+    with ThreadPoolExecutor() as pool:
+        leaving = pool.submit(first.leave, 30)
+        time.sleep(0.2)
+        assert not leaving.done()
+        assert second.hear() == {"exit": 2}
+        second.leave()
+        leaving.result(5)
+
+
+def test_a_store_that_is_gone_is_one_line(place: TCPStore) -> None:
+    class Gone:
+        def check(self, keys: Any) -> Any:
+            raise torch.distributed.DistNetworkError("Broken pipe\nand more")
+
+    second = Ranks(SECOND, 30)
+    second._store = Gone()  # type: ignore[assignment]
+    with pytest.raises(
+        MachineError, match=r"^rank 1: another process is gone \(Broken pipe\); the same command goes on$"
+    ):
+        second.hear()
+
+
+def test_whoever_is_silent_is_named_unless_it_has_left(place: TCPStore) -> None:
+    first, second = Ranks(FIRST, 0.0), Ranks(SECOND, 0.0)
+    heard = {1: (b"0", time.monotonic() - 1)}
+    assert "rank 1 (process" in (first._silent(heard) or "")
+    second.leave()
+    assert first._silent(heard) is None
+
+
+def test_a_gpu_is_chosen_before_anything_is_loaded(place: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(ranks.Ranks, "watch", lambda ranks: None)
+
+    def come(world: World) -> list[int]:
+        with meet(world, 30, "cuda"):
+            return list(chosen)
+
+    with ThreadPoolExecutor() as pool:
+        for met in pool.map(come, (FIRST, SECOND)):
+            assert met
+    assert sorted(chosen) == [0, 1]

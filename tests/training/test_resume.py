@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from distill.core.errors import DistillError, Interrupted
+from distill.core.errors import DistillError, Interrupted, Preempted
 from distill.training.checkpoint import checkpoint_path, checkpoints
 from distill.training.metrics import read_rows
+from distill.training.module import DistillationModule
 
 BATCH = 4
 
@@ -61,6 +62,7 @@ def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
     [
         ("full", {}),
         ("tied", {}),
+        ("masked", {}),
         ("lora", {}),
         ("lora tied", {}),
         ("quant", {}),
@@ -121,9 +123,38 @@ def test_ctrl_c_saves_the_step_and_gives_the_handler_back(module: Any, train: An
     assert signal.getsignal(signal.SIGINT) is before
     assert [p.name for p in checkpoints(tmp_path / "resumed" / "checkpoints")] == ["step=00000002.ckpt"]
     train(module(), "resumed")
-    ours, theirs = left_by(tmp_path / "resumed"), left_by(tmp_path / "straight")
-    # the look at the validation split after step 2 was not waited for
-    assert_same(ours | {"rows": None}, theirs | {"rows": None})
+    assert_same(left_by(tmp_path / "resumed"), left_by(tmp_path / "straight"))
+
+
+@pytest.mark.parametrize(("position", "step"), [(500, 4), (502, 4), (502, 6)])
+def test_a_stop_does_not_wait_for_the_validation(
+    position: int, step: int, module: Any, train: Any, tmp_path: Path
+) -> None:
+    """At its first batch or its last one, between steps or after the last of them; it is done when the run goes on."""
+    seen = 0
+
+    def term() -> None:
+        nonlocal seen
+        seen += 1
+        if seen == step // 2:  # validation is due after steps 2, 4 and 6
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    torch.manual_seed(3)
+    train(module(attention_dropout=0.1), "straight")
+    torch.manual_seed(3)
+    with pytest.raises(Preempted, match=rf"stopped by SIGTERM at step {step} of 6, which is saved"):
+        train(module(attention_dropout=0.1), "resumed", at={position: term}, checkpoint_every_steps=3)
+    assert checkpoints(tmp_path / "resumed" / "checkpoints")[0].name == f"step=0000000{step}.ckpt"
+    train(module(attention_dropout=0.1), "resumed")
+    assert_same(left_by(tmp_path / "resumed"), left_by(tmp_path / "straight"))
+
+
+def test_a_stop_after_the_last_look_is_not_lost(module: Any, train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(DistillationModule, "on_fit_end", lambda module: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Preempted, match=r"stopped by SIGTERM; the same command goes on"):
+        train(module())
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_second_ctrl_c_stops_at_once(module: Any, train: Any, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,14 @@ ROUNDS = 3
 """Processes that measure an architecture; the one that was disturbed least counts."""
 
 
+def machine(device: str) -> str:
+    """On what a time was measured: another machine takes none of it over, and measures anew."""
+    import torch
+
+    chip = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} of {torch.get_num_threads()}"
+    return f"{socket.gethostname()} ({chip})"
+
+
 class Clock:
     """Measures architectures once each.
 
@@ -32,8 +42,11 @@ class Clock:
     """
 
     def __init__(self, context: StageContext, reference: str, space: Space, dtype: str, found: Found):
+        from distill.training.trainer import resolve_device
+
         self.context, self.space = context, space
         self._reference, self._dtype, self._found = reference, dtype, found
+        self._device = resolve_device(context.session.compute)
 
     def forecast(self, flops: Costs) -> Latency:
         """From measuring the uncut model, the smallest size of each axis, and all of these at once."""
@@ -52,13 +65,13 @@ class Clock:
         """
         changed = {axis: size for axis, size in sizes.items() if size != self.space.before[axis]}
         name = ",".join(f"{axis}={size}" for axis, size in changed.items()) or "whole"
-        return float(self._found.get("latency", name, lambda: {"ms": self._measure(sizes)})["ms"])
+        here = machine(self._device)
+        return float(self._found.get(f"latency on {here}", name, lambda: {"ms": self._measure(sizes)})["ms"])
 
     def _measure(self, sizes: Mapping[str, int]) -> float:
         from distill.evaluation.speed import measure_speed, quietest
         from distill.models.load import load_config
         from distill.pruning.plan import config_changes
-        from distill.training.trainer import resolve_device
 
         session, space = self.context.session, self.space
         folder = self.context.folder / CHECKPOINTS / "latency"
@@ -66,7 +79,7 @@ class Clock:
         layers = tuple(range(sizes["layers"]))
         changes = config_changes(space.layout, space.config, space.before, sizes, layers)
         type(old).from_dict({**old.to_dict(), **changes, "dtype": self._dtype}).save_pretrained(folder)
-        device, length = resolve_device(session.compute), session.data.sequence_length
+        length = session.data.sequence_length
         new_tokens = min(NEW_TOKENS, length // 2)
         rounds = [
             measure_speed(
@@ -75,8 +88,8 @@ class Clock:
                 prompt_tokens=length - new_tokens,
                 new_tokens=new_tokens,
                 repeats=2,
-                device=device,
-                dtype="auto" if device == "cuda" else "float32",
+                device=self._device,
+                dtype="auto" if self._device == "cuda" else "float32",
             )
             for _ in range(ROUNDS)
         ]

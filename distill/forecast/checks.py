@@ -1,0 +1,105 @@
+"""What would else be found hours into a run: held against the configs and files that are on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from distill.core.errors import InputError
+from distill.data.hub import Hub
+from distill.forecast.models import Config, Known, config_of, count, known_or_found
+from distill.losses import StateLossSpec
+from distill.models.layouts import LAYOUTS
+from distill.models.states import Shapes, pairs_of
+from distill.pruning.layout import shape
+from distill.recipe import Recipe
+from distill.stages.base import StageSpec
+from distill.stages.distill import Distill
+from distill.stages.quantize import Quantize
+from distill.training.ends import agreed_ends
+from distill.training.spec import BudgetSpec, DistillSpec, split_batch
+
+
+def missing_text(recipe: Recipe) -> Iterator[str]:
+    """A line for each source whose files are not there; what lives on the Hub is not looked for."""
+    for key, source in (("train", recipe.data.train), ("validation", recipe.data.validation)):
+        try:
+            if source is not None and not isinstance(source, Hub):
+                source.num_bytes()
+        except InputError as error:
+            yield f"{recipe.name}: data.{key}: {error}"
+
+
+def check_stage(name: str, stage: StageSpec, recipe: Recipe, known: Known) -> None:
+    """What would else be found hours into the run.
+
+    Raises:
+        InputError: a batch that does not split, sequences longer than the positions, a grid that does not fit, losses
+            that the models' inner states cannot have, student and teacher that end a text otherwise.
+    """
+    config = known[name]
+    _check_sizes(stage, recipe, config)
+    if isinstance(stage, Quantize) and config is not None:
+        _check_grids(stage, config)
+    _check_states(stage, known)
+    _check_ends(stage, known)
+
+
+def _check_sizes(stage: StageSpec, recipe: Recipe, config: Config | None) -> None:
+    length = recipe.data.sequence_length
+    if isinstance(stage, BudgetSpec) and stage.steps(length):
+        split_batch(stage, recipe.compute, recipe.compute.known_processes())
+        positions = (config or {}).get("max_position_embeddings")
+        if positions is not None and length > positions:
+            raise InputError(
+                f"data.sequence_length ({length}) is longer than the model's {positions} positions; lower it"
+            )
+
+
+def _check_grids(stage: Quantize, config: Config) -> None:
+    layout = LAYOUTS.get(str(config.get("model_type")))
+    if layout is None or count(config) is None:
+        return
+    sizes = layout.sizes(config)
+    for parameter in layout.parameters:
+        name = parameter.path.removesuffix(".weight")
+        holder = name.rpartition(".")[0]
+        if len(parameter.axes) == 3 and not stage.quantizer.skips(holder):
+            raise InputError(
+                f"{holder} holds the experts' weights as one tensor, which cannot be quantized; add "
+                f"{holder.rpartition('.')[2]!r} to skip to ship them as they are"
+            )
+        if len(parameter.axes) == 2 and "{layer}" in name and not stage.quantizer.skips(name):
+            grid = stage.grid_of(name)
+            grid.groups(shape(parameter, sizes)[1])
+            if stage.rounding == "gptq" and not grid.keeps_scale:
+                raise InputError(
+                    f"{name}: rounding: gptq rounds to symmetric integer grids, not {grid.label()}; set nearest"
+                )
+
+
+def _check_states(stage: StageSpec, known: Known) -> None:
+    """Hold losses on inner states against the shapes of both models, where they are known.
+
+    Raises:
+        InputError: a layer that is not there, or heads that do not divide.
+    """
+    losses = [loss for loss in getattr(stage, "losses", []) if isinstance(loss, StateLossSpec)]
+    if not losses or not isinstance(stage, Distill | Quantize):
+        return
+    configs = [known[name] if name in known else config_of(name) for name in (stage.student, stage.teacher)]
+    student, teacher = (Shapes.of(c) if c is not None and count(c) is not None else None for c in configs)
+    if student is not None and teacher is not None:
+        for loss in losses:
+            pairs_of(loss, student, teacher)
+
+
+def _check_ends(stage: StageSpec, known: Known) -> None:
+    """Whether student and teacher end a text alike, as far as their configs are known and the stage asks for it.
+
+    Raises:
+        InputError: they do not.
+    """
+    if isinstance(stage, DistillSpec) and stage.on_policy is not None:
+        ends = [(known_or_found(reference, known) or {}).get("eos_token_id") for _, reference in stage.references()]
+        if len(ends) == 2 and None not in ends:
+            agreed_ends(*ends)

@@ -1,0 +1,115 @@
+"""What is known of the models of a run before it starts: configs on this machine, and what stages make of them.
+
+A model that is not on this machine is unknown; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distill.core.errors import InputError
+from distill.models.layouts import LAYOUTS, layout_for
+from distill.models.load import locate
+from distill.pruning.search import Candidate
+from distill.pruning.select import target_sizes
+from distill.stages.base import StageSpec
+from distill.stages.distill import Distill
+from distill.stages.finetune import Finetune, NewModel
+from distill.stages.prune import Prune
+from distill.stages.quantize import Quantize
+from distill.stages.sparsify import Sparsify
+
+Config = dict[str, Any]
+Known = dict[str, Config | None]
+"""Reference -> config, or None where it is not known."""
+
+SOURCES: dict[type[StageSpec], str] = {
+    Prune: "model",
+    Sparsify: "model",
+    Finetune: "model",
+    Distill: "student",
+    Quantize: "student",
+}
+"""Stage that makes a model of another -> key of that other."""
+
+
+def config_of(reference: str) -> Config | None:
+    """A model's config, if it is on this machine."""
+    location = locate(reference)
+    file: Path | None = Path(location) / "config.json"
+    if file is None or not file.is_file():
+        if Path(location).is_dir():
+            return None
+        from huggingface_hub import try_to_load_from_cache
+
+        try:
+            cached = try_to_load_from_cache(location, "config.json")
+        except ValueError as error:
+            raise InputError(f"{location}: neither a folder nor a Hub id ({' '.join(str(error).split())})") from None
+        file = Path(cached) if isinstance(cached, str) else None
+    if file is None:
+        return None
+    config = json.loads(file.read_text())
+    generation = file.with_name("generation_config.json")
+    if generation.is_file():  # it has the last word on what ends a text
+        config["eos_token_id"] = json.loads(generation.read_text()).get("eos_token_id", config.get("eos_token_id"))
+    return config
+
+
+def known_or_found(reference: str, known: Known) -> Config | None:
+    """The config of a stage's model, or of one on this machine."""
+    return known[reference] if reference in known else config_of(reference)
+
+
+def config_after(stage: StageSpec, known: Known, sequence_length: int) -> Config | None:
+    """The config of the model that a stage makes, as far as it can be known; of a search the largest that it may be."""
+    if isinstance(stage, Finetune) and isinstance(stage.model, NewModel):
+        return dict(stage.model.config)
+    source = SOURCES.get(type(stage))
+    if source is None:
+        return None
+    reference = getattr(stage, source)
+    config = known_or_found(reference, known)
+    if config is None or not isinstance(stage, Prune):
+        return config
+    layout = layout_for(str(config.get("model_type")))
+    if stage.keep is not None:
+        after = target_sizes(stage.keep, config, layout)
+        if isinstance(stage.keep.vocabulary, int):
+            after["vocabulary"] = stage.keep.vocabulary
+        return config | layout.resized(config, after)
+    if stage.search is not None and stage.search.budget.is_time:
+        return config  # how large a model of some speed is shows when it is measured
+    found = [config | layout.resized(config, c.sizes) for c in candidates(stage, config, sequence_length)]
+    return max(found, key=lambda one: count(one) or 0)
+
+
+def count(config: Config | None) -> int | None:
+    """Parameters of a model; None where its architecture has no layout, or its config is not known."""
+    layout = LAYOUTS.get(str(config.get("model_type"))) if config else None
+    if layout is None or config is None or "vocab_size" not in config:
+        return None
+    return layout.count(config)
+
+
+def size(config: Config | None) -> str:
+    """The same in words."""
+    number = count(config)
+    if number is None:
+        return "a model of unknown size (its config is not on this machine)"
+    return f"{number / 1e9:.2f}B parameters" if number >= 1e9 else f"{number / 1e6:.2f}M parameters"
+
+
+def candidates(stage: Prune, config: Config, sequence_length: int) -> list[Candidate]:
+    """The architectures that a search has to choose from."""
+    assert stage.search is not None
+    layout = layout_for(str(config.get("model_type")))
+    costs = stage.search.costs(layout, config, sequence_length=sequence_length, dtype=stored_dtype(stage, config))
+    return stage.search.candidates(stage.search.space(layout, config), costs)
+
+
+def stored_dtype(stage: Prune, config: Config) -> str:
+    """Precision in which a cut model is stored."""
+    return str(config.get("dtype") or config.get("torch_dtype")) if stage.save_dtype == "auto" else stage.save_dtype

@@ -1,0 +1,166 @@
+"""Whether a training stage fits into the memory that is there, and what to change when it does not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import get_args
+
+from distill.forecast.memory import Job, Precision
+from distill.forecast.models import Config, Known, count, known_or_found
+from distill.losses import ForwardKL
+from distill.recipe import Recipe
+from distill.stages.base import SELF, StageSpec
+from distill.stages.cache_teacher import CacheTeacher
+from distill.stages.quantize import Quantize
+from distill.training.spec import BudgetSpec, ComputeSpec, DistillSpec, split_batch
+
+HALF = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where the processes of a run are to live.
+
+    Attributes:
+        on_gpu: whether that is a GPU.
+        num_bytes: of memory for one process; None when nobody knows.
+    """
+
+    on_gpu: bool
+    num_bytes: float | None
+
+    @classmethod
+    def of(cls, compute: ComputeSpec, memory_gb: float | None = None) -> Room:
+        """What was said, or else what this machine has; ``auto`` is a GPU where there is one."""
+        if memory_gb is not None:
+            return cls(compute.accelerator != "cpu", memory_gb * 1e9)
+        gpu = _smallest_gpu() if compute.accelerator != "cpu" else None
+        if gpu is not None or compute.accelerator == "gpu":
+            return cls(True, gpu)
+        here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return cls(False, here / (1 if compute.devices == "auto" else compute.devices))
+
+
+def _smallest_gpu() -> float | None:
+    """Bytes of the smallest GPU that the driver's own tool shows; no torch is needed to ask it."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        shown = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+        return min(int(mib) for mib in shown) * 2.0**20
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def job_of(name: str, stage: StageSpec, recipe: Recipe, known: Known, room: Room) -> Job | None:
+    """What a stage trains, and how; None when it does not train or its student is not known."""
+    length, compute = recipe.data.sequence_length, recipe.compute
+    student = known[name]
+    if not isinstance(stage, BudgetSpec) or not stage.steps(length) or student is None or count(student) is None:
+        return None
+    num_processes = compute.known_processes()
+    micro, num_micro = split_batch(stage, compute, num_processes)
+    teacher, head_only = _teacher(stage, recipe, known)
+    losses = stage.losses if isinstance(stage, DistillSpec) else []
+    automatic: Precision = "bf16-mixed" if room.on_gpu else "32-true"
+    return Job(
+        student=student,
+        teacher=teacher,
+        teacher_bytes=_teacher_bytes(teacher, compute, room),
+        head_only=head_only or (room.on_gpu and compute.teacher_device not in ("auto", "cuda", "cuda:0")),
+        lora=getattr(stage, "lora", None),
+        quantized=isinstance(stage, Quantize),
+        lone_forward_kl=losses == [ForwardKL()],
+        precision=next((p for p in get_args(Precision) if p == compute.precision), automatic),
+        micro_batch_size=micro,
+        accumulates=num_micro > 1,
+        sequence_length=length,
+        checkpointing=compute.gradient_checkpointing,
+        on_cpu=not room.on_gpu,
+        num_processes=num_processes,
+        sharded=compute.strategy == "fsdp",
+    )
+
+
+def _teacher(stage: StageSpec, recipe: Recipe, known: Known) -> tuple[Config | None, bool]:
+    """The config of the teacher that a stage has in memory, if any, and whether it is the head alone."""
+    reference = next((reference for key, reference in stage.references() if key == ("teacher",)), SELF)
+    if reference == SELF:
+        return None, False
+    cache = recipe.stages.get(reference)
+    if isinstance(cache, CacheTeacher):
+        config = known_or_found(cache.teacher, known) if cache.codec.kind == "hidden" else None
+    else:
+        config = known_or_found(reference, known)
+    return (config if count(config) is not None else None), isinstance(cache, CacheTeacher)
+
+
+def _teacher_bytes(teacher: Config | None, compute: ComputeSpec, room: Room) -> int:
+    wanted = compute.teacher_precision
+    if wanted == "auto":
+        stored = str((teacher or {}).get("dtype") or (teacher or {}).get("torch_dtype"))
+        wanted = "bfloat16" if room.on_gpu and compute.teacher_device != "cpu" and stored in HALF else "float32"
+    return 2 if wanted in HALF else 4
+
+
+def lines(job: Job, batch_size: int, compute: ComputeSpec, room: Room) -> Iterator[str]:
+    """The forecast in words: memory, checkpoints, and what to change when it does not fit."""
+    memory = job.memory()
+    parts = [f"{field.name} {amount(getattr(memory, field.name))}" for field in fields(memory)]
+    where = "a GPU" if room.on_gpu else "a process on a CPU"
+    at_once = f"{job.micro_batch_size} x {job.sequence_length:,}"
+    yield f"memory of {where}: {amount(memory.total)} = " + " + ".join(
+        part for part, field in zip(parts, fields(memory), strict=True) if getattr(memory, field.name)
+    )
+    yield (
+        f"{batch_size * job.sequence_length:,} tokens a step, {at_once} at once; a checkpoint is "
+        f"{amount(job.checkpoint_bytes())}, up to {compute.keep_checkpoints + 1} on disk at a time"
+    )
+    if room.num_bytes is not None and memory.total > room.num_bytes:
+        yield f"does not fit into {amount(room.num_bytes)}: {_mend(job, batch_size, room.num_bytes)}"
+
+
+def _mend(job: Job, batch_size: int, num_bytes: float) -> str:
+    """The least change that makes it fit."""
+    for change, changed in _changes(job, batch_size):
+        if (need := changed.memory().total) <= num_bytes:
+            return f"{change} would need {amount(need)}"
+    return "no setting of compute is enough; train adapters (lora), name a cached teacher, or take a smaller student"
+
+
+def _changes(job: Job, batch_size: int) -> Iterator[tuple[str, Job]]:
+    """Changes of compute in the order of what they cost."""
+    share = batch_size // job.num_processes
+    smaller = [size for size in range(job.micro_batch_size - 1, 0, -1) if share % size == 0]
+    for size in smaller:
+        yield f"compute.micro_batch_size: {size}", replace(job, micro_batch_size=size, accumulates=True)
+    least, words = job, []
+    if not job.checkpointing:
+        least, words = replace(least, checkpointing=True), ["compute.gradient_checkpointing: true"]
+        yield words[0], least
+    if smaller:
+        least, words = replace(least, micro_batch_size=1, accumulates=True), [*words, "compute.micro_batch_size: 1"]
+        yield ", ".join(words), least
+    yield from _shared_out(least, words, batch_size)
+    if job.teacher is not None and not job.head_only and not job.on_cpu:
+        least, words = replace(least, head_only=True), [*words, "compute.teacher_device: cpu"]
+        yield ", ".join(words), least
+        yield from _shared_out(least, words, batch_size)
+
+
+def _shared_out(job: Job, words: list[str], batch_size: int) -> Iterator[tuple[str, Job]]:
+    for num in (2, 4, 8, 16, 32, 64):
+        if num > (job.num_processes if job.sharded else 1) and batch_size % num == 0:
+            sharded = replace(job, num_processes=num, sharded=True)
+            yield ", ".join([*words, f"compute.strategy: fsdp over {num} processes"]), sharded
+
+
+def amount(num_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"

@@ -1,0 +1,25 @@
+"""Twenty blocks of text, and shards so small that they need several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distill.data.blocks import Blocks
+from distill.data.teacher_cache import write as writing
+
+from .caches import (
+    make_blocks,
+)
+
+
+@pytest.fixture
+def blocks(tmp_path: Path) -> Blocks:
+    """20 blocks, the last of them not full."""
+    return make_blocks(tmp_path / "train.bin")
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_SHARD_BYTES", 800)

@@ -1,0 +1,83 @@
+"""An export in a run: what it lacks is said before the run starts, and what was not verified is verified later."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distill.core.errors import InputError
+from distill.exporters.base import require_engine
+from distill.exporters.huggingface import HuggingFace
+from distill.forecast import describe
+from distill.recipe import Recipe
+from distill.runner import run
+
+RECIPE = """\
+name: tiny
+teacher: {teacher}
+data:
+  train: {{kind: jsonl, path: {text}}}
+  sequence_length: 16
+  validation_tokens: 100
+  calibration_sequences: 4
+stages:
+  evaluate: {{models: [teacher], speed: null}}
+  export: {{model: teacher, target: {target}, title: small, verify_sequences: 1}}
+  report: {{prompts: []}}
+compute: {{accelerator: cpu}}
+logging: {{wandb: disabled}}
+"""
+
+
+@pytest.fixture
+def recipe_of(teacher: Path, text: Path) -> Callable[[str], Recipe]:
+    return lambda target: Recipe.from_text(RECIPE.format(teacher=teacher, text=text, target=target))
+
+
+def lacking(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+    """As if these were not installed."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr("distill.exporters.base.find_spec", lambda name: None if name in modules else find(name))
+
+
+def test_what_is_not_installed_is_said_before_the_run(
+    recipe_of: Callable[[str], Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of("onnx")
+    lacking(monkeypatch, "onnxruntime", "onnxscript")
+    missing = "target onnx needs onnxscript, which is not installed: pip install 'distill[onnx]'"
+    assert missing in describe(recipe)
+    with pytest.raises(InputError) as refusal:
+        run(recipe, tmp_path / "run")
+    assert str(refusal.value) == f"stages.export: {missing}"
+    assert not (tmp_path / "run").exists()
+    lacking(monkeypatch, "llama_cpp")
+    monkeypatch.setattr("distill.exporters.gguf.Gguf.writers", lambda self: ())
+    unverified = "gguf, not verified in llama.cpp, which is not installed: pip install 'distill[gguf]' and run again"
+    assert unverified in describe(recipe_of("gguf"))
+
+
+def test_what_was_not_verified_is_verified_once_its_engine_is_there(
+    recipe_of: Callable[[str], Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, verify = recipe_of("huggingface"), HuggingFace.verify
+    monkeypatch.setattr(HuggingFace, "engine_module", "a_slow_engine")
+    monkeypatch.setattr(HuggingFace, "verify", lambda self, *given: require_engine(self) or verify(self, *given))
+
+    def lines(name: str) -> list[str]:
+        said: list[str] = []
+        run(recipe, tmp_path / "run", say=said.append)
+        return [line for line in said if name in line]
+
+    assert "not verified in plain transformers, in fp32, which is not installed" in lines("small: ")[0]
+    assert [line.split(" s: ")[1] for line in lines(" s: ")] == [
+        str(tmp_path / "run" / "export" / "small"),
+        str(tmp_path / "run" / "report" / "index.html"),
+    ]
+    monkeypatch.setattr("distill.exporters.base.find_spec", lambda module: object())
+    assert lines("made again") == ["[2/3] export: made again, as a_slow_engine is installed now"]
+    assert "Loaded in plain transformers" in (tmp_path / "run" / "export" / "small" / "README.md").read_text()
+    assert len(lines("finished before")) == 3

@@ -1,0 +1,101 @@
+"""The forecast of memory: as much as is measured, shared out, and what to change when it does not fit."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import forecast
+from distill.forecast import describe
+from distill.forecast.memory import Job
+from distill.recipe import Recipe
+
+RECIPE = """\
+name: large
+teacher: {teacher}
+data:
+  train: {{kind: jsonl, path: {text}}}
+  sequence_length: 1024
+  tokenizer: teacher
+stages:
+  distill: {{student: {teacher}, num_steps: 2, batch_size: 8{more}}}
+compute: {{accelerator: gpu{compute}}}
+"""
+
+
+@pytest.fixture
+def plain() -> Job:
+    return forecast.job_of("tiny", rows=2, length=64, on_cpu=True)
+
+
+@pytest.mark.parametrize("way", ["two micro-batches", "gradient checkpointing", "bf16-mixed"])
+def test_as_much_as_is_measured(plain: Job, way: str) -> None:
+    job = replace(plain, **forecast.WAYS[way])
+    memory, peak = job.memory(), forecast.measured(job, "cpu")
+    assert memory.total == pytest.approx(peak, rel=0.03)
+    fixed = memory.student + memory.gradients + memory.optimizer + memory.teacher
+    assert memory.total - fixed == pytest.approx(peak - fixed, rel=0.04)
+
+
+def test_what_is_shared_out_and_what_is_not(plain: Job) -> None:
+    alone, shared = plain.memory(), replace(plain, num_processes=4, sharded=True).memory()
+    for name in ("student", "gradients", "optimizer", "teacher"):
+        assert getattr(shared, name) == getattr(alone, name) / 4
+    assert shared.activations == alone.activations
+    assert shared.workspace > alone.workspace  # heads and a block are whole
+    assert replace(plain, num_processes=4).memory().student == alone.student
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> tuple[Path, Path]:
+    """The config of a 7B Llama and some text."""
+    config = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    config |= {"num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096, "dtype": "bfloat16"}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (tmp_path / "text.jsonl").write_text('{"text": "some"}\n')
+    return folder, tmp_path / "text.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "more", "compute", "advice"),
+    [
+        (1000, "", "", None),
+        (180, "", "", "compute.micro_batch_size: 4 would need "),
+        (131, "", ", micro_batch_size: 1", "compute.gradient_checkpointing: true would need "),
+        (
+            60,
+            "",
+            "",
+            "compute.gradient_checkpointing: true, compute.micro_batch_size: 1, "
+            "compute.strategy: fsdp over 4 processes would need ",
+        ),
+        (30, ", lora: {r: 8}", "", "compute.strategy: fsdp over 2 processes would need "),
+        (2, "", "", "no setting of compute is enough; train adapters"),
+    ],
+)
+def test_what_to_change_when_it_does_not_fit(
+    large: tuple[Path, Path], gigabytes: float, more: str, compute: str, advice: str | None
+) -> None:
+    recipe = Recipe.from_text(RECIPE.format(teacher=large[0], text=large[1], more=more, compute=compute))
+    plan = describe(recipe, gigabytes)
+    memory = next(line for line in plan.splitlines() if "memory of a GPU: " in line)
+    total, *parts = [float(number) for number in re.findall(r"([\d.,]+) GB", memory.replace(",", ""))]
+    assert sum(parts) == pytest.approx(total, abs=1)
+    assert "teacher 13.5 GB" in memory
+    assert ("does not fit into" in plan) == (advice is not None) == (total > gigabytes)
+    assert advice is None or advice in plan
+
+
+def test_tokens_a_step_and_checkpoints(large: tuple[Path, Path]) -> None:
+    recipe = Recipe.from_text(
+        RECIPE.format(teacher=large[0], text=large[1], more="", compute=", micro_batch_size: 2, keep_checkpoints: 1")
+    )
+    # fp32 weights and two moments of 6.74B parameters
+    line = "8,192 tokens a step, 2 x 1,024 at once; a checkpoint is 80.9 GB, up to 2 on disk at a time"
+    assert line in describe(recipe, 80)
