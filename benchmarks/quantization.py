@@ -7,7 +7,7 @@ more by the same loss: what training recovers is counted between the control as 
 no share of it is mere training. (Distilled from itself, the student stays what it is, and is the control.)
 
 Learning rates, and whether the scale is learned, are chosen on the validation books at half of the budget, on int4,
-int2 and ternary, which int8, int3 and binary take over.
+int3, int2 and ternary; int8 takes over what int4 has found, and binary what ternary has.
 """
 
 from __future__ import annotations
