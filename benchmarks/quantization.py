@@ -7,7 +7,7 @@ more by the same loss: what training recovers is counted between the control as 
 no share of it is mere training. (Distilled from itself, the student stays what it is, and is the control.)
 
 Learning rates, and whether the scale is learned, are chosen on the validation books at half of the budget, on int4,
-int2 and ternary, which int8, int3 and binary take over.
+int3, int2 and ternary; int8 takes over what int4 has found, and binary what ternary has.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import books, hardware, result, tables
+from benchmarks import books, hardware, quantization_peers, result, tables
 from benchmarks.losses import next_rate
 from benchmarks.matrix import Cell, Matrix
 from benchmarks.quantization_grids import (
@@ -75,7 +75,7 @@ class Quantization:
 
     def __init__(self, corpus: Path, work: Path, budget: Budget) -> None:
         teacher = books.teacher(corpus, work)
-        self.budget = budget
+        self.budget, self.work = budget, work
         calibration = {"calibration_sequences": CALIBRATION_SEQUENCES}
         self.choosing, self.reporting = (
             Matrix(work / "quantization", teacher, books.data(corpus, split) | calibration)
@@ -176,6 +176,7 @@ class Quantization:
             *rounded_rows(self.rounded),
             *control_rows(self.controls),
             *trained_rows(self.trained, self._controls_of, self.choice),
+            *peer_rows(quantization_peers.found(self.work)),
             *rate_rows(self.rates),
         ]
 
@@ -223,20 +224,35 @@ def trained_rows(
                 **_figures(runs),
                 "recovered": recovered(runs, against, f"{grid}, nearest"),
                 "recovered_of_best": recovered(runs, against, f"{grid}, {best(grid)}"),
+                "recovered_kl": recovered(runs, against, f"{grid}, nearest", "kl_to_teacher"),
                 "scale": scale or "-",
                 "lr": f"{lr:g}",
                 "seeds": len(runs),
             }
 
 
-def recovered(runs: Sequence[Figures], controls: Sequence[Mapping[str, Figures]], rounding: str) -> Any:
+def recovered(
+    runs: Sequence[Figures], controls: Sequence[Mapping[str, Figures]], rounding: str, key: str = "loss_nats"
+) -> Any:
     """How much of what rounding costs the controls the trained students do not lose; None where it costs nothing."""
     shares = [
-        gap_closed(control[rounding]["loss_nats"], run["loss_nats"], control[FULL]["loss_nats"])
+        gap_closed(control[rounding][key], run[key], control[FULL][key])
         for run, control in zip(runs, controls, strict=True)
     ]
     whole = [share for share in shares if share is not None]
     return result.spread(whole) if len(whole) == len(shares) else None
+
+
+def peer_rows(peers: Sequence[quantization_peers.Peer]) -> Iterator[dict[str, Any]]:
+    """What each peer made of the same student, or printed."""
+    for peer in peers:
+        yield {
+            "table": "peers",
+            "peer": peer.name,
+            **(_figures(peer.figures) if peer.figures else dict.fromkeys(FIGURES)),
+            "seeds": len(peer.figures),
+            "outcome": "measured" if peer.figures else peer.outcome,
+        }
 
 
 def rate_rows(rates: Mapping[tuple[str, str | None, str], Mapping[float, float]]) -> Iterator[dict[str, Any]]:

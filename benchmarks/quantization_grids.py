@@ -37,7 +37,7 @@ def _group(bits: int, searched: str) -> Grid:
 GRIDS = {
     "int8": Grid({"kind": "int8_channel"}, ("absmax",), "int4"),
     "int4": _group(4, "int4"),
-    "int3": _group(3, "int2"),
+    "int3": _group(3, "int3"),
     "int2": _group(2, "int2"),
     "ternary": Grid({"kind": "ternary", "group_size": 32}, (None,), "ternary"),
     "binary": Grid({"kind": "binary", "group_size": 32}, (None,), "ternary"),

@@ -23,7 +23,18 @@ from benchmarks.result import FOLDER
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 WORDS = "benchmarks.md.jinja"
-ORDER = ("loss_alone", "whole_step", "live_vs_cached", "books", "losses", "pruning", "scoring", "forecast")
+ORDER = (
+    "loss_alone",
+    "whole_step",
+    "live_vs_cached",
+    "books",
+    "losses",
+    "pruning",
+    "quantization",
+    "engines",
+    "scoring",
+    "forecast",
+)
 """Benchmarks in the order of the page; others follow by name."""
 
 Row = Mapping[str, Any]

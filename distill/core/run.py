@@ -83,7 +83,7 @@ class Run:
     def has_begun(self, name: str, input_hash: str) -> bool:
         """Whether the work in a stage's folder was begun with these inputs."""
         marker = self.stage(name) / INPUT
-        return marker.is_file() and marker.read_text().strip() == input_hash
+        return marker.is_file() and marker.read_text(errors="replace").strip() == input_hash
 
     def is_left(self, name: str) -> bool:
         """Whether a stage was left in the middle of a training that has saved something."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,7 +73,7 @@ def _scan(
     move(model, resolve_device(context.session.compute))
     prepare(model, grids[0])
     batches = context.session.corpus().calibration_loader(num_sequences=num_sequences, batch_size=4)
-    found = sensitivity(model, grids, batches, partial(_logits, model))
+    found = sensitivity(model, grids, batches, partial(logits_of, model))
     unprepare(model)
     return found
 
@@ -94,7 +94,8 @@ def _row(one: Sensitivity, labels: Sequence[str], chosen: int) -> dict[str, Any]
     return {"layer": one.layer, "weights": one.weights, "grids": figures, "chosen": labels[chosen]}
 
 
-def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+def logits_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits of a batch's text: [batch, sequence, vocabulary]."""
     from distill.core.batch import model_inputs
 
     logits: Tensor = model(**model_inputs(batch, model.device), use_cache=False).logits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -15,13 +14,15 @@ from distill.models.lora import LoraSpec
 from distill.quantization import ACTIVATIONS, QUANTIZERS, ActivationSpec, IntGroup
 from distill.quantization.base import QuantizerSpec, matches
 from distill.stages.base import SELF, StageContext, StageSpec
-from distill.stages.mixed import MixedSpec, choose_grids
+from distill.stages.mixed import MixedSpec, choose_grids, logits_of
 from distill.stages.train import check_own_teacher
 from distill.training.spec import DistillSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from distill.quantization.prepare import Layers
 
 
 class LayerGrid(Spec):
@@ -67,6 +68,9 @@ class Quantize(DistillSpec, StageSpec):
     rounding: Literal["nearest", "gptq"] = "nearest"
     """How codes are chosen when nothing is trained: the nearest, or so that a column's error is made up for by the next
     ones (needs the calibration set)."""
+    equalize: Literal["awq", "smooth_quant"] | None = None
+    """Fold scales of the input channels into the norms first, so that less is lost: awq for weights of 4 bits and
+    fewer, smooth_quant for int8 activations (needs the calibration set). Unset is off."""
     lora: LoraSpec | None = None
     """Train adapters on the fake-quantized weights instead of the weights; folded in before rounding. Unset is off."""
 
@@ -129,6 +133,7 @@ class Quantize(DistillSpec, StageSpec):
     def label(self) -> str:
         """The grids in a few words, for tables."""
         others = [f"{one.match}: {one.quantizer.label()}" for one in self.layers]
+        others += [self.equalize] if self.equalize else []
         others += [self.rounding] if self.rounding != "nearest" else []
         others += [f"mixed, {self.mixed.bits:g} bits"] if self.mixed else []
         return "; ".join([self.quantizer.label(), *others, *([self.activations.label()] if self.activations else [])])
@@ -181,6 +186,8 @@ class Quantize(DistillSpec, StageSpec):
         if mask is not None and filled:
             raise InputError(f"{self.student}: its weights are masked ({mask}), and {filled[0]} would fill the zeros")
         layers = choose_grids(context, start, self.quantizer, self.mixed) if self.mixed else self.grids()
+        if self.equalize is not None:
+            self._equalize(context, start, layers)
         student = assemble(
             start,
             quantizer=self.quantizer,
@@ -227,12 +234,25 @@ class Quantize(DistillSpec, StageSpec):
         context.say(f"reloaded by plain transformers: worst KL to the trained model {worst:.1e}")
         return figures | measured | {"scheme": self.label()}
 
+    def _equalize(self, context: StageContext, model: PreTrainedModel, layers: Layers) -> None:
+        """Fold scales into a plain model, which computes what it did before."""
+        from distill.quantization.equalize import equalize
+        from distill.quantization.prepare import prepare, unprepare
+
+        assert self.equalize is not None
+        batches = _calibration(context, model)
+        prepare(model, self.quantizer, layers)
+        norms = equalize(model, batches, partial(logits_of, model), self.equalize)
+        unprepare(model)
+        num_sequences = sum(len(batch["mask"]) for batch in batches)
+        context.say(f"scales folded into {len(norms)} norms by {self.equalize} on {num_sequences} sequences")
+
     def _calibrate(self, context: StageContext, model: PreTrainedModel) -> None:
         """Find the ranges of the activations on the run's calibration set."""
         from distill.quantization.calibrate import calibrate
 
         batches = _calibration(context, model)
-        found = calibrate(model, batches, partial(_forward, model))
+        found = calibrate(model, batches, partial(logits_of, model))
         num_sequences = sum(len(batch["mask"]) for batch in batches)
         context.say(f"ranges of the inputs of {len(found)} layers from {num_sequences} sequences")
 
@@ -241,7 +261,7 @@ class Quantize(DistillSpec, StageSpec):
         from distill.quantization.gptq import gptq
 
         batches = _calibration(context, model)
-        rounded = gptq(model, batches, partial(_forward, model))
+        rounded = gptq(model, batches, partial(logits_of, model))
         num_sequences = sum(len(batch["mask"]) for batch in batches)
         context.say(f"{len(rounded)} layers rounded by gptq on {num_sequences} sequences")
 
@@ -253,10 +273,3 @@ def _calibration(context: StageContext, model: PreTrainedModel) -> list[dict[str
 
     move(model, resolve_device(context.session.compute))
     return list(context.session.corpus().calibration_loader(batch_size=4))
-
-
-def _forward(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
-    """Run the body and the head on a batch."""
-    from distill.core.batch import model_inputs
-
-    model(**model_inputs(batch, model.device), use_cache=False)

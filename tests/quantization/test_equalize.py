@@ -39,6 +39,7 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(input_ids=batch["input_ids"]).logits
 
 
+@torch.no_grad()
 def kl(full: Tensor, other: Tensor) -> float:
     p, q = full.double().log_softmax(-1), other.double().log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
@@ -46,11 +47,12 @@ def kl(full: Tensor, other: Tensor) -> float:
 
 @pytest.mark.parametrize(
     ("method", "grid", "inputs"),
-    [("awq", IntGroup(bits=3), None), ("smooth_quant", Int8Channel(), DynamicInt8())],
+    [("awq", IntGroup(), None), ("smooth_quant", Int8Channel(), DynamicInt8())],
 )
 def test_what_it_computes_stays_and_rounding_costs_less(
-    uneven: LlamaForCausalLM, ids: Tensor, method: Method, grid: QuantizerSpec, inputs: ActivationSpec | None
+    uneven: LlamaForCausalLM, method: Method, grid: QuantizerSpec, inputs: ActivationSpec | None
 ) -> None:
+    ids = torch.randint(0, 64, (8, 24), generator=torch.Generator().manual_seed(1))
     full = logits(uneven, {"input_ids": ids})
     plain = copy.deepcopy(uneven)
     prepare(plain, grid, activations=inputs)
@@ -59,7 +61,7 @@ def test_what_it_computes_stays_and_rounding_costs_less(
     assert norms == [f"model.layers.{i}.{n}_layernorm" for i in range(2) for n in ("input", "post_attention")]
     assert kl(full, logits(uneven, {"input_ids": ids})) < 0.7 * kl(full, logits(plain, {"input_ids": ids}))
     switch(uneven, enabled=False)
-    torch.testing.assert_close(logits(uneven, {"input_ids": ids}), full, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(uneven, {"input_ids": ids}), full, rtol=1e-3, atol=2e-3)  # of logits up to 20
 
 
 def test_smooth_quant_against_the_formula(uneven: LlamaForCausalLM) -> None:
@@ -80,18 +82,21 @@ def test_smooth_quant_against_the_formula(uneven: LlamaForCausalLM) -> None:
     torch.testing.assert_close(layer.self_attn.q_proj.weight, q_proj)
 
 
-def test_awq_leaves_alone_what_it_cannot_better(llama: LlamaForCausalLM) -> None:
-    """A grid that holds the weights exactly: no scale has less error than none."""
-    with torch.no_grad():
-        for parameter in llama.parameters():
-            if parameter.ndim == 2:
-                parameter.copy_(torch.where(parameter >= 0, 7.0, -7.0) * 2**-6)
-                parameter[:, 0] = 7.5 * 2**-6
-    weight = llama.model.layers[0].self_attn.q_proj.weight
-    before = weight.detach().clone()
-    prepare(llama, IntGroup(bits=8, group_size=64, scale="mse"))
-    equalize(llama, batches_of(), partial(logits, llama), "awq")
-    assert (weight / before - 1).abs().max() < 0.5
+def test_awq_lessens_the_error_of_the_outputs(uneven: LlamaForCausalLM) -> None:
+    seen: list[Tensor] = []
+    layer, grid = uneven.model.layers[0].mlp.up_proj, IntGroup(bits=3)
+    handle = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(0, 1)))
+    for batch in batches_of():
+        logits(uneven, batch)
+    handle.remove()
+    x, before = torch.cat(seen), layer.weight.detach().clone()
+    prepare(uneven, grid)
+    equalize(uneven, batches_of(), partial(logits, uneven), "awq")
+    scale = (layer.weight / before)[0]
+    torch.testing.assert_close(layer.weight, before * scale)  # a number a channel
+    rounded = [grid.dequantize(grid.quantize(weight)) for weight in (before, layer.weight)]
+    errors = [(x @ (weight - before).T).square().sum() for weight in (rounded[0], rounded[1] / scale)]
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_a_norm_that_something_else_reads_is_refused(uneven: LlamaForCausalLM) -> None:

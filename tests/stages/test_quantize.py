@@ -41,11 +41,12 @@ def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
             text,
             "by_layer: {kind: quantize, student: teacher, num_tokens: 0, "
             "layers: [{match: '*.down_proj', quantizer: int8_channel}, {match: k_proj, quantizer: fp8}]}",
-            "mixed: {kind: quantize, student: teacher, num_tokens: 0, mixed: {bits: 5, "
+            "mixed: {kind: quantize, student: teacher, num_tokens: 0, equalize: awq, mixed: {bits: 5, "
             "also: [{kind: int_group, bits: 2}, int8_channel], num_sequences: 2}}",
             "gptq: {kind: quantize, student: teacher, num_tokens: 0, rounding: gptq, quantizer: "
             "{kind: int_group, bits: 3, scale: mse}}",
-            "w8a8: {kind: quantize, student: teacher, quantizer: int8_channel, activations: static_int8, "
+            "w8a8: {kind: quantize, student: teacher, equalize: smooth_quant, quantizer: int8_channel, "
+            "activations: static_int8, "
             f"{TRAINING}}}",
             "learned: {kind: quantize, student: teacher, teacher: self, lora: {r: 2}, from_step: 1, quantizer: "
             f"{{kind: int_group, bits: 2, scale: learned}}, {TRAINING}}}",
@@ -58,9 +59,9 @@ def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
     )
     schemes = {
         "by_layer": "int4, group 32; *.down_proj: int8, per channel; k_proj: fp8, per channel",
-        "mixed": "int4, group 32; mixed, 5 bits",
+        "mixed": "int4, group 32; awq; mixed, 5 bits",
         "gptq": "int3, group 32, mse; gptq",
-        "w8a8": "int8, per channel; int8 activations, mse",
+        "w8a8": "int8, per channel; smooth_quant; int8 activations, mse",
         "learned": "int2, group 32, learned",
         "q4_0": "Q4_0",
         "on_text": "Q8_0",
