@@ -1,6 +1,6 @@
 # make quickstart   install, then prune, distil and quantize a small model and write its report
 # make test         install with the test extras, then run the tests
-# make chaos        kill, freeze and spoil runs hundreds of times, and write docs/reliability.md
+# make chaos        kill, freeze, resume and spoil runs hundreds of times, and write docs/reliability.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from distill.core.errors import RecipeError
 from distill.core.mistakes import blamed, mistakes_of
+from distill.core.secrets import secrets_in
 from distill.core.source import KeyPath, Source, parse, read, suggest
 from distill.core.spec import Family, Spec
 from distill.data import SOURCES
@@ -125,7 +126,12 @@ class Recipe(Spec):
         return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False, allow_unicode=True)
 
     def _mistakes(self, source: Source) -> Iterable[str]:
-        """What pydantic cannot see: references between stages, settings without effect."""
+        """What pydantic cannot see: references between stages, settings without effect, secrets."""
+        for where in secrets_in(source.data):
+            yield (
+                f"{source.at(where)}: holds a password or token, which the run would write down; leave it to the "
+                "environment (HF_TOKEN, WANDB_API_KEY) or ~/.netrc"
+            )
         earlier: list[str] = []
         for name, stage in self.stages.items():
             path: KeyPath = ("stages", name)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from distill.core.artifact import fingerprint, hash_of, write_text
 from distill.core.errors import DistillError, InputError, Interrupted, MachineError, Preempted
@@ -100,8 +101,11 @@ def _lead(session: Session, ranks: Ranks | None, only: str | None, start: str | 
     with the_run.lock():
         hashes = _finished_before(session, only) if only is not None else {}
         say(f"{session.recipe}: {len(names)} stages into {the_run.folder}")
+        for line in _changes(the_run.folder / RECIPE, session.text):
+            say(f"  changed since it last ran: {line}")
         for name in [only] if only is not None else names[names.index(start) :] if start is not None else []:
             the_run.forget(name)
+        _refuse_to_begin_anew(session, [only] if only is not None else names, hashes)
         write_text(the_run.folder / RECIPE, session.text)  # only now: what is refused leaves the old one alone
         try:
             for name in [only] if only is not None else names:
@@ -224,6 +228,44 @@ def _done(the_run: Run, name: str) -> Done:
     done = the_run.done(name)
     assert done is not None
     return done
+
+
+def _refuse_to_begin_anew(session: Session, names: list[str], hashes: dict[str, str]) -> None:
+    """Look ahead, as long as a recipe's stages are done.
+
+    Raises:
+        InputError: a training was left in the middle, and what it reads has changed since.
+    """
+    the_run, hashes = session.run, dict(hashes)
+    for number, name in enumerate(names):
+        input_hash, done = _input_hash(session, name, hashes), the_run.done(name)
+        if not the_run.has_begun(name, input_hash):
+            if left := next((later for later in names[number:] if the_run.is_left(later)), None):
+                raise InputError(
+                    f"stages.{name}: what it reads (its keys, the text or a model) has changed, and {left}, which was "
+                    "left in the middle of a training, would begin anew; put it back, choose another --run-dir, or "
+                    f"give up what is saved by --from {name}"
+                )
+            return
+        if done is None or done.input_hash != input_hash:
+            return
+        hashes[name] = f"{input_hash} {done.made}"
+
+
+def _changes(file: Path, text: str) -> list[str]:
+    """Key by key what a recipe says that the one in ``file`` does not, or otherwise."""
+    try:
+        before, now = _flat(yaml.safe_load(file.read_text(encoding="utf-8"))), _flat(yaml.safe_load(text))
+    except (OSError, ValueError, yaml.YAMLError):  # there is none, or somebody has written into it
+        return []
+    keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
+    return [f"{key}: {before.get(key, 'unset')} -> {now.get(key, 'unset')}" for key in keys]
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    return {k: v for name, part in value.items() for k, v in _flat(part, f"{key}.{name}".lstrip(".")).items()}
 
 
 def _finished_before(session: Session, only: str) -> dict[str, str]:

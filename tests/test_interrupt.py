@@ -136,6 +136,24 @@ def test_a_damaged_checkpoint_is_passed_over(recipe: Path, undisturbed: bytes, t
     assert weights(folder) == undisturbed
 
 
+def test_another_recipe_is_not_gone_on_with(recipe: Path, tmp_path: Path, stopped: Path) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    said: list[str] = []
+    before = (folder / "recipe.yaml").read_text()
+    changes = ["stages.second.optimizer.lr=0.5", "compute.num_workers=1"]
+    with pytest.raises(InputError, match=r"would begin anew; .* or give up what is saved by --from second"):
+        run(Recipe.load(recipe, changes), folder, say=said.append)
+    with pytest.raises(InputError, match=r"stages.first: .*, and second, which was left .* --from first"):
+        run(Recipe.load(recipe, ["stages.first.num_steps=3"]), folder, say=said.append)
+    assert (folder / "recipe.yaml").read_text() == before
+    assert {
+        "  changed since it last ran: stages.second.optimizer.lr: 0.0001 -> 0.5",
+        "  changed since it last ran: compute.num_workers: 0 -> 1",
+        "  changed since it last ran: stages.first.num_steps: 2 -> 3",
+    } == {line for line in said if "changed since it last ran" in line}
+    assert any((folder / "second" / "checkpoints").glob("step=*.ckpt"))
+
+
 def test_ctrl_c_outside_of_training_is_no_success(recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "distill", "run", str(recipe), "--run-dir", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

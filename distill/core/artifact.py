@@ -61,7 +61,14 @@ class Artifact:
     def lineage(self) -> Lineage | None:
         """The lineage that a stage wrote, or None for a model from outside."""
         file = Path(self.location) / LINEAGE
-        return Lineage(**json.loads(file.read_text())) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            return Lineage(**read_json(file))
+        except TypeError:
+            raise InputError(
+                f"{file}: not the lineage that this version of distill writes; make the model anew"
+            ) from None
 
 
 def write_lineage(folder: Path, lineage: Lineage) -> None:
@@ -117,6 +124,22 @@ def _disk_trouble(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return error.strerror or str(error)
     return str(error) if "(os error " in str(error) else None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file that something else may have written, or damaged.
+
+    Raises:
+        InputError: it holds none, or cannot be read.
+    """
+    try:
+        found = json.loads(file.read_bytes().decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        why = " ".join(str(error).split())
+        raise InputError(f"{file}: cannot be read as JSON ({why}); it is damaged, fetch or make it anew") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: holds {type(found).__name__}, expected a JSON object; fetch or make it anew")
+    return found
 
 
 def write_text(file: Path, text: str) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from distill.core.secrets import redacted
+
 
 class DistillError(Exception):
     """Base of every error that the command line prints as one line, without a traceback."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The line, without secrets: it may quote a library, an address or the environment."""
+        return redacted(super().__str__())
 
 
 class InputError(DistillError):

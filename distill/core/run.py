@@ -19,6 +19,7 @@ from distill.core.errors import InputError
 
 RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
+INPUT = "INPUT"
 
 _HELD: set[IO[str]] = set()
 """Locks of this process. Those that it forks, such as a loader's workers, would hold them too, and outlive a kill."""
@@ -69,16 +70,24 @@ class Run:
         Work that was left there with other inputs is moved aside, never deleted and never continued.
         """
         folder = self.stage(name)
-        marker = folder / "INPUT"
-        if folder.is_dir() and (not marker.is_file() or marker.read_text().strip() != input_hash):
+        if folder.is_dir() and not self.has_begun(name, input_hash):
             number = 1
             while (aside := folder.with_name(f"{name}.old-{number}")).exists():
                 number += 1
             folder.rename(aside)
             say(f"  its inputs have changed; what was there is now {aside.name}")
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(marker, input_hash + "\n")
+        write_text(folder / INPUT, input_hash + "\n")
         return folder
+
+    def has_begun(self, name: str, input_hash: str) -> bool:
+        """Whether the work in a stage's folder was begun with these inputs."""
+        marker = self.stage(name) / INPUT
+        return marker.is_file() and marker.read_text(errors="replace").strip() == input_hash
+
+    def is_left(self, name: str) -> bool:
+        """Whether a stage was left in the middle of a training that has saved something."""
+        return self.done(name) is None and any((self.stage(name) / CHECKPOINTS).glob("step=*.ckpt"))
 
     def finish(self, name: str, done: Done) -> None:
         """Mark a stage as finished."""

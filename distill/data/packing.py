@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from distill.core.artifact import sync, write_text
+from pydantic import TypeAdapter, ValidationError
+
+from distill.core.artifact import read_json, sync, write_text
 from distill.core.errors import InputError, MachineError
 from distill.data.base import Document
 from distill.data.encoder import Encoder
@@ -69,9 +71,13 @@ def read_tokens(path: Path) -> TokenFile | None:
     header = path.with_suffix(".json")
     if not (header.is_file() and path.is_file()):
         return None
-    tokens = TokenFile(path=str(path), **json.loads(header.read_text()))
-    width = 2 if tokens.dtype == "uint16" else 4
-    return tokens if path.stat().st_size == tokens.num_tokens * width else None
+    try:
+        tokens = TypeAdapter(TokenFile).validate_python({**read_json(header), "path": str(path)})
+    except (InputError, ValidationError):
+        return None  # it is written anew
+    width, beside = {"uint16": 2, "uint32": 4}.get(tokens.dtype), path.with_suffix(".bytes")
+    whole = width is not None and path.stat().st_size == tokens.num_tokens * width
+    return tokens if whole and (not beside.is_file() or beside.stat().st_size == tokens.num_tokens * 4) else None
 
 
 def write_tokens(

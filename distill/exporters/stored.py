@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.core.errors import InputError
 from distill.exporters.compressed_tensors import INT8, PACKED, PLAIN
+from distill.models.size import weight_map
 from distill.quantization.base import Codes
 
 if TYPE_CHECKING:
@@ -95,9 +95,8 @@ def _codes(folder: Path, layer: str, leaf: str, bits: int, read: Any, keys: set[
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if (homes := weight_map(folder)) is not None:
+        return [folder / name for name in sorted(set(homes.values()))]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"{folder}: no *.safetensors in it")

@@ -5,10 +5,10 @@ A model that is not on this machine is unknown; nothing is downloaded.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from distill.core.artifact import read_json
 from distill.core.errors import InputError
 from distill.models.layouts import LAYOUTS, layout_for
 from distill.models.load import locate
@@ -51,10 +51,10 @@ def config_of(reference: str) -> Config | None:
         file = Path(cached) if isinstance(cached, str) else None
     if file is None:
         return None
-    config = json.loads(file.read_text())
+    config = read_json(file)
     generation = file.with_name("generation_config.json")
     if generation.is_file():  # it has the last word on what ends a text
-        config["eos_token_id"] = json.loads(generation.read_text()).get("eos_token_id", config.get("eos_token_id"))
+        config["eos_token_id"] = read_json(generation).get("eos_token_id", config.get("eos_token_id"))
     return config
 
 

@@ -7,12 +7,12 @@ transformers' loader knows of that is asked for each parameter, instead of for t
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.core.errors import InputError
 from distill.models.load import load_config, load_model, locate, low_bit_scheme, quiet_transformers
+from distill.models.size import weight_map
 
 if TYPE_CHECKING:
     import torch
@@ -129,9 +129,8 @@ def _opened(file: Path) -> Any:
 
 def _homes(folder: Path) -> dict[str, str]:
     """Tensor -> the file that holds it."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return dict(json.loads(index.read_text())["weight_map"])
+    if (homes := weight_map(folder)) is not None:
+        return homes
     if not (folder / "model.safetensors").is_file():
         raise InputError(f"{folder}: no model.safetensors in it; weights of another format cannot be cut")
     with _opened(folder / "model.safetensors") as opened:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from distill.core.artifact import read_json
 from distill.core.errors import InputError
 
 
@@ -72,6 +72,21 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(unique.values()), sum(n for key, n in unique.items() if key not in outer)
 
 
+def weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor -> name of the file that holds it, of a model in several files; None of one in a single file.
+
+    Raises:
+        InputError: the index is damaged, or names what is not a file of this folder.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return None
+    homes = read_json(index).get("weight_map")
+    if not isinstance(homes, dict) or not all(isinstance(n, str) and Path(n).name == n for n in homes.values()):
+        raise InputError(f"{index}: expected weight_map, from each tensor to a file of this folder; fetch it anew")
+    return homes
+
+
 def weight_bytes(path: str | Path) -> int:
     """Bytes of a weight file, or of the safetensors files that a model folder really uses.
 
@@ -81,9 +96,8 @@ def weight_bytes(path: str | Path) -> int:
     path = Path(path)
     if path.is_file():
         return path.stat().st_size
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        files = [path / name for name in set(json.loads(index.read_text())["weight_map"].values())]
+    if (homes := weight_map(path)) is not None:
+        files = [path / name for name in set(homes.values())]
     elif (path / "model.safetensors").is_file():
         files = [path / "model.safetensors"]
     else:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from distill.core.artifact import read_json
+from distill.core.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,11 @@ class Origin:
     @classmethod
     def read(cls, file: Path) -> Origin:
         """From a plan that the prune stage has written."""
-        plan = json.loads(file.read_text(encoding="utf-8"))
-        return cls(tuple(plan["layers"]), tuple(plan["hidden_channels"]))
+        plan = read_json(file)
+        try:
+            return cls(tuple(plan["layers"]), tuple(plan["hidden_channels"]))
+        except (KeyError, TypeError):
+            raise InputError(f"{file}: no plan that this version of distill reads; prune anew") from None
 
     def cut_again(self, later: Origin) -> Origin:
         """The origin of a model that was cut out of this one.

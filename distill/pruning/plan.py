@@ -107,7 +107,11 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan that :meth:`to_dict` wrote."""
+        """The plan that :meth:`to_dict` wrote.
+
+        Raises:
+            InputError: it is another thing.
+        """
 
         def rows(key: str) -> Rows | None:
             return None if data.get(key) is None else tuple(map(tuple, data[key]))
@@ -115,8 +119,13 @@ class Plan:
         def flat(key: str) -> tuple[int, ...] | None:
             return None if data[key] is None else tuple(data[key])
 
-        changed = {key: rows(key) for key in ("mlp_neurons", "attention_heads", "kv_groups", "experts", "merged_heads")}
-        return cls(**{**data, **changed, **{key: flat(key) for key in ("layers", "hidden_channels", "vocabulary")}})
+        try:
+            changed = {
+                key: rows(key) for key in ("mlp_neurons", "attention_heads", "kv_groups", "experts", "merged_heads")
+            }
+            return cls(**{**data, **changed, **{key: flat(key) for key in ("layers", "hidden_channels", "vocabulary")}})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"plan.json is no plan that this version of distill reads ({error}); prune anew") from None
 
 
 def plan(

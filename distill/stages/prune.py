@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from distill.core.artifact import write_bytes, write_text
+from distill.core.artifact import read_json, write_bytes, write_text
 from distill.core.errors import InputError
 from distill.core.run import CHECKPOINTS
 from distill.pruning import CRITERIA, Activation, BlockInfluence
@@ -215,5 +215,5 @@ def score_plots_of(folder: Path, name: str) -> list[Plot]:
 
     if not (folder / SCORES).is_file():
         return []
-    the_plan = Plan.from_dict(json.loads((folder / PLAN).read_text(encoding="utf-8")))
+    the_plan = Plan.from_dict(read_json(folder / PLAN))
     return score_plots(name, Scores(**load_file(folder / SCORES)), the_plan)

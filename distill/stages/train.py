@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from distill.core.artifact import fingerprint
 from distill.core.errors import InputError
 from distill.losses.base import AnyLossSpec
 from distill.stages.base import SELF, Released, StageContext
@@ -68,6 +69,9 @@ def train(
         raise InputError(f"from_step ({quantized_from_step}) must be less than the stage's {num_steps} steps; lower it")
     check_context_length(student.model, session.data.sequence_length)
     check_packing(context, student.model)
+    made_of = {"recipe, text and models": context.input_hash}
+    if isinstance(teacher, str) and teacher != SELF:
+        made_of["teacher"] = fingerprint(session.artifact(teacher).location)
     source: Teacher | None = None
     if isinstance(teacher, LiveTeacher):
         source, teacher = teacher, None
@@ -107,6 +111,7 @@ def train(
             logger=session.logger(),
             say=session.say,
             world=world,
+            made_of=made_of,
         )
     if world.rank:
         raise Released

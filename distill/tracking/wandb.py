@@ -23,6 +23,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import DummyExperiment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from distill.core.secrets import redacted
 from distill.tracking.spec import LoggingSpec
 from distill.tracking.tables import COLUMNS, cell, teacher_first
 from distill.tracking.tradeoff import Row
@@ -290,4 +291,4 @@ def _line(error: Exception) -> str:
 
 
 def _warn(text: str) -> None:
-    logging.getLogger("distill").warning(text)
+    logging.getLogger("distill").warning(redacted(text))

@@ -166,11 +166,14 @@ class Checkpoints(StepEnd):
         every: steps between two.
         keep: how many are kept.
         owed: whether the checkpoint that is gone on from was left before the validation after its step was done.
+        made_of: goes into each; see :func:`distill.training.checkpoint.check_made_of`.
     """
 
-    def __init__(self, folder: Path, *, every: int, keep: int, owed: bool = False):
+    def __init__(
+        self, folder: Path, *, every: int, keep: int, owed: bool = False, made_of: dict[str, str] | None = None
+    ):
         super().__init__()
-        self.folder, self.every, self.keep, self.owed = folder, every, keep, owed
+        self.folder, self.every, self.keep, self.owed, self.made_of = folder, every, keep, owed, made_of or {}
         self._asked = self._saved = 0
         self._before: dict[int, Any] = {}
 
@@ -194,6 +197,10 @@ class Checkpoints(StepEnd):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say what it was made of."""
+        checkpoint["made_of"] = self.made_of
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Count micro-batches anew: Lightning finds the ends of steps by them, and their size may have changed."""

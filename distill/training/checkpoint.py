@@ -13,7 +13,7 @@ import torch
 from pytorch_lightning.plugins import TorchCheckpointIO
 
 from distill.core.artifact import sync
-from distill.core.errors import MachineError
+from distill.core.errors import InputError, MachineError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -73,6 +73,24 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
             continue
         return path, complaints
     return None, complaints
+
+
+def check_made_of(path: Path, made_of: dict[str, str]) -> None:
+    """Refuse a checkpoint of another training, which somebody has put here.
+
+    Args:
+        path: that :func:`newest_valid` has found.
+        made_of: what the training reads -> its hash.
+
+    Raises:
+        InputError: it was made of something else.
+    """
+    held = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("made_of", {})
+    if others := [name for name in made_of if held.get(name) != made_of[name]]:
+        raise InputError(
+            f"{path}: it is of another training ({', '.join(others)} differ); take it away, or put back what it was "
+            "made of"
+        )
 
 
 def rotate(folder: Path, keep: int) -> None:

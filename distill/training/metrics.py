@@ -47,14 +47,16 @@ class MetricsLog:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """All complete rows of a folder's ``metrics.jsonl``; a line cut short by a kill is left out."""
+    """All complete rows of a folder's ``metrics.jsonl``; a line that is cut short or damaged is left out."""
     file = folder / ROWS
     rows = []
-    for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else []:
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict) and {"step", "tokens"} <= row.keys():
+            rows.append(row)
     return rows
 
 

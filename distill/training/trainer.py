@@ -20,7 +20,7 @@ from distill.core.run import CHECKPOINTS
 from distill.core.world import ALONE, World
 from distill.training.alarms import Alarms
 from distill.training.callbacks import Checkpoints, Record, ShowProgress, Waited
-from distill.training.checkpoint import AtomicCheckpointIO, checkpoint_step, newest_valid
+from distill.training.checkpoint import AtomicCheckpointIO, check_made_of, checkpoint_step, newest_valid
 from distill.training.compile import compiled_bodies
 from distill.training.guard import BAD_BATCHES, Guard
 from distill.training.joined import Joined
@@ -81,6 +81,7 @@ def fit(
     logger: Logger | None = None,
     say: Callable[[str], None] = print,
     world: World = ALONE,
+    made_of: dict[str, str] | None = None,
 ) -> int:
     """Train for the budget, from the newest valid checkpoint in ``folder`` if there is one.
 
@@ -96,9 +97,16 @@ def fit(
         logger: Lightning's logger, for W&B.
         say: prints a line.
         world: the processes that train together; see :func:`distill.training.ranks.together`.
+        made_of: what the training reads -> its hash; a checkpoint of anything else is refused.
 
     Returns:
         Optimizer steps of the budget.
+
+    Raises:
+        InputError: the batch cannot be split, or the checkpoint is of another training.
+        MachineError: no memory or no disk is left.
+        Interrupted: by Ctrl-C; what was done is saved.
+        Preempted: likewise, by SIGTERM or SIGUSR1.
     """
     _quiet_lightning()
     num_steps = budget.steps(tokens_per_sequence)
@@ -109,6 +117,8 @@ def fit(
     checkpoint, complaints = from_first(found)
     for line in complaints:
         say(f"  warning: {line}")
+    if checkpoint:
+        check_made_of(checkpoint, made_of or {})
     step = checkpoint_step(checkpoint) if checkpoint else 0
     owed = bool(step) and step % validate_every == 0 and from_first(not is_validated(folder, step))
     if checkpoint:
@@ -127,7 +137,11 @@ def fit(
         say=say,
     )
     saver = Checkpoints(
-        folder / CHECKPOINTS, every=compute.checkpoint_every_steps, keep=compute.keep_checkpoints, owed=owed
+        folder / CHECKPOINTS,
+        every=compute.checkpoint_every_steps,
+        keep=compute.keep_checkpoints,
+        owed=owed,
+        made_of=made_of,
     )
     trainer = pl.Trainer(
         accelerator="gpu" if resolve_device(compute) == "cuda" else "cpu",

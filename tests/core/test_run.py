@@ -46,6 +46,18 @@ def test_begin_moves_work_of_other_inputs_aside(run: Run) -> None:
     assert aside == ["0", "1"]
 
 
+def test_a_training_that_was_left_is_known(run: Run) -> None:
+    checkpoint = run.begin("distill", "aa") / "checkpoints" / "step=00000003.ckpt"
+    assert run.has_begun("distill", "aa")
+    assert not run.has_begun("distill", "bb")
+    assert not run.is_left("distill")
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    assert run.is_left("distill")
+    run.finish("distill", Done("aa", 1.0, {}))
+    assert not run.is_left("distill")
+
+
 def test_begin_moves_a_folder_without_a_marker_aside(run: Run) -> None:
     (run.folder / "distill").mkdir(parents=True)
     (run.folder / "distill" / "mine").write_text("precious")

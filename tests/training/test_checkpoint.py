@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from distill.core.errors import MachineError
-from distill.training.checkpoint import AtomicCheckpointIO, checkpoint_path, checkpoints, newest_valid, rotate
+from distill.core.errors import InputError, MachineError
+from distill.training.checkpoint import (
+    AtomicCheckpointIO,
+    check_made_of,
+    checkpoint_path,
+    checkpoints,
+    newest_valid,
+    rotate,
+)
 
 
 def save(folder: Path, step: int) -> Path:
@@ -108,3 +115,11 @@ def test_code_within_a_whole_checkpoint_is_not_run(tmp_path: Path, monkeypatch: 
     assert found is None
     assert len(complaints) == 1
     assert not Path("marker").exists()
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
+    path, ours = tmp_path / "step=00000001.ckpt", {"recipe": "aa", "teacher": "bb"}
+    AtomicCheckpointIO().save_checkpoint({"made_of": ours}, path)
+    check_made_of(path, ours)
+    with pytest.raises(InputError, match=r"it is of another training \(teacher differ\)"):
+        check_made_of(path, ours | {"teacher": "cc"})

@@ -22,7 +22,7 @@ def seal(file: Path) -> None:
 
 def is_whole(file: Path) -> bool:
     """Whether the head is there and is what was written."""
-    return file.is_file() and _seal_of(file).is_file() and _seal_of(file).read_text() == _checksum(file)
+    return file.is_file() and _seal_of(file).is_file() and _seal_of(file).read_bytes() == _checksum(file).encode()
 
 
 def _seal_of(file: Path) -> Path:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from distill.core.artifact import hash_of
 from distill.core.errors import InputError
 from distill.data.teacher_cache.base import CodecSpec
@@ -89,11 +91,32 @@ def read_header(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         header = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
-    if not isinstance(header, dict) or "identity" not in header:
-        raise InputError(f"{file}: not the header of a teacher cache; name another folder")
+    if not isinstance(header, dict) or "identity" not in header or not (_is_other(header) or _is_whole(header)):
+        raise InputError(f"{file}: not the header of a teacher cache, or damaged; name another folder, or remove it")
     return header
+
+
+def _is_other(header: dict[str, Any]) -> bool:
+    """Whether another version of distill has written it, in whichever form."""
+    return header.get("version") != VERSION
+
+
+def _is_whole(header: dict[str, Any]) -> bool:
+    """Whether all is there that a header says, and of its type."""
+    from distill.data.teacher_cache import CODECS
+    from distill.data.teacher_cache.fidelity import Fidelity
+
+    try:
+        identity = TypeAdapter(Identity).validate_python(header["identity"])
+        TypeAdapter(Fidelity).validate_python(header["fidelity"])
+        CODECS[identity.codec["kind"]].model_validate(identity.codec)
+        return all(
+            isinstance(header[key], int) and header[key] > 0 for key in ("width", "vocabulary", "rows_per_shard")
+        )
+    except (ValidationError, KeyError, TypeError):
+        return False
 
 
 def check_version(folder: Path, header: dict[str, Any]) -> None:
@@ -102,7 +125,7 @@ def check_version(folder: Path, header: dict[str, Any]) -> None:
     Raises:
         InputError: it is such a cache.
     """
-    if header.get("version") != VERSION:
+    if _is_other(header):
         raise InputError(
             f"{folder}: a teacher cache of version {header.get('version')}, expected {VERSION}; "
             "remove it to write it anew"

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_ARRAYS = ("rows", "sizes", "offsets", "checks")
+
+
 @dataclass(frozen=True)
 class Coded:
     """One row of the teacher.
@@ -89,24 +92,31 @@ class Shard:
     def __init__(self, file: Path):
         self.file = file
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
+            size, length = file.stat().st_size, int.from_bytes(stream.read(8), "little")
+            if 8 + length > size:
+                raise ValueError(f"{file}: cut off")
             try:
                 layout = json.loads(stream.read(length))
-                ends = [entry["data_offsets"] for name, entry in layout.items() if name != "__metadata__"]
-            except ValueError:
+                places = {name: tuple(layout[name]["data_offsets"]) for name in (*_ARRAYS, "payload")}
+                end = max(end for _, end in places.values())
+            except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{file}: damaged") from None
-        if 8 + length + max(end for _, end in ends) != file.stat().st_size:
+        if 8 + length + end != size:
             raise ValueError(f"{file}: cut off")
         self._bytes = np.memmap(file, np.uint8, "r", offset=8 + length)
 
         def array(name: str) -> np.ndarray:
-            start, end = layout[name]["data_offsets"]
+            start, end = places[name]
             return np.frombuffer(self._bytes[start:end].tobytes(), np.int64)
 
-        self.rows, self.sizes, self.offsets = array("rows"), array("sizes"), array("offsets")
-        self.checks = array("checks").reshape(-1, 2)
-        self._start, end = layout["payload"]["data_offsets"]
-        if self.offsets[-1] != end - self._start:
+        try:
+            self.rows, self.sizes, self.offsets = array("rows"), array("sizes"), array("offsets")
+            self.checks = array("checks").reshape(len(self.rows), 2)
+        except (ValueError, TypeError):
+            raise ValueError(f"{file}: damaged") from None
+        self._start, end = places["payload"]
+        counts = {len(self.rows), len(self.sizes), len(self.offsets) - 1}
+        if len(counts) > 1 or (np.diff(self.offsets, prepend=0) < 0).any() or self.offsets[-1] != end - self._start:
             raise ValueError(f"{file}: damaged")
 
     def read(self, index: int, ids: np.ndarray) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from distill.core.artifact import write_text
+from distill.core.artifact import read_json, write_text
+from distill.core.errors import InputError
 from distill.stages.base import StageContext
 
 SECONDS_BETWEEN_LINES = 15.0
@@ -23,7 +25,10 @@ class Found:
 
     def __init__(self, file: Path):
         self._file = file
-        self._all: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self._all: dict[str, Any] = {}
+        if file.is_file():
+            with suppress(InputError):  # damaged: what it held is measured anew
+                self._all = read_json(file)
 
     def get(self, kind: str, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What was measured before, or is now."""

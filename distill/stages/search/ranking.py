@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.core.artifact import write_text
+from distill.core.artifact import read_json, write_text
 from distill.pruning.budget import shown
 
 SEARCH = "search.json"
@@ -27,7 +27,7 @@ def ranking(folder: Path, most: int = 10) -> list[list[str]]:
     """
     if not (folder / SEARCH).is_file():
         return []
-    found = json.loads((folder / SEARCH).read_text(encoding="utf-8"))
+    found = read_json(folder / SEARCH)
     keys = list(dict.fromkeys(key for row in found["ranking"] for key in row["keep"]))
     measure, titles = found["measure"], ["estimated KL", "KL when cut", "KL after training", "is"]
     lines = [["", *keys, measure.replace("_", " "), *titles]]

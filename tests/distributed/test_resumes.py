@@ -1,0 +1,55 @@
+"""Cells of the resume matrix, of which ``benchmarks.faults`` runs all: enough that every choice is in one of them."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from distill.testing.cells import DATA, KILLED, TRAINED, WORLDS, Cell, Text, pairs
+from distill.testing.resumes import Moved, Resumes, differing
+from distill.testing.workers import Workers
+
+
+@pytest.fixture(scope="module")
+def resumes(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Resumes:
+    folder = tmp_path_factory.mktemp("resumes")
+    return Resumes(workers, Text(folder / "text").make(workers), folder)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        Cell("QAT, learned scales", "stream", killed="epoch's edge", micro_batches=1, num_workers=2),
+        Cell("LoRA, its own teacher", "best_fit", killed="mid-epoch"),
+        Cell("cached teacher", "padded", killed="epoch's edge", num_workers=2),
+        Cell("own sequences", "documents", killed="mid-epoch", micro_batches=1),
+        Cell("inner states", "wrapped", "2, ddp", killed="mid-epoch"),
+    ],
+    ids=lambda cell: f"{cell.trained} {cell.data}",
+)
+def test_a_killed_cell_goes_on_to_the_last_bit(cell: Cell, resumes: Resumes) -> None:
+    assert resumes.difference(cell) is None
+
+
+def test_another_training_is_told_apart(resumes: Resumes, tmp_path: Path) -> None:
+    """Else the test above could not fail."""
+    for name, dropout in (("wet", True), ("dry", False)):
+        resumes._run(Cell(dropout=dropout), tmp_path / name, None)
+    assert differing(tmp_path / "wet", tmp_path / "dry") == "model.safetensors"
+
+
+def test_one_process_goes_on_where_two_were(resumes: Resumes) -> None:
+    moved = resumes.moved([Cell(world="2, ddp", dropout=False), Cell(dropout=False)])
+    assert moved == Moved(other_rows=0, loss_difference=pytest.approx(0, abs=1e-5))
+
+
+def test_any_two_choices_meet_in_a_cell() -> None:
+    chosen = pairs()
+    assert len(chosen) >= 40
+    columns = [("trained", TRAINED), ("data", DATA), ("world", WORLDS), ("killed", KILLED)]
+    for (one, ones), (other, others) in combinations(columns, 2):
+        met = {(getattr(cell, one), getattr(cell, other)) for cell in chosen}
+        missing = {(a, b) for a in ones for b in others} - met
+        assert missing <= {("own sequences", "2, fsdp")}, "which is refused"
