@@ -11,6 +11,7 @@ from pydantic import Field
 from distill.core.run import Done, Run
 from distill.stages.base import StageContext, StageSpec
 from distill.stages.evaluate import Evaluate, measured_rows
+from distill.stages.mixed import scan_plot
 from distill.stages.prune import Prune, score_plots_of
 from distill.stages.search.ranking import ranking
 
@@ -59,7 +60,9 @@ class Report(StageSpec):
         cuts = {
             name: score_plots_of(session.run.stage(name), name) for name in session.stages if self._cut(context, name)
         }
-        page = write_report(rows, curves, answers, self._facts(context, rows), context.folder, cuts)
+        finished = [name for name in session.stages if session.run.done(name)]
+        scans = {name: [plot] for name in finished if (plot := scan_plot(session.run.stage(name), name))}
+        page = write_report(rows, curves, answers, self._facts(context, rows), context.folder, cuts, scans)
         if session.logger() is not None:
             from distill.tracking.wandb import log_tradeoff
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,7 @@ def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
             f"q4_0: {{kind: quantize, student: teacher, quantizer: q4_0, {TRAINING}}}",
             f"on_text: {{kind: quantize, student: teacher, losses: [cross_entropy], quantizer: q8_0, {TRAINING}}}",
             "evaluate: {speed: null}",
+            "report: {prompts: []}",
         ),
         tmp_path / "run",
         say=said.append,
@@ -85,6 +87,9 @@ def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
     assert spent <= 5 * sum(row["weights"] for row in scan)
     assert (the_run.stage("mixed") / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
     assert any("14 layers scanned" in line for line in said)
+    page = (the_run.stage("report") / "index.html").read_text()
+    assert re.findall(r"<h3>(\w+): what each layer costs", page) == ["mixed"]
+    assert (the_run.stage("report") / "plots" / "sensitivity_mixed.png").is_file()
     rows = {row["name"]: row for row in json.loads((the_run.stage("evaluate") / "rows.json").read_text())}
     assert rows["gptq"]["perplexity"] != rows["teacher"]["perplexity"]
 
