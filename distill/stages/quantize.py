@@ -48,6 +48,7 @@ class Quantize(DistillSpec, StageSpec):
     """
 
     makes_model: ClassVar[bool] = True
+    may_be_untaught: ClassVar[bool] = True
 
     kind: Literal["quantize"] = "quantize"
     student: str
@@ -119,8 +120,9 @@ class Quantize(DistillSpec, StageSpec):
         return self
 
     @model_validator(mode="after")
-    def _looks_at_the_teacher(self) -> Quantize:
-        if self.trains() and not self.is_taught() and "teacher" in self.model_fields_set:
+    def _teacher_is_read(self) -> Quantize:
+        named = self.teacher != type(self).model_fields["teacher"].default
+        if self.trains() and not self.is_taught() and named:
             raise ValueError("no loss looks at the teacher, so teacher has no effect; remove it or add a loss")
         return self
 
