@@ -143,7 +143,7 @@ def loss_curves(run: Run, stages: Iterable[str]) -> dict[str, dict[str, list[tup
         series: dict[str, list[tuple[float, float]]] = {}
         for row in read_rows(run.stage(name)):
             for key, value in row.items():
-                if key.startswith(("train/", "val/")):
+                if key.startswith(("train/", "val/")) and "tokens" in row:
                     series.setdefault(key, []).append((row["tokens"], value))
         if series:
             curves[name] = series
