@@ -59,6 +59,8 @@ def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
         tmp_path / "run",
         say=said.append,
     )
+    kept = (the_run.folder / "recipe.yaml").read_text(encoding="utf-8")
+    assert Recipe.from_text(kept).dump() == kept  # what resuming, comparing and other processes read
     schemes = {
         "by_layer": "int4, group 32; *.down_proj: int8, per channel; k_proj: fp8, per channel",
         "mixed": "int4, group 32; awq; mixed, 5 bits",
@@ -112,7 +114,7 @@ def test_what_has_no_effect_or_cannot_be_is_refused(teacher, text, tmp_path):
             "num_tokens: 0, rounding: gptq, mixed: {bits: 5, also: [fp8]}",
             "gptq rounds to symmetric integer grids, not fp8",
         ),
-        (f"losses: [cross_entropy], teacher: teacher, {TRAINING}", "so teacher has no effect"),
+        (f"losses: [cross_entropy], teacher: self, {TRAINING}", "so teacher has no effect"),
         (f"quantizer: {{kind: int_group, scale: learned, symmetry: asymmetric}}, {TRAINING}", "for symmetric codes"),
     ):
         with pytest.raises(RecipeError, match=message):
