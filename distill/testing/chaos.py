@@ -41,7 +41,11 @@ class Kill:
         if self.point not in POINTS:
             raise ValueError(f"{self.point!r} is not one of {', '.join(POINTS)}")
         if self.point == "half written":
-            torch.save = self._around(torch.save, before=None, after=_cut)
+            save, cut = torch.save, self._around(torch.save, before=None, after=_cut)
+            # what travels to other processes is saved into memory
+            torch.save = lambda value, file, *more, **options: (save if hasattr(file, "write") else cut)(
+                value, file, *more, **options
+            )
             return
         moment, _, call = self.point.partition(" ")
         name = {"sync": "fsync", "rename": "replace"}[call]
