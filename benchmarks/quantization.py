@@ -41,6 +41,8 @@ from distill.tracking.tradeoff import gap_closed
 FIRST_RATES = (5e-4, 1e-3)
 FIGURES = ("perplexity", "kl_to_student", "kl_to_teacher", "top1_agreement")
 FULL = "full precision"
+LEAST_GAP = 1e-3
+"""Nats; of a smaller gap no share is told, as it would be one of chance."""
 CALIBRATION_SEQUENCES = 32
 """Of 256 tokens: fifty a channel of the layers that gptq rounds."""
 
@@ -234,9 +236,11 @@ def trained_rows(
 def recovered(
     runs: Sequence[Figures], controls: Sequence[Mapping[str, Figures]], rounding: str, key: str = "loss_nats"
 ) -> Any:
-    """How much of what rounding costs the controls the trained students do not lose; None where it costs nothing."""
+    """How much of what rounding costs the controls the trained students do not lose; None where that is too little."""
     shares = [
         gap_closed(control[rounding][key], run[key], control[FULL][key])
+        if control[rounding][key] - control[FULL][key] > LEAST_GAP
+        else None
         for run, control in zip(runs, controls, strict=True)
     ]
     whole = [share for share in shares if share is not None]

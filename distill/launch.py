@@ -159,7 +159,7 @@ def _end(workers: list[subprocess.Popen[str]]) -> None:
 
 def _is_mistake(workers: list[subprocess.Popen[str]]) -> bool:
     """Whether the first has found the user's mistake: its line is all there is to say, and nobody has work to save."""
-    return workers[0].returncode == InputError.exit_code
+    return bool(workers) and workers[0].returncode == InputError.exit_code
 
 
 def _ended(workers: list[subprocess.Popen[str]], rank: int, logs: Path) -> RankEnded:

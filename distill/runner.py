@@ -64,14 +64,10 @@ def run(
         if name is not None and name not in names:
             raise InputError(f"{flag} {name}: no such stage (stages: {', '.join(names)})")
     the_run = Run(folder)
-    for name in names if only is None else [only]:
-        if (missing := recipe.stages[name].missing()) is not None and the_run.done(name) is None:
-            raise InputError(f"stages.{name}: {missing}")
     world = World.joined()
     if world is None and (num_processes := wanted_processes(recipe.compute)) > 1:
         with the_run.lock():  # what is refused is refused before anything is started
-            if only is not None:
-                _finished_before(_session(recipe, the_run, say, command, ALONE), only)
+            _planned(_session(recipe, the_run, say, command, ALONE), only, start)
         order = {"recipe": recipe.dump(), "run_dir": str(folder), "only": only, "start": start, "command": command}
         launch(num_processes, order, folder)
         return the_run
@@ -99,16 +95,16 @@ def _lead(session: Session, ranks: Ranks | None, only: str | None, start: str | 
     """Walk the stages; other processes are told of those that they share in."""
     the_run, names, say = session.run, list(session.stages), session.say
     with the_run.lock():
-        hashes = _finished_before(session, only) if only is not None else {}
+        todo, hashes = _planned(session, only, start)
         say(f"{session.recipe}: {len(names)} stages into {the_run.folder}")
         for line in _changes(the_run.folder / RECIPE, session.text):
             say(f"  changed since it last ran: {line}")
         for name in [only] if only is not None else names[names.index(start) :] if start is not None else []:
             the_run.forget(name)
-        _refuse_to_begin_anew(session, [only] if only is not None else names, hashes)
+        _refuse_to_begin_anew(session, todo, hashes)
         write_text(the_run.folder / RECIPE, session.text)  # only now: what is refused leaves the old one alone
         try:
-            for name in [only] if only is not None else names:
+            for name in todo:
                 input_hash = _input_hash(session, name, hashes)
                 _run_stage(session, ranks, name, input_hash, f"[{names.index(name) + 1}/{len(names)}]")
                 hashes[name] = f"{input_hash} {_done(the_run, name).made}"
@@ -116,6 +112,27 @@ def _lead(session: Session, ranks: Ranks | None, only: str | None, start: str | 
             session.close()
     if ranks is not None:
         ranks.tell(None)
+
+
+def _planned(session: Session, only: str | None, start: str | None) -> tuple[list[str], dict[str, str]]:
+    """The stages that are gone through, those of them that are finished too, and the hashes of those before.
+
+    Raises:
+        InputError: one before ``only`` is not finished, or one that will be worked on lacks a package.
+    """
+    names = list(session.stages)
+    todo, hashes = ([only], _finished_before(session, only)) if only is not None else (names, {})
+    again = {*todo} if only is not None else {*names[names.index(start) :]} if start is not None else set()
+    fresh = dict(hashes)  # of the stages that stay as they are
+    for name in todo:
+        done, stage = session.run.done(name), session.stages[name]
+        reads = [reference for reference in stage.reads(names[: names.index(name)]) if reference in names]
+        stays = done is not None and name not in again and all(read in fresh for read in reads)
+        if stays and done is not None and done.input_hash == (input_hash := _input_hash(session, name, fresh)):
+            fresh[name] = f"{input_hash} {done.made}"
+        elif (missing := stage.missing()) is not None:
+            raise InputError(f"stages.{name}: {missing}")
+    return todo, hashes
 
 
 def _follow(session: Session, ranks: Ranks) -> None:

@@ -291,7 +291,5 @@ def test_what_training_recovers_is_counted_from_the_control_of_its_own_seed() ->
     full, nearest = of(2.0, 3.0), of(4.0, 4.0)
     controls = [{quantization.FULL: f, "int4, nearest": n} for f, n in zip(full, nearest, strict=True)]
     assert quantization.recovered(of(3.0, 3.0), controls, "int4, nearest")["values"] == [0.5, 1.0]
-    assert (
-        quantization.recovered(of(3.0), [{quantization.FULL: full[0], "int4, nearest": full[0]}], "int4, nearest")
-        is None
-    )
+    no_gap = [{quantization.FULL: full[0], "int4, nearest": {"loss_nats": 2.0009}}]
+    assert quantization.recovered(of(3.0), no_gap, "int4, nearest") is None

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import forecast
-from distill.forecast import describe
+from distill.forecast import describe, room
 from distill.forecast.memory import Job
+from distill.models.lora import LoraSpec
 from distill.recipe import Recipe
 
 RECIPE = """\
@@ -73,9 +74,9 @@ def large(tmp_path: Path) -> tuple[Path, Path]:
             "",
             "",
             "compute.gradient_checkpointing: true, compute.micro_batch_size: 1, "
-            "compute.strategy: fsdp over 4 processes would need ",
+            "compute.strategy: fsdp with 4 GPUs (compute.devices x num_nodes) would need ",
         ),
-        (30, ", lora: {r: 8}", "", "compute.strategy: fsdp over 2 processes would need "),
+        (30, ", lora: {r: 8}", "", "compute.strategy: fsdp with 2 GPUs (compute.devices x num_nodes) would need "),
         (2, "", "", "no setting of compute is enough; train adapters"),
     ],
 )
@@ -90,6 +91,34 @@ def test_what_to_change_when_it_does_not_fit(
     assert "teacher 13.5 GB" in memory
     assert ("does not fit into" in plan) == (advice is not None) == (total > gigabytes)
     assert advice is None or advice in plan
+
+
+def test_what_is_not_known_is_said(large: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = RECIPE.replace("teacher: {teacher}", "teacher: somebody/elsewhere", 1).replace("tokenizer: teacher", "")
+    plan = describe(Recipe.from_text(elsewhere.format(teacher=large[0], text=large[1], more="", compute="")), 1000)
+    assert "+ the teacher, whose config is not on this machine" in plan
+    assert "compute.devices: auto is counted as one GPU a machine" in plan
+    alone = Recipe.from_text(RECIPE.format(teacher=large[0], text=large[1], more="", compute=", strategy: fsdp"))
+    monkeypatch.setattr(room, "_gpus", lambda: [80e9] * 4)
+    shared = next(line for line in describe(alone).splitlines() if "memory of a GPU: " in line)
+    assert "student 6.7 GB" in shared
+    assert "counted as one" not in describe(alone)
+
+
+def test_more_processes_are_no_help_on_a_cpu(large: tuple[Path, Path]) -> None:
+    text = RECIPE.replace("accelerator: gpu", "accelerator: cpu")
+    plan = describe(Recipe.from_text(text.format(teacher=large[0], text=large[1], more="", compute="")), 60)
+    assert "does not fit into" in plan
+    assert "fsdp" not in plan
+
+
+def test_adapters_are_counted_where_they_are(plain: Job) -> None:
+    def trained(targets: str | tuple[str, ...]) -> int:
+        return replace(plain, lora=LoraSpec(r=4, target_modules=targets)).trained()
+
+    parts = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert trained("all-linear") == trained(parts) == sum(trained((part,)) for part in parts)
+    assert trained(r".*\.q_proj") == trained(("self_attn.q_proj",)) == trained(("q_proj",)) > 0
 
 
 def test_tokens_a_step_and_checkpoints(large: tuple[Path, Path]) -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from distill.exporters.gguf_blocks import Blocks
+    from distill.exporters.gguf_blocks import FileTensor
 
 ENDS = ("token_embd.weight", "output.weight")
 
@@ -131,7 +131,7 @@ class Gguf(ExporterSpec):
             ),
         )
 
-    def _blocks(self, source_folder: Path) -> Iterator[tuple[str, Blocks]]:
+    def _blocks(self, source_folder: Path) -> Iterator[tuple[str, FileTensor]]:
         """(llama.cpp's name, weight as in the file) of every tensor."""
         import torch
 
@@ -155,7 +155,7 @@ class Gguf(ExporterSpec):
                 continue  # llama.cpp computes the first, and takes the embeddings for the second
             name, weight = name_of(key), in_order(key, weight, architecture, config)
             if isinstance(weight, Codes):
-                blocks: Blocks = code_blocks(key, weight)
+                blocks: FileTensor = code_blocks(key, weight)
             elif weight.ndim == 1:
                 blocks = plain_blocks(key, weight, "f32")
             else:
@@ -184,7 +184,7 @@ class _Written:
         return notes
 
 
-def _add_tensors(writer: Any, tensors: Iterator[tuple[str, Blocks]]) -> _Written:
+def _add_tensors(writer: Any, tensors: Iterator[tuple[str, FileTensor]]) -> _Written:
     from gguf import GGMLQuantizationType
 
     written = _Written()
@@ -199,7 +199,7 @@ def _add_tensors(writer: Any, tensors: Iterator[tuple[str, Blocks]]) -> _Written
     return written
 
 
-def _read_back(file: Path, tensors: Iterator[tuple[str, Blocks]]) -> int:
+def _read_back(file: Path, tensors: Iterator[tuple[str, FileTensor]]) -> int:
     """Hold every tensor of the file, as another reader decodes it, against what it has to stand for.
 
     Raises:

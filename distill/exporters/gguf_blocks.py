@@ -26,7 +26,7 @@ PLAIN = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 
 
 @dataclass(frozen=True)
-class Blocks:
+class FileTensor:
     """A weight as it is in the file.
 
     Attributes:
@@ -44,7 +44,7 @@ class Blocks:
     moved_scales: int = 0
 
 
-def plain_blocks(name: str, weight: Tensor, wanted: str) -> Blocks:
+def plain_blocks(name: str, weight: Tensor, wanted: str) -> FileTensor:
     """A full-precision weight in one of :data:`PLAIN`, rounded as llama.cpp's own quantizer rounds.
 
     Raises:
@@ -59,14 +59,14 @@ def plain_blocks(name: str, weight: Tensor, wanted: str) -> Blocks:
         raise InputError(f"{name}: has values that fp16 does not hold; set embeddings to f32 if it is one of those")
     if kind in ("F32", "F16"):
         data = array.astype(numpy.float32 if kind == "F32" else numpy.float16)
-        return Blocks(kind, data, data.astype(numpy.float32))
+        return FileTensor(kind, data, data.astype(numpy.float32))
     if array.shape[-1] % 32:
         raise InputError(f"{name}: rows of {array.shape[-1]} weights cannot be written as {kind}, in blocks of 32")
     data = quants.quantize(array, GGMLQuantizationType[kind])
-    return Blocks(kind, data, quants.dequantize(data, GGMLQuantizationType[kind]))
+    return FileTensor(kind, data, quants.dequantize(data, GGMLQuantizationType[kind]))
 
 
-def code_blocks(name: str, codes: Codes) -> Blocks:
+def code_blocks(name: str, codes: Codes) -> FileTensor:
     """Trained codes in the smallest format that holds every one of them; nothing is rounded but, if need be, scales.
 
     Raises:
@@ -102,7 +102,7 @@ def code_blocks(name: str, codes: Codes) -> Blocks:
     used = values.reshape(*scale.shape, size).any(-1)
     read = numpy.repeat(half.astype(numpy.float32), size, axis=-1) * values
     moved = int(((half != scale) & used).sum())
-    return Blocks(kind, _pack(kind, values, half), read, from_codes=True, moved_scales=moved)
+    return FileTensor(kind, _pack(kind, values, half), read, from_codes=True, moved_scales=moved)
 
 
 def _pack(kind: str, values: numpy.ndarray, scale: numpy.ndarray) -> numpy.ndarray:

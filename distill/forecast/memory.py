@@ -14,8 +14,9 @@ With gradient checkpointing ``activations = t L hidden`` and a whole block is in
 teacher, gradients and optimizer are shared out among the processes; a block and both heads are whole. Beside it stand
 the libraries and, on a GPU, its context and what the allocator cannot use (a GB or two).
 
-It is exact for blocks of Llama's build (``benchmarks/forecast.py`` holds it against measured bytes), near for others;
-losses on inner states, attention masks, adapters' own activations and a compiler's plan are not counted.
+For blocks of Llama's build it is within a few percent (``benchmarks/forecast.py`` holds it against measured bytes) and
+near for others; losses on inner states, sequences that the student writes itself, attention masks, adapters' own
+activations and a compiler's plan are not counted.
 
 Source: the way of counting is that of Korthikanti et al. 2022, arXiv 2205.05198, section 4, without the attention
 matrix, which fused attention never writes down.
@@ -23,6 +24,7 @@ matrix, which fused attention never writes down.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from math import prod
@@ -76,6 +78,7 @@ class Job:
         on_cpu: where it runs.
         num_processes: that train together.
         sharded: whether they share the models out.
+        lacks_teacher: whether there is a teacher besides, of unknown size.
     """
 
     student: Config
@@ -93,12 +96,13 @@ class Job:
     on_cpu: bool
     num_processes: int = 1
     sharded: bool = False
+    lacks_teacher: bool = False
 
     def trained(self) -> int:
         """Parameters that are trained."""
         if self.lora is None:
             return Shape(self.student).parameters
-        return self.lora.r * Shape(self.student).ends_of_linear_layers
+        return self.lora.r * Shape(self.student).ends_of_adapted(self.lora.target_modules)
 
     def checkpoint_bytes(self) -> int:
         """Of a checkpoint: what is trained, and the optimizer's moments of it."""
@@ -198,10 +202,10 @@ class Shape:
         """Numbers in the matrices of all blocks."""
         return self.layers * sum(prod(shape(row, self._sizes)) for row in self._matrices)
 
-    @property
-    def ends_of_linear_layers(self) -> int:
-        """Inputs and outputs of all linear layers of all blocks: what an adapter of rank 1 has on all of them."""
-        return self.layers * sum(sum(shape(row, self._sizes)[-2:]) for row in self._matrices)
+    def ends_of_adapted(self, targets: str | tuple[str, ...]) -> int:
+        """Inputs and outputs of the blocks' linear layers that ``lora.target_modules`` names: an adapter of rank 1."""
+        rows = [row for row in self._matrices if _is_named(row.path.removesuffix(".weight"), targets)]
+        return self.layers * sum(sum(shape(row, self._sizes)[-2:]) for row in rows)
 
     def block_bytes(self, precision: Precision, length: int) -> int:
         """What autograd keeps of a block, a token of a sequence of so many."""
@@ -239,3 +243,10 @@ class Shape:
 def _flat(row: Parameter) -> list[str]:
     """The axes of all dimensions, fused ones one by one."""
     return [axis for dimension in row.axes for axis in ([dimension] if isinstance(dimension, str) else dimension)]
+
+
+def _is_named(module: str, targets: str | tuple[str, ...]) -> bool:
+    """As peft reads its ``target_modules``: a keyword, a pattern of the whole name, or ends of names."""
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, module) is not None
+    return any(module == end or module.endswith(f".{end}") for end in targets)

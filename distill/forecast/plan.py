@@ -173,11 +173,14 @@ def _budget(stage: BudgetSpec, recipe: Recipe) -> str:
 
 
 def _cut_memory(stage: Prune, after: Config | None, known: Known) -> str | None:
-    """Bytes while the weights are cut: the student, and the largest weight of the model as stored and as cut."""
+    """Bytes while the weights are cut: the student, and the largest weight of the model as stored and as cut; or, where
+    projections are solved anew, the student in float32 beside the whole model."""
     before = known_or_found(stage.model, known)
     student = count(after)
     if before is None or student is None or count(before) is None:
         return None
+    if stage.reconstruct is not None:
+        return f"{4 * (student + (count(before) or 0)) / 1e9:,.2f} GB to cut and reconstruct on a CPU, after scoring"
     layout = layout_for(str(before["model_type"]))
     sizes = layout.sizes(before)
     largest = max(prod(shape(parameter, sizes)) for parameter in layout.parameters if parameter.exists(before))

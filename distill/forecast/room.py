@@ -28,34 +28,42 @@ class Room:
     Attributes:
         on_gpu: whether that is a GPU.
         num_bytes: of memory for one process; None when nobody knows.
+        num_gpus: of this machine; None when nobody knows.
     """
 
     on_gpu: bool
     num_bytes: float | None
+    num_gpus: int | None = None
 
     @classmethod
     def of(cls, compute: ComputeSpec, memory_gb: float | None = None) -> Room:
         """What was said, or else what this machine has; ``auto`` is a GPU where there is one."""
         if memory_gb is not None:
             return cls(compute.accelerator != "cpu", memory_gb * 1e9)
-        gpu = _smallest_gpu() if compute.accelerator != "cpu" else None
-        if gpu is not None or compute.accelerator == "gpu":
-            return cls(True, gpu)
+        gpus = _gpus() if compute.accelerator != "cpu" else []
+        if gpus or compute.accelerator == "gpu":
+            return cls(True, min(gpus, default=None), len(gpus) or None)
         here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return cls(False, here / (1 if compute.devices == "auto" else compute.devices))
 
+    def processes(self, compute: ComputeSpec) -> int:
+        """That train together; ``devices: auto`` is all GPUs of a machine, or one where nobody knows."""
+        if self.on_gpu and compute.devices == "auto":
+            return compute.num_nodes * (self.num_gpus or 1)
+        return compute.known_processes()
 
-def _smallest_gpu() -> float | None:
-    """Bytes of the smallest GPU that the driver's own tool shows; no torch is needed to ask it."""
+
+def _gpus() -> list[float]:
+    """Bytes of the GPUs that the driver's own tool shows; no torch is needed to ask it."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return None
+        return []
     query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         shown = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()
-        return min(int(mib) for mib in shown) * 2.0**20
+        return [int(mib) * 2.0**20 for mib in shown]
     except (OSError, ValueError, subprocess.SubprocessError):
-        return None
+        return []
 
 
 def job_of(name: str, stage: StageSpec, recipe: Recipe, known: Known, room: Room) -> Job | None:
@@ -64,9 +72,9 @@ def job_of(name: str, stage: StageSpec, recipe: Recipe, known: Known, room: Room
     student = known[name]
     if not isinstance(stage, BudgetSpec) or not stage.steps(length) or student is None or count(student) is None:
         return None
-    num_processes = compute.known_processes()
+    num_processes = room.processes(compute)
     micro, num_micro = split_batch(stage, compute, num_processes)
-    teacher, head_only = _teacher(stage, recipe, known)
+    teacher, head_only, lacks_teacher = _teacher(stage, recipe, known)
     losses = stage.losses if isinstance(stage, DistillSpec) else []
     automatic: Precision = "bf16-mixed" if room.on_gpu else "32-true"
     return Job(
@@ -85,20 +93,24 @@ def job_of(name: str, stage: StageSpec, recipe: Recipe, known: Known, room: Room
         on_cpu=not room.on_gpu,
         num_processes=num_processes,
         sharded=compute.strategy == "fsdp",
+        lacks_teacher=lacks_teacher,
     )
 
 
-def _teacher(stage: StageSpec, recipe: Recipe, known: Known) -> tuple[Config | None, bool]:
-    """The config of the teacher that a stage has in memory, if any, and whether it is the head alone."""
+def _teacher(stage: StageSpec, recipe: Recipe, known: Known) -> tuple[Config | None, bool, bool]:
+    """The config of the teacher that a stage has in memory, if any; whether it is the head alone; of unknown size."""
     reference = next((reference for key, reference in stage.references() if key == ("teacher",)), SELF)
     if reference == SELF:
-        return None, False
+        return None, False, False
     cache = recipe.stages.get(reference)
+    is_cache = isinstance(cache, CacheTeacher)
     if isinstance(cache, CacheTeacher):
-        config = known_or_found(cache.teacher, known) if cache.codec.kind == "hidden" else None
-    else:
-        config = known_or_found(reference, known)
-    return (config if count(config) is not None else None), isinstance(cache, CacheTeacher)
+        if cache.codec.kind != "hidden":
+            return None, True, False
+        reference = cache.teacher
+    config = known_or_found(reference, known)
+    is_known = count(config) is not None
+    return (config if is_known else None), is_cache, not is_known
 
 
 def _teacher_bytes(teacher: Config | None, compute: ComputeSpec, room: Room) -> int:
@@ -116,8 +128,11 @@ def lines(job: Job, batch_size: int, compute: ComputeSpec, room: Room) -> Iterat
     where = "a GPU" if room.on_gpu else "a process on a CPU"
     at_once = f"{job.micro_batch_size} x {job.sequence_length:,}"
     yield f"memory of {where}: {amount(memory.total)} = " + " + ".join(
-        part for part, field in zip(parts, fields(memory), strict=True) if getattr(memory, field.name)
+        [part for part, field in zip(parts, fields(memory), strict=True) if getattr(memory, field.name)]
+        + ["the teacher, whose config is not on this machine"] * job.lacks_teacher
     )
+    if room.on_gpu and compute.devices == "auto" and room.num_gpus is None:
+        yield "compute.devices: auto is counted as one GPU a machine, as none is seen here"
     yield (
         f"{batch_size * job.sequence_length:,} tokens a step, {at_once} at once; a checkpoint is "
         f"{amount(job.checkpoint_bytes())}, up to {compute.keep_checkpoints + 1} on disk at a time"
@@ -155,10 +170,12 @@ def _changes(job: Job, batch_size: int) -> Iterator[tuple[str, Job]]:
 
 
 def _shared_out(job: Job, words: list[str], batch_size: int) -> Iterator[tuple[str, Job]]:
+    if job.on_cpu:
+        return  # the processes would share the memory too
     for num in (2, 4, 8, 16, 32, 64):
         if num > (job.num_processes if job.sharded else 1) and batch_size % num == 0:
             sharded = replace(job, num_processes=num, sharded=True)
-            yield ", ".join([*words, f"compute.strategy: fsdp over {num} processes"]), sharded
+            yield ", ".join([*words, f"compute.strategy: fsdp with {num} GPUs (compute.devices x num_nodes)"]), sharded
 
 
 def amount(num_bytes: float) -> str:

@@ -53,7 +53,7 @@ def reconstruct(
     batches: Batches,
     *,
     ridge: float,
-    say_done: Callable[[int, int], None] = lambda done, total: None,
+    done: Callable[[None], None] = lambda _: None,
 ) -> tuple[float, float]:
     """Solve the output projections of ``pruned`` anew, in place; experts stay as they are.
 
@@ -65,7 +65,7 @@ def reconstruct(
         batches: of the calibration set, read again for each projection; see
             :meth:`~distill.pruning.base.CriterionSpec.score`.
         ridge: pull towards the cut weight, as a share of the inputs' mean square; above 0.
-        say_done: called after each projection with how many are done, and how many there are.
+        done: called after each projection.
 
     Returns:
         The error before and after, as a share of what the whole model's projections put out: the mean over all of
@@ -80,8 +80,7 @@ def reconstruct(
         )
     batches = list(batches)
     before, after = [], []
-    todo = list(_projections(plan, layout))
-    for done, (path, new, old) in enumerate(todo, 1):
+    for path, new, old in projections(plan, layout):
         sums, new_path = _Sums(), path.format(layer=new)
         for given, wanted in _paired((pruned, new_path), (whole, path.format(layer=old)), layout, batches):
             sums.add(given, wanted[:, list(plan.hidden_channels)])
@@ -89,16 +88,14 @@ def reconstruct(
         before.append(sums.error(*projection.get()))
         projection.set(*sums.solve(*projection.get(), ridge))
         after.append(sums.error(*projection.get()))
-        say_done(done, len(todo))
+        done(None)
     return sum(before) / len(before), sum(after) / len(after)
 
 
-def _projections(plan: Plan, layout: Layout) -> Iterator[tuple[str, int, int]]:
+def projections(plan: Plan, layout: Layout) -> list[tuple[str, int, int]]:
     """(path, layer of the pruned model, layer of the whole one), in the order in which a forward pass meets them."""
-    for new, old in enumerate(plan.layers):
-        for path in (layout.attention_out, layout.mlp_down):
-            if path is not None:
-                yield path, new, old
+    paths = [path for path in (layout.attention_out, layout.mlp_down) if path is not None]
+    return [(path, new, old) for new, old in enumerate(plan.layers) for path in paths]
 
 
 def _is_transposed(layout: Layout, path: str) -> bool:

@@ -67,7 +67,8 @@ def equalize(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], logits: 
     if not change <= TOLERANCE:
         raise InputError(
             f"equalize: the model computes otherwise with scales in its norms (logits move by {change:.1%}): something "
-            "else than linear layers reads them; remove equalize"
+            "else than linear layers reads them, or they multiply by another thing than their weight, as Gemma's do; "
+            "remove equalize"
         )
     return list(readers)
 

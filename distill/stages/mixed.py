@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from distill.quantization.sensitivity import Sensitivity
+    from distill.stages.report_page.plots import Plot
 
 FILE = "sensitivity.json"
 
@@ -87,6 +89,14 @@ def _write(context: StageContext, found: Sequence[Sensitivity], labels: Sequence
     rows = [_row(one, labels, chosen[one.layer]) for one in found]
     write_bytes(context.folder / "sensitivity.png", sensitivity_plot(context.name, rows).png)
     write_text(context.folder / FILE, json.dumps(rows, indent=1))
+
+
+def scan_plot(folder: Path, name: str) -> Plot | None:
+    """The picture of a stage's scan; None where nothing was scanned."""
+    from distill.stages.report_page.sensitivity_plot import sensitivity_plot
+
+    file = folder / FILE
+    return sensitivity_plot(name, json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def _row(one: Sensitivity, labels: Sequence[str], chosen: int) -> dict[str, Any]:

@@ -67,22 +67,21 @@ class Prune(StageSpec):
     def _sizes_come_from_one_place(self) -> Prune:
         if (self.keep is None) == (self.search is None):
             raise ValueError("say what stays once: keep with its sizes, or search with a budget")
-        if self.reconstruct is not None and self.keep is not None and self.keep.vocabulary is not None:
+        if self.keep is not None and not self.keep.cuts():
+            raise ValueError("keep names no size, so nothing would be cut; name one, such as {intermediate_size: 1024}")
+        return self
+
+    @model_validator(mode="after")
+    def _reconstruct_has_something_to_solve(self) -> Prune:
+        if self.reconstruct is None:
+            return self
+        cut = self.keep.cuts() if self.keep is not None else self.search.axes if self.search is not None else ()
+        if "vocabulary" in cut:
             raise ValueError(
                 "reconstruct compares with a model that reads the same tokens; cut the vocabulary in a stage of its own"
             )
-        if (
-            self.reconstruct is not None
-            and self.keep is not None
-            and set(self.keep.cuts())
-            <= {
-                "layers",
-                "num_hidden_layers",
-            }
-        ):
+        if {*cut} <= {"layers", "num_hidden_layers"}:
             raise ValueError("reconstruct has no effect on layers that go; it needs a size of theirs to be cut")
-        if self.keep is not None and not self.keep.cuts():
-            raise ValueError("keep names no size, so nothing would be cut; name one, such as {intermediate_size: 1024}")
         return self
 
     @model_validator(mode="after")

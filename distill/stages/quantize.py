@@ -35,7 +35,8 @@ class LayerGrid(Spec):
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> LayerGrid:
-        if idle := sorted({"skip", "include"} & self.quantizer.model_fields_set):
+        usual = type(self.quantizer).model_fields  # a resolved recipe writes them out
+        if idle := [key for key in ("include", "skip") if getattr(self.quantizer, key) != usual[key].default]:
             raise ValueError(f"{', '.join(idle)} has no effect here; set it in the stage's quantizer")
         return self
 
@@ -48,6 +49,7 @@ class Quantize(DistillSpec, StageSpec):
     """
 
     makes_model: ClassVar[bool] = True
+    may_be_untaught: ClassVar[bool] = True
 
     kind: Literal["quantize"] = "quantize"
     student: str
@@ -119,8 +121,9 @@ class Quantize(DistillSpec, StageSpec):
         return self
 
     @model_validator(mode="after")
-    def _looks_at_the_teacher(self) -> Quantize:
-        if self.trains() and not self.is_taught() and "teacher" in self.model_fields_set:
+    def _teacher_is_read(self) -> Quantize:
+        named = self.teacher != type(self).model_fields["teacher"].default
+        if self.trains() and not self.is_taught() and named:
             raise ValueError("no loss looks at the teacher, so teacher has no effect; remove it or add a loss")
         return self
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from distill.pruning.reconstruct import ReconstructSpec, reconstruct
+from distill.pruning.reconstruct import ReconstructSpec, projections, reconstruct
 from distill.stages.base import StageContext
+from distill.stages.pace import Pace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from distill.pruning.layout import Layout
     from distill.pruning.plan import Plan
-
-SECONDS_BETWEEN_LINES = 15.0
 
 
 def reconstructed(
@@ -45,24 +43,11 @@ def reconstructed(
     from distill.training.trainer import resolve_device
 
     device = resolve_device(context.session.compute)
-    rows: list[dict[str, Any]] = []
-    left = spec.num_sequences
-    for batch in context.session.corpus().calibration_loader(batch_size=batch_size):
-        rows.append({key: value[:left] for key, value in batch.items()})
-        left -= len(rows[-1]["mask"])
-        if left <= 0:
-            break
+    batches = context.session.corpus().calibration_loader(spec.num_sequences, batch_size)
     whole = move(check_packing(context, load_model(location, dtype="float32" if device == "cpu" else "auto")), device)
     move(pruned, device)
-    start = last = time.monotonic()
-
-    def say_done(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= SECONDS_BETWEEN_LINES and done < total:
-            last = time.monotonic()
-            context.say(f"reconstruct: {done} of {total}, {(last - start) / done * (total - done):.0f} s left")
-
-    before, after = reconstruct(pruned, whole, plan, layout, rows, ridge=spec.ridge, say_done=say_done)
+    pace = Pace(context, len(projections(plan, layout)), ("reconstruct", "projections"))
+    before, after = reconstruct(pruned, whole, plan, layout, batches, ridge=spec.ridge, done=pace.of)
     context.say(f"reconstruct: error of the output projections {before:.1%} -> {after:.1%}")
     if layout.experts is not None:
         context.say("reconstruct: attention only; the experts stay as they were cut")

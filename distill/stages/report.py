@@ -11,6 +11,7 @@ from pydantic import Field
 from distill.core.run import Done, Run
 from distill.stages.base import StageContext, StageSpec
 from distill.stages.evaluate import Evaluate, measured_rows
+from distill.stages.mixed import scan_plot
 from distill.stages.prune import Prune, score_plots_of
 from distill.stages.search.ranking import ranking
 
@@ -59,7 +60,9 @@ class Report(StageSpec):
         cuts = {
             name: score_plots_of(session.run.stage(name), name) for name in session.stages if self._cut(context, name)
         }
-        page = write_report(rows, curves, answers, self._facts(context, rows), context.folder, cuts)
+        finished = [name for name in session.stages if session.run.done(name)]
+        scans = {name: [plot] for name in finished if (plot := scan_plot(session.run.stage(name), name))}
+        page = write_report(rows, curves, answers, self._facts(context, rows), context.folder, cuts, scans)
         if session.logger() is not None:
             from distill.tracking.wandb import log_tradeoff
 
@@ -140,7 +143,7 @@ def loss_curves(run: Run, stages: Iterable[str]) -> dict[str, dict[str, list[tup
         series: dict[str, list[tuple[float, float]]] = {}
         for row in read_rows(run.stage(name)):
             for key, value in row.items():
-                if key.startswith(("train/", "val/")):
+                if key.startswith(("train/", "val/")) and "tokens" in row:
                     series.setdefault(key, []).append((row["tokens"], value))
         if series:
             curves[name] = series

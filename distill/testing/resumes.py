@@ -96,20 +96,25 @@ class Resumes:
         arguments, log = ["run", str(recipe), "--run-dir", str(run)], run.with_suffix(f".log-{step}")
         world = self.workers.start(arguments, size=cell.size, log=log, kill=kill, trace=trace)
         codes = world.wait(self.limit_s)
-        if codes[0] != (0 if step is None else -signal.SIGKILL):
+        if any(codes) if step is None else codes[0] != -signal.SIGKILL:
             raise RuntimeError(f"{cell}: exit codes {codes}\n{world.said()}")
         return trace
 
 
 def differing(run: Path, other: Path) -> str | None:
     """What two runs have not in common: the first file of weights, or row of metrics without clock and memory."""
-    for file in sorted((run / STAGE / "model").glob("*.safetensors")):
-        if file.read_bytes() != (other / STAGE / "model" / file.name).read_bytes():
-            return file.name
-    ours, theirs = figures(run), figures(other)
-    if len(ours) != len(theirs):
-        return f"{len(ours)} and {len(theirs)} rows of metrics"
-    return next((f"metrics of step {row['step']}" for row, its in zip(ours, theirs, strict=True) if row != its), None)
+    mine, theirs = (
+        {file.name: file for file in (each / STAGE / "model").glob("*.safetensors")} for each in (run, other)
+    )
+    if not mine or mine.keys() != theirs.keys():
+        return f"the files {sorted(mine)} and {sorted(theirs)}"
+    for name, file in mine.items():
+        if file.read_bytes() != theirs[name].read_bytes():
+            return name
+    ours, others = figures(run), figures(other)
+    if len(ours) != len(others):
+        return f"{len(ours)} and {len(others)} rows of metrics"
+    return next((f"metrics of step {row['step']}" for row, its in zip(ours, others, strict=True) if row != its), None)
 
 
 def figures(run: Path) -> list[dict[str, float]]:

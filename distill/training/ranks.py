@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -91,7 +91,7 @@ class Ranks:
         return order
 
     def leave(self, wait_s: float | None = None) -> None:
-        """Say that this process ends as it should; the one that holds the store stays until all have said so.
+        """Say that this process ends as it should; the one that holds the store stays until all have said that they do.
 
         Args:
             wait_s: most seconds that it stays; unset: as long as a silence may last.
@@ -99,13 +99,21 @@ class Ranks:
         self._closed.set()
         self._store.set(f"left/{self.world.rank}", "")
         until = time.monotonic() + (self.silence_s if wait_s is None else wait_s)
-        keys = [f"left/{rank}" for rank in range(self.world.size)]
-        while self._server is not None and not self._store.check(keys) and time.monotonic() < until:
+        while self._server is not None and not self._all_end() and time.monotonic() < until:
             time.sleep(0.05)
 
+    def _all_end(self) -> bool:
+        return all(
+            self._store.check([f"left/{rank}"]) or self._store.check([f"forsaken/{rank}"])
+            for rank in range(self.world.size)
+        )
+
     def forsake(self) -> None:
-        """This process ends badly, and what becomes of the others is no news to it."""
+        """This process ends badly, and what becomes of the others is no news to it; it is still to be missed by those
+        that go on, but not waited for by one that ends too."""
         self._closed.set()
+        with suppress(Exception):  # the store may be what has gone
+            self._store.set(f"forsaken/{self.world.rank}", "")
 
     def _watch(self) -> None:
         heard = {rank: (b"", time.monotonic()) for rank in range(self.world.size) if rank != self.world.rank}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -138,6 +138,9 @@ class OnPolicySpec(Spec):
 class DistillSpec(BudgetSpec):
     """A budget and the losses against a teacher."""
 
+    may_be_untaught: ClassVar[bool] = False
+    """Whether the stage has another purpose than to learn from a teacher."""
+
     losses: list[Annotated[AnyLossSpec, LOSSES]] = Field([ForwardKL()], min_length=1)
     """Losses, each with its weight; a loss is on when it is named."""
     on_policy: OnPolicySpec | None = None
@@ -155,7 +158,7 @@ class DistillSpec(BudgetSpec):
 
     @model_validator(mode="after")
     def _looks_at_the_teacher(self) -> DistillSpec:
-        if not self.is_taught():
+        if not self.is_taught() and not self.may_be_untaught:
             raise ValueError("no loss looks at the teacher; use kind: finetune to train without one")
         return self
 

@@ -57,6 +57,9 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
         LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
     ),
     "llama3_rope": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LLAMA3)),
+    "llama_wide": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES | {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.08})
+    ),
     "linear_rope": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LINEAR)),
     "mistral_wide_heads": lambda: MistralForCausalLM(MistralConfig(**SIZES, head_dim=32, sliding_window=None)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
@@ -195,6 +198,21 @@ def test_llama_cpp_runs_the_codes(
     assert Gguf(max_kl=0.1).verify(model, tmp_path / "out", texts, bpe).kl < 5e-3  # activations of 8 bits
     with pytest.raises(DistillError, match="not the trained one: KL"):
         Gguf(max_kl=0.0).verify(model, tmp_path / "out", texts, bpe)
+
+
+@in_llama_cpp
+@pytest.mark.parametrize("settings", [{"group_size": 256}, {}], ids=["by_256", "per_tensor"])
+def test_llama_cpp_runs_ternary_codes_in_blocks_of_256(
+    settings: dict[str, int],
+    write: Callable[..., tuple[PreTrainedModel, Path]],
+    texts: Batches,
+    tmp_path: Path,
+    bpe: PreTrainedTokenizerFast,
+) -> None:
+    model, source = write("llama_wide", "ternary", **settings)
+    notes = Gguf(embeddings="f32").export(source, tmp_path / "out", title="small")
+    assert notes[0] == "layers: 14 as TQ2_0, as they were trained; 14 from their codes"
+    assert Gguf(max_kl=0.1).verify(model, tmp_path / "out", texts, bpe).kl < 5e-3  # activations of 8 bits, by 256
 
 
 @pytest.mark.parametrize(("low", "high", "group", "expected"), [

@@ -5,8 +5,10 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from distill.core.errors import InputError
+from distill.models.layouts import layout_for
 from distill.pruning.plan import plan
 from distill.pruning.random import random
 from distill.pruning.reconstruct import reconstruct
@@ -49,6 +51,30 @@ def test_the_first_projection_is_the_ridge_solution(model, layout, text):
     reference = torch.linalg.lstsq(rows, wanted).solution.T
     reconstruct(pruned, model, made, layout, text, ridge=0.05)
     torch.testing.assert_close(pruned.model.layers[0].self_attn.o_proj.weight.double(), reference, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_takes_what_the_means_leave(text):
+    """GPT-2's projections have one, and lie transposed; tokens that do not count stand between those that do."""
+    layout, holes = layout_for("gpt2"), torch.Generator().manual_seed(9)
+    torch.manual_seed(0)
+    whole = GPT2LMHeadModel(GPT2Config(vocab_size=53, n_embd=32, n_layer=1, n_head=4, initializer_range=0.3)).eval()
+    for parameter in whole.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    text = [{**batch, "mask": torch.rand(batch["mask"].shape, generator=holes) < 0.6} for batch in text]
+    pruned, made = cut(whole, layout, {"intermediate_size": 40})
+    rows = {key: torch.cat([batch[key] for batch in text]) for key in text[0]}
+    down = "transformer.h.0.mlp.c_proj"
+    old = copy.deepcopy(pruned.get_submodule(down))
+    reconstruct(pruned, whole, made, layout, text, ridge=0.05)
+    x, _ = passing(pruned, down, rows)  # what is below it has been solved before
+    _, y = passing(whole, down, rows)
+    x, y = (torch.cat([tensor, torch.ones(len(tensor), 1)], 1) if tensor is x else tensor for tensor in (x, y))
+    centred = x[:, :-1] - x[:, :-1].mean(0)
+    pull = (0.05 * centred.square().sum() / centred.shape[1]).sqrt()
+    damped = torch.cat([x, torch.cat([pull * torch.eye(centred.shape[1]), torch.zeros(centred.shape[1], 1)], 1)])
+    solution = torch.linalg.lstsq(damped, torch.cat([y, pull * old.weight.detach().double()])).solution
+    torch.testing.assert_close(pruned.get_submodule(down).weight.double(), solution[:-1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pruned.get_submodule(down).bias.double(), solution[-1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_neuron_that_another_one_equals_is_made_good(model, layout, text):

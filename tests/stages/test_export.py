@@ -53,7 +53,7 @@ def test_what_is_not_installed_is_said_before_the_run(
     with pytest.raises(InputError) as refusal:
         run(recipe, tmp_path / "run")
     assert str(refusal.value) == f"stages.export: {missing}"
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "evaluate").exists()
     lacking(monkeypatch, "llama_cpp")
     monkeypatch.setattr("distill.exporters.gguf.Gguf.writers", lambda self: ())
     unverified = "gguf, not verified in llama.cpp, which is not installed: pip install 'distill[gguf]' and run again"
@@ -81,3 +81,14 @@ def test_what_was_not_verified_is_verified_once_its_engine_is_there(
     assert lines("made again") == ["[2/3] export: made again, as a_slow_engine is installed now"]
     assert "Loaded in plain transformers" in (tmp_path / "run" / "export" / "small" / "README.md").read_text()
     assert len(lines("finished before")) == 3
+
+    monkeypatch.setattr(HuggingFace, "writers", lambda self: ("gone",))  # only what is finished can do without
+    lacking(monkeypatch, "gone")
+    assert len(lines("finished before")) == 3
+    for refused in ({"start": "export"}, {"only": "export"}, {"start": "evaluate"}):
+        with pytest.raises(InputError, match=r"stages\.export: target huggingface needs gone"):
+            run(recipe, tmp_path / "run", **refused)
+    assert len(lines("finished before")) == 3
+    changed = Recipe.from_text(recipe.dump().replace("verify_sequences: 1", "verify_sequences: 2"))
+    with pytest.raises(InputError, match=r"stages\.export: target huggingface needs gone"):
+        run(changed, tmp_path / "run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,13 @@ def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
             f"q4_0: {{kind: quantize, student: teacher, quantizer: q4_0, {TRAINING}}}",
             f"on_text: {{kind: quantize, student: teacher, losses: [cross_entropy], quantizer: q8_0, {TRAINING}}}",
             "evaluate: {speed: null}",
+            "report: {prompts: []}",
         ),
         tmp_path / "run",
         say=said.append,
     )
+    kept = (the_run.folder / "recipe.yaml").read_text(encoding="utf-8")
+    assert Recipe.from_text(kept).dump() == kept  # what resuming, comparing and other processes read
     schemes = {
         "by_layer": "int4, group 32; *.down_proj: int8, per channel; k_proj: fp8, per channel",
         "mixed": "int4, group 32; awq; mixed, 5 bits",
@@ -85,6 +89,9 @@ def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
     assert spent <= 5 * sum(row["weights"] for row in scan)
     assert (the_run.stage("mixed") / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
     assert any("14 layers scanned" in line for line in said)
+    page = (the_run.stage("report") / "index.html").read_text()
+    assert re.findall(r"<h3>(\w+): what each layer costs", page) == ["mixed"]
+    assert (the_run.stage("report") / "plots" / "sensitivity_mixed.png").is_file()
     rows = {row["name"]: row for row in json.loads((the_run.stage("evaluate") / "rows.json").read_text())}
     assert rows["gptq"]["perplexity"] != rows["teacher"]["perplexity"]
 
@@ -107,7 +114,7 @@ def test_what_has_no_effect_or_cannot_be_is_refused(teacher, text, tmp_path):
             "num_tokens: 0, rounding: gptq, mixed: {bits: 5, also: [fp8]}",
             "gptq rounds to symmetric integer grids, not fp8",
         ),
-        (f"losses: [cross_entropy], teacher: teacher, {TRAINING}", "so teacher has no effect"),
+        (f"losses: [cross_entropy], teacher: self, {TRAINING}", "so teacher has no effect"),
         (f"quantizer: {{kind: int_group, scale: learned, symmetry: asymmetric}}, {TRAINING}", "for symmetric codes"),
     ):
         with pytest.raises(RecipeError, match=message):

@@ -52,7 +52,11 @@ def test_only_output_projections_differ_from_the_plain_cut(run):
 
 @pytest.mark.parametrize(
     ("keep", "why"),
-    [("{vocabulary: used, hidden_size: 96}", "stage of its own"), ("{layers: [0, 2]}", "no effect on layers that go")],
+    [
+        ("{vocabulary: used, hidden_size: 96}", "stage of its own"),
+        ("{layers: [0, 2]}", "no effect on layers that go"),
+        ("{}", "keep names no size"),
+    ],
 )
 def test_what_cannot_be_solved_is_refused(run, keep, why):
     with pytest.raises(RecipeError, match=why):

@@ -95,6 +95,14 @@ def test_the_holder_of_the_store_stays_until_all_have_heard(place: TCPStore) -> 
         leaving.result(5)
 
 
+def test_one_that_ends_badly_is_missed_but_not_waited_for(place: TCPStore) -> None:
+    first, second = Ranks(FIRST, 0.5, place), Ranks(SECOND, 0.5)
+    second.forsake()
+    assert "rank 1 (process" in (first._silent({1: (b"0", time.monotonic() - 1)}) or "")
+    with ThreadPoolExecutor() as pool:
+        pool.submit(first.leave, 60).result(5)
+
+
 def test_a_store_that_is_gone_is_one_line(place: TCPStore) -> None:
     class Gone:
         def check(self, keys: Any) -> Any:
@@ -109,7 +117,7 @@ def test_a_store_that_is_gone_is_one_line(place: TCPStore) -> None:
 
 
 def test_whoever_is_silent_is_named_unless_it_has_left(place: TCPStore) -> None:
-    first, second = Ranks(FIRST, 0.0), Ranks(SECOND, 0.0)
+    first, second = Ranks(FIRST, 0.5), Ranks(SECOND, 0.5)
     heard = {1: (b"0", time.monotonic() - 1)}
     assert "rank 1 (process" in (first._silent(heard) or "")
     second.leave()

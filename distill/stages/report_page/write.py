@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).parent
 Cuts = Mapping[str, Sequence["Plot"]]
-"""stage -> pictures of the scores by which it cut."""
+"""stage -> pictures of the scores by which it cut, or of the scan by which it chose grids."""
 Curves = Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
 """stage -> series -> [(training tokens, value)]; a series is called ``train/TERM`` or ``val/TERM``."""
 
@@ -86,6 +86,7 @@ def write_report(
     run_facts: RunFacts,
     folder: str | Path,
     cuts: Cuts | None = None,
+    scans: Cuts | None = None,
 ) -> Path:
     """Write ``index.html`` (one file, no network), ``report.md``, ``table.csv``, ``rows.json`` and ``plots/*.png``.
 
@@ -96,6 +97,7 @@ def write_report(
         run_facts: about the run.
         folder: made if need be; each file is written whole or not at all.
         cuts: stage -> pictures of the scores by which it cut; None: nothing was cut.
+        scans: stage -> pictures of what each layer costs on each grid; None: no grid was chosen so.
 
     Returns:
         The path of ``index.html``.
@@ -105,12 +107,13 @@ def write_report(
     """
     folder = Path(folder)
     trade_offs, losses, cuts = trade_off_plots(rows), curve_plots(curves), cuts or {}
-    for plot in [*trade_offs, *(plot for _, plots in [*losses, *cuts.items()] for plot in plots)]:
+    scans = scans or {}
+    for plot in [*trade_offs, *(plot for _, plots in [*losses, *cuts.items(), *scans.items()] for plot in plots)]:
         write_bytes(folder / "plots" / f"{plot.name}.png", plot.png)
     write_text(folder / "rows.json", tradeoff.to_json(rows))
     write_text(folder / "table.csv", tables.csv_table(rows))
     write_text(folder / "report.md", markdown(rows, prompts, run_facts, trade_offs))
-    write_text(folder / "index.html", page(rows, trade_offs, losses, prompts, run_facts, cuts))
+    write_text(folder / "index.html", page(rows, trade_offs, losses, prompts, run_facts, cuts, scans))
     return folder / "index.html"
 
 
@@ -153,6 +156,7 @@ def page(
     prompts: Sequence[Mapping[str, Any]],
     facts: RunFacts,
     cuts: Cuts,
+    scans: Cuts,
 ) -> str:
     """The whole page as text; everything from outside is escaped by the template."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -172,6 +176,7 @@ def page(
         bars=view.bars(rows),
         losses=losses,
         cuts={name: plots for name, plots in cuts.items() if plots},
+        scans=scans,
         prompts=[view.marked(item) for item in prompts],
     )
 

@@ -17,8 +17,9 @@ from distill.pruning.budget import Cost, shown
 from distill.pruning.keep import KeepSpec
 from distill.pruning.search import Candidate, Space
 from distill.stages.base import StageContext
+from distill.stages.pace import Pace
 from distill.stages.search.clock import Clock
-from distill.stages.search.found import Found, Pace
+from distill.stages.search.found import Found
 from distill.stages.search.ranking import SEARCH, UNIFORM, as_text, ranking, write_ranking
 from distill.stages.search.spec import SearchSpec
 from distill.stages.search.trials import Trials
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 TRIES = 2
 """Architectures whose latency is measured, for each that may be cut: a forecast errs to both sides."""
 LEAST_TRIES = 8
+CANDIDATES = ("search", "candidates")
 
 
 class Search:
@@ -93,7 +95,7 @@ class Search:
         low, high = shown(measure, self.least), shown(measure, self.most)
         forecast = " by forecast" if self.spec.budget.is_time else ""
         self.context.say(f"search: {len(self.candidates):,} architectures of {low} to {high} {measure}{forecast}")
-        pace = Pace(self.context, len(knots) + min(self.spec.num_measured, len(self.candidates)) + 1)
+        pace = Pace(self.context, len(knots) + min(self.spec.num_measured, len(self.candidates)) + 1, CANDIDATES)
         alone = {knot: float(pace.of(trials.alone(*knot))["kl"]) for knot in knots}
         estimates = {c.name: self.space.estimate(c, alone) for c in self.candidates}
         # Of equal estimates the larger model, then the order of the grid.
@@ -128,7 +130,7 @@ class Search:
             return {}
         best = ranked[: self.spec.train.num_candidates]
         some = [*best, *([uniform] if uniform not in best else [])]
-        pace = Pace(self.context, len(some), every_s=0.0)
+        pace = Pace(self.context, len(some), CANDIDATES, every_s=0.0)
         return {candidate.name: pace.of(trials.trained(candidate)) for candidate in some}
 
     def _first(self, order: Callable[[Candidate], tuple[float, ...]], count: int) -> list[Candidate]:
