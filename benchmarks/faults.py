@@ -200,7 +200,7 @@ def _lost(bench: Bench, options: argparse.Namespace) -> Rows:
                 took.append(time.monotonic() - began)
                 ended = world.processes[1 - victim].exitcode == 1 and took[-1] <= 120
                 named = number == signal.SIGKILL or f"rank {victim} (process" in world.said()
-                world.send(signal.SIGKILL, rank=victim)
+                world.processes[victim].kill()
                 world.wait(LIMIT_S)
                 return ended and named and bench.start(run, 2).wait(LIMIT_S) == [0, 0] and bench.weights(run) == two
 
@@ -313,9 +313,9 @@ def render(data: dict[str, Any]) -> str:
         "## Resumed to the last bit",
         "",
         f"{exact} of {len(cells)} trainings, with dropout, end in the very weights and rows of metrics of one that "
-        "nothing happened to. They are chosen so that any two entries of two columns meet in a row. Killed is once in "
-        "the middle of a pass over the text, once where it ends, or after each of the first five steps, always when a "
-        "checkpoint has just been made.",
+        "nothing happened to. They are chosen so that any two entries of two columns meet in a row, but for what is "
+        "refused (own sequences under fsdp, a cache of a stream). Killed is once in the middle of a pass over the text, "
+        "once where it ends, or after each of the first five steps, always when a checkpoint has just been made.",
         "",
         *_table(["trained", "data", "run", "killed", "micro_batches", "num_workers", "compile", "lost"], cells),
         "",

@@ -73,7 +73,10 @@ class Cell:
 
     def is_possible(self) -> bool:
         """Whether distill does this at all."""
-        return not (self.trained == "own sequences" and "fsdp" in self.world)
+        return (self.trained, self.world) != ("own sequences", "2, fsdp") and (self.trained, self.data) != (
+            "cached teacher",
+            "stream",
+        )
 
     def steps(self) -> list[int]:
         """After which steps the run is killed, each right after their checkpoint."""
