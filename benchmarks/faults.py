@@ -314,8 +314,8 @@ def render(data: dict[str, Any]) -> str:
         "",
         f"{exact} of {len(cells)} trainings, with dropout, end in the very weights and rows of metrics of one that "
         "nothing happened to. They are chosen so that any two entries of two columns meet in a row, but for what is "
-        "refused (own sequences under fsdp, a cache of a stream). Killed is once in the middle of a pass over the text, "
-        "once where it ends, or after each of the first five steps, always when a checkpoint has just been made.",
+        "refused (own sequences under fsdp, a cache of a stream). Killed is once in the middle of a pass over the "
+        "text, once where it ends, or after each of the first five steps, always when a checkpoint has just been made.",
         "",
         *_table(["trained", "data", "run", "killed", "micro_batches", "num_workers", "compile", "lost"], cells),
         "",
