@@ -19,7 +19,7 @@ from distill.forecast.models import (
     size,
     stored_dtype,
 )
-from distill.forecast.room import Room, job_of, lines
+from distill.forecast.room import Room, amount, job_of, lines
 from distill.models.layouts import layout_for
 from distill.pruning.keep import KeepSpec
 from distill.pruning.layout import shape
@@ -75,7 +75,10 @@ def describe(recipe: Recipe, memory_gb: float | None = None) -> str:
         raise RecipeError(mistakes)
     compute = recipe.compute
     together = f"{compute.known_processes()} processes ({compute.strategy}), " * (compute.known_processes() > 1)
-    said.append(f"  compute {together}{compute.accelerator}, precision {compute.precision}, {recipe.logging.wandb} W&B")
+    said.append(
+        f"  compute: {together}accelerator {compute.accelerator}, precision {compute.precision}; "
+        f"W&B: {recipe.logging.wandb}"
+    )
     return "\n".join(said)
 
 
@@ -180,9 +183,9 @@ def _cut_memory(stage: Prune, after: Config | None, known: Known) -> str | None:
     if before is None or student is None or count(before) is None:
         return None
     if stage.reconstruct is not None:
-        return f"{4 * (student + (count(before) or 0)) / 1e9:,.2f} GB to cut and reconstruct on a CPU, after scoring"
+        return f"{amount(4 * (student + (count(before) or 0)))} to cut and reconstruct on a CPU, after scoring"
     layout = layout_for(str(before["model_type"]))
     sizes = layout.sizes(before)
     largest = max(prod(shape(parameter, sizes)) for parameter in layout.parameters if parameter.exists(before))
     size = 2 if stored_dtype(stage, before) in ("bfloat16", "float16") else 4
-    return f"{(student + 2 * largest) * size / 1e9:,.2f} GB to cut, after scoring"
+    return f"{amount((student + 2 * largest) * size)} to cut, after scoring"

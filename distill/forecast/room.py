@@ -125,7 +125,7 @@ def lines(job: Job, batch_size: int, compute: ComputeSpec, room: Room) -> Iterat
     """The forecast in words: memory, checkpoints, and what to change when it does not fit."""
     memory = job.memory()
     parts = [f"{field.name} {amount(getattr(memory, field.name))}" for field in fields(memory)]
-    where = "a GPU" if room.on_gpu else "a process on a CPU"
+    where = "a GPU" if room.on_gpu else "a process on a CPU, beside the libraries' half a GB"
     at_once = f"{job.micro_batch_size} x {job.sequence_length:,}"
     yield f"memory of {where}: {amount(memory.total)} = " + " + ".join(
         [part for part, field in zip(parts, fields(memory), strict=True) if getattr(memory, field.name)]

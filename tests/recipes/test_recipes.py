@@ -98,7 +98,7 @@ def test_the_real_student_is_as_large_as_the_recipe_says(name: str, real_config:
     plan = describe(Recipe.load(file, set=[f"teacher={real_config(str(teacher))}"]))
     line = next(line for line in plan.splitlines() if "] prune:" in line)
     assert f"makes {STUDENTS[name]} parameters (" in line
-    assert line.endswith("GB to cut, after scoring)")
+    assert line.endswith("B to cut, after scoring)")
 
 
 @each
