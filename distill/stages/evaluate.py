@@ -10,6 +10,7 @@ from pydantic import Field
 from distill.core.artifact import Artifact, write_text
 from distill.core.spec import Spec
 from distill.stages.base import StageContext, StageSpec
+from distill.stages.pace import Pace
 from distill.tracking.tradeoff import Role, Row, from_json, to_json
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ class Evaluate(StageSpec):
         teacher = None
         if self.teacher != "teacher" or context.session.teacher is not None:
             teacher = self._load(context, context.session.artifact(self.teacher).location)
-        rows = [self._row(context, reference, teacher) for reference in references]
+        pace = Pace(context, len(references), ("quality", "models"))
+        rows = [pace.of(self._row(context, reference, teacher)) for reference in references]
         del teacher  # a GPU's memory is wanted by the processes that measure speed
         if self.speed is not None:
             speeds = self._speeds(context, self.speed, rows)
@@ -135,6 +137,7 @@ class Evaluate(StageSpec):
 
         device = _device(context)
         measured: dict[str, list[Speed]] = {row.name: [] for row in rows}
+        pace = Pace(context, spec.rounds * len(rows), ("speed", "measurements"))
         for _ in range(spec.rounds):
             for row in rows:
                 speed = measure_speed(
@@ -147,7 +150,7 @@ class Evaluate(StageSpec):
                     device=device,
                     dtype=_dtype(device),
                 )
-                measured[row.name].append(speed)
+                measured[row.name].append(pace.of(speed))
         return {name: _columns(quietest(speeds)) for name, speeds in measured.items()}
 
     def _role(self, reference: str) -> Role:
