@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,7 @@ from distill.core.spec import Spec
 from distill.quantization import QUANTIZERS
 from distill.quantization.base import QuantizerSpec
 from distill.stages.base import StageContext
+from distill.stages.pace import Pace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,14 +68,17 @@ def _scan(
     context: StageContext, model: PreTrainedModel, grids: Sequence[QuantizerSpec], num_sequences: int
 ) -> list[Sensitivity]:
     from distill.models.load import move
+    from distill.quantization.fake_quant import FakeQuantLinear, fake_quant_layers
     from distill.quantization.prepare import prepare, unprepare
     from distill.quantization.sensitivity import sensitivity
     from distill.training.trainer import resolve_device
 
     move(model, resolve_device(context.session.compute))
     prepare(model, grids[0])
-    batches = context.session.corpus().calibration_loader(num_sequences=num_sequences, batch_size=4)
-    found = sensitivity(model, grids, batches, partial(logits_of, model))
+    batches = list(context.session.corpus().calibration_loader(num_sequences=num_sequences, batch_size=4))
+    num_layers = sum(isinstance(layer, FakeQuantLinear) for layer in fake_quant_layers(model).values())
+    pace = Pace(context, len(batches) * (1 + num_layers * len(grids)), ("scan", "passes"))
+    found = sensitivity(model, grids, batches, lambda batch: pace.of(logits_of(model, batch)))
     unprepare(model)
     return found
 
