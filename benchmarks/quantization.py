@@ -28,6 +28,8 @@ from benchmarks.quantization_grids import (
     GRIDS,
     KEEP,
     METHODS,
+    NUM_TOKENS,
+    SEARCH_TOKENS,
     SEARCHED,
     best,
     longer,
@@ -277,8 +279,8 @@ def main() -> None:
     parser.add_argument(
         "--student-tokens", type=int, default=600_000, help="that the student learns from (%(default)s)"
     )
-    parser.add_argument("--tokens", type=int, default=80_000, help="of each final run (default: %(default)s)")
-    parser.add_argument("--search-tokens", type=int, default=40_000, help="of a run of the search (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="of each final run (default: %(default)s)")
+    parser.add_argument("--search-tokens", type=int, default=SEARCH_TOKENS, help="of a run of the search (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="final runs of each way (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -8,6 +8,8 @@ from typing import Any
 KEEP = {"hidden_size": 160, "num_attention_heads": 4, "intermediate_size": 192}
 """Of 192, 6 and 384: 48 % of the parameters outside the embeddings, in rows that groups of 32 divide."""
 BATCH_SIZE = 4
+NUM_TOKENS, SEARCH_TOKENS = 60_000, 30_000
+"""Of a final run and of one of the search for a learning rate, where nothing else is said: ours and the peers'."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quantization_grids import BATCH_SIZE
+from benchmarks.quantization_grids import BATCH_SIZE, NUM_TOKENS, SEARCH_TOKENS
 
 TIME_LIMIT_S = 1800
 RECORD = "peer.json"
@@ -240,8 +240,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=60_000, help="as of the benchmark (default: %(default)s)")
-    parser.add_argument("--search-tokens", type=int, default=30_000, help="likewise (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="as of the benchmark (default: %(default)s)")
+    parser.add_argument("--search-tokens", type=int, default=SEARCH_TOKENS, help="likewise (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="likewise (default: %(default)s)")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -162,14 +162,19 @@ def test_damaged_tokens(tmp_path: Path) -> None:
     header = {key: value for key, value in vars(blocks.tokens).items() if key != "path"}
     file.with_suffix(".json").write_text(json.dumps(header))
 
+    anew: list[bool] = []
+
     def read() -> None:
         tokens = read_tokens(file)
-        if tokens is not None:  # else it is written anew
+        anew.append(tokens is None)
+        if tokens is not None:
             tokens.bytes_of_tokens().sum()
             both = Blocks(tokens, 16)
             both[list(range(len(both)))]
 
     attack([file.with_suffix(suffix) for suffix in (".json", ".bin", ".bytes")], read, 60)
+    assert anew.count(True) > 10, anew  # what is cut short, or says another size, is not taken for the text
+    assert anew[0] is False
 
 
 def test_a_damaged_checkpoint_is_never_gone_on_from(tmp_path: Path) -> None:
@@ -204,6 +209,7 @@ def test_damaged_notes_of_a_run(tmp_path: Path) -> None:
     }
     for name, text in texts.items():
         (folder / name).write_text(text)
+    refused: dict[str, int] = {}
     for name, read in (
         ("DONE", lambda: Run(folder.parent).done("stage")),
         ("distill.json", lambda: Artifact("x", str(folder)).lineage()),
@@ -211,7 +217,8 @@ def test_damaged_notes_of_a_run(tmp_path: Path) -> None:
         ("search.json", lambda: Found(folder / "search.json")),
         ("metrics.jsonl", lambda: [row["step"] for row in read_rows(folder)]),
     ):
-        attack([folder / name], read, 40)
+        refused[name] = attack([folder / name], read, 40)
+    assert refused["plan.json"] > 20, refused  # the others are made again, or read as far as they go
 
 
 def test_a_damaged_model(tiny_folders: list[Path], tmp_path: Path) -> None:
