@@ -35,6 +35,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 RESULT = result.FOLDER.parent / "faults.json"
 TWO = ("--set", "compute.devices=2", "--set", "compute.silence_s=20")
 SHARDED = (*TWO, "--set", "compute.strategy=fsdp")
+BEHIND = ("--set", "compute.write_checkpoints=behind")
 LIMIT_S = 1200
 
 
@@ -112,28 +113,33 @@ def _measure(part: str, workers: Workers, place: Path, options: argparse.Namespa
         )
 
 
-def _killed(bench: Bench, options: argparse.Namespace) -> Rows:
+def _killed(bench: Bench, options: argparse.Namespace, *more: str, where: str = "") -> Rows:
     cases: list[tuple[str, int, tuple[str, ...], int]] = [
         ("1 process", 1, (), options.kills),
         ("2 processes, ddp", 2, TWO, options.kills_of_two),
         ("2 processes, fsdp", 2, SHARDED, options.kills_of_two),
     ]
-    for name, size, arguments, kills in cases:
+    for world, size, arguments, kills in cases:
         if not kills:
             continue
+        name, arguments = world + where, (*arguments, *more)
         toll = Campaign(bench.workers, bench.recipe, "train", bench.fresh(), size, arguments, limit_s=LIMIT_S).run(
             kills
         )
-        where = ", ".join(f"{count} {point}" for point, count in sorted(toll.kills.items()))
+        points = ", ".join(f"{count} {point}" for point, count in sorted(toll.kills.items()))
         print(name, toll, flush=True)
         yield {
-            "fault": f"SIGKILL of a process ({where})",
+            "fault": f"SIGKILL of a process ({points})",
             "run": name,
             "times": toll.kills.total(),
             "what happened": f"{toll.exact} of {toll.finished} runs that came to their end have the same weights",
             "lost": "nothing" if not toll.lost and toll.exact == toll.finished else "; ".join(toll.lost) or "bits",
             "seconds": round(toll.seconds),
         }
+
+
+def _killed_behind(bench: Bench, options: argparse.Namespace) -> Rows:
+    return _killed(bench, options, *BEHIND, where=", checkpoints written behind")
 
 
 def _stopped(bench: Bench, options: argparse.Namespace) -> Rows:
@@ -283,6 +289,7 @@ def _row(fault: str, size: int, repeats: int, attempt: Callable[[], bool], did: 
 
 PARTS: dict[str, Callable[[Bench, argparse.Namespace], Rows]] = {
     "killed": _killed,
+    "killed-behind": _killed_behind,
     "stopped": _stopped,
     "damaged": _damaged,
     "lost": _lost,

@@ -112,6 +112,23 @@ def test_more_processes_are_no_help_on_a_cpu(large: tuple[Path, Path]) -> None:
     assert "fsdp" not in plan
 
 
+def test_a_checkpoint_that_is_written_behind_is_one_more_copy(large: tuple[Path, Path]) -> None:
+    text = RECIPE.format(teacher=large[0], text=large[1], more="", compute=", write_checkpoints: behind")
+    assert "a checkpoint is 80.9 GB, up to 3 on disk at a time, and a copy in the machine's own memory" in describe(
+        Recipe.from_text(text), 1000
+    )
+    on_cpu = text.replace("accelerator: gpu", "accelerator: cpu")
+    at_once = room_for(describe(Recipe.from_text(on_cpu.replace(", write_checkpoints: behind", "")), 1000))
+    assert room_for(describe(Recipe.from_text(on_cpu), 1000)) == pytest.approx(at_once + 80.9, abs=0.2)
+    assert "compute.write_checkpoints: at_once would need" in describe(Recipe.from_text(on_cpu), at_once + 1)
+
+
+def room_for(plan: str) -> float:
+    found = re.search(r"memory of .*: ([\d.,]+) GB = ", plan)
+    assert found is not None
+    return float(found[1].replace(",", ""))
+
+
 def test_adapters_are_counted_where_they_are(plain: Job) -> None:
     def trained(targets: str | tuple[str, ...]) -> int:
         return replace(plain, lora=LoraSpec(r=4, target_modules=targets)).trained()

@@ -2,6 +2,7 @@
 
     student      = w P          P parameters of w bytes: 4, or 2 in bf16-true; gradients = w T, optimizer = 2 w T for
                                 the T of them that are trained (AdamW's two moments)
+    checkpoint   = 3 w T        on a CPU, where a copy is written behind the training; a GPU's lies outside of it
     teacher      = w' P'        of 4 bytes on a CPU, of its file's on a GPU
     copies       = c M          M weights of the body's linear layers, as they are multiplied: c = 2 under autocast,
                                 4 (2 in half precision) where they are fake-quantized, else 0
@@ -51,6 +52,7 @@ class Memory:
     copies: float
     activations: float
     workspace: float
+    checkpoint: float = 0.0
 
     @property
     def total(self) -> float:
@@ -79,6 +81,7 @@ class Job:
         num_processes: that train together.
         sharded: whether they share the models out.
         lacks_teacher: whether there is a teacher besides, of unknown size.
+        writes_behind: whether training goes on from a copy of what a checkpoint holds.
     """
 
     student: Config
@@ -97,6 +100,7 @@ class Job:
     num_processes: int = 1
     sharded: bool = False
     lacks_teacher: bool = False
+    writes_behind: bool = False
 
     def trained(self) -> int:
         """Parameters that are trained."""
@@ -145,6 +149,7 @@ class Job:
             copies=copies,
             activations=kept,
             workspace=max(losses, backward + self._gradients_of_losses(of, tokens)),
+            checkpoint=self.checkpoint_bytes() if self.writes_behind and self.on_cpu else 0.0,
         )
 
     def _teacher(self) -> int:

@@ -94,6 +94,7 @@ def job_of(name: str, stage: StageSpec, recipe: Recipe, known: Known, room: Room
         num_processes=num_processes,
         sharded=compute.strategy == "fsdp",
         lacks_teacher=lacks_teacher,
+        writes_behind=compute.write_checkpoints == "behind",
     )
 
 
@@ -133,9 +134,10 @@ def lines(job: Job, batch_size: int, compute: ComputeSpec, room: Room) -> Iterat
     )
     if room.on_gpu and compute.devices == "auto" and room.num_gpus is None:
         yield "compute.devices: auto is counted as one GPU a machine, as none is seen here"
+    copy = ", and a copy in the machine's own memory" if job.writes_behind else ""
     yield (
         f"{batch_size * job.sequence_length:,} tokens a step, {at_once} at once; a checkpoint is "
-        f"{amount(job.checkpoint_bytes())}, up to {compute.keep_checkpoints + 1} on disk at a time"
+        f"{amount(job.checkpoint_bytes())}, up to {compute.keep_checkpoints + 1} on disk at a time{copy}"
     )
     if room.num_bytes is not None and memory.total > room.num_bytes:
         yield f"does not fit into {amount(room.num_bytes)}: {_mend(job, batch_size, room.num_bytes)}"
@@ -152,13 +154,18 @@ def _mend(job: Job, batch_size: int, num_bytes: float) -> str:
 def _changes(job: Job, batch_size: int) -> Iterator[tuple[str, Job]]:
     """Changes of compute in the order of what they cost."""
     share = batch_size // job.num_processes
+    words: list[str] = []
+    if job.memory().checkpoint:
+        job, words = replace(job, writes_behind=False), ["compute.write_checkpoints: at_once"]
+        yield words[0], job
     smaller = [size for size in range(job.micro_batch_size - 1, 0, -1) if share % size == 0]
     for size in smaller:
-        yield f"compute.micro_batch_size: {size}", replace(job, micro_batch_size=size, accumulates=True)
-    least, words = job, []
+        fewer = ", ".join([*words, f"compute.micro_batch_size: {size}"])
+        yield fewer, replace(job, micro_batch_size=size, accumulates=True)
+    least = job
     if not job.checkpointing:
-        least, words = replace(least, checkpointing=True), ["compute.gradient_checkpointing: true"]
-        yield words[0], least
+        least, words = replace(least, checkpointing=True), [*words, "compute.gradient_checkpointing: true"]
+        yield ", ".join(words), least
     if smaller:
         least, words = replace(least, micro_batch_size=1, accumulates=True), [*words, "compute.micro_batch_size: 1"]
         yield ", ".join(words), least

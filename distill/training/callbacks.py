@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -18,9 +19,9 @@ from lightning_fabric.utilities.throughput import get_available_flops
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from distill.core.errors import DistillError, Interrupted, Preempted
+from distill.core.errors import DistillError, Interrupted, MachineError, Preempted
 from distill.training.alarms import Alarms
-from distill.training.checkpoint import checkpoint_path, rotate
+from distill.training.checkpoint import AtomicCheckpointIO, checkpoint_path
 from distill.training.metrics import MetricsLog
 from distill.training.module import DistillationModule
 from distill.training.ranks import largest
@@ -163,17 +164,23 @@ class Checkpoints(StepEnd):
 
     Args:
         folder: where they go.
+        files: writes them, maybe behind the training; a stop and the end wait for the last.
         every: steps between two.
-        keep: how many are kept.
         owed: whether the checkpoint that is gone on from was left before the validation after its step was done.
         made_of: goes into each; see :func:`distill.training.checkpoint.check_made_of`.
     """
 
     def __init__(
-        self, folder: Path, *, every: int, keep: int, owed: bool = False, made_of: dict[str, str] | None = None
+        self,
+        folder: Path,
+        files: AtomicCheckpointIO,
+        *,
+        every: int,
+        owed: bool = False,
+        made_of: dict[str, str] | None = None,
     ):
         super().__init__()
-        self.folder, self.every, self.keep, self.owed, self.made_of = folder, every, keep, owed, made_of or {}
+        self.folder, self.files, self.every, self.owed, self.made_of = folder, files, every, owed, made_of or {}
         self._asked = self._saved = 0
         self._before: dict[int, Any] = {}
 
@@ -191,6 +198,8 @@ class Checkpoints(StepEnd):
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         """Give the signals back; Lightning calls no teardown when training ends by an error."""
+        with suppress(MachineError):  # one error is told, the one that came first
+            self.files.settle()
         self._give_back()
 
     def _give_back(self) -> None:
@@ -221,6 +230,7 @@ class Checkpoints(StepEnd):
 
     def step_end(self, trainer: pl.Trainer, module: DistillationModule, step: int) -> None:
         """Save when it is due, and stop when any rank is asked to."""
+        self.files.settle(wait=False)
         if step % self.every == 0:
             self._save(trainer, module)
         self._look(trainer, module)
@@ -230,13 +240,16 @@ class Checkpoints(StepEnd):
         self._look(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
-        """Stop when any rank was asked to in what followed the last step."""
+        """Wait for the last checkpoint, and stop when any rank was asked to in what followed the last step."""
+        self.files.settle()
         self._look(trainer, module)
 
     def _look(self, trainer: pl.Trainer, module: DistillationModule) -> None:
         if asked := largest(self._asked):
             if self._saved != trainer.global_step:
                 self._save(trainer, module)
+            self.files.settle()
+            trainer.strategy.barrier()  # whoever has nothing to write would end, and be taken for a reason to end all
             raise _stopped(asked, f" at step {trainer.global_step} of {trainer.max_steps}, which is saved")
 
     def _save(self, trainer: pl.Trainer, module: DistillationModule) -> None:
@@ -244,10 +257,9 @@ class Checkpoints(StepEnd):
         trained = local(p.detach() for p in module.parameters() if p.requires_grad)
         if largest(not all(p.isfinite().all() for p in trained)):
             raise diverged("a trained weight is not finite", step)
+        self.files.settle()  # before a second copy is made
         trainer.save_checkpoint(checkpoint_path(self.folder, step))
         self._saved = step
-        if trainer.is_global_zero:
-            rotate(self.folder, self.keep)
 
 
 def _stopped(asked: int, where: str) -> DistillError:

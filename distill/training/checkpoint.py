@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from pytorch_lightning.plugins import TorchCheckpointIO
+from torch import Tensor
 
 from distill.core.artifact import sync
 from distill.core.errors import InputError, MachineError
@@ -18,15 +20,53 @@ from distill.core.errors import InputError, MachineError
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's own staging goes through ``$TMPDIR``, which is often another file system, where a move is a copy that
-    a kill can cut in two. This one stages beside the target."""
+    a kill can cut in two. This one stages beside the target.
+
+    Lightning's ``AsyncCheckpointIO`` is not used: it copies the state on the device that trains, queues any number of
+    copies, tells an error when the next checkpoint is due, and old ones are rotated before the new one is there.
+
+    Args:
+        keep: newest checkpoints of the folder that stay, once a new one is there; None is all.
+        behind: write a copy of the state in a thread, while training goes on.
+    """
+
+    def __init__(self, keep: int | None = None, *, behind: bool = False):
+        super().__init__()
+        self.keep, self.behind = keep, behind
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._in_flight: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write ``checkpoint`` whole or not at all.
+        """Write ``checkpoint`` whole or not at all; behind, of what it is now, whatever becomes of its tensors.
 
         Raises:
             MachineError: the disk is full or not writable.
         """
-        target = Path(path)
+        self.settle()
+        self.write(copied(checkpoint) if self.behind else checkpoint, path)
+
+    def write(self, checkpoint: dict[str, Any], path: Any) -> None:
+        """:meth:`save_checkpoint` of a state that nobody changes any more."""
+        self.settle()
+        if self.behind:
+            self._in_flight = self._thread.submit(self._write, checkpoint, Path(path))
+        else:
+            self._write(checkpoint, Path(path))
+
+    def settle(self, *, wait: bool = True) -> None:
+        """Until nothing is being written any more.
+
+        Args:
+            wait: False only looks whether a write has failed.
+
+        Raises:
+            MachineError: that of the write.
+        """
+        if self._in_flight is not None and (wait or self._in_flight.done()):
+            written, self._in_flight = self._in_flight, None
+            written.result()
+
+    def _write(self, checkpoint: dict[str, Any], target: Path) -> None:
         temporary = target.with_name(f".{target.name}.writing")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +78,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             temporary.unlink(missing_ok=True)
             reason = error.strerror if isinstance(error, OSError) else "the disk took only a part of it; is it full?"
             raise MachineError(f"{target}: checkpoint cannot be written ({reason})") from error
+        if self.keep is not None:
+            rotate(target.parent, self.keep)
+
+
+def copied(state: Any, known: dict[Any, Tensor] | None = None) -> Any:
+    """The same nest of containers with copies of its tensors in the machine's own memory.
+
+    Args:
+        state: of dicts, lists and tuples.
+        known: copies that are made already; a tensor with two names (a tied weight) stays one.
+    """
+    known = {} if known is None else known
+    if isinstance(state, Tensor):
+        place = (state.device, state.data_ptr(), state.dtype, state.shape, state.stride())
+        if place not in known:
+            known[place] = state.detach().to("cpu", copy=True)
+        return known[place]
+    if isinstance(state, dict):
+        return {key: copied(value, known) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(copied(value, known) for value in state)
+    return state
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

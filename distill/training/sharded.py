@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from distill.core.errors import InputError
 from distill.quantization.fake_quant import fake_quant_layers
+from distill.training.checkpoint import AtomicCheckpointIO, copied
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,13 +57,14 @@ class Sharded(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What is trained, gathered, on rank 0; what is frozen as it is."""
+        """What is trained, gathered, on rank 0; what is frozen as it is, and copies of the small rest."""
         assert self.lightning_module is not None
         trained = {
             name for name, p in self.lightning_module.named_parameters(remove_duplicate=False) if p.requires_grad
         }
         state = self.lightning_module.state_dict()
-        return {name: self._gathered(value) if name in trained else value for name, value in state.items()}
+        frozen = {name for name, value in state.items() if isinstance(value, DTensor)} - trained
+        return {name: value if name in frozen else self._gathered(value) for name, value in state.items()}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """As an optimizer of whole parameters has it, on rank 0."""
@@ -74,9 +76,10 @@ class Sharded(ModelParallelStrategy):
         return {"state": moments, "param_groups": state["param_groups"]}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Rank 0 writes."""
+        """Rank 0 writes what was gathered, which is a copy already."""
         if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+            assert isinstance(self.checkpoint_io, AtomicCheckpointIO)
+            self.checkpoint_io.write(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Every rank reads the same file, mapped: only the pages of its own shards come into memory."""
@@ -108,9 +111,9 @@ class Sharded(ModelParallelStrategy):
             optimizer.load_state_dict({"state": moments, "param_groups": saved["param_groups"]})
 
     def _gathered(self, value: Any) -> Any:
-        """On rank 0 the whole of it, in the machine's own memory; all ranks must ask."""
+        """On rank 0 a copy of the whole of it, in the machine's own memory; all ranks must ask."""
         if not isinstance(value, DTensor):
-            return value
+            return copied(value)
         full = value.full_tensor()
         return full.cpu() if self.is_global_zero else full.new_empty(0)
 

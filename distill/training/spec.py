@@ -211,6 +211,8 @@ class ComputeSpec(Spec):
     """Optimizer steps between two checkpoints of a training stage."""
     keep_checkpoints: int = Field(2, ge=1)
     """Checkpoints kept while a stage trains; they go when it has finished."""
+    write_checkpoints: Literal["at_once", "behind"] = "at_once"
+    """behind: training goes on while a checkpoint is written, from one more copy of it in the machine's memory."""
     log_every_steps: int = Field(10, ge=1)
     """Optimizer steps between two rows of the metrics."""
 

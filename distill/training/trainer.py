@@ -136,10 +136,11 @@ def fit(
         rank=world.rank,
         say=say,
     )
+    files = AtomicCheckpointIO(compute.keep_checkpoints, behind=compute.write_checkpoints == "behind")
     saver = Checkpoints(
         folder / CHECKPOINTS,
+        files,
         every=compute.checkpoint_every_steps,
-        keep=compute.keep_checkpoints,
         owed=owed,
         made_of=made_of,
     )
@@ -160,7 +161,7 @@ def fit(
         logger=logger or False,
         # the guard before the saver: what it stops at is not saved
         callbacks=[record, guard, *([ShowProgress(record, name)] if world.rank == 0 else []), saver],
-        plugins=[AtomicCheckpointIO(), *([Joined(world)] if world.size > 1 else [])],
+        plugins=[files, *([Joined(world)] if world.size > 1 else [])],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

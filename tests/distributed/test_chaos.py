@@ -15,3 +15,11 @@ def test_twenty_five_kills_lose_nothing(workers: Workers, chaos: Path, tmp_path:
     assert toll.kills[ANY_TIME] > 0, "and some come at no point in particular"
     assert toll.lost == []
     assert toll.exact == toll.finished >= 1
+
+
+def test_nor_do_kills_while_checkpoints_are_written_behind(workers: Workers, chaos: Path, tmp_path: Path) -> None:
+    options = ["--set", "compute.write_checkpoints=behind"]
+    toll = Campaign(workers, chaos, "train", tmp_path, options=options, seed=1).run(num_kills=6)
+    assert toll.kills.total() == 6
+    assert toll.lost == []
+    assert toll.exact == toll.finished >= 1

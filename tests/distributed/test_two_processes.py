@@ -146,12 +146,12 @@ def test_a_killed_rank_ends_the_other_and_one_process_goes_on(
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(("number", "write"), [(signal.SIGTERM, "at_once"), (signal.SIGUSR1, "behind")])
 def test_a_preempted_rank_saves_for_all_and_two_go_on_to_the_last_bit(
-    number: signal.Signals, workers: Workers, quickstart: Path, pruned: Path, together: Path
+    number: signal.Signals, write: str, workers: Workers, quickstart: Path, pruned: Path, together: Path
 ) -> None:
     """The signal reaches one of the two, as when a machine of several is taken back."""
-    world = started_until_saved(workers, quickstart, pruned)
+    world = started_until_saved(workers, quickstart, pruned, "--set", f"compute.write_checkpoints={write}")
     world.send(number, rank=1)
     assert world.wait(120) == [75, 75], world.said()
     assert f"stopped by {number.name} at step" in world.said()
@@ -164,7 +164,7 @@ def test_a_preempted_rank_saves_for_all_and_two_go_on_to_the_last_bit(
 def test_shards_are_taken_up_by_two_and_by_one(
     workers: Workers, quickstart: Path, pruned: Path, alone: Path, tmp_path: Path
 ) -> None:
-    sharded = ["--set", "compute.strategy=fsdp"]
+    sharded = ["--set", "compute.strategy=fsdp", "--set", "compute.write_checkpoints=behind"]
     world = started_until_saved(workers, quickstart, pruned, *sharded)
     world.send(signal.SIGTERM, rank=0)
     assert world.wait(BOUND_S) == [75, 75], world.said()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from distill.training.checkpoint import (
     check_made_of,
     checkpoint_path,
     checkpoints,
+    copied,
     newest_valid,
     rotate,
 )
@@ -115,6 +117,67 @@ def test_code_within_a_whole_checkpoint_is_not_run(tmp_path: Path, monkeypatch: 
     assert found is None
     assert len(complaints) == 1
     assert not Path("marker").exists()
+
+
+def test_what_is_written_behind_is_what_it_was_when_it_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two names of one tensor stay one; the next write waits for a slow one; old files go once the new one is there."""
+    files, go_on, write = AtomicCheckpointIO(keep=1, behind=True), threading.Event(), torch.save
+    held: list[list[str]] = []
+
+    def slow(checkpoint: Any, target: Path) -> None:
+        assert go_on.wait(60)
+        held.append([path.name for path in checkpoints(tmp_path)])
+        write(checkpoint, target)
+
+    monkeypatch.setattr(torch, "save", slow)
+    weight = torch.arange(4.0)
+    state = {"state_dict": {"a": weight, "b": weight}, "optimizer_states": [{"state": {0: {"step": weight[:1]}}}]}
+    files.save_checkpoint(state, checkpoint_path(tmp_path, 1))
+    weight.mul_(2)
+    assert checkpoints(tmp_path) == []
+    files.settle(wait=False)
+    go_on.set()
+    files.save_checkpoint(state, checkpoint_path(tmp_path, 2))
+    weight.zero_()
+    first = torch.load(checkpoint_path(tmp_path, 1), weights_only=True)
+    assert first["state_dict"]["a"].tolist() == [0, 1, 2, 3]
+    assert first["state_dict"]["a"].data_ptr() == first["state_dict"]["b"].data_ptr()
+    files.settle()
+    second = torch.load(checkpoint_path(tmp_path, 2), weights_only=True)
+    assert second["state_dict"]["b"].tolist() == [0, 2, 4, 6]
+    assert second["optimizer_states"][0]["state"][0]["step"].tolist() == [0]
+    assert held == [[], ["step=00000001.ckpt"]], "the old one is there until the new one is"
+    assert [path.name for path in tmp_path.iterdir()] == ["step=00000002.ckpt"]
+
+
+def test_a_write_behind_that_fails_is_told_once_and_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, path = AtomicCheckpointIO(keep=1, behind=True), save(tmp_path, 5)
+
+    def full(checkpoint: Any, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    files.save_checkpoint({"global_step": 6}, checkpoint_path(tmp_path, 6))
+    with pytest.raises(MachineError, match=r"step=00000006.ckpt: checkpoint cannot be written \(No space left"):
+        files.settle()
+    files.settle()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_copy_is_of_everything_in_the_machines_own_memory() -> None:
+    numbers, whole = torch.arange(6).reshape(2, 3), {"step": 3, "nested": [(1, "a", None)]}
+    made = copied({"turned": numbers.T, "part": numbers[1], "learned": torch.ones(1, requires_grad=True), **whole})
+    assert torch.equal(made["turned"], numbers.T)
+    assert torch.equal(made["part"], numbers[1])
+    assert not made["learned"].requires_grad
+    assert {key: made[key] for key in whole} == whole
+    numbers.zero_()
+    assert made["turned"].sum() == 15
+    assert made["part"].sum() == 12
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from distill.core.errors import DistillError, Interrupted, Preempted
+from distill.core.errors import DistillError, Interrupted, MachineError, Preempted
 from distill.training.checkpoint import checkpoint_path, checkpoints
 from distill.training.metrics import read_rows
 from distill.training.module import DistillationModule
@@ -87,6 +90,67 @@ def test_a_kill_changes_no_bit(way: str, compute: Any, module: Any, train: Any, 
     straight, resumed = left_by(tmp_path / "straight"), left_by(tmp_path / "resumed")
     assert len(straight["rows"]) == 6
     assert_same(resumed, straight)
+
+
+def test_steps_that_are_made_while_a_checkpoint_is_written_are_not_in_it(
+    module: Any, train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one of step 3 is written when steps 4 and 5 are made already, and gone on from as any other."""
+    way, settings = "quant learned", {"attention_dropout": 0.1, "tie_word_embeddings": True}
+    torch.manual_seed(3)
+    train(module(way, **settings), "straight")
+    are_made, write = threading.Event(), torch.save
+
+    def slow(checkpoint: Any, target: Path) -> None:
+        assert are_made.wait(60)
+        write(checkpoint, target)
+
+    def two_steps_later() -> None:
+        assert checkpoints(tmp_path / "behind" / "checkpoints") == []
+        are_made.set()
+        raise PulledPlug
+
+    torch.manual_seed(3)
+    monkeypatch.setattr(torch, "save", slow)
+    with pytest.raises(PulledPlug):
+        train(module(way, **settings), "behind", at={5 * BATCH: two_steps_later}, write_checkpoints="behind")
+    train(module(way, **settings), "behind", write_checkpoints="behind")
+    assert len(checkpoints(tmp_path / "behind" / "checkpoints")) == 2
+    assert_same(left_by(tmp_path / "behind"), left_by(tmp_path / "straight"))
+    ours, theirs = (checkpoint_path(tmp_path / name / "checkpoints", 3) for name in ("behind", "straight"))
+    assert_same(torch.load(ours, weights_only=True), torch.load(theirs, weights_only=True))
+    assert ours.stat().st_size <= theirs.stat().st_size, "a weight of two names is written once"
+
+
+@pytest.mark.parametrize("write", ["at_once", "behind"])
+def test_a_disk_that_is_full_ends_the_run_however_it_is_written(
+    write: str, module: Any, train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(checkpoint: Any, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    line = r"step=00000003.ckpt: checkpoint cannot be written \(No space left on device\)$"
+    with pytest.raises(MachineError, match=line):
+        train(module(), write_checkpoints=write)
+
+
+def test_a_stop_waits_for_what_is_being_written(
+    module: Any, train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = torch.save
+
+    def slow(checkpoint: Any, target: Path) -> None:
+        time.sleep(0.2)
+        write(checkpoint, target)
+
+    monkeypatch.setattr(torch, "save", slow)
+    with pytest.raises(Interrupted, match=r"stopped at step 4 of 6, which is saved"):
+        train(module(), at={4 * BATCH - 2: ctrl_c}, write_checkpoints="behind")
+    folder = tmp_path / "stage" / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["step=00000003.ckpt", "step=00000004.ckpt"]
+    train(module(), write_checkpoints="behind")
+    assert checkpoints(folder)[0].name == "step=00000006.ckpt", "and so does the end"
 
 
 def test_dropout_does_act(module: Any, train: Any, tmp_path: Path) -> None:
