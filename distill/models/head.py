@@ -155,9 +155,13 @@ def load_head(file: Path, *, dtype: torch.dtype | None = None, device: str | tor
 def check_head(model: PreTrainedModel) -> None:
     """Hold body + head against the model's own forward on four tokens, so that no architecture is trained wrongly.
 
+    A model without numbers passes: of several processes the one that has read them finds out.
+
     Raises:
         InputError: they differ: the architecture does something between the two that we do not know.
     """
+    if model.device.type == "meta":
+        return
     ids = torch.arange(4, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
     training = model.training
     model.eval()

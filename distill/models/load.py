@@ -149,6 +149,18 @@ def new_model(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
     return model.eval()
 
 
+def empty_model(config: PretrainedConfig, task: str = "causal_lm") -> PreTrainedModel:
+    """A model of this config on the device "meta": class and shapes, no numbers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    quiet_transformers()
+    build = AutoModelForCausalLM if task == "causal_lm" else AutoModelForMaskedLM
+    with torch.device("meta"):
+        model: PreTrainedModel = build.from_config(config)
+    return model.eval()
+
+
 def new_config(keys: dict[str, Any]) -> PretrainedConfig:
     """A config from ``model_type`` and its keys; a key that the architecture does not know is a mistake.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.core.errors import InputError
-from distill.models.load import load_config, load_model, locate, low_bit_scheme, quiet_transformers
+from distill.models.load import empty_model, load_config, load_model, locate, low_bit_scheme
 from distill.models.size import weight_map
 
 if TYPE_CHECKING:
@@ -103,19 +103,15 @@ def _local(location: str) -> Path:
 
 
 def _empty_model(location: str, layout: Layout) -> PreTrainedModel:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    quiet_transformers()
     config = load_config(location)
     if low_bit_scheme(config):
         raise InputError(f"{location}: holds low-bit weights, which cannot be read one by one")
-    build = AutoModelForCausalLM if layout.task == "causal_lm" else AutoModelForMaskedLM
-    with torch.device("meta"):
-        model: PreTrainedModel = build.from_config(config)
+    model = empty_model(config, layout.task)
     if (Path(location) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(location)
-    return model.eval()
+    return model
 
 
 def _opened(file: Path) -> Any:

@@ -117,6 +117,11 @@ class Session:
     _cut: dict[str, Session] = field(default_factory=dict)
 
     @property
+    def is_sent_models(self) -> bool:
+        """Whether this process is sent its shares of the models that are trained, instead of reading them whole."""
+        return self.compute.strategy == "fsdp" and self.world.rank > 0
+
+    @property
     def is_cut(self) -> bool:
         """Whether the text is read in a part of the run's tokens."""
         return self._whole is not None

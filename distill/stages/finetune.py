@@ -66,11 +66,13 @@ class Finetune(BudgetSpec, StageSpec):
 def starting_model(context: StageContext, reference: str | NewModel, weights: str) -> Any:
     """The model that training starts from, in fp32: loaded, of the same shape with random weights, or new.
 
+    In a process that is sent its shares later it has no numbers yet.
+
     Raises:
         InputError: it cannot be loaded or built, or is too small for the tokenizer.
     """
-    from distill.models.load import load_config, load_model, new_config, new_model
-    from distill.stages.train import check_speaks
+    from distill.models.load import empty_model, load_config, new_config, new_model
+    from distill.stages.train import check_speaks, load_trainable
 
     session = context.session
     if isinstance(reference, NewModel):
@@ -82,9 +84,10 @@ def starting_model(context: StageContext, reference: str | NewModel, weights: st
             raise InputError(
                 f"config.vocab_size ({config.vocab_size}) is less than the tokenizer's {len(tokenizer)} tokens"
             )
-        return new_model(config, seed=session.seed)
+        return empty_model(config) if session.is_sent_models else new_model(config, seed=session.seed)
     location = session.artifact(reference).location
     check_speaks(context, location, tokens=weights == "pretrained")
     if weights == "random":
-        return new_model(load_config(location), seed=session.seed)
-    return load_model(location, dtype="float32")
+        config = load_config(location)
+        return empty_model(config) if session.is_sent_models else new_model(config, seed=session.seed)
+    return load_trainable(context, location)

@@ -173,7 +173,7 @@ class Quantize(DistillSpec, StageSpec):
         from distill.models.load import load_config, load_model, low_bit_scheme, move
         from distill.quantization.convert import round_unquantized
         from distill.quantization.fake_quant import fake_quant_layers, switch
-        from distill.stages.train import check_speaks, hold_mask, stored_dtype_of, train
+        from distill.stages.train import check_speaks, hold_mask, load_trainable, stored_dtype_of, train
         from distill.training.assemble import assemble, disassemble
 
         location = context.session.artifact(self.student).location
@@ -182,7 +182,9 @@ class Quantize(DistillSpec, StageSpec):
                 f"{self.student}: its weights are low-bit already; quantize the model that it was made from"
             )
         check_speaks(context, location)
-        start = load_model(location, dtype="float32")
+        calibrated = self.activations is not None and self.activations.calibrated
+        reads = self.mixed or self.equalize or calibrated  # each process its own, to look at the weights beforehand
+        start = load_model(location, dtype="float32") if reads else load_trainable(context, location)
         mask = hold_mask(context, self.student, start, lora=self.lora is not None)
         filled = [grid.kind for grid in self._every_grid() if not grid.keeps_zero]
         filled += [self.rounding] if self.rounding == "gptq" else []
@@ -199,7 +201,7 @@ class Quantize(DistillSpec, StageSpec):
             lora=self.lora,
             gradient_checkpointing=context.session.compute.gradient_checkpointing and self.trains(),
         )
-        if self.activations is not None and self.activations.calibrated:
+        if calibrated:
             self._calibrate(context, student.model)
         if self.rounding == "gptq":
             self._gptq(context, student.model)

@@ -82,7 +82,9 @@ def train(
             corpus, source = open_cache(context, teacher, num_steps * budget.batch_size)
     elif teacher is not None:
         device, _ = resolve_teacher(session.compute)
-        source = LiveTeacher(load_frozen(context, teacher), device)
+        # one that is not beside the student is not shared out
+        beside = device.type == resolve_device(session.compute)
+        source = LiveTeacher(load_frozen(context, teacher, is_shared_out=beside), device)
     module = DistillationModule(
         student.model,
         losses,
@@ -183,16 +185,39 @@ def open_on_policy(
     return OnPolicy(budget.on_policy, seed=session.seed, ends=ends, vocabulary=len(tokenizer))
 
 
-def load_frozen(context: StageContext, reference: str) -> PreTrainedModel:
+def load_trainable(context: StageContext, location: str) -> PreTrainedModel:
+    """A model in fp32; without numbers in a process that is sent its shares of it later.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from distill.models.load import empty_model, load_config, load_model, low_bit_scheme
+
+    config = load_config(location)
+    if context.session.is_sent_models and not low_bit_scheme(config):
+        return empty_model(config)
+    return load_model(location, dtype="float32")
+
+
+def load_frozen(context: StageContext, reference: str, *, is_shared_out: bool = False) -> PreTrainedModel:
     """A teacher in the precision that ``compute`` asks for, in the tokens of the stage.
+
+    Args:
+        context: of the stage.
+        reference: of the teacher.
+        is_shared_out: whether it will be, under fsdp; then it has no numbers yet in a process that is sent its shares.
 
     Raises:
         InputError: it speaks another vocabulary than the run.
     """
+    from distill.models.load import empty_model, load_config, low_bit_scheme
     from distill.stages.tokens import load_speaking
     from distill.training.trainer import resolve_teacher
 
-    location = context.session.artifact(reference).location
+    location, session = context.session.artifact(reference).location, context.session
+    # low-bit weights are widened and a cut vocabulary is carved as they are read, so every process reads those
+    if is_shared_out and session.is_sent_models and not session.is_cut and not low_bit_scheme(load_config(location)):
+        return empty_model(load_config(location))
     _, dtype = resolve_teacher(context.session.compute)
     return check_packing(context, load_speaking(context, location, dtype))
 
@@ -223,14 +248,14 @@ def check_speaks(context: StageContext, location: str, *, tokens: bool = True) -
 
 
 def check_packing(context: StageContext, model: PreTrainedModel) -> PreTrainedModel:
-    """The model, if it keeps documents apart where the run's rows hold several of them.
+    """The model, if it keeps documents apart where the run's rows hold several of them; who reads it finds out.
 
     Raises:
         InputError: it lets them see each other.
     """
     from distill.models.packed import check_apart
 
-    if context.session.data.keeps_apart:
+    if context.session.data.keeps_apart and not context.session.is_sent_models:
         check_apart(model)
     return model
 
@@ -264,6 +289,8 @@ def hold_mask(context: StageContext, reference: str, model: PreTrainedModel, *, 
     lineage = context.session.artifact(reference).lineage()
     if lineage is None or lineage.mask is None:
         return None
+    if context.session.compute.strategy == "fsdp" and context.session.world.size > 1:
+        raise InputError(f"{reference}: its weights are masked, which compute.strategy: fsdp cannot hold; use ddp")
     if lora:
         raise InputError(
             f"{reference}: its weights are masked ({lineage.mask}), and a merged adapter would fill the zeros; "

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from distill.core.errors import InputError
 from distill.quantization.fake_quant import fake_quant_layers
 from distill.training.checkpoint import AtomicCheckpointIO, copied
+from distill.training.sent import is_to_be_sent, send
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -154,15 +155,20 @@ def shard(model: PreTrainedModel, mesh: Any, compute_dtype: torch.dtype | None =
     """Share a causal model out over a mesh, in place.
 
     Args:
-        model: whole on every rank.
+        model: whole on every rank, or on the first, and on the others of the same build on the device "meta".
         mesh: of one dimension.
         compute_dtype: in which weights are gathered; None is their own.
     """
     body: Any = model.base_model
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32 if compute_dtype else None)
     blocks = set(model._no_split_modules or ())
+    device, to_be_sent = torch.empty(0, device=mesh.device_type).device, is_to_be_sent(model)
     for block in [part for part in body.modules() if type(part).__name__ in blocks]:
+        if to_be_sent:
+            send(block, device)
         fully_shard(block, mesh=mesh, mp_policy=policy)
+    if to_be_sent:
+        send(model, device)
     names = {id(p): name for name, p in body.named_parameters()}
     head = model.get_output_embeddings()
     tied = {name: names.get(id(p)) for name, p in head.named_parameters()}  # by the body, which is about to be shared
