@@ -31,11 +31,12 @@ def send(part: nn.Module, device: torch.device) -> None:
         device: where they arrive, and the first process sends from.
 
     Raises:
-        DistillError: this process has built another one than the first.
+        DistillError: one has built another one than the first; all raise it.
     """
     ours = dict(_tensors(part))
     sent = from_first({name: (tensor.shape, tensor.dtype) for name, tensor in ours.items()})
-    if sent.keys() != ours.keys() or any(ours[name].shape != shape for name, (shape, _) in sent.items()):
+    shapes = {name: shape for name, (shape, _) in sent.items()}
+    if largest({name: tensor.shape for name, tensor in ours.items()} != shapes):
         name = type(part).__name__
         raise DistillError(f"{name}: the processes have built different models; have all of them the same versions?")
     for name, (shape, dtype) in sent.items():
