@@ -20,7 +20,7 @@ from distill.core.artifact import fingerprint, hash_of, write_text
 from distill.core.errors import DistillError, InputError, Interrupted, MachineError, Preempted
 from distill.core.run import CHECKPOINTS, RECIPE, Done, Run, sizes_of
 from distill.core.world import ALONE, World
-from distill.launch import check_world, launch, wanted_processes
+from distill.launch import LOGS, check_world, launch, wanted_processes
 from distill.recipe import Recipe
 from distill.stages.base import Released, Session, StageContext, StageSpec
 from distill.training.ranks import Ranks, meet
@@ -69,6 +69,7 @@ def run(
         with the_run.lock():  # what is refused is refused before anything is started
             _planned(_session(recipe, the_run, say, command, ALONE), only, start)
         order = {"recipe": recipe.dump(), "run_dir": str(folder), "only": only, "start": start, "command": command}
+        say(f"{num_processes} processes: the first speaks here, the others in {folder / LOGS}/rank-N.log")
         launch(num_processes, order, folder)
         return the_run
     if world is not None:

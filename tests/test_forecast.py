@@ -102,6 +102,7 @@ def test_what_is_not_known_is_said(large: tuple[Path, Path], monkeypatch: pytest
     monkeypatch.setattr(room, "_gpus", lambda: [80e9] * 4)
     shared = next(line for line in describe(alone).splitlines() if "memory of a GPU: " in line)
     assert "student 6.7 GB" in shared
+    assert "the first process reads the models into 40.4 GB of its machine's own memory" in describe(alone)
     assert "counted as one" not in describe(alone)
 
 

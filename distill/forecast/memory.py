@@ -12,8 +12,9 @@
     workspace    = the larger of what the losses need when all activations are there, and what a block's gradient does
 
 With gradient checkpointing ``activations = t L hidden`` and a whole block is in the workspace. Under fsdp student,
-teacher, gradients and optimizer are shared out among the processes; a block and both heads are whole. Beside it stand
-the libraries and, on a GPU, its context and what the allocator cannot use (a GB or two).
+teacher, gradients and optimizer are shared out among the processes; a block and both heads are whole, and before that
+the first process holds what it reads whole in its machine's own memory. Beside it stand the libraries and, on a GPU,
+its context and what the allocator cannot use (a GB or two).
 
 For blocks of Llama's build it is within a few percent (``benchmarks/forecast.py`` holds it against measured bytes) and
 near for others; losses on inner states, sequences that the student writes itself, attention masks, adapters' own
@@ -111,6 +112,10 @@ class Job:
     def checkpoint_bytes(self) -> int:
         """Of a checkpoint: what is trained, and the optimizer's moments of it."""
         return 3 * self.weight_bytes * self.trained()
+
+    def read_bytes(self) -> int:
+        """Of both models as they are read, before anything of them is shared out."""
+        return FP32 * Shape(self.student).parameters + self._teacher()
 
     @property
     def weight_bytes(self) -> int:

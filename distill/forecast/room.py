@@ -139,6 +139,11 @@ def lines(job: Job, batch_size: int, compute: ComputeSpec, room: Room) -> Iterat
         f"{batch_size * job.sequence_length:,} tokens a step, {at_once} at once; a checkpoint is "
         f"{amount(job.checkpoint_bytes())}, up to {compute.keep_checkpoints + 1} on disk at a time{copy}"
     )
+    if job.sharded and job.num_processes > 1:
+        yield (
+            f"the first process reads the models into {amount(job.read_bytes())} of its machine's own memory and sends "
+            "the others their shares"
+        )
     if room.num_bytes is not None and memory.total > room.num_bytes:
         yield f"does not fit into {amount(room.num_bytes)}: {_mend(job, batch_size, room.num_bytes)}"
 

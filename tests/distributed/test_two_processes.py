@@ -206,5 +206,6 @@ def test_the_command_starts_its_own_processes(chaos: Path, tmp_path: Path) -> No
     done = subprocess.run([*command, *short], env=environment, capture_output=True, text=True, timeout=BOUND_S)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("train step 4/4") == 1
+    assert f"2 processes: the first speaks here, the others in {tmp_path / 'run' / 'logs'}/rank-N.log" in done.stdout
     assert (tmp_path / "run" / "train" / "model" / "model.safetensors").exists()
     assert {path.name for path in (tmp_path / "run" / "logs").iterdir()} == {"rank-1.log"}
