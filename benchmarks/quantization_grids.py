@@ -48,9 +48,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "cross-entropy": {"losses": ["cross_entropy"]},
     "distillation": {"losses": ["forward_kl"]},
     "distillation from itself": {"losses": ["forward_kl"], "teacher": "START"},
+    "distillation after gptq": {"losses": ["forward_kl"], "rounding": "gptq"},
 }
 """Ways to train; START stands for the student before it is quantized."""
-SEARCHED = {"distillation from itself": "distillation"}
+SEARCHED = {"distillation from itself": "distillation", "distillation after gptq": "distillation"}
 """Methods that take over another's learning rates."""
 
 
@@ -63,6 +64,12 @@ def rounded(grid: Grid) -> dict[str, dict[str, Any]]:
         found["gptq"] = {"quantizer": grid.quantizer, "rounding": "gptq"}
         found["gptq, mse"] = {"quantizer": searched, "rounding": "gptq"}
     return found
+
+
+def scales(grid: str, method: str) -> tuple[str | None, ...]:
+    """Where a grid's training may take its scale from; none where the method is not for this grid."""
+    found = GRIDS[grid].scales
+    return tuple(scale for scale in found if scale == "learned") if "rounding" in METHODS[method] else found
 
 
 def best(grid: str) -> str:
