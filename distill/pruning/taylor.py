@@ -76,7 +76,10 @@ def taylor(values: Tensor, gradient: Tensor) -> Tensor:
     """Derivative to a gate on each channel, fp32 [batch, channels]; values and gradient [batch, sequence, channels]."""
     import torch
 
-    # What gets no gradient adds nothing, whatever stands there.
+    derivative: Tensor = torch.linalg.vecdot(values.float(), gradient.float(), dim=1)
+    if derivative.isfinite().all():
+        return derivative
+    # What gets no gradient adds nothing, whatever stands there; to look for it always would cost five times as much.
     return torch.where(gradient == 0, 0.0, values.float() * gradient.float()).sum(1)
 
 
@@ -96,9 +99,10 @@ def _gated(model: nn.Module, layout: Layout) -> Iterator[dict[str, Tensor]]:
 
     def follow(seen: Tensor, names: dict[str, int]) -> None:
         """When the gradient of ``seen`` comes by, add to each gate; a name stands with the number of its units."""
+        values = seen.detach()  # the hook must not hold what holds it: a batch's graph would stay until it is collected
 
         def hook(gradient: Tensor) -> None:
-            derivative = taylor(seen.detach(), gradient)
+            derivative = taylor(values, gradient)
             for name, units in names.items():
                 add(name, derivative.unflatten(1, (units, -1)).sum(-1))
 
