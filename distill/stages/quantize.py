@@ -192,16 +192,16 @@ class Quantize(DistillSpec, StageSpec):
                 f"{self.student}: its weights are low-bit already; quantize the model that it was made from"
             )
         check_speaks(context, location)
-        calibrated = self.activations is not None and self.activations.calibrated
-        reads = self.mixed or self.equalize or calibrated  # each process its own, to look at the weights beforehand
-        start = load_model(location, dtype="float32") if reads else load_trainable(context, location)
+        # a scan needs the weights in each process, to find the same grids
+        start = load_model(location, dtype="float32") if self.mixed else load_trainable(context, location)
+        is_read = start.device.type != "meta"  # else what the first process makes of it is sent
         mask = hold_mask(context, self.student, start, lora=self.lora is not None)
         filled = [grid.kind for grid in self._every_grid() if not grid.keeps_zero]
         filled += [self.rounding] if self.rounding == "gptq" else []
         if mask is not None and filled:
             raise InputError(f"{self.student}: its weights are masked ({mask}), and {filled[0]} would fill the zeros")
         layers = choose_grids(context, start, self.quantizer, self.mixed) if self.mixed else self.grids()
-        if self.equalize is not None:
+        if self.equalize is not None and is_read:
             self._equalize(context, start, layers)
         student = assemble(
             start,
@@ -211,9 +211,9 @@ class Quantize(DistillSpec, StageSpec):
             lora=self.lora,
             gradient_checkpointing=context.session.compute.gradient_checkpointing and self.trains(),
         )
-        if calibrated:
+        if self.activations is not None and self.activations.calibrated and is_read:
             self._calibrate(context, student.model)
-        if self.rounding == "gptq":
+        if self.rounding == "gptq" and is_read:
             self._gptq(context, student.model)
         teacher = self._taught_by()
         figures = train(
