@@ -218,9 +218,14 @@ def together(world: World, device: str, name: str) -> Iterator[None]:
         yield
         return
     with _lost_peer_is_one_line(world):
+        store = dist.PrefixStore(f"group/{name}", _client())
+        if world.rank == 0:
+            store.set("first", "")
+        while not store.check(["first"]):  # it may read and calibrate for longer than a library waits
+            time.sleep(0.05)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-            store=dist.PrefixStore(f"group/{name}", _client()),
+            store=store,
             rank=world.rank,
             world_size=world.size,
             timeout=timedelta(seconds=COLLECTIVE_S),

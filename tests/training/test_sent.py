@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from distill.core.errors import DistillError
+from distill.core.errors import DistillError, InputError
 from distill.core.world import World
 from distill.models.load import empty_model, new_config, new_model
 from distill.models.lora import LoraSpec
 from distill.quantization import Int8Channel, IntGroup
 from distill.quantization.static_int8 import StaticInt8
 from distill.stages.base import Session
-from distill.stages.train import load_trainable
+from distill.stages.train import hold_mask, load_trainable
 from distill.training.assemble import assemble
 from distill.training.sent import is_to_be_sent, send
 from distill.training.sharded import local, shard
@@ -111,3 +111,11 @@ def test_who_reads_a_model(strategy: Any, rank: int, reads: bool, tmp_path: Path
     new_model(new_config(LLAMA), seed=0).save_pretrained(tmp_path)
     context: Any = SimpleNamespace(session=session)
     assert load_trainable(context, str(tmp_path)).device.type == ("cpu" if reads else "meta")
+
+
+def test_a_mask_is_refused_before_anything_is_wrapped() -> None:
+    masked = SimpleNamespace(lineage=lambda: SimpleNamespace(mask="2:4"))
+    place = SimpleNamespace(compute=ComputeSpec(strategy="fsdp"), world=World(1, 2, 1, 2), artifact=lambda name: masked)
+    context: Any = SimpleNamespace(session=place)
+    with pytest.raises(InputError, match=r"sparse: its weights are masked, which compute.strategy: fsdp cannot hold"):
+        hold_mask(context, "sparse", empty_model(new_config(LLAMA)), lora=False)
