@@ -2,10 +2,11 @@
 
     int8:  w_oi ~ scale_o * code_oi, code in int8;  activations in uint8, with a scale that each call finds anew
 
-The deliverable of choice for services and languages without Python. The graph reads whole texts (``input_ids`` and
-``attention_mask`` to ``logits``) without a cache of keys and values: right for scoring and classification by logits,
-slow for long answers, for which :mod:`gguf <distill.exporters.gguf>` is made. ONNX Runtime's dynamic quantization
-rounds after training, activations too, and costs more than 8 bits of weights alone would.
+The deliverable of choice for services and languages without Python, and the one for encoders: BERT and its like, with a
+head for masked words or for classes. The graph reads whole texts (``input_ids`` and ``attention_mask``, and
+``token_type_ids`` where an encoder reads pairs) to ``logits``, without a cache of keys and values: right for scoring
+and classification, slow for long answers, for which :mod:`gguf <distill.exporters.gguf>` is made. ONNX Runtime's
+dynamic quantization rounds after training, activations too, and costs more than 8 bits of weights alone would.
 
 Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html.
 """
@@ -13,35 +14,35 @@ Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization
 from __future__ import annotations
 
 import json
-import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from distill.core.errors import DistillError, InputError
+from distill.core.errors import DistillError
 from distill.exporters.base import (
     CardFacts,
     ExporterSpec,
     VerifyResult,
+    cache_notes,
     new_folder,
     require_close,
     require_engine,
     require_writers,
 )
+from distill.exporters.onnx_graph import DATA, FILE, inputs_of, num_layers, quantize_graph, quiet, write_graph
+from distill.models.load import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-FILE, DATA = "model.onnx", "model.onnx.data"
 DELIVERED = {".json", ".jinja", ".txt", ".model"}
-# a protobuf holds no more than 2 GB; larger weights lie in a file beside it
-EXTERNAL_ABOVE_BYTES = 1_500_000_000
+HUB_TASKS = {"causal_lm": "text-generation", "masked_lm": "fill-mask", "classification": "text-classification"}
 
 
 class Onnx(ExporterSpec):
@@ -50,6 +51,7 @@ class Onnx(ExporterSpec):
     engine: ClassVar[str] = "ONNX Runtime"
     engine_module: ClassVar[str | None] = "onnxruntime"
     extra: ClassVar[str | None] = "onnx"
+    tasks: ClassVar[tuple[Task, ...]] = ("causal_lm", "masked_lm", "classification")
 
     kind: Literal["onnx"] = "onnx"
     weights: Literal["int8", "float32"] = "int8"
@@ -68,19 +70,22 @@ class Onnx(ExporterSpec):
 
         new_folder(source_folder, folder)
         low_bit = len(bits_of(source_folder))
-        model = load_model(str(source_folder), dtype="float32")
-        with _quiet(), TemporaryDirectory(dir=folder) as temporary:
+        model = load_model(str(source_folder), dtype="float32", tasks=self.tasks)
+        with quiet(), TemporaryDirectory(dir=folder) as temporary:
             plain = folder if self.weights == "float32" else Path(temporary)
-            _write_graph(model, plain / FILE)
+            write_graph(model, plain / FILE)
             if self.weights == "int8":
-                _quantize(plain / FILE, folder / FILE, _num_layers(model))
+                quantize_graph(plain / FILE, folder / FILE, num_layers(model))
         _copy_the_rest(source_folder, folder)
+        cache = cache_notes(source_folder, "which this graph does not have: it rounds neither")
         if self.weights == "float32":
-            return ["all weights in float32" + f"; {low_bit} layers hold the values of their codes" * bool(low_bit)]
+            codes = f"; {low_bit} layers hold the values of their codes" * bool(low_bit)
+            return [f"all weights in float32{codes}", *cache]
         again = f"; {low_bit} layers were low-bit before, and are rounded a second time" if low_bit else ""
         return [
             f"linear layers: int8 a channel, activations uint8, rounded by ONNX Runtime after training{again}; "
-            "embeddings and head: float32"
+            "embeddings and head: float32",
+            *cache,
         ]
 
     def verify(
@@ -92,14 +97,27 @@ class Onnx(ExporterSpec):
     ) -> VerifyResult:
         require_engine(self)
         from distill.exporters.compare import compare, plain_logits
+        from distill.models.load import task_of
 
         num_bytes = sum(file.stat().st_size for file in (folder / FILE, folder / DATA) if file.is_file())
         logits = _engine(folder / FILE)
-        with plain_logits(source_model) as source:
-            result = compare(source, logits, batches, folder, num_bytes)
+        if task_of(source_model.config) == "causal_lm":
+            with plain_logits(source_model) as source:
+                result = compare(
+                    source, lambda batch: logits({"input_ids": batch["input_ids"]}), batches, folder, num_bytes
+                )
+        else:
+            padded = [_padded(batch, source_model) for batch in batches]
+            result = compare(partial(_logits, source_model), logits, padded, folder, num_bytes)
         return require_close(result, self.max_kl, folder)
 
     def card(self, folder: Path) -> CardFacts:
+        from distill.models.load import load_config, task_of
+
+        config = load_config(str(folder))
+        task = task_of(config)
+        names = ", ".join(f'"{name}"' for name in inputs_of(config))
+        shape = "[batch, classes]" if task == "classification" else "[batch, sequence, vocabulary]"
         return CardFacts(
             library="onnxruntime",
             tags=("onnx",),
@@ -109,80 +127,11 @@ class Onnx(ExporterSpec):
                 'tokenizer = AutoTokenizer.from_pretrained(".")\n'
                 f'session = onnxruntime.InferenceSession("{FILE}")\n'
                 'text = tokenizer(["Once upon a time"], return_tensors="np")\n'
-                'inputs = {name: text[name] for name in ("input_ids", "attention_mask")}\n'
-                '(logits,) = session.run(["logits"], inputs)  # [batch, sequence, vocabulary]\n```'
+                f"inputs = {{name: text[name] for name in ({names})}}\n"
+                f'(logits,) = session.run(["logits"], inputs)  # {shape}\n```'
             ),
+            task=HUB_TASKS[task],
         )
-
-
-def _write_graph(model: PreTrainedModel, file: Path) -> None:
-    """Trace a model into a graph of any batch and sequence length."""
-    import torch
-
-    class Logits(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-
-    # neither one row nor one token, which a trace would take for constants
-    ids = torch.arange(24).remainder(model.config.get_text_config().vocab_size).view(2, 12)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    try:
-        program = torch.onnx.export(
-            Logits().eval(),
-            (),
-            kwargs=inputs,
-            dynamo=True,
-            input_names=list(inputs),
-            output_names=["logits"],
-            dynamic_shapes=dict.fromkeys(inputs, free),
-            opset_version=18,
-            verbose=False,
-        )
-    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(
-            f"{model.config.model_type}: torch cannot write this model as ONNX ({first.strip()})"
-        ) from error
-    assert program is not None
-    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    program.save(str(file), external_data=num_bytes > EXTERNAL_ABOVE_BYTES)
-
-
-def _num_layers(model: PreTrainedModel) -> int:
-    """Linear layers without the output head."""
-    import torch
-
-    head = model.get_output_embeddings()
-    return sum(isinstance(module, torch.nn.Linear) and module is not head for module in model.modules())
-
-
-def _quantize(plain: Path, file: Path, num_layers: int) -> None:
-    """Round every linear layer but the output head, which a tied model shares with its embeddings.
-
-    Raises:
-        DistillError: ONNX Runtime did not find all of them.
-    """
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    graph = onnx.load(str(plain), load_external_data=False).graph
-    quantize_dynamic(
-        plain,
-        file,
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-        nodes_to_exclude=[node.name for node in graph.node if "logits" in node.output],
-        use_external_data_format=plain.with_name(DATA).is_file(),
-    )
-    rounded = onnx.load(str(file), load_external_data=False).graph
-    found = sum(node.op_type == "MatMulInteger" for node in rounded.node)
-    if found != num_layers:
-        raise DistillError(f"{file}: ONNX Runtime rounded {found} linear layers of {num_layers}; set weights: float32")
 
 
 def _copy_the_rest(source_folder: Path, folder: Path) -> None:
@@ -213,19 +162,34 @@ def _engine(file: Path) -> Any:
         raise DistillError(f"{file}: ONNX Runtime does not load it ({first.strip()})") from error
 
     def logits(batch: Mapping[str, Tensor]) -> Tensor:
-        ids = batch["input_ids"].cpu()
-        inputs = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
-        return torch.from_numpy(session.run(["logits"], inputs)[0])
+        every = {"attention_mask": torch.ones_like(batch["input_ids"]), **batch}
+        inputs = {wanted.name: every[wanted.name].cpu().numpy() for wanted in session.get_inputs()}
+        return _by_position(torch.from_numpy(session.run(["logits"], inputs)[0]))
 
     return logits
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Warnings of the exporters (of operators and steps that are not used) stay out of our progress; errors raise."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+def _padded(batch: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """A batch whose last text ends half way, and is a second text from its third token on where there are such; an
+    encoder reads all of a text at once, so what is not attended to shows everywhere."""
+    import torch
+
+    from distill.models.load import task_of
+
+    ids = batch["input_ids"].to(model.device)
+    attended, second = torch.ones_like(ids), torch.zeros_like(ids)
+    attended[-1, (ids.shape[-1] + 1) // 2 :] = 0
+    second[-1, 2:] = 1
+    every = {"input_ids": ids, "attention_mask": attended, "token_type_ids": second}
+    mask = attended.bool() & batch["mask"].to(model.device)
+    named = {name: every[name] for name in inputs_of(model.config)}
+    return named | {"mask": mask.any(-1, keepdim=True) if task_of(model.config) == "classification" else mask}
+
+
+def _logits(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    return _by_position(model(**{name: batch[name] for name in inputs_of(model.config)}).logits.float())
+
+
+def _by_position(logits: Tensor) -> Tensor:
+    """A class is predicted for a text, not for each of its tokens: [batch, 1, classes]."""
+    return logits if logits.ndim > 2 else logits.unsqueeze(1)

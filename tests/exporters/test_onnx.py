@@ -31,7 +31,7 @@ def write(artifact: Path, exported: dict[str, Path], monkeypatch: pytest.MonkeyP
         if not folder.is_dir():
             if weights == "int8":
                 graph = once("float32") / "model.onnx"
-                monkeypatch.setattr("distill.exporters.onnx._write_graph", lambda model, file: copyfile(graph, file))
+                monkeypatch.setattr("distill.exporters.onnx.write_graph", lambda model, file: copyfile(graph, file))
             notes = Onnx(weights=weights).export(artifact, folder, title="small")
             (folder / "notes.txt").write_text("\n".join(notes))
         return folder
