@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FILE, DATA = "model.onnx", "model.onnx.data"
+PAST, PRESENT = "past_key_values.", "present."
+"""What names of a cache's tensors begin with, as it goes in and as it comes out: those that other tools look for."""
 # a protobuf holds no more than 2 GB; larger weights lie in a file beside it
 EXTERNAL_ABOVE_BYTES = 1_500_000_000
 
@@ -33,8 +35,6 @@ def write_graph(model: PreTrainedModel, file: Path) -> None:
     """
     import torch
 
-    from distill.quantization.fake_quant import unquantized
-
     class Logits(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -49,16 +49,91 @@ def write_graph(model: PreTrainedModel, file: Path) -> None:
     names = inputs_of(model.config)
     inputs = dict(zip(names, (ids, torch.ones_like(ids), torch.zeros_like(ids)), strict=False))
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    _trace(model, Logits(), inputs, dict.fromkeys(names, free), names, ["logits"], file)
+
+
+def write_decoder(model: PreTrainedModel, file: Path) -> None:
+    """Trace a decoder that goes on from the keys and values of earlier tokens, of which there may be none.
+
+    Inputs are ``input_ids`` [batch, sequence], ``attention_mask`` [batch, past + sequence] and, for each layer,
+    ``past_key_values.N.key`` and ``.value``, [batch, kv_heads, past, head_dim]; outputs are ``logits`` and the same
+    with the new tokens, ``present.N.key`` and ``.value``.
+
+    Raises:
+        InputError: torch cannot, or the model keeps something else than keys and values.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[tuple[Tensor, Tensor]]) -> Any:
+            cache = DynamicCache(ddp_cache_data=list(past))
+            places = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past[0][0].shape[2] :]
+            made: Any = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=places,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            return made.logits, [(layer.keys, layer.values) for layer in made.past_key_values.layers]
+
+    rows, num_past, num_new = 2, 7, 5  # none alike, and none of them 1: see above
+    ids = torch.arange(rows * num_new).remainder(model.config.get_text_config().vocab_size).view(rows, num_new)
+    past = _past(model, rows, num_past)
+    inputs = {"input_ids": ids, "attention_mask": ids.new_ones(rows, num_past + num_new), "past": past}
+    of_ids = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    of_past = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
+    shapes = {"input_ids": of_ids, "attention_mask": of_ids, "past": [(of_past, of_past)] * len(past)}
+    tensors = [f"{layer}.{part}" for layer in range(len(past)) for part in ("key", "value")]
+    names = ["input_ids", "attention_mask", *(PAST + tensor for tensor in tensors)]
+    _trace(model, Step(), inputs, shapes, names, ["logits", *(PRESENT + tensor for tensor in tensors)], file)
+
+
+def _past(model: PreTrainedModel, rows: int, num_tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer, as the model itself makes them.
+
+    Raises:
+        InputError: it makes something else.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    ids = torch.zeros(rows, num_tokens, dtype=torch.long, device=model.device)
+    with torch.no_grad():  # in a cache that is not told of the config, so that it cuts no window
+        made: Any = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
+    layers = getattr(getattr(made, "past_key_values", None), "layers", [])
+    kept: list[Any] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
+    if not kept or any(key is None or value is None for key, value in kept):
+        raise InputError(
+            f"{model.config.model_type}: keeps something else than keys and values from token to token; set "
+            "keys_and_values: recomputed"
+        )
+    return kept
+
+
+def _trace(
+    model: PreTrainedModel, wrapped: Any, inputs: Any, shapes: Any, names: list[str], outputs: list[str], file: Path
+) -> None:
+    """Write what ``wrapped`` computes of ``inputs``, with ``shapes`` of any size."""
+    import torch
+
+    from distill.quantization.fake_quant import unquantized
+
     try:
-        with unquantized(model):  # without a cache there is none to round for
+        with unquantized(model):  # ONNX Runtime keeps keys and values as they are
             program = torch.onnx.export(
-                Logits().eval(),
+                wrapped.eval(),
                 (),
                 kwargs=inputs,
                 dynamo=True,
                 input_names=names,
-                output_names=["logits"],
-                dynamic_shapes=dict.fromkeys(names, free),
+                output_names=outputs,
+                dynamic_shapes=shapes,
                 opset_version=18,
                 verbose=False,
             )

@@ -10,14 +10,11 @@ import pytest
 import torch
 from transformers import (
     BertConfig,
-    BertForMaskedLM,
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForMaskedLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaForSequenceClassification,
 )
 
 from distill.core.errors import DistillError, InputError
@@ -37,9 +34,7 @@ DISTILBERT = {
     "initializer_range": 0.2, "num_labels": 3,
 }  # fmt: skip
 MODELS: dict[str, tuple[Callable[[], PreTrainedModel], int]] = {
-    "bert words": (lambda: BertForMaskedLM(BertConfig(**BERT)), 7),
     "bert classes": (lambda: BertForSequenceClassification(BertConfig(**BERT)), 7),
-    "roberta classes": (lambda: RobertaForSequenceClassification(RobertaConfig(**BERT | {"type_vocab_size": 1})), 7),
     "distilbert words": (lambda: DistilBertForMaskedLM(DistilBertConfig(**DISTILBERT)), 7),
 }
 """Model, and linear layers below its last one."""
