@@ -1,10 +1,11 @@
 """Quantization: one student on every grid, rounded after training and trained on the grid, with and without a teacher.
 
 The student is cut out of the teacher of ``books`` to half of its parameters and distilled. It is rounded onto each grid
-in every way that the grid allows; trained on the grid by cross-entropy, by distillation from the teacher, and by
-distillation from itself before quantization. The control is the student in full precision, trained on as many tokens
-more by the same loss: what training recovers is counted between the control as it is and the control rounded, so that
-no share of it is mere training. (Distilled from itself, the student stays what it is, and is the control.)
+in every way that the grid allows; trained on the grid by cross-entropy, by distillation from the teacher (beginning at
+the nearest codes, or at those of gptq), and by distillation from itself before quantization. The control is the
+student in full precision, trained on as many tokens more by the same loss: what training recovers is counted between
+the control as it is and the control rounded, so that no share of it is mere training. (Distilled from itself, the
+student stays what it is, and is the control.)
 
 Learning rates, and whether the scale is learned, are chosen on the validation books at half of the budget, on int4,
 int3, int2 and ternary; int8 takes over what int4 has found, and binary what ternary has.
@@ -34,6 +35,7 @@ from benchmarks.quantization_grids import (
     best,
     longer,
     rounded,
+    scales,
     stage_name,
     trained,
 )
@@ -134,9 +136,9 @@ class Quantization:
 
     def choice(self, grid: str, method: str) -> tuple[str | None, float]:
         """Where a grid's training takes its scale from, and its learning rate."""
-        method = SEARCHED.get(method, method)
-        scales, place = (GRIDS[grid].scales, GRIDS[grid].searched) if grid in GRIDS else ((None,), grid)
-        found = {(scale, lr): p for scale in scales for lr, p in self.search(place, scale, method).items()}
+        among, place = (scales(grid, method), GRIDS[grid].searched) if grid in GRIDS else ((None,), grid)
+        like = SEARCHED.get(method, method)
+        found = {(scale, lr): p for scale in among for lr, p in self.search(place, scale, like).items()}
         return min(found, key=found.__getitem__)
 
     def control(self, method: str, seed: int) -> None:
@@ -169,7 +171,7 @@ class Quantization:
                 if method not in SEARCHED:
                     self.control(method, seed)
                     yield self.rows()
-                for grid in GRIDS:
+                for grid in (grid for grid in GRIDS if scales(grid, method)):
                     self.train(grid, method, seed)
                     yield self.rows()
 
@@ -186,9 +188,9 @@ class Quantization:
 
     def _controls_of(self, method: str, seed: int) -> dict[str, Figures]:
         """What the training of a method and seed is held against."""
-        if method in SEARCHED:
+        if "teacher" in METHODS[method]:
             return {FULL: self.models["student"], **{f"{g}, {w}": row for (g, w), row in self.rounded.items()}}
-        return self.controls[method][seed]
+        return self.controls[SEARCHED.get(method, method)][seed]
 
 
 def _joined(figures: Mapping[str, Figures], name: str) -> Figures:

@@ -48,10 +48,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "cross-entropy": {"losses": ["cross_entropy"]},
     "distillation": {"losses": ["forward_kl"]},
     "distillation from itself": {"losses": ["forward_kl"], "teacher": "START"},
+    "distillation after gptq": {"losses": ["forward_kl"], "rounding": "gptq"},
+    "distillation, int8 activations": {"losses": ["forward_kl"], "activations": "dynamic_int8"},
 }
 """Ways to train; START stands for the student before it is quantized."""
-SEARCHED = {"distillation from itself": "distillation"}
+SEARCHED = {
+    "distillation from itself": "distillation",
+    "distillation after gptq": "distillation",
+    "distillation, int8 activations": "distillation",
+}
 """Methods that take over another's learning rates."""
+ONLY = {"distillation after gptq": ("int4", "int3", "int2"), "distillation, int8 activations": ("int4",)}
+"""Methods that are for some grids."""
 
 
 def rounded(grid: Grid) -> dict[str, dict[str, Any]]:
@@ -63,6 +71,12 @@ def rounded(grid: Grid) -> dict[str, dict[str, Any]]:
         found["gptq"] = {"quantizer": grid.quantizer, "rounding": "gptq"}
         found["gptq, mse"] = {"quantizer": searched, "rounding": "gptq"}
     return found
+
+
+def scales(grid: str, method: str) -> tuple[str | None, ...]:
+    """Where a grid's training may take its scale from; none where the method is not for this grid."""
+    found = GRIDS[grid].scales if grid in ONLY.get(method, GRIDS) else ()
+    return tuple(scale for scale in found if scale == "learned") if "rounding" in METHODS[method] else found
 
 
 def best(grid: str) -> str:

@@ -1,8 +1,8 @@
 """What scoring and surgery cost on a model of about 1B parameters: time against forward passes, peak memory.
 
-A Llama of random weights is written in shards. Each criterion scores it on random tokens, in turn with the body's and
-the head's own forward passes, in CPU seconds of one process, round by round; the least disturbed round counts. Then the
-model is cut in width to about half in a fresh process, whose peak memory is read from the system (Linux).
+A Llama of random weights is written in shards. Each criterion scores it on random tokens, in turn with plain passes of
+the kind that it needs, in CPU seconds of one process, round by round; the least disturbed round counts. Then the model
+is cut in width to about half in a fresh process, whose peak memory is read from the system (Linux).
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ import torch
 
 from benchmarks import hardware, result, tables
 
-PASSES: dict[str, tuple[float, float]] = {
-    "activation": (1, 0),
-    "fluctuation": (1, 0),
-    "wanda": (1, 0),
-    "block_influence": (1, 0),
-    "taylor": (2, 2),
+FORWARD, BACKWARD = "forward through the body", "forward and backward through body and head"
+PASSES: dict[str, str] = {
+    "activation": FORWARD,
+    "fluctuation": FORWARD,
+    "wanda": FORWARD,
+    "block_influence": FORWARD,
+    "taylor": BACKWARD,
 }
-"""Criterion -> passes through the body and through the head that it cannot do without; a gradient of the activations
-alone costs as much as a forward pass. Magnitude and random read no data."""
+"""Criterion -> the pass that it cannot do without; backward as far as the activations, with the weights frozen.
+Magnitude and random read no data."""
 PEAK, NOW = "VmHWM:", "VmRSS:"
 
 
@@ -74,20 +75,25 @@ def score(teacher: Path, sequences: int, length: int, rounds: int) -> list[dict[
     model, layout = load_model(str(teacher), dtype="float32").eval(), layout_for("llama")
     ids = torch.randint(0, 32000, (sequences, length), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": part, "mask": torch.ones_like(part, dtype=torch.bool)} for part in ids.split(1)]
-    states = torch.randn(1, length, model.config.hidden_size)
 
-    def passes(module: Callable[..., Any], *inputs: Any) -> None:
+    def forward() -> None:
         with torch.no_grad():
-            for given in inputs:
-                module(given)
+            for given in ids.split(1):
+                model.model(input_ids=given, use_cache=False)
 
+    def backward() -> None:
+        for given in ids.split(1):
+            embedded = model.get_input_embeddings()(given).requires_grad_()
+            model(inputs_embeds=embedded, labels=given, use_cache=False).loss.backward()
+
+    model.requires_grad_(False)
     criteria = {kind: CRITERIA[kind]() for kind in PASSES}
     jobs: dict[str, Callable[[], Any]] = {
-        "body": lambda: passes(lambda given: model.model(input_ids=given, use_cache=False), *ids.split(1)),
-        "head": lambda: passes(model.lm_head, *[states] * sequences),
+        FORWARD: forward,
+        BACKWARD: backward,
         **{kind: lambda c=criterion: c.score(model, layout, batches) for kind, criterion in criteria.items()},
     }
-    for name in ("body", "head"):
+    for name in (FORWARD, BACKWARD):
         jobs[name]()  # what the first pass of all takes for good is no criterion's
     return score_rows([{name: measured(job) for name, job in jobs.items()} for _ in range(rounds)])
 
@@ -95,19 +101,19 @@ def score(teacher: Path, sequences: int, length: int, rounds: int) -> list[dict[
 def score_rows(rounds: list[dict[str, tuple[float, int]]]) -> list[dict[str, Any]]:
     """Rows of the result, of (seconds, bytes) of each job in each round; ratios are taken within a round."""
     rows = []
-    for kind, (body, head) in PASSES.items():
-        ratios = [one[kind][0] / (body * one["body"][0] + head * one["head"][0]) for one in rounds]
+    for kind, needed in PASSES.items():
+        ratios = [one[kind][0] / one[needed][0] for one in rounds]
         rows.append(
             {
                 "table": "scoring",
                 "criterion": kind,
-                "body_passes": body,
-                "head_passes": head,
+                "pass": needed,
                 "seconds": min(one[kind][0] for one in rounds),
+                "pass_seconds": min(one[needed][0] for one in rounds),
                 "over_passes": min(ratios),
                 "each_round": ratios,
                 "peak_mb": min(one[kind][1] for one in rounds) / 1e6,
-                "pass_peak_mb": min(one["body"][1] for one in rounds) / 1e6,
+                "pass_peak_mb": min(one[needed][1] for one in rounds) / 1e6,
             }
         )
     return rows
@@ -152,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--sequences", type=int, default=2)
+    parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)

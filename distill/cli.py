@@ -37,7 +37,9 @@ def run(
     recipe: RecipeFile,
     set: Set = None,
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; unset: runs/<name of the recipe>.")] = None,
-    only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run this stage alone.")] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="Run this stage alone, again if it is finished.")
+    ] = None,
     from_: Annotated[
         str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and those after it again.")
     ] = None,

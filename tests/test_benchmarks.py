@@ -252,8 +252,8 @@ def test_what_peers_left_is_read_back(tmp_path: Path) -> None:
 
 
 def test_scoring_is_held_against_the_passes_of_its_own_round() -> None:
-    slow = dict.fromkeys(scoring.PASSES, (4.4, 9)) | {"body": (4.0, 5), "head": (1.0, 5)}
-    fast = dict.fromkeys(scoring.PASSES, (1.1, 8)) | {"body": (1.0, 6), "head": (0.1, 5)}
+    slow = dict.fromkeys(scoring.PASSES, (4.4, 9)) | {scoring.FORWARD: (4.0, 5), scoring.BACKWARD: (10.0, 5)}
+    fast = dict.fromkeys(scoring.PASSES, (1.1, 8)) | {scoring.FORWARD: (1.0, 6), scoring.BACKWARD: (2.2, 5)}
     rows = {row["criterion"]: row for row in scoring.score_rows([slow, fast])}
     assert rows["activation"]["each_round"] == pytest.approx([1.1, 1.1])
     assert rows["taylor"]["each_round"] == pytest.approx([0.44, 0.5])
@@ -272,12 +272,14 @@ def test_every_grid_is_rounded_and_trained_by_a_recipe_that_is_valid(tmp_path: P
             longer = quantization_grids.longer(method, start)
             stages[f"longer-{len(stages)}"] = quantization.budgeted(longer, 4096, 1e-3)
         for grid in GRIDS:
-            for scale in GRIDS[grid].scales:
+            for scale in quantization_grids.scales(grid, method):
                 stage = quantization_grids.trained(GRIDS[grid], scale, method, start)
                 stages[f"trained-{len(stages)}"] = quantization.budgeted(stage, 4096, 1e-3)
     recipe = {"name": "quantization", "teacher": start, "data": books.data(tmp_path, "test"), "stages": stages}
     found = Recipe.from_text(yaml.safe_dump(recipe, sort_keys=False)).stages
-    assert sum("trained" in name for name in found) == sum(len(grid.scales) for grid in GRIDS.values()) * len(METHODS)
+    everywhere = len(METHODS) - len(quantization_grids.ONLY)
+    some = 3 + len(GRIDS["int4"].scales)  # after gptq with learned scales, and int4 with int8 activations
+    assert sum("trained" in name for name in found) == everywhere * sum(len(g.scales) for g in GRIDS.values()) + some
     keep = quantization_grids.KEEP
     widths = (keep["hidden_size"], keep["intermediate_size"], keep["num_attention_heads"] * 32)
     for grid in [stage.quantizer for stage in found.values() if isinstance(stage, Quantize)]:

@@ -59,14 +59,8 @@ class Fluctuation(CriterionSpec):
     def judge(self, model: nn.Module, layout: Layout, tally: Tally) -> Scores:
         """See :meth:`CriterionSpec.judge`."""
 
-        def channels(path: str, weight: Tensor) -> Tensor:
+        def variance(path: str) -> Tensor:
             tokens, total, squares = (tally[f"{path} {name}"] for name in ("tokens", "sum", "squares"))
-            variance = (squares / tokens - (total / tokens).square()).clamp(min=0)
-            return fluctuation(variance, weight)
+            return (squares / tokens - (total / tokens).square()).clamp(min=0)
 
-        return scores_of_channels(model, layout, channels)
-
-
-def fluctuation(variance: Tensor, weight: Tensor) -> Tensor:
-    """What each channel is worth, [channels]: its variance over tokens [channels], its weight [channels, hidden]."""
-    return variance * weight.square().sum(1)
+        return scores_of_channels(model, layout, variance, power=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from distill.pruning.base import Scores
 from distill.pruning.layout import Layout, config_of
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 OUTPUT_AXES = ("mlp_neurons", "attention_heads", "kv_groups")
 """Axes whose units are inputs of these projections."""
+CHANNELS_AT_ONCE = 64
 
 
 def output_paths(layout: Layout, sizes: Mapping[str, int]) -> Iterator[str]:
@@ -23,15 +24,19 @@ def output_paths(layout: Layout, sizes: Mapping[str, int]) -> Iterator[str]:
         yield layout.attention_out.format(layer=layer)
 
 
-def scores_of_channels(model: nn.Module, layout: Layout, channels: Callable[[str, Tensor], Tensor]) -> Scores:
-    """Scores of the output axes, where a head is worth the sum of its channels, and a KV group that of its heads.
+def scores_of_channels(
+    model: nn.Module, layout: Layout, activation: Callable[[str], Tensor], *, power: Literal[1, 2]
+) -> Scores:
+    """``activation_j * sum_i |W_ij| ** power``: scores of the output axes, with W [hidden, channels] in fp64.
 
-    Of a mixture of experts the neurons are not scored.
+    A head is worth the sum of its channels, and a KV group that of its heads. Of a mixture of experts the neurons are
+    not scored.
 
     Args:
         model: see :meth:`CriterionSpec.score`.
         layout: the layout of its architecture.
-        channels: (module path, its weight [channels, hidden] in fp64) -> what each input channel is worth, [channels].
+        activation: module path -> what was seen of each of its input channels, [channels].
+        power: of the weights.
     """
     import torch
 
@@ -43,7 +48,12 @@ def scores_of_channels(model: nn.Module, layout: Layout, channels: Callable[[str
         for layer in range(sizes["layers"]):
             path = module.format(layer=layer)
             weight = model.get_parameter(f"{path}.weight").detach().movedim(dimension, 0)
-            found.append(channels(path, weight.double().cpu()))
+            # some channels at a time, in place: a copy of the whole weight in fp64 costs more than the sum
+            sums = [
+                part.cpu().to(torch.float64, copy=True).abs_().pow_(power).sum(1)
+                for part in weight.split(CHANNELS_AT_ONCE)
+            ]
+            found.append(activation(path) * torch.cat(sums))
         return torch.stack(found)
 
     queries = rows(layout.attention_out, "attention_heads")

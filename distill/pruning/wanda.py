@@ -26,7 +26,7 @@ from distill.pruning.outputs import OUTPUT_AXES, output_paths, scores_of_channel
 from distill.pruning.tally import Tally
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from distill.pruning.watch import Passage, Watcher
 
@@ -51,9 +51,4 @@ class Wanda(CriterionSpec):
 
     def judge(self, model: nn.Module, layout: Layout, tally: Tally) -> Scores:
         """See :meth:`CriterionSpec.judge`."""
-        return scores_of_channels(model, layout, lambda path, weight: wanda(tally[path], weight))
-
-
-def wanda(squares: Tensor, weight: Tensor) -> Tensor:
-    """What each channel is worth, [channels], by its sum of squares [channels] and its weight [channels, hidden]."""
-    return squares.sqrt() * weight.abs().sum(1)
+        return scores_of_channels(model, layout, lambda path: tally[path].sqrt(), power=1)

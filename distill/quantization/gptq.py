@@ -36,8 +36,9 @@ Forward = Callable[[Mapping[str, Tensor]], Any]
 def gptq(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward: Forward) -> list[str]:
     """Round every fake-quantized layer of a prepared model, in place.
 
-    A layer is left with a weight that lies on its grid and with the scale that it was rounded with as ``log_scale``,
-    so that its codes are the rounded ones; the model is for shipping, not for training on.
+    A layer is left with the scale that it was rounded with as ``log_scale``, and with a weight that lies on its grid:
+    for shipping. Where the grid learns its scale, so that the model will be trained on, the weight is left where its
+    column stood when it was rounded: the codes are the same, and what the rounding took away is not lost.
 
     Args:
         model: prepared, not trained since.
@@ -126,10 +127,14 @@ def _round(layer: FakeQuantLinear, moments: Tensor) -> None:
         rounded = spec.dequantize(spec.quantize(here[:, None], scale=scale))[:, 0].double()
         error = (here - rounded) / factor[column, column]
         weight[:, column + 1 :] -= error[:, None] * factor[column, column + 1 :]
-        weight[:, column] = rounded
+        if layer.log_scale is None:
+            weight[:, column] = rounded
     layer.weight.copy_(weight)
     scale = torch.stack(scales, 1).double().log().float().flatten()
-    layer.log_scale = nn.Parameter(scale, requires_grad=False)
+    if layer.log_scale is None:
+        layer.log_scale = nn.Parameter(scale, requires_grad=False)
+    else:
+        layer.log_scale.copy_(scale)
 
 
 def _factor(moments: Tensor) -> Tensor:

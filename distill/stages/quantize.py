@@ -74,8 +74,8 @@ class Quantize(DistillSpec, StageSpec):
     """Share of the steps after which the scales of the weights stand still, such as 0.9, so that the codes settle;
     weights that grow beyond their range clip from then on. Unset: scales follow the weights to the end."""
     rounding: Literal["nearest", "gptq"] = "nearest"
-    """How codes are chosen when nothing is trained: the nearest, or so that a column's error is made up for by the next
-    ones (needs the calibration set)."""
+    """How codes are chosen: the nearest, or so that a column's error is made up for by the next ones (needs the
+    calibration set). A training begins at what gptq has found, and then chooses the nearest (needs scale: learned)."""
     equalize: Literal["awq", "smooth_quant"] | None = None
     """Fold scales of the input channels into the norms first, so that less is lost: awq for weights of 4 bits and
     fewer, smooth_quant for int8 activations (needs the calibration set). Unset is off."""
@@ -101,14 +101,24 @@ class Quantize(DistillSpec, StageSpec):
         grids = self._every_grid()
         if any(getattr(grid, "scale", None) == "learned" for grid in grids) and self.mixed is not None:
             raise ValueError("scale: learned cannot be scanned before it is trained; set scale: mse, or remove mixed")
-        if self.trains() and self.rounding != "nearest":
-            raise ValueError("rounding: gptq is for a model that is not trained on; set num_tokens: 0, or remove it")
+        if self.trains() and self.rounding == "gptq":
+            self._gptq_before_training(grids)
         if not self.trains() and any(getattr(grid, "scale", None) == "learned" for grid in grids):
             raise ValueError("scale: learned needs training; set num_tokens, or scale: mse")
         refused = [g.label() for g in (self.quantizer, *(self.mixed.also if self.mixed else ())) if not g.keeps_scale]
         if self.rounding == "gptq" and refused:
             raise ValueError(f"rounding: gptq rounds to symmetric integer grids, not {refused[0]}; set nearest")
         return self
+
+    def _gptq_before_training(self, grids: list[QuantizerSpec]) -> None:
+        if any(getattr(grid, "scale", None) != "learned" for grid in grids):
+            raise ValueError("rounding: gptq before a training needs scale: learned, which goes on from its scales")
+        if self.from_step:
+            raise ValueError(
+                "from_step trains in full precision first, which undoes rounding: gptq; remove one of them"
+            )
+        if self.lora is not None:
+            raise ValueError("rounding: gptq changes the weights that lora would leave as they are; remove one of them")
 
     @model_validator(mode="after")
     def _one_choice(self) -> Quantize:

@@ -81,6 +81,21 @@ def test_a_whole_model_is_nearer_and_converts_to_what_it_computes(llama: nn.Modu
     assert torch.equal(llama(ids).logits, rounded)
 
 
+def test_a_learned_scale_starts_with_the_same_codes_and_keeps_what_was_rounded_away() -> None:
+    torch.manual_seed(0)
+    shipped = nn.Sequential(nn.Linear(64, 32))
+    trained, x = copy.deepcopy(shipped), correlated()
+    for model, scale in ((shipped, "mse"), (trained, "learned")):
+        prepare(model, IntGroup(bits=3, scale=scale))
+        gptq(model, [{"x": x}], lambda batch, model=model: model(batch["x"]))
+    assert torch.equal(trained(x), shipped(x))
+    assert torch.equal(shipped[0].effective(shipped[0].weight), shipped[0].weight)
+    assert not torch.equal(trained[0].effective(trained[0].weight), trained[0].weight)
+    trained(x).square().sum().backward()
+    assert trained[0].log_scale.grad.abs().min() > 0
+    assert shipped[0].log_scale.requires_grad is False
+
+
 def test_inputs_that_are_always_zero_and_padding() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 4))

@@ -27,6 +27,7 @@ compute: {{accelerator: cpu, log_every_steps: 1}}
 logging: {{wandb: disabled}}
 """
 TRAINING = "num_steps: 3, batch_size: 2, optimizer: {lr: 1e-2}"
+LEARNED = "quantizer: {kind: int_group, bits: 3, scale: learned}"
 
 
 def recipe_of(teacher: Path, text: Path, *stages: str) -> Recipe:
@@ -51,6 +52,7 @@ def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
             f"{TRAINING}}}",
             "learned: {kind: quantize, student: teacher, teacher: self, lora: {r: 2}, from_step: 1, quantizer: "
             f"{{kind: int_group, bits: 2, scale: learned}}, freeze_scales: 0.7, {TRAINING}}}",
+            f"from_gptq: {{kind: quantize, student: teacher, rounding: gptq, {LEARNED}, {TRAINING}}}",
             f"q4_0: {{kind: quantize, student: teacher, quantizer: q4_0, freeze_scales: 0.4, {TRAINING}}}",
             f"on_text: {{kind: quantize, student: teacher, losses: [cross_entropy], quantizer: q8_0, {TRAINING}}}",
             "evaluate: {speed: null}",
@@ -67,6 +69,7 @@ def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
         "gptq": "int3, group 32, mse; gptq",
         "w8a8": "int8, per channel; smooth_quant; int8 activations, mse",
         "learned": "int2, group 32, learned",
+        "from_gptq": "int3, group 32, learned; gptq",
         "q4_0": "Q4_0",
         "on_text": "Q8_0",
     }
@@ -101,7 +104,9 @@ def test_what_has_no_effect_or_cannot_be_is_refused(teacher, text, tmp_path):
     for settings, message in (
         (f"layers: [{{match: k_proj, quantizer: {{kind: fp8, skip: []}}}}], {TRAINING}", "skip has no effect here"),
         (f"layers: [{{match: k_proj, quantizer: fp8}}], mixed: {{bits: 5, also: [fp8]}}, {TRAINING}", "remove one"),
-        (f"rounding: gptq, {TRAINING}", "gptq is for a model that is not trained"),
+        (f"rounding: gptq, {TRAINING}", "gptq before a training needs scale: learned"),
+        (f"rounding: gptq, from_step: 1, {LEARNED}, {TRAINING}", "which undoes rounding: gptq; remove one"),
+        (f"rounding: gptq, lora: {{r: 2}}, {LEARNED}, {TRAINING}", "lora would leave as they are; remove one"),
         ("num_tokens: 0, quantizer: {kind: int_group, scale: learned}", "learned needs training"),
         (f"quantizer: fp8, activations: dynamic_int8, {TRAINING}", "which no engine multiplies"),
         ("num_tokens: 0, from_step: 2, freeze_scales: 0.9", "without effect: from_step, freeze_scales; remove"),
