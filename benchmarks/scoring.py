@@ -8,6 +8,8 @@ is cut in width to about half in a fresh process, whose peak memory is read from
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -60,6 +62,8 @@ def resident(key: str) -> int:
 
 def measured(work: Callable[[], Any]) -> tuple[float, int]:
     """CPU seconds, and the bytes by which memory rose at its peak."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the job before has freed is not this one's to use
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
     before, started = resident(NOW), time.process_time()
     work()

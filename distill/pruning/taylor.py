@@ -99,9 +99,10 @@ def _gated(model: nn.Module, layout: Layout) -> Iterator[dict[str, Tensor]]:
 
     def follow(seen: Tensor, names: dict[str, int]) -> None:
         """When the gradient of ``seen`` comes by, add to each gate; a name stands with the number of its units."""
+        values = seen.detach()  # the hook must not hold what holds it: a batch's graph would stay until it is collected
 
         def hook(gradient: Tensor) -> None:
-            derivative = taylor(seen.detach(), gradient)
+            derivative = taylor(values, gradient)
             for name, units in names.items():
                 add(name, derivative.unflatten(1, (units, -1)).sum(-1))
 

@@ -1,6 +1,8 @@
 """Taylor scores against finite differences: the derivative of each sample's loss to a gate that is really there."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -75,3 +77,18 @@ def test_equals_finite_differences(exact, layout, batches):
         return [layers[2].register_forward_hook(hook)]
 
     check(scores.layers[2], layer_gate)
+
+
+def test_a_batch_is_gone_before_the_next_one(model, layout, batches):
+    seen = []
+    handle = model.model.layers[0].mlp.down_proj.register_forward_pre_hook(
+        lambda _module, args: seen.append(weakref.ref(args[0]))
+    )
+    gc.disable()  # what only the collector finds may be many batches' graphs by then
+    try:
+        Taylor().score(model, layout, batches)
+    finally:
+        gc.enable()
+        handle.remove()
+    assert seen
+    assert not any(reference() is not None for reference in seen)
