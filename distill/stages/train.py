@@ -30,6 +30,7 @@ def train(
     teacher: str | LiveTeacher | None,
     start: str | None = None,
     quantized_from_step: int = 0,
+    freeze_scales: float | None = None,
 ) -> dict[str, Any]:
     """Train an assembled student in place, from the stage's last checkpoint if there is one.
 
@@ -43,6 +44,7 @@ def train(
         teacher: reference of the frozen teacher or of its cache, "self", one that is loaded, or None.
         start: reference of the model that the student starts from, or None without a teacher.
         quantized_from_step: steps that a fake-quantized student makes in full precision first.
+        freeze_scales: share of the steps after which the scales of its weights stand still; None: they never do.
 
     Returns:
         Figures: steps, tokens, seconds of training, tokens a second.
@@ -67,6 +69,12 @@ def train(
         return {"training_steps": 0, "training_tokens": 0, "training_seconds": 0.0}
     if quantized_from_step >= num_steps:
         raise InputError(f"from_step ({quantized_from_step}) must be less than the stage's {num_steps} steps; lower it")
+    held_from_step = None if freeze_scales is None else int(freeze_scales * num_steps)
+    if held_from_step is not None and held_from_step < quantized_from_step:
+        raise InputError(
+            f"freeze_scales ({freeze_scales:g}) holds scales from step {held_from_step} on, before the weights are "
+            f"quantized at all (from_step: {quantized_from_step}); raise it or lower from_step"
+        )
     check_context_length(student.model, session.data.sequence_length)
     check_packing(context, student.model)
     made_of = {"recipe, text and models": context.input_hash}
@@ -92,6 +100,7 @@ def train(
         num_steps=num_steps,
         origin=origin_of(session, start, teacher) if start is not None and teacher is not None else None,
         quantized_from_step=quantized_from_step,
+        held_from_step=held_from_step,
     )
     for line in module.states.summary() if module.states is not None else ():
         context.say(line)

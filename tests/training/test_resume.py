@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from distill.core.errors import DistillError, Interrupted, Preempted
+from distill.quantization import Int8Channel
 from distill.training.checkpoint import checkpoint_path, checkpoints
 from distill.training.metrics import read_rows
 from distill.training.module import DistillationModule
@@ -69,6 +70,9 @@ def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
         ("quant lora head", {"precision": "bf16-mixed"}),
         ("quant learned", {}),
         ("quant learned lora", {"gradient_checkpointing": True}),
+        ("quant held=2", {"precision": "bf16-true"}),
+        ("quant learned lora held=3", {"gradient_checkpointing": True}),
+        ("quant learned held=4", {}),
         ("full", {"gradient_checkpointing": True}),
     ],
 )
@@ -87,6 +91,23 @@ def test_a_kill_changes_no_bit(way: str, compute: Any, module: Any, train: Any, 
     straight, resumed = left_by(tmp_path / "straight"), left_by(tmp_path / "resumed")
     assert len(straight["rows"]) == 6
     assert_same(resumed, straight)
+
+
+def test_scales_are_held_from_their_step_on(module: Any, train: Any, tmp_path: Path) -> None:
+    for folder, way in (("free", "quant"), ("held", "quant held=3")):
+        train(module(way), folder)
+    kept = {
+        (folder, step): torch.load(checkpoint_path(tmp_path / folder / "checkpoints", step), weights_only=True)
+        for folder in ("free", "held")
+        for step in (3, 6)
+    }
+    assert_same(kept["held", 3]["state_dict"], kept["free", 3]["state_dict"])
+    name, before = "student.model.layers.0.mlp.up_proj", kept["free", 3]["state_dict"]
+    after = kept["held", 6]["state_dict"]
+    held = after[f"{name}.held_scale"].view(torch.bfloat16)
+    assert torch.equal(held, Int8Channel().quantize(before[f"{name}.weight"]).scale)
+    assert not torch.equal(held, Int8Channel().quantize(after[f"{name}.weight"]).scale)
+    assert not torch.equal(after[f"{name}.weight"], kept["free", 6]["state_dict"][f"{name}.weight"])
 
 
 def test_dropout_does_act(module: Any, train: Any, tmp_path: Path) -> None:
