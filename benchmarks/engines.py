@@ -49,8 +49,8 @@ CONTENDERS = {
     BASE: Contender("transformers", "transformers", "float32"),
     "transformers, bfloat16": Contender("transformers", "transformers", "bfloat16"),
     "torchao, int8": Contender("transformers", "torchao", "torchao-int8", "float32"),
-    "ONNX Runtime, float32": Contender("onnxruntime", "onnxruntime", "onnx-float32"),
-    "ONNX Runtime, int8": Contender("onnxruntime", "onnxruntime", "onnx-int8"),
+    "ONNX Runtime, float32": Contender("onnxruntime", "onnxruntime", "onnx-float32-cached"),
+    "ONNX Runtime, int8": Contender("onnxruntime", "onnxruntime", "onnx-int8-cached"),
     "llama.cpp, F16": Contender("llama_cpp", "llama_cpp", "gguf-f16"),
     "llama.cpp, Q8_0": Contender("llama_cpp", "llama_cpp", "gguf-q8_0"),
     "llama.cpp, Q4_0": Contender("llama_cpp", "llama_cpp", "gguf-q4_0"),
@@ -83,8 +83,8 @@ def make(work: Path, shape: Shape) -> int:
     _write(work / "ternary", lambda folder: _rounded(work / "bfloat16", folder, Ternary(group_size=256)))
     exports: dict[str, tuple[str, Any]] = {
         "torchao-int8": ("bfloat16", Torchao(round_to="int8")),
-        "onnx-float32": ("bfloat16", Onnx(weights="float32")),
-        "onnx-int8": ("bfloat16", Onnx()),
+        "onnx-float32-cached": ("bfloat16", Onnx(weights="float32", keys_and_values="cached")),
+        "onnx-int8-cached": ("bfloat16", Onnx(keys_and_values="cached")),
         "gguf-f16": ("bfloat16", Gguf()),
         "gguf-q8_0": ("bfloat16", Gguf(round_to="q8_0", embeddings="q8_0")),
         "gguf-q4_0": ("bfloat16", Gguf(round_to="q4_0", embeddings="q8_0")),
@@ -145,15 +145,18 @@ def measure(contender: Contender, folder: Path, shape: Shape, threads: int) -> d
 
 
 def _transformers(contender: Contender, folder: Path, shape: Shape, threads: int) -> dict[str, Any]:
+    import transformers.models.llama.modeling_llama  # noqa: F401 (its code is no memory of the model)
+
     from distill.evaluation.speed_child import measure
     from distill.evaluation.speed_settings import SpeedSettings
 
+    start = _peak_memory()
     lengths = {"prompt_tokens": shape.prompt_tokens, "new_tokens": shape.new_tokens, "repeats": shape.repeats}
     found = measure(str(folder), SpeedSettings(**lengths, threads=threads, dtype=contender.dtype))
     return {
         "prefill_ms": found["prefill_ms_p50"],
         "decode_tokens_per_s": found["decode_tokens_per_s_p50"],
-        "memory_mb": found["memory_above_start_bytes"] / 1e6,
+        "memory_mb": (_peak_memory() - start) / 1e6,
     }
 
 
@@ -180,15 +183,22 @@ def _onnxruntime(contender: Contender, folder: Path, shape: Shape, threads: int)
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
 
+    asked = [one for one in session.get_inputs() if one.name.startswith("past_key_values")]
+    names = ["logits", *(one.name.replace("past_key_values", "present") for one in asked)]
+    past: dict[str, Any] = {}
+
+    def reset() -> None:
+        past.update({one.name: numpy.zeros((1, one.shape[1], 0, one.shape[3]), numpy.float32) for one in asked})
+
     def read(ids: list[int]) -> None:
-        array = numpy.array([ids], dtype=numpy.int64)
-        session.run(["logits"], {"input_ids": array, "attention_mask": numpy.ones_like(array)})
+        length = len(ids) + past[asked[0].name].shape[2]
+        inputs = {"input_ids": numpy.array([ids]), "attention_mask": numpy.ones((1, length), numpy.int64)}
+        past.update(zip(list(past), session.run(names, inputs | past)[1:], strict=True))
 
-    prefill = _timed(read, lambda: None, shape, decode=False)  # the graph has no cache of keys and values
-    return prefill | {"memory_mb": (_peak_memory() - start) / 1e6}
+    return _timed(read, reset, shape) | {"memory_mb": (_peak_memory() - start) / 1e6}
 
 
-def _timed(read: Callable[[list[int]], None], reset: Callable[[], None], shape: Shape, decode: bool = True) -> Any:
+def _timed(read: Callable[[list[int]], None], reset: Callable[[], None], shape: Shape) -> dict[str, float]:
     """Medians over the repeats, after one that warms up."""
     prompt = torch.randint(2000, (shape.prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     prefill: list[float] = []
@@ -198,15 +208,14 @@ def _timed(read: Callable[[list[int]], None], reset: Callable[[], None], shape: 
         started = time.perf_counter()
         read(prompt)
         times = [time.perf_counter() - started]
-        for token in prompt[: shape.new_tokens] if decode else []:
+        for token in prompt[: shape.new_tokens]:
             started = time.perf_counter()
             read([token])
             times.append(time.perf_counter() - started)
         if repeat:
             prefill.append(times[0])
             steps.extend(times[1:])
-    rate = 1 / statistics.median(steps) if steps else None
-    return {"prefill_ms": 1e3 * statistics.median(prefill), "decode_tokens_per_s": rate}
+    return {"prefill_ms": 1e3 * statistics.median(prefill), "decode_tokens_per_s": 1 / statistics.median(steps)}
 
 
 def _peak_memory() -> int:
@@ -234,21 +243,18 @@ def rows(work: Path, found: list[dict[str, dict[str, Any]]]) -> Iterator[dict[st
         num_bytes = size_of(work / CONTENDERS[name].folder)
         row = {"table": "engines", "engine": name, "file_mb": num_bytes / 1e6, "of_bfloat16": num_bytes / base_bytes}
         for key in ("memory_mb", "prefill_ms", "decode_tokens_per_s"):
-            row[key] = _median([one[name][key] for one in found])
-        row["prefill_speed"] = _median([one[BASE]["prefill_ms"] / one[name]["prefill_ms"] for one in found])
-        if row["decode_tokens_per_s"] is None:
-            row["decode_speed"] = None
-        else:
-            row["decode_speed"] = _median([_ratio(one, name, "decode_tokens_per_s") for one in found])
+            row[key] = statistics.median(one[name][key] for one in found)
+        for key, ratio in (("prefill_speed", _prefill_speed), ("decode_speed", _decode_speed)):
+            row[key] = statistics.median(ratio(one[name], one[BASE]) for one in found)
         yield row
 
 
-def _ratio(one: Mapping[str, Mapping[str, Any]], name: str, key: str) -> float:
-    return float(one[name][key] / one[BASE][key])
+def _prefill_speed(one: Mapping[str, float], base: Mapping[str, float]) -> float:
+    return base["prefill_ms"] / one["prefill_ms"]
 
 
-def _median(values: list[Any]) -> float | None:
-    return None if None in values else statistics.median(values)
+def _decode_speed(one: Mapping[str, float], base: Mapping[str, float]) -> float:
+    return one["decode_tokens_per_s"] / base["decode_tokens_per_s"]
 
 
 def size_of(folder: Path) -> int:

@@ -94,6 +94,8 @@ def load_tokenizer(location: str | Path) -> PreTrainedTokenizerFast:
         raise InputError(
             f"{location}: this tokenizer ({type(tokenizer).__name__}) has no fast version (tokenizer.json)"
         )
+    if tokenizer.eos_token_id is None and tokenizer.cls_token_id is not None:
+        tokenizer.eos_token = tokenizer.sep_token  # what ends a text for an encoder
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"{location}: this tokenizer has no end-of-text token; set eos_token in its tokenizer_config.json"

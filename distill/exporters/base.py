@@ -12,6 +12,7 @@ from pydantic import Field
 
 from distill.core.errors import DistillError, InputError
 from distill.core.spec import Spec
+from distill.models.load import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,12 +51,14 @@ class CardFacts:
         tags: the Hub's tags of the format.
         how_to_load: Markdown, with code that loads it.
         quantized: whether its weights have fewer bits than the base model's.
+        task: what the model is for, in the Hub's words.
     """
 
     library: str
     tags: tuple[str, ...]
     how_to_load: str
     quantized: bool = False
+    task: str = "text-generation"
 
 
 class EngineMissing(DistillError):
@@ -69,6 +72,8 @@ class ExporterSpec(Spec):
     """What runs the deliverable, in words."""
     engine_module: ClassVar[str | None] = None
     """The engine's module, where it does not come with distill."""
+    tasks: ClassVar[tuple[Task, ...]] = ("causal_lm",)
+    """What the models that it writes predict."""
     extra: ClassVar[str | None] = None
     """Extra of distill that installs what writes and runs the deliverable."""
 
@@ -134,6 +139,15 @@ class ExporterSpec(Spec):
     def card(self, folder: Path) -> CardFacts:
         """What the card says of the format of what :meth:`export` wrote."""
         raise NotImplementedError
+
+
+def cache_notes(source_folder: Path, engine: str) -> list[str]:
+    """A line on the cache that the model was trained for, and what becomes of it in the engine; [] without one."""
+    from distill.models.kv_cache import cache_type
+    from distill.models.load import load_config
+
+    kind = cache_type(load_config(str(source_folder)))
+    return [f"keys and values: for llama.cpp's cache in {kind}, {engine}"] if kind else []
 
 
 def new_folder(source_folder: Path, folder: Path) -> None:

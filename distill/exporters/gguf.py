@@ -23,6 +23,7 @@ from distill.exporters.base import (
     CardFacts,
     ExporterSpec,
     VerifyResult,
+    cache_notes,
     new_folder,
     require_close,
     require_engine,
@@ -65,6 +66,7 @@ class Gguf(ExporterSpec):
         from distill.data.tokenizer import load_tokenizer
         from distill.exporters.gguf_model import add_model, architecture_of
         from distill.exporters.gguf_vocabulary import add_vocabulary
+        from distill.models.kv_cache import cache_type
         from distill.models.load import load_config
 
         new_folder(source_folder, folder)
@@ -90,9 +92,11 @@ class Gguf(ExporterSpec):
         finally:
             writer.close()
         num_tensors = _read_back(folder / f"{title}.gguf", self._blocks(source_folder))
-        (folder / "Modelfile").write_text(_modelfile(title, tokenizer, config.max_position_embeddings))
+        cache = cache_type(config)
+        (folder / "Modelfile").write_text(_modelfile(title, tokenizer, config.max_position_embeddings, cache))
         return [
             *written.notes(self.round_to),
+            *cache_notes(source_folder, f"so run it with `-fa on --cache-type-k {cache} --cache-type-v {cache}`"),
             f"read back: {num_tensors} tensors hold what was to be written, bit for bit",
         ]
 
@@ -106,11 +110,12 @@ class Gguf(ExporterSpec):
         require_engine(self)
         from distill.exporters.compare import compare, plain_logits
         from distill.exporters.llama_cpp import LlamaCpp
+        from distill.models.kv_cache import cache_type
 
         file = file_of(folder)
         batches = list(batches)
         longest = max((batch["input_ids"].shape[-1] for batch in batches), default=1)
-        with LlamaCpp(file, context_tokens=longest) as engine:
+        with LlamaCpp(file, context_tokens=longest, cache=cache_type(source_model.config)) as engine:
             if tokenizer is not None:
                 engine.check_tokenizer(tokenizer, [row for batch in batches for row in batch["input_ids"].tolist()])
             with plain_logits(source_model) as source:
@@ -220,9 +225,11 @@ def _read_back(file: Path, tensors: Iterator[tuple[str, FileTensor]]) -> int:
     return len(GGUFReader(file).tensors)
 
 
-def _modelfile(title: str, tokenizer: PreTrainedTokenizerFast, context_tokens: int) -> str:
+def _modelfile(title: str, tokenizer: PreTrainedTokenizerFast, context_tokens: int, cache: str | None) -> str:
     """What ``ollama create`` reads. Without a chat template the model is to go on with the text as it is given."""
     lines = [f"FROM ./{title}.gguf", f"PARAMETER num_ctx {context_tokens}"]
+    if cache is not None:  # no parameter of a model there
+        lines.insert(0, f"# serve it with OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE={cache}")
     return "\n".join([*lines, *([] if tokenizer.chat_template else ['TEMPLATE """{{ .Prompt }}"""'])]) + "\n"
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from distill.core.artifact import LINEAGE
 from distill.core.batch import model_inputs
 from distill.core.errors import DistillError
-from distill.exporters.base import CardFacts, ExporterSpec, VerifyResult, new_folder, require_close
+from distill.exporters.base import CardFacts, ExporterSpec, VerifyResult, cache_notes, new_folder, require_close
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ class HuggingFace(ExporterSpec):
         for file in sorted(source_folder.iterdir()):
             if file.is_file() and file.suffix in DELIVERED and file.name != LINEAGE and not file.name.startswith("."):
                 shutil.copyfile(file, folder / file.name)
-        return []
+        return cache_notes(source_folder, "which plain transformers does not have: it was verified with it put in")
 
     def verify(
         self,
@@ -117,6 +117,7 @@ def _reload(folder: Path) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from distill.models.kv_cache import cache_type, round_cache
     from distill.models.load import without_bars
 
     try:
@@ -135,6 +136,8 @@ def _reload(folder: Path) -> PreTrainedModel:
             raise DistillError(
                 f"{folder}: the exported weights do not fit the config: {kind.replace('_', ' ')}: {keys[0]}"
             )
+    if (cache := cache_type(model.config)) is not None:
+        round_cache(model, cache)
     return model.eval()
 
 

@@ -12,31 +12,38 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
+    from distill.quantization.kv_cache import CacheType
+
 
 class LlamaCpp:
-    """A GGUF file that is open in llama.cpp, with its defaults (fp16 cache of keys and values); a context manager.
+    """A GGUF file that is open in llama.cpp, with its defaults; a context manager.
 
     Args:
         file: the model.
         context_tokens: the longest sequence.
+        cache: type of the cache of keys and values, which a low-bit one has under flash attention only; None: fp16.
 
     Raises:
         DistillError: llama.cpp does not load it.
     """
 
-    def __init__(self, file: Path, context_tokens: int):
+    def __init__(self, file: Path, context_tokens: int, cache: CacheType | None = None):
+        import llama_cpp
         import torch
-        from llama_cpp import Llama
 
         self.file = file
         threads = torch.get_num_threads()
+        kind = None if cache is None else getattr(llama_cpp, f"GGML_TYPE_{cache.upper()}")
         try:
-            self._llama: Any = Llama(
+            self._llama: Any = llama_cpp.Llama(
                 str(file),
                 n_ctx=context_tokens,
                 n_batch=context_tokens,
                 n_threads=threads,
                 n_threads_batch=threads,
+                flash_attn=cache is not None,
+                type_k=kind,
+                type_v=kind,
                 logits_all=True,
                 verbose=False,
             )

@@ -73,7 +73,7 @@ def _data(lineage: Lineage | None, facts: CardFacts) -> Any:
         base_model_relation=("quantized" if facts.quantized else "finetune") if base else None,
         license=lineage.licence if lineage else None,
         library_name=facts.library,
-        pipeline_tag="text-generation",
+        pipeline_tag=facts.task,
         tags=["distillation", *facts.tags],
     )
 

@@ -2,10 +2,12 @@
 
     int8:  w_oi ~ scale_o * code_oi, code in int8;  activations in uint8, with a scale that each call finds anew
 
-The deliverable of choice for services and languages without Python. The graph reads whole texts (``input_ids`` and
-``attention_mask`` to ``logits``) without a cache of keys and values: right for scoring and classification by logits,
-slow for long answers, for which :mod:`gguf <distill.exporters.gguf>` is made. ONNX Runtime's dynamic quantization
-rounds after training, activations too, and costs more than 8 bits of weights alone would.
+The deliverable of choice for services and languages without Python, and the one for encoders: BERT and its like, with a
+head for masked words or for classes. The graph reads whole texts (``input_ids`` and ``attention_mask``, and
+``token_type_ids`` where an encoder reads pairs) to ``logits``, without a cache of keys and values: right for scoring
+and classification. With ``keys_and_values: cached`` a decoder takes them in and gives them back, and so writes long
+answers; on a CPU :mod:`gguf <distill.exporters.gguf>` writes them faster. ONNX Runtime's dynamic quantization rounds
+after training, activations too, and costs more than 8 bits of weights alone would.
 
 Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html.
 """
@@ -13,35 +15,62 @@ Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization
 from __future__ import annotations
 
 import json
-import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from distill.core.errors import DistillError, InputError
 from distill.exporters.base import (
     CardFacts,
     ExporterSpec,
     VerifyResult,
+    cache_notes,
     new_folder,
     require_close,
     require_engine,
     require_writers,
 )
+from distill.exporters.onnx_graph import (
+    DATA,
+    FILE,
+    inputs_of,
+    num_layers,
+    quantize_graph,
+    quiet,
+    write_decoder,
+    write_graph,
+)
+from distill.models.load import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-FILE, DATA = "model.onnx", "model.onnx.data"
 DELIVERED = {".json", ".jinja", ".txt", ".model"}
-# a protobuf holds no more than 2 GB; larger weights lie in a file beside it
-EXTERNAL_ABOVE_BYTES = 1_500_000_000
+OPEN = f"""```python
+import numpy
+import onnxruntime
+from transformers import AutoTokenizer  # for the tokenizer alone
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+session = onnxruntime.InferenceSession("{FILE}")
+text = tokenizer(["Once upon a time"], return_tensors="np")
+"""
+WRITE = """ids, mask = text["input_ids"], text["attention_mask"]
+past = [asked for asked in session.get_inputs() if asked.name.startswith("past_key_values")]
+state = {asked.name: numpy.zeros((len(ids), asked.shape[1], 0, asked.shape[3]), "float32") for asked in past}
+for _ in range(32):  # tokens, each the likeliest
+    logits, *present = session.run(None, {"input_ids": ids, "attention_mask": mask, **state})
+    state = dict(zip(state, present))
+    ids = logits[:, -1:].argmax(-1)
+    mask = numpy.concatenate([mask, numpy.ones_like(ids)], 1)
+    print(tokenizer.decode(ids[0]), end="")
+```"""
+HUB_TASKS = {"causal_lm": "text-generation", "masked_lm": "fill-mask", "classification": "text-classification"}
 
 
 class Onnx(ExporterSpec):
@@ -50,10 +79,14 @@ class Onnx(ExporterSpec):
     engine: ClassVar[str] = "ONNX Runtime"
     engine_module: ClassVar[str | None] = "onnxruntime"
     extra: ClassVar[str | None] = "onnx"
+    tasks: ClassVar[tuple[Task, ...]] = ("causal_lm", "masked_lm", "classification")
 
     kind: Literal["onnx"] = "onnx"
     weights: Literal["int8", "float32"] = "int8"
     """int8: weights and activations are rounded by ONNX Runtime's dynamic quantization; float32: nothing is."""
+    keys_and_values: Literal["recomputed", "cached"] = "recomputed"
+    """recomputed: the graph reads whole texts, for scoring and classification; cached: it also takes and gives back
+    ``past_key_values.N.key`` and ``.value``, so that a text is written a token at a time (decoders only)."""
     max_kl: float = Field(0.2, ge=0)
     """Largest KL, in nats, of any token between the trained model and the graph in ONNX Runtime; activations in 8 bits
     cost some hundredths at the worst token of a small model, float32 less than 1e-6; 0 demands equal probabilities."""
@@ -68,19 +101,25 @@ class Onnx(ExporterSpec):
 
         new_folder(source_folder, folder)
         low_bit = len(bits_of(source_folder))
-        model = load_model(str(source_folder), dtype="float32")
-        with _quiet(), TemporaryDirectory(dir=folder) as temporary:
+        model = load_model(str(source_folder), dtype="float32", tasks=self.tasks)
+        with quiet(), TemporaryDirectory(dir=folder) as temporary:
             plain = folder if self.weights == "float32" else Path(temporary)
-            _write_graph(model, plain / FILE)
+            if self.keys_and_values == "cached":
+                write_decoder(model, plain / FILE)
+            else:
+                write_graph(model, plain / FILE)
             if self.weights == "int8":
-                _quantize(plain / FILE, folder / FILE, _num_layers(model))
+                quantize_graph(plain / FILE, folder / FILE, num_layers(model))
         _copy_the_rest(source_folder, folder)
+        cache = cache_notes(source_folder, "which this graph does not have: it rounds neither")
         if self.weights == "float32":
-            return ["all weights in float32" + f"; {low_bit} layers hold the values of their codes" * bool(low_bit)]
+            codes = f"; {low_bit} layers hold the values of their codes" * bool(low_bit)
+            return [f"all weights in float32{codes}", *cache]
         again = f"; {low_bit} layers were low-bit before, and are rounded a second time" if low_bit else ""
         return [
             f"linear layers: int8 a channel, activations uint8, rounded by ONNX Runtime after training{again}; "
-            "embeddings and head: float32"
+            "embeddings and head: float32",
+            *cache,
         ]
 
     def verify(
@@ -92,97 +131,42 @@ class Onnx(ExporterSpec):
     ) -> VerifyResult:
         require_engine(self)
         from distill.exporters.compare import compare, plain_logits
+        from distill.exporters.onnx_runtime import OnnxRuntime, encoder_logits, padded
+        from distill.models.load import task_of
 
         num_bytes = sum(file.stat().st_size for file in (folder / FILE, folder / DATA) if file.is_file())
-        logits = _engine(folder / FILE)
-        with plain_logits(source_model) as source:
-            result = compare(source, logits, batches, folder, num_bytes)
+        engine = OnnxRuntime(folder / FILE)
+        if task_of(source_model.config) == "causal_lm":
+            with plain_logits(source_model) as source:
+                whole = ({name: batch[name] for name in ("input_ids", "mask")} for batch in batches)
+                result = compare(source, engine.logits, whole, folder, num_bytes)
+        else:
+            cut = (padded(batch, source_model) for batch in batches)
+            result = compare(partial(encoder_logits, source_model), engine.logits, cut, folder, num_bytes)
         return require_close(result, self.max_kl, folder)
 
     def card(self, folder: Path) -> CardFacts:
+        from distill.models.load import load_config, task_of
+
+        config = load_config(str(folder))
+        task = task_of(config)
         return CardFacts(
             library="onnxruntime",
             tags=("onnx",),
             quantized=self.weights == "int8",
-            how_to_load=(
-                "```python\nimport onnxruntime\nfrom transformers import AutoTokenizer  # for the tokenizer alone\n\n"
-                'tokenizer = AutoTokenizer.from_pretrained(".")\n'
-                f'session = onnxruntime.InferenceSession("{FILE}")\n'
-                'text = tokenizer(["Once upon a time"], return_tensors="np")\n'
-                'inputs = {name: text[name] for name in ("input_ids", "attention_mask")}\n'
-                '(logits,) = session.run(["logits"], inputs)  # [batch, sequence, vocabulary]\n```'
-            ),
+            how_to_load=OPEN + (WRITE if self.keys_and_values == "cached" else _read(inputs_of(config), task)),
+            task=HUB_TASKS[task],
         )
 
 
-def _write_graph(model: PreTrainedModel, file: Path) -> None:
-    """Trace a model into a graph of any batch and sequence length."""
-    import torch
-
-    class Logits(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-
-    # neither one row nor one token, which a trace would take for constants
-    ids = torch.arange(24).remainder(model.config.get_text_config().vocab_size).view(2, 12)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    try:
-        program = torch.onnx.export(
-            Logits().eval(),
-            (),
-            kwargs=inputs,
-            dynamo=True,
-            input_names=list(inputs),
-            output_names=["logits"],
-            dynamic_shapes=dict.fromkeys(inputs, free),
-            opset_version=18,
-            verbose=False,
-        )
-    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(
-            f"{model.config.model_type}: torch cannot write this model as ONNX ({first.strip()})"
-        ) from error
-    assert program is not None
-    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    program.save(str(file), external_data=num_bytes > EXTERNAL_ABOVE_BYTES)
-
-
-def _num_layers(model: PreTrainedModel) -> int:
-    """Linear layers without the output head."""
-    import torch
-
-    head = model.get_output_embeddings()
-    return sum(isinstance(module, torch.nn.Linear) and module is not head for module in model.modules())
-
-
-def _quantize(plain: Path, file: Path, num_layers: int) -> None:
-    """Round every linear layer but the output head, which a tied model shares with its embeddings.
-
-    Raises:
-        DistillError: ONNX Runtime did not find all of them.
-    """
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    graph = onnx.load(str(plain), load_external_data=False).graph
-    quantize_dynamic(
-        plain,
-        file,
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-        nodes_to_exclude=[node.name for node in graph.node if "logits" in node.output],
-        use_external_data_format=plain.with_name(DATA).is_file(),
+def _read(inputs: Sequence[str], task: Task) -> str:
+    """Code for a graph of whole texts."""
+    names = ", ".join(f'"{name}"' for name in inputs)
+    shape = "[batch, classes]" if task == "classification" else "[batch, sequence, vocabulary]"
+    return (
+        f"inputs = {{name: text[name] for name in ({names})}}\n"
+        f'(logits,) = session.run(["logits"], inputs)  # {shape}\n```'
     )
-    rounded = onnx.load(str(file), load_external_data=False).graph
-    found = sum(node.op_type == "MatMulInteger" for node in rounded.node)
-    if found != num_layers:
-        raise DistillError(f"{file}: ONNX Runtime rounded {found} linear layers of {num_layers}; set weights: float32")
 
 
 def _copy_the_rest(source_folder: Path, folder: Path) -> None:
@@ -193,39 +177,3 @@ def _copy_the_rest(source_folder: Path, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _engine(file: Path) -> Any:
-    """Batch -> logits, computed by ONNX Runtime on the CPU.
-
-    Raises:
-        DistillError: it does not load the graph.
-    """
-    import onnxruntime
-    import torch
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors have no base of their own
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise DistillError(f"{file}: ONNX Runtime does not load it ({first.strip()})") from error
-
-    def logits(batch: Mapping[str, Tensor]) -> Tensor:
-        ids = batch["input_ids"].cpu()
-        inputs = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
-        return torch.from_numpy(session.run(["logits"], inputs)[0])
-
-    return logits
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Warnings of the exporters (of operators and steps that are not used) stay out of our progress; errors raise."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -19,6 +19,7 @@ from distill.exporters.base import (
     CardFacts,
     ExporterSpec,
     VerifyResult,
+    cache_notes,
     new_folder,
     require_engine,
     require_writers,
@@ -62,10 +63,14 @@ class Torchao(ExporterSpec):
             model = _rounded(source_folder) if self.round_to else _with_codes(source_folder, bits)
             model.save_pretrained(folder)
         load_tokenizer(source_folder).save_pretrained(folder)
+        cache = cache_notes(source_folder, "which plain transformers does not have: it was verified with it put in")
         if self.round_to:
-            return ["linear layers: int8 a channel, rounded to nearest here, after training"]
+            return ["linear layers: int8 a channel, rounded to nearest here, after training", *cache]
         widths = ", ".join(str(width) for width in sorted(set(bits.values())))
-        return [f"{len(bits)} layers from their codes of {widths} bits, a byte each; everything else in float32"]
+        return [
+            f"{len(bits)} layers from their codes of {widths} bits, a byte each; everything else in float32",
+            *cache,
+        ]
 
     def verify(
         self,

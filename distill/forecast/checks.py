@@ -9,11 +9,14 @@ from distill.data.hub import Hub
 from distill.forecast.models import Config, Known, config_of, count, known_or_found
 from distill.losses import StateLossSpec
 from distill.models.layouts import LAYOUTS
+from distill.models.load import CLASSIFIER, Task, another_task
 from distill.models.states import Shapes, pairs_of
 from distill.pruning.layout import shape
+from distill.quantization.kv_cache import check_cache
 from distill.recipe import Recipe
 from distill.stages.base import StageSpec
 from distill.stages.distill import Distill
+from distill.stages.export import Export
 from distill.stages.quantize import Quantize
 from distill.training.ends import agreed_ends
 from distill.training.spec import BudgetSpec, DistillSpec, split_batch
@@ -33,13 +36,15 @@ def check_stage(name: str, stage: StageSpec, recipe: Recipe, known: Known) -> No
     """What would else be found hours into the run.
 
     Raises:
-        InputError: a batch that does not split, sequences longer than the positions, a grid that does not fit, losses
-            that the models' inner states cannot have, student and teacher that end a text otherwise.
+        InputError: a batch that does not split, sequences longer than the positions, a grid that does not fit, a model
+            for another task than the stage's, losses that the models' inner states cannot have, student and teacher
+            that end a text otherwise.
     """
     config = known[name]
     _check_sizes(stage, recipe, config)
     if isinstance(stage, Quantize) and config is not None:
         _check_grids(stage, config)
+    _check_task(stage, known)
     _check_states(stage, known)
     _check_ends(stage, known)
 
@@ -60,6 +65,8 @@ def _check_grids(stage: Quantize, config: Config) -> None:
     if layout is None or count(config) is None:
         return
     sizes = layout.sizes(config)
+    if stage.kv_cache is not None:
+        check_cache(stage.kv_cache, sizes["head_dim"])
     for parameter in layout.parameters:
         name = parameter.path.removesuffix(".weight")
         holder = name.rpartition(".")[0]
@@ -75,6 +82,23 @@ def _check_grids(stage: Quantize, config: Config) -> None:
                 raise InputError(
                     f"{name}: rounding: gptq rounds to symmetric integer grids, not {grid.label()}; set nearest"
                 )
+
+
+def _check_task(stage: StageSpec, known: Known) -> None:
+    """Whether a stage is given what it can use, as far as configs are known: encoders are only exported so far.
+
+    Raises:
+        InputError: it is not.
+    """
+    tasks = stage.target.tasks if isinstance(stage, Export) else ("causal_lm",)
+    for _, reference in stage.references():
+        config = known_or_found(reference, known) or {}
+        kind = str(config.get("model_type"))
+        task: Task = LAYOUTS[kind].task if kind in LAYOUTS else "causal_lm"
+        if any(name.endswith(CLASSIFIER) for name in config.get("architectures") or ()):
+            task = "classification"
+        if task not in tasks:
+            raise another_task(reference, kind, task)
 
 
 def _check_states(stage: StageSpec, known: Known) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from distill.core.errors import InputError
 from distill.core.source import suggest
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 BUILTIN = "builtin:"
+CLASSIFIER = "ForSequenceClassification"
+Task = Literal["causal_lm", "masked_lm", "classification"]
 
 
 def locate(reference: str) -> str:
@@ -82,27 +85,41 @@ def load_config(location: str) -> PretrainedConfig:
     return _from_pretrained(AutoConfig, location, "config")
 
 
-def load_model(location: str, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
-    """A causal language model, whole, from safetensors only, in evaluation mode.
+def load_model(
+    location: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    tasks: Sequence[Task] = ("causal_lm",),
+) -> PreTrainedModel:
+    """A model, whole, from safetensors only, in evaluation mode; a causal language model unless others are welcome.
 
-    Low-bit weights are widened to plain linear layers of the same values.
+    Low-bit weights are widened to plain linear layers of the same values; keys and values are rounded where the config
+    says so (:mod:`distill.models.kv_cache`).
 
     Args:
         location: folder or Hub id.
         dtype: of the weights in memory; "auto" is that of the file.
         device: where to.
+        tasks: what the caller can use.
 
     Raises:
-        InputError: it cannot be loaded, or weights are missing or of the wrong shape (transformers would fill them with
-            random numbers).
+        InputError: it cannot be loaded, has another task, or weights are missing or of the wrong shape (transformers
+            would fill them with random numbers).
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+    from distill.models.kv_cache import cache_type, round_cache
 
     quiet_transformers()
-    _refuse_encoders(location)
+    task = task_of(load_config(location))
+    if task not in tasks:
+        raise another_task(location, load_config(location).model_type, task)
+    loaders = {"masked_lm": AutoModelForMaskedLM, "classification": AutoModelForSequenceClassification}
+    loader = loaders.get(task, AutoModelForCausalLM)
     arguments = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with without_bars(location):
-        model, report = _from_pretrained(AutoModelForCausalLM, location, "model", **arguments)
+        model, report = _from_pretrained(loader, location, "model", **arguments)
     lacking = [f"{name} is missing" for name in sorted(report["missing_keys"])]
     lacking += [f"{name} is {[*got]}, not {[*expected]}" for name, got, expected in sorted(report["mismatched_keys"])]
     if lacking:
@@ -113,19 +130,28 @@ def load_model(location: str, *, dtype: str | torch.dtype = "auto", device: str 
 
         with without_bars(location):
             unpack(model)
+    if (kind := cache_type(model.config)) is not None:
+        round_cache(model, kind)
     return move(model, device).eval()
 
 
-def _refuse_encoders(location: str) -> None:
-    """transformers would load an encoder as a causal model that sees the future."""
+def task_of(config: PretrainedConfig) -> Task:
+    """What a model predicts; transformers would load an encoder as a causal model that sees the future."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    config = load_config(location)
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
-        raise InputError(
-            f"{location}: {config.model_type} is an encoder, which predicts masked tokens; distill trains and measures "
-            "causal language models only so far"
-        )
+    if any(name.endswith(CLASSIFIER) for name in config.architectures or ()):
+        return "classification"
+    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return "masked_lm" if is_encoder else "causal_lm"
+
+
+def another_task(location: str, kind: str, task: Task) -> InputError:
+    """What to raise for a model of a ``model_type`` whose task is not the one that is wanted."""
+    what = {"masked_lm": "an encoder, which predicts masked tokens", "classification": "a classifier of texts"}
+    return InputError(
+        f"{location}: {kind} is {what.get(task, 'a causal language model')}; distill trains and measures causal "
+        "language models only so far, and exports others to onnx"
+    )
 
 
 def move(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
@@ -159,6 +185,23 @@ def empty_model(config: PretrainedConfig, task: str = "causal_lm") -> PreTrained
     with torch.device("meta"):
         model: PreTrainedModel = build.from_config(config)
     return model.eval()
+
+
+def load_empty(location: str) -> PreTrainedModel | None:
+    """What :func:`load_model` gives, without its numbers; None where only reading tells: low-bit weights are widened.
+
+    Raises:
+        InputError: there is no config, or it is none.
+    """
+    from distill.models.kv_cache import cache_type, round_cache
+
+    config = load_config(location)
+    if low_bit_scheme(config):
+        return None
+    model = empty_model(config)
+    if (kind := cache_type(config)) is not None:
+        round_cache(model, kind)
+    return model
 
 
 def new_config(keys: dict[str, Any]) -> PretrainedConfig:

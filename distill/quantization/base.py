@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from distill.core.errors import InputError
 from distill.core.spec import Spec
+from distill.quantization.blocks import reciprocal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,10 +98,19 @@ class QuantizerSpec(Spec):
         """Where a learned scale starts: fp32, [out_features, groups]; None when the scale is not learned."""
         return None
 
+    def quantize_on(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Codes:
+        """A weight's codes on the scale and zero point of earlier codes, whatever the weight has become since."""
+        return self.quantize(weight, scale)
+
+    def limits(self) -> tuple[float, float] | None:
+        """The lowest and the highest code, beyond which weights clip under a scale that is not their own; None: the
+        grid has no end for its gradient."""
+        return None
+
     def gradients(
         self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, gradient: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of the full-precision weight and of the logarithm of its scale, where :attr:`clips` is true.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the full-precision weight and, where it is learned, of the logarithm of its scale.
 
         Args:
             weight: [out_features, in_features].
@@ -108,7 +118,11 @@ class QuantizerSpec(Spec):
             zero_point: of its codes.
             gradient: of the dequantized weight, [out_features, in_features].
         """
-        raise NotImplementedError
+        if (limits := self.limits()) is None:
+            return gradient, None
+        low, high = limits
+        exact = weight.float().unflatten(-1, (scale.shape[-1], -1)) * reciprocal(scale.float()).unsqueeze(-1)
+        return gradient * ((exact >= low) & (exact <= high)).flatten(-2), None
 
     def dequantize(self, codes: Codes) -> Tensor:
         """The weight that codes stand for: fp32, [out_features, in_features].

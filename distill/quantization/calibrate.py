@@ -17,6 +17,8 @@ from distill.quantization.static_int8 import StaticInt8
 BINS = 2048
 KEPT = 0.999
 """Share of the activations that a percentile leaves inside."""
+ADAPTED = ".base_layer"
+"""What peft appends to the name of a layer that it wraps."""
 DECAY = 0.9
 """Of the moving average, a sequence."""
 
@@ -32,7 +34,8 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward
     more, where an observer asks for it, for histograms, which do not depend on how the data is batched.
 
     Args:
-        model: prepared, with ``static_int8`` activations on some layers; nothing is done without.
+        model: prepared, with ``static_int8`` activations on some layers, and with adapters if they are absorbed
+            (:func:`~distill.quantization.lora.absorb_lora`); nothing is done without.
         batches: read twice; with ``attention_mask`` [batch, sequence] where tokens are padding.
         forward: runs the model on a batch.
 
@@ -42,9 +45,15 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward
     Raises:
         InputError: no token reached a layer, or an activation is not finite.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, InputQuantLinear) and _observer(m) is not None}
+    layers = {
+        name.removesuffix(ADAPTED): module
+        for name, module in model.named_modules()
+        if isinstance(module, InputQuantLinear) and _observer(module) is not None
+    }
     if not layers:
         return {}
+    # an absorbed adapter multiplies in its layer's stead and never calls it, but is called with the same input
+    called = {name: model.get_submodule(name) for name in layers}
     kept = list(batches)
     largest: dict[str, Tensor] = {}
     average: dict[str, Tensor] = {}
@@ -54,7 +63,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward
         largest[name] = torch.maximum(largest.get(name, peak), peak)
         average[name] = DECAY * average[name] + (1 - DECAY) * peak if name in average else peak
 
-    watch(model, layers, kept, forward, note_largest)
+    watch(model, called, kept, forward, note_largest)
     for name in layers:
         if name not in largest or not largest[name].isfinite():
             raise InputError(f"{name}: no finite activation in the calibration set to take a range from")
@@ -65,7 +74,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward
         bins = (rows.abs() / end * BINS).long().clamp(max=BINS - 1).flatten()
         counts[name] = counts.get(name, 0) + torch.bincount(bins, minlength=BINS)
 
-    drawn = {name: layer for name, layer in layers.items() if _observer(layer) in ("percentile", "mse")}
+    drawn = {name: called[name] for name, layer in layers.items() if _observer(layer) in ("percentile", "mse")}
     if drawn:
         watch(model, drawn, kept, forward, note_histogram)
     scales: dict[str, float] = {}

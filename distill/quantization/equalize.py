@@ -1,6 +1,7 @@
 """Input channels made alike before anything is rounded: a norm's output is divided by what its readers multiply by.
 
     y = W diag(s) (diag(1 / s) x),   norm.weight /= s,   W *= s  in every linear layer that reads the norm
+    (Gemma's norms multiply by 1 + w:   w = (1 + w) / s - 1)
 
     awq:           s = mean|x| ^ a,  a of 0, 0.05 ... 1 with the least ||(q(W s) / s - W) X||^2 over the readers
     smooth_quant:  s = max|x| ^ 0.5 / max|W| ^ 0.5, each of an input channel
@@ -67,8 +68,7 @@ def equalize(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], logits: 
     if not change <= TOLERANCE:
         raise InputError(
             f"equalize: the model computes otherwise with scales in its norms (logits move by {change:.1%}): something "
-            "else than linear layers reads them, or they multiply by another thing than their weight, as Gemma's do; "
-            "remove equalize"
+            "else than linear layers reads them, or they multiply by another thing than their weight; remove equalize"
         )
     return list(readers)
 
@@ -163,8 +163,22 @@ def _sound(scale: Tensor) -> Tensor:
 
 
 def _fold(norm: Any, layers: Sequence[Any], scale: Tensor) -> None:
-    norm.weight.div_(scale)
+    offset = _offset(norm)
+    norm.weight.copy_((norm.weight + offset) / scale - offset)
     if getattr(norm, "bias", None) is not None:
         norm.bias.div_(scale)
     for layer in layers:
         layer.weight.mul_(scale)
+
+
+def _offset(norm: Any) -> float:
+    """What a norm adds to its weight before it multiplies: 1 in Gemma's, which store ``w - 1``, and else 0."""
+    kept = {name: parameter.clone() for name, parameter in norm.named_parameters()}
+    probe = torch.linspace(1, 2, len(norm.weight), device=norm.weight.device, dtype=norm.weight.dtype)
+    try:
+        for parameter in norm.parameters():
+            parameter.zero_()
+        return float(bool(norm(probe[None, None]).any()))
+    finally:
+        for name, parameter in norm.named_parameters():
+            parameter.copy_(kept[name])

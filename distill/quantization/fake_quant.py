@@ -13,6 +13,9 @@ from torch.nn import functional
 from distill.quantization.base import Codes, QuantizerSpec
 from distill.quantization.inputs import HIGH, LOW, ActivationSpec
 
+Held = tuple[Tensor, Tensor | None]
+"""A scale and a zero point that stay: see :mod:`distill.quantization.hold`."""
+
 
 class _OnGrid(torch.autograd.Function):
     """The weight on its grid going forward, the gradient of the grid going back: straight through, if it says no more.
@@ -23,31 +26,52 @@ class _OnGrid(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, log_scale: Tensor | None, spec: QuantizerSpec) -> Tensor:
-        codes = spec.quantize(weight, _scale(log_scale, weight))
-        if spec.clips:
-            ctx.spec = spec
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        log_scale: Tensor | None,
+        held_scale: Tensor | None,
+        held_zero_point: Tensor | None,
+        spec: QuantizerSpec,
+    ) -> Tensor:
+        held = None if held_scale is None else (held_scale, held_zero_point)
+        codes = codes_of(weight, spec, log_scale, held)
+        if spec.clips or held is not None:
+            ctx.spec, ctx.held = spec, held is not None
             ctx.save_for_backward(weight, codes.scale, codes.zero_point)
         return spec.dequantize(codes).to(weight.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Any, Any, None]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, Any, None, None, None]:
         saved = ctx.saved_tensors  # to be read once: under gradient checkpointing it computes them
         if not saved:
-            return gradients[0], None, None
+            return gradients[0], None, None, None, None
         to_weight, to_scale = ctx.spec.gradients(*saved, gradients[0])
-        return to_weight, to_scale.flatten() if ctx.needs_input_grad[1] else None, None
+        if not ctx.needs_input_grad[1]:
+            return to_weight, None, None, None, None
+        # zeros, not nothing: DDP waits for a gradient of every parameter
+        return to_weight, (torch.zeros_like(to_scale) if ctx.held else to_scale).flatten(), None, None, None
 
 
-def fake_quantize(weight: Tensor, spec: QuantizerSpec, log_scale: Tensor | None = None) -> Tensor:
+def fake_quantize(
+    weight: Tensor, spec: QuantizerSpec, log_scale: Tensor | None = None, held: Held | None = None
+) -> Tensor:
     """``dequantize(quantize(weight))`` with the grid's gradient, in the weight's own type.
 
     Args:
         weight: [out_features, in_features].
         spec: the grid.
         log_scale: [out_features * groups], the logarithm of a learned scale; None: the weight's own scale.
+        held: scale and zero point of earlier codes, which take the place of either.
     """
-    return _OnGrid.apply(weight, log_scale, spec)
+    return _OnGrid.apply(weight, log_scale, *(held or (None, None)), spec)
+
+
+def codes_of(weight: Tensor, spec: QuantizerSpec, log_scale: Tensor | None, held: Held | None) -> Codes:
+    """The codes that :func:`fake_quantize` stands on."""
+    if held is not None:
+        return spec.quantize_on(weight, *held)
+    return spec.quantize(weight, _scale(log_scale, weight))
 
 
 def _scale(log_scale: Tensor | None, weight: Tensor) -> Tensor | None:
@@ -60,30 +84,46 @@ class _FakeQuant(nn.Module):
 
     Parameters, names and ``state_dict`` are those of the layer that it stands for, with ``log_scale`` more where the
     grid learns its scale: a vector, so that no optimizer decays it, and a logarithm, so that a step of Adam is a share
-    of the scale, however small that is. Made by :func:`~distill.quantization.prepare.prepare`, not by hand.
+    of the scale, however small that is. Once scales are held, these are there as well: as bytes, which no cast of a
+    model to another type rounds. Made by :func:`~distill.quantization.prepare.prepare`, not by hand.
 
     Attributes:
         spec: the grid.
         enabled: False computes with the full-precision weight.
         log_scale: [out_features * groups], or None.
+        held_scale: uint8, [out_features, groups * 2], the bytes of a scale that stays; or None. A buffer.
+        held_zero_point: int8, [out_features, groups], or None. A buffer.
     """
 
     weight: Tensor
     spec: QuantizerSpec
     enabled: bool
     log_scale: nn.Parameter | None
+    held_scale: Tensor | None
+    held_zero_point: Tensor | None
 
     def effective(self, weight: Tensor) -> Tensor:
         """The weight that is multiplied by in place of ``weight``."""
         if self.enabled:
-            return fake_quantize(weight, self.spec, self.log_scale)
+            return fake_quantize(weight, self.spec, self.log_scale, self.held())
         if self.log_scale is None or not torch.is_grad_enabled():
             return weight
         return weight + 0 * self.log_scale.sum()  # DDP waits for a gradient of every parameter
 
     def codes(self) -> Codes:
         """What is shipped: ``spec.dequantize`` of it is, bit for bit, what the forward uses."""
-        return self.spec.quantize(self.weight, _scale(self.log_scale, self.weight))
+        return codes_of(self.weight, self.spec, self.log_scale, self.held())
+
+    def held(self) -> Held | None:
+        """Scale and zero point that stay, if they do."""
+        if self.held_scale is None:
+            return None
+        return self.held_scale.view(getattr(torch, self.spec.scale_dtype)), self.held_zero_point
+
+    def hold(self, codes: Codes) -> None:
+        """Keep the scale and the zero point of these codes, whatever the weight becomes."""
+        self.held_scale = codes.scale.contiguous().clone().view(torch.uint8)
+        self.held_zero_point = codes.zero_point
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, quantizer={self.spec.kind}"
@@ -170,21 +210,31 @@ def quantizer_tensors(model: nn.Module) -> set[str]:
     return {
         f"{name}.{leaf}"
         for name, layer in fake_quant_layers(model).items()
-        for leaf in ("log_scale", "input_scale")
+        for leaf in ("log_scale", "input_scale", "held_scale", "held_zero_point")
         if getattr(layer, leaf, None) is not None
     }
 
 
+def rounds_cache(module: nn.Module) -> bool:
+    """Whether it is an attention layer that was told to round keys and values."""
+    return hasattr(module, "kv_cache_type")
+
+
 def switch(model: nn.Module, *, enabled: bool) -> None:
-    """Have every fake-quantized layer compute with quantized weights, or with the full-precision ones."""
-    for layer in fake_quant_layers(model).values():
+    """Have every fake-quantized layer compute with quantized weights, or with the full-precision ones; keys and values
+    likewise."""
+    for layer in _switched(model):
         layer.enabled = enabled
+
+
+def _switched(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, FakeQuantLayer) or rounds_cache(m)]
 
 
 @contextmanager
 def unquantized(model: nn.Module) -> Iterator[None]:
     """Within the block the model computes in full precision: its own teacher, without a second copy."""
-    before = {layer: layer.enabled for layer in fake_quant_layers(model).values()}
+    before = {layer: layer.enabled for layer in _switched(model)}
     try:
         for layer in before:
             layer.enabled = False

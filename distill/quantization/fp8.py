@@ -36,6 +36,9 @@ class Fp8(QuantizerSpec):
         """One, whatever the width."""
         return 1
 
+    def limits(self) -> tuple[float, float]:
+        return -LARGEST, LARGEST
+
     def quantize(self, weight: Tensor, scale: Tensor | None = None) -> Codes:
         import torch
 

@@ -95,6 +95,9 @@ class IntegerSpec(QuantizerSpec):
             return self._codes(grouped, *self._searched(grouped))
         return self._codes(grouped, *self._stored(grouped, self._widest(grouped)))
 
+    def quantize_on(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Codes:
+        return self._codes(weight.detach().float().unflatten(-1, (scale.shape[-1], -1)), scale, zero_point)
+
     def _widest(self, grouped: Tensor) -> Tensor:
         """The fp32 scale whose range holds every weight: [out_features, groups]."""
         low, high = self.limits()

@@ -64,7 +64,7 @@ def unprepare(model: nn.Module) -> list[str]:
     """
     layers = fake_quant_layers(model)
     for layer in layers.values():
-        del layer.spec, layer.enabled, layer.log_scale
+        del layer.spec, layer.enabled, layer.log_scale, layer.held_scale, layer.held_zero_point
         if isinstance(layer, FakeQuantLinear):
             del layer.inputs, layer.input_scale
         layer.__class__ = nn.Linear if isinstance(layer, FakeQuantLinear) else nn.Embedding  # type: ignore[assignment]
@@ -78,6 +78,8 @@ def _wrap(module: nn.Module, spec: QuantizerSpec, activations: ActivationSpec | 
     layer.spec, layer.enabled = spec, True
     scale = spec.initial_scale(layer.weight)
     layer.register_parameter("log_scale", None if scale is None else nn.Parameter(scale.log().flatten()))
+    layer.register_buffer("held_scale", None)
+    layer.register_buffer("held_zero_point", None)
     if isinstance(layer, FakeQuantLinear):
         quantize_input(layer, activations)
 
@@ -132,7 +134,7 @@ def _other_weights(model: nn.Module) -> dict[str, list[str]]:
     """Modules that hold matrices and are neither linear layers nor embeddings: experts, routers, GPT-2's Conv1D."""
     found: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        if type(module) in (nn.Linear, nn.Embedding):
+        if type(module) is nn.Linear or isinstance(module, nn.Embedding):  # Gemma's is one of its own
             continue
         if matrices := [leaf for leaf, tensor in module.named_parameters(recurse=False) if tensor.ndim >= 2]:
             found[name] = matrices

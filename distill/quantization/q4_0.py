@@ -46,6 +46,9 @@ class Q40(QuantizerSpec):
         """
         return count_blocks(in_features, BLOCK, "Q4_0")
 
+    def limits(self) -> tuple[float, float]:
+        return -8, 7
+
     def quantize(self, weight: Tensor, scale: Tensor | None = None) -> Codes:
         grouped = weight.detach().float().unflatten(-1, (self.groups(weight.shape[-1]), -1))
         if scale is None:

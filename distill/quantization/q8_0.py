@@ -45,6 +45,9 @@ class Q80(QuantizerSpec):
         """
         return count_blocks(in_features, BLOCK, "Q8_0")
 
+    def limits(self) -> tuple[float, float]:
+        return -128, 127
+
     def quantize(self, weight: Tensor, scale: Tensor | None = None) -> Codes:
         grouped = weight.detach().float().unflatten(-1, (self.groups(weight.shape[-1]), -1))
         if scale is None:

@@ -45,6 +45,9 @@ class Tq20(QuantizerSpec):
         """
         return count_blocks(in_features, SUPER_BLOCK, "TQ2_0")
 
+    def limits(self) -> tuple[float, float]:
+        return -1, 1
+
     def quantize(self, weight: Tensor, scale: Tensor | None = None) -> Codes:
         grouped = weight.detach().float().unflatten(-1, (self.groups(weight.shape[-1]), -1))
         scale = grouped.abs().amax(-1) if scale is None else scale.float()

@@ -67,7 +67,7 @@ class Export(StageSpec):
             notes = self.target.export(source, folder, title=title)
             verified: VerifyResult | str
             try:
-                trained = load_model(str(source), dtype="float32")
+                trained = load_model(str(source), dtype="float32", tasks=self.target.tasks)
                 verified = self.target.verify(trained, folder, batches, load_tokenizer(source))
             except EngineMissing as missing:
                 verified = str(missing)

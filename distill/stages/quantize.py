@@ -13,6 +13,7 @@ from distill.core.spec import Spec
 from distill.models.lora import LoraSpec
 from distill.quantization import ACTIVATIONS, QUANTIZERS, ActivationSpec, IntGroup
 from distill.quantization.base import QuantizerSpec, matches
+from distill.quantization.kv_cache import CacheType
 from distill.stages.base import SELF, StageContext, StageSpec
 from distill.stages.mixed import MixedSpec, choose_grids, logits_of
 from distill.stages.train import check_own_teacher
@@ -65,8 +66,13 @@ class Quantize(DistillSpec, StageSpec):
     """Choose each linear layer's grid within a budget of bits, by a scan of what each layer costs; unset is off."""
     activations: Annotated[ActivationSpec, ACTIVATIONS] | None = None
     """The grid of the quantized layers' inputs; unset is off. A static one is calibrated before anything is trained."""
+    kv_cache: CacheType | None = None
+    """Round keys and values as llama.cpp's cache of this type does (8.5 or 4.5 bits each, not 16); unset is off."""
     from_step: int = Field(0, ge=0)
     """Optimizer step from which the weights are fake-quantized; before it training is in full precision; 0: all."""
+    freeze_scales: float | None = Field(None, gt=0, lt=1)
+    """Share of the steps after which the scales of the weights stand still, such as 0.9, so that the codes settle;
+    weights that grow beyond their range clip from then on. Unset: scales follow the weights to the end."""
     rounding: Literal["nearest", "gptq"] = "nearest"
     """How codes are chosen: the nearest, or so that a column's error is made up for by the next ones (needs the
     calibration set). A training begins at what gptq has found, and then chooses the nearest (needs scale: learned)."""
@@ -81,7 +87,7 @@ class Quantize(DistillSpec, StageSpec):
         if not self.trains():
             idle = [
                 key
-                for key in (*DistillSpec.model_fields, "lora", "from_step")
+                for key in (*DistillSpec.model_fields, "lora", "from_step", "freeze_scales")
                 if key not in ("num_tokens", "num_steps") and getattr(self, key) != type(self).model_fields[key].default
             ]
             if idle:
@@ -149,7 +155,8 @@ class Quantize(DistillSpec, StageSpec):
         others += [self.equalize] if self.equalize else []
         others += [self.rounding] if self.rounding != "nearest" else []
         others += [f"mixed, {self.mixed.bits:g} bits"] if self.mixed else []
-        return "; ".join([self.quantizer.label(), *others, *([self.activations.label()] if self.activations else [])])
+        others += [self.activations.label()] if self.activations else []
+        return "; ".join([self.quantizer.label(), *others, *([f"cache {self.kv_cache}"] if self.kv_cache else [])])
 
     def grids(self) -> list[tuple[str, QuantizerSpec]]:
         """(pattern, grid) of the layers that have their own."""
@@ -208,6 +215,7 @@ class Quantize(DistillSpec, StageSpec):
             quantizer=self.quantizer,
             layers=layers,
             activations=self.activations,
+            kv_cache=self.kv_cache,
             lora=self.lora,
             gradient_checkpointing=context.session.compute.gradient_checkpointing and self.trains(),
         )
@@ -217,7 +225,14 @@ class Quantize(DistillSpec, StageSpec):
             self._gptq(context, student.model)
         teacher = self._taught_by()
         figures = train(
-            context, student, self.losses, self, teacher=teacher, start=self.student, quantized_from_step=self.from_step
+            context,
+            student,
+            self.losses,
+            self,
+            teacher=teacher,
+            start=self.student,
+            quantized_from_step=self.from_step,
+            freeze_scales=self.freeze_scales,
         )
         switch(student.model, enabled=True)
         model = move(disassemble(student), "cpu")  # merged where it was trained: elsewhere the bits may differ

@@ -30,6 +30,7 @@ def train(
     teacher: str | LiveTeacher | None,
     start: str | None = None,
     quantized_from_step: int = 0,
+    freeze_scales: float | None = None,
 ) -> dict[str, Any]:
     """Train an assembled student in place, from the stage's last checkpoint if there is one.
 
@@ -43,6 +44,7 @@ def train(
         teacher: reference of the frozen teacher or of its cache, "self", one that is loaded, or None.
         start: reference of the model that the student starts from, or None without a teacher.
         quantized_from_step: steps that a fake-quantized student makes in full precision first.
+        freeze_scales: share of the steps after which the scales of its weights stand still; None: they never do.
 
     Returns:
         Figures: steps, tokens, seconds of training, tokens a second.
@@ -67,6 +69,12 @@ def train(
         return {"training_steps": 0, "training_tokens": 0, "training_seconds": 0.0}
     if quantized_from_step >= num_steps:
         raise InputError(f"from_step ({quantized_from_step}) must be less than the stage's {num_steps} steps; lower it")
+    held_from_step = None if freeze_scales is None else int(freeze_scales * num_steps)
+    if held_from_step is not None and held_from_step < quantized_from_step:
+        raise InputError(
+            f"freeze_scales ({freeze_scales:g}) holds scales from step {held_from_step} on, before the weights are "
+            f"quantized at all (from_step: {quantized_from_step}); raise it or lower from_step"
+        )
     check_context_length(student.model, session.data.sequence_length)
     check_packing(context, student.model)
     made_of = {"recipe, text and models": context.input_hash}
@@ -94,6 +102,7 @@ def train(
         num_steps=num_steps,
         origin=origin_of(session, start, teacher) if start is not None and teacher is not None else None,
         quantized_from_step=quantized_from_step,
+        held_from_step=held_from_step,
     )
     for line in module.states.summary() if module.states is not None else ():
         context.say(line)
@@ -191,12 +200,10 @@ def load_trainable(context: StageContext, location: str) -> PreTrainedModel:
     Raises:
         InputError: it cannot be loaded.
     """
-    from distill.models.load import empty_model, load_config, load_model, low_bit_scheme
+    from distill.models.load import load_empty, load_model
 
-    config = load_config(location)
-    if context.session.is_sent_models and not low_bit_scheme(config):
-        return empty_model(config)
-    return load_model(location, dtype="float32")
+    empty = load_empty(location) if context.session.is_sent_models else None
+    return load_model(location, dtype="float32") if empty is None else empty
 
 
 def load_frozen(context: StageContext, reference: str, *, is_shared_out: bool = False) -> PreTrainedModel:
@@ -210,14 +217,15 @@ def load_frozen(context: StageContext, reference: str, *, is_shared_out: bool = 
     Raises:
         InputError: it speaks another vocabulary than the run.
     """
-    from distill.models.load import empty_model, load_config, low_bit_scheme
+    from distill.models.load import load_empty
     from distill.stages.tokens import load_speaking
     from distill.training.trainer import resolve_teacher
 
     location, session = context.session.artifact(reference).location, context.session
-    # low-bit weights are widened and a cut vocabulary is carved as they are read, so every process reads those
-    if is_shared_out and session.is_sent_models and not session.is_cut and not low_bit_scheme(load_config(location)):
-        return empty_model(load_config(location))
+    # a cut vocabulary is carved as it is read, so every process reads that
+    is_sent = is_shared_out and session.is_sent_models and not session.is_cut
+    if is_sent and (empty := load_empty(location)) is not None:
+        return empty
     _, dtype = resolve_teacher(context.session.compute)
     return check_packing(context, load_speaking(context, location, dtype))
 

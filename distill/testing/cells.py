@@ -26,7 +26,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     "distilled": {"kind": "distill"} | _LEARN,
     "LoRA": {"kind": "distill", "lora": _LORA} | _LEARN,
     "LoRA, its own teacher": {"kind": "distill", "lora": _LORA} | _LEARN | {"teacher": "self"},
-    "QAT": {"kind": "quantize", "quantizer": {"kind": "int8_channel"}, "from_step": 2} | _LEARN,
+    "QAT": {"kind": "quantize", "quantizer": {"kind": "int8_channel"}, "from_step": 2, "freeze_scales": 0.6} | _LEARN,
     "QAT, learned scales": {"kind": "quantize", "quantizer": _LEARNED} | _LEARN,
     "QAT, LoRA": {"kind": "quantize", "quantizer": _LEARNED | {"scale": "absmax"}, "lora": {"r": 2}} | _LEARN,
     "QAT, static inputs": {"kind": "quantize", "quantizer": {"kind": "int8_channel"}, "activations": "static_int8"}

@@ -1,6 +1,6 @@
 """The ONE order in which a student is wrapped, and unwrapped.
 
-    weights -> fake-quant layers -> LoRA on top of them -> adapters drawn into the fake-quant      (assemble)
+    weights -> fake-quant layers and cache -> LoRA on top of them -> adapters drawn into the fake-quant      (assemble)
     adapters merged into the weights -> fake-quant layers, ready to convert                         (disassemble)
 
 With both, the fake-quant sees the *merged* weight, because that is what will be rounded when the model is shipped.
@@ -19,6 +19,8 @@ from distill.quantization.inputs import ActivationSpec
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from distill.quantization.kv_cache import CacheType
 
 
 @dataclass
@@ -40,15 +42,21 @@ def assemble(
     quantizer: QuantizerSpec | None = None,
     layers: Sequence[tuple[str, QuantizerSpec]] = (),
     activations: ActivationSpec | None = None,
+    kv_cache: CacheType | None = None,
     lora: LoraSpec | None = None,
     gradient_checkpointing: bool = False,
 ) -> Student:
-    """Wrap a plain model for training, in place; for the grids see :func:`~distill.quantization.prepare.prepare`."""
+    """Wrap a plain model for training, in place; for the grids see :func:`~distill.quantization.prepare.prepare` and
+    :mod:`distill.quantization.kv_cache`."""
     model.requires_grad_(True)
     if quantizer is not None:
         from distill.quantization.prepare import prepare
 
         prepare(model, quantizer, layers, activations)
+    if kv_cache is not None:
+        from distill.models.kv_cache import round_cache
+
+        round_cache(model, kv_cache)
     if gradient_checkpointing:
         _checkpointing(model, "enable", gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora is None:

@@ -24,6 +24,7 @@ from distill.losses.head import KL, head_losses
 from distill.losses.states import refusal
 from distill.models.head import check_head, hidden_states, output_head
 from distill.quantization.fake_quant import switch
+from distill.quantization.hold import expect_held, hold_scales
 from distill.training import rank_state
 from distill.training.live_teacher import LiveTeacher
 from distill.training.on_policy import OnPolicy
@@ -58,6 +59,7 @@ class DistillationModule(pl.LightningModule):
         origin: where a student that was cut out of the teacher has its layers and channels from, for losses on inner
             states; None when it was not, or when there are none.
         quantized_from_step: optimizer steps that a fake-quantized student makes in full precision first.
+        held_from_step: optimizer steps after which the scales of its weights stand still; None: they never do.
 
     Attributes:
         tokens_read: int64 scalar, with ``on_policy`` the tokens that this rank has trained on so far, without filling.
@@ -78,6 +80,7 @@ class DistillationModule(pl.LightningModule):
         num_steps: int | None = None,
         origin: Origin | None = None,
         quantized_from_step: int = 0,
+        held_from_step: int | None = None,
     ):
         super().__init__()
         if not any(isinstance(loss, LossSpec) for loss in losses):
@@ -88,7 +91,8 @@ class DistillationModule(pl.LightningModule):
         self.losses = [(loss.kind, loss) for loss in losses]
         self.optimizer_spec = optimizer or OptimizerSpec()
         self.num_steps = num_steps
-        self.quantized_from_step = quantized_from_step
+        self.quantized_from_step, self.held_from_step = quantized_from_step, held_from_step
+        self._held = False
         self.teacher = LiveTeacher(teacher) if isinstance(teacher, torch.nn.Module) else teacher
         self.on_policy = on_policy
         self.tokens_read = torch.zeros((), dtype=torch.int64)
@@ -125,9 +129,13 @@ class DistillationModule(pl.LightningModule):
         self.tokens_read = self.tokens_read.to(self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Switch fake-quantization on when its step has come."""
+        """Switch fake-quantization on, and hold its scales, when their steps have come."""
+        step = self.trainer.global_step
         if self.quantized_from_step:
-            switch(self.student, enabled=self.trainer.global_step >= self.quantized_from_step)
+            switch(self.student, enabled=step >= self.quantized_from_step)
+        if self.held_from_step is not None and step >= self.held_from_step and not self._held:
+            hold_scales(self.student)
+            self._held = True
 
     def on_validation_start(self) -> None:
         """Make the teacher ready for the student's device."""
@@ -295,6 +303,7 @@ class DistillationModule(pl.LightningModule):
         for name, p in self._named_parameters():
             if not p.requires_grad:
                 checkpoint["state_dict"].setdefault(f"student.{name}", p.detach())
+        self._held = expect_held(self.student, checkpoint["state_dict"], "student.")
         mine = rank_state.share(checkpoint["ranks"], self.trainer.global_rank, self.trainer.world_size)
         self._terms, self.tokens_read, self._random = mine
         self._skipped.extend(checkpoint["skipped"].unbind())

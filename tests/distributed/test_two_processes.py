@@ -83,6 +83,7 @@ def test_a_cut_vocabulary_and_scales_that_learn_late(workers: Workers, quickstar
     """All processes read the text in the student's own tokens; a scale without a gradient yet stops nobody."""
     cut = ["--set", "stages.prune.keep.vocabulary=used"]
     late = ["--set", "stages.int4.quantizer={kind: int_group, scale: learned}", "--set", "stages.int4.from_step=2"]
+    late += ["--set", "stages.int4.freeze_scales=0.75"]
     one = finished(workers, quickstart, tmp_path / "one", *cut, *late)
     two = finished(workers, quickstart, tmp_path / "two", *cut, *late, *DEVICES, size=2)
     assert_alike(two, one)

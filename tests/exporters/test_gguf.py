@@ -29,9 +29,11 @@ from distill.exporters.compressed_tensors import save
 from distill.exporters.gguf_blocks import code_blocks
 from distill.exporters.gguf_vocabulary import pre_tokenizer_name
 from distill.exporters.stored import stored_weights
+from distill.models.kv_cache import round_cache
 from distill.quantization import QUANTIZERS
 from distill.quantization.base import Codes
 from distill.quantization.convert import convert, round_unquantized
+from distill.quantization.fake_quant import switch
 from distill.quantization.prepare import prepare
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'distill[test]'")
@@ -63,6 +65,9 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "linear_rope": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LINEAR)),
     "mistral_wide_heads": lambda: MistralForCausalLM(MistralConfig(**SIZES, head_dim=32, sliding_window=None)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "llama_64": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, head_dim=64)),
+    "llama_96": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, head_dim=96)),
+    "qwen3_64": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=64)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True)),
 }
 
@@ -376,3 +381,26 @@ def test_pre_tokenizers(bpe: PreTrainedTokenizerFast) -> None:
     words["model"]["type"] = "WordLevel"
     with pytest.raises(InputError, match="it is WordLevel"):
         pre_tokenizer_name(words)
+
+
+@in_llama_cpp
+@pytest.mark.parametrize("name", ["llama_64", "llama_96", "qwen3_64"])
+def test_llama_cpp_keeps_keys_and_values_as_they_were_trained(
+    name: str, bpe: PreTrainedTokenizerFast, texts: Batches, tmp_path: Path
+) -> None:
+    """Its 4-bit cache is far from none, and far from blocks that are not rotated or are in another order."""
+    model = build(name)
+    round_unquantized(model, torch.bfloat16)
+    round_cache(model, "q4_0")
+    model.save_pretrained(tmp_path / "in")
+    bpe.save_pretrained(tmp_path / "in")
+    notes = Gguf(embeddings="f32").export(tmp_path / "in", tmp_path / "out", title="small")
+    assert "keys and values: for llama.cpp's cache in q4_0, so run it with `-fa on --cache-type-k q4_0" in str(notes)
+    assert "OLLAMA_KV_CACHE_TYPE=q4_0" in (tmp_path / "out" / "Modelfile").read_text()
+    found = {"ours": Gguf().verify(model, tmp_path / "out", texts).kl}
+    for layer in model.model.layers:
+        layer.self_attn.interleaved ^= True
+    found["order"] = Gguf(max_kl=9).verify(model, tmp_path / "out", texts).kl
+    switch(model, enabled=False)
+    found["none"] = Gguf(max_kl=9).verify(model, tmp_path / "out", texts).kl
+    assert found["ours"] < 0.3 * min(found["order"], found["none"]), found

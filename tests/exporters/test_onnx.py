@@ -5,7 +5,15 @@ from shutil import copyfile
 import numpy
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from distill.core.errors import DistillError, InputError
 from distill.exporters import Onnx
@@ -31,7 +39,7 @@ def write(artifact: Path, exported: dict[str, Path], monkeypatch: pytest.MonkeyP
         if not folder.is_dir():
             if weights == "int8":
                 graph = once("float32") / "model.onnx"
-                monkeypatch.setattr("distill.exporters.onnx._write_graph", lambda model, file: copyfile(graph, file))
+                monkeypatch.setattr("distill.exporters.onnx.write_graph", lambda model, file: copyfile(graph, file))
             notes = Onnx(weights=weights).export(artifact, folder, title="small")
             (folder / "notes.txt").write_text("\n".join(notes))
         return folder
@@ -97,3 +105,55 @@ def test_a_damaged_graph_and_missing_packages_are_named(
         Onnx().verify(trained, tmp_path, batches)
     with pytest.raises(InputError, match=r"target onnx needs onnx, which is not installed: .*distill\[onnx\]"):
         Onnx().export(artifact, tmp_path / "new", title="small")
+
+
+ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "vocab_size": 64, "initializer_range": 0.2}
+SIZES = ENDS | {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture
+def decoder() -> PreTrainedModel:
+    """With grouped keys, and four tokens in sight of each."""
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**SIZES, num_hidden_layers=1, sliding_window=4)).eval()
+
+
+def test_with_a_cache_it_writes_what_transformers_writes(
+    decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batches: Batches, tmp_path: Path
+) -> None:
+    """Token for token, from a text of one token and from several of which one is padded on the left."""
+    import onnxruntime
+
+    decoder.save_pretrained(tmp_path / "in")
+    tokenizer.save_pretrained(tmp_path / "in")
+    exporter = Onnx(weights="float32", keys_and_values="cached", max_kl=1e-6)
+    exporter.export(tmp_path / "in", tmp_path / "out", title="small")
+    assert exporter.verify(decoder, tmp_path / "out", batches).tokens == 16
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    for rows, length in ((1, 1), (3, 6)):
+        ids = torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(3))
+        mask = torch.ones_like(ids)
+        mask[1:, :3] = 0
+        expected = decoder.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert len({tuple(row) for row in expected[:, length:].tolist()}) == rows
+        read, attended, made = ids.numpy(), mask.numpy(), []
+        past = [asked for asked in session.get_inputs() if asked.name.startswith("past_key_values.")]
+        state = {asked.name: numpy.zeros((rows, asked.shape[1], 0, asked.shape[3]), "float32") for asked in past}
+        for _ in range(12):
+            logits, *present = session.run(None, {"input_ids": read, "attention_mask": attended, **state})
+            state = dict(zip(state, present, strict=True))
+            read = logits[:, -1:].argmax(-1)
+            attended = numpy.concatenate([attended, numpy.ones_like(read)], 1)
+            made.append(read)
+        assert numpy.array_equal(numpy.concatenate(made, 1), expected[:, length:].numpy())
+    code = exporter.card(tmp_path / "out").how_to_load
+    compile(code.removeprefix("```python").removesuffix("```"), "card", "exec")
+    with pytest.raises(DistillError, match="not the trained one: KL"):
+        exporter.verify(decoder.apply(decoder._init_weights), tmp_path / "out", batches)
+
+
+def test_what_has_no_cache_is_refused_by_name(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    BertForMaskedLM(BertConfig(**SIZES, num_hidden_layers=1)).save_pretrained(tmp_path / "in")
+    tokenizer.save_pretrained(tmp_path / "in")
+    with pytest.raises(InputError, match=r"bert: keeps something else than keys and values.*recomputed"):
+        Onnx(keys_and_values="cached").export(tmp_path / "in", tmp_path / "out", title="small")

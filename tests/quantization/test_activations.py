@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +15,7 @@ from distill.quantization.base import QuantizerSpec
 from distill.quantization.calibrate import calibrate
 from distill.quantization.convert import round_unquantized
 from distill.quantization.fake_quant import InputQuantLinear, unquantized
+from distill.quantization.lora import absorb_lora
 from distill.quantization.prepare import prepare, unprepare
 from distill.quantization.unpack import unpack
 
@@ -130,3 +132,21 @@ def test_the_scale_survives_and_unquantized_and_unprepared_are_plain(llama: nn.M
     prepare(llama, Int8Channel(), activations=StaticInt8())
     llama.load_state_dict(state)
     assert torch.equal(llama(ids).logits, quantized)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["up_proj"]])
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_ranges_under_adapters_are_those_of_the_model_below(
+    llama: nn.Module, ids: torch.Tensor, observer: str, targets: str | list[str]
+) -> None:
+    """Adapters start as nothing, so the layers' inputs are what they are without."""
+    expected = ready(llama, Int8Channel(), StaticInt8(observer=observer), ids)
+    unprepare(llama)
+    prepare(llama, Int8Channel(), activations=StaticInt8(observer=observer))
+    adapted = get_peft_model(llama, LoraConfig(r=2, target_modules=targets))
+    absorb_lora(adapted)
+    assert calibrate(llama, [{"input_ids": ids}], lambda batch: llama(**batch)) == expected
+    trained = adapted(ids).logits
+    merged = adapted.merge_and_unload()
+    assert merged.model.layers[0].mlp.up_proj.input_scale.item() == expected["model.layers.0.mlp.up_proj"]
+    assert torch.equal(merged(ids).logits, trained)

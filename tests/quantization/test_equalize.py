@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 from distill.core.errors import InputError
 from distill.quantization import DynamicInt8, Int8Channel, IntGroup
@@ -116,3 +116,34 @@ def test_a_norm_that_something_else_reads_is_refused(uneven: LlamaForCausalLM) -
     prepare(model, IntGroup())
     with pytest.raises(InputError, match="awq has no norm to fold scales into"):
         equalize(model, [{"x": torch.ones(1, 4, 32)}], lambda batch: model(batch["x"]), "awq")
+
+
+@pytest.mark.parametrize("method", ["awq", "smooth_quant"])
+def test_norms_that_store_their_weight_less_one(method: Method) -> None:
+    """Gemma's: what is multiplied by is 1 + w, and folds as any other."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, initializer_range=0.2,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval().double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(torch.randn(64, dtype=torch.float64) * 0.3)
+                parameter[3] = 9.0
+    batches = batches_of()
+    full, before = logits(model, batches[0]), copy.deepcopy(model)
+    prepare(model, Int8Channel())
+    norms = equalize(model, batches, partial(logits, model), method)
+    assert norms == [f"model.layers.{i}.{n}_layernorm" for i in range(2) for n in ("input", "pre_feedforward")]
+    for norm, readers in ((norms[0], ("self_attn.q_proj", "self_attn.v_proj")), (norms[1], ("mlp.up_proj",))):
+        new, old = (1 + m.get_submodule(norm).weight for m in (model, before))
+        assert not torch.allclose(new, old)
+        for reader in readers:
+            path = f"model.layers.0.{reader}.weight"
+            torch.testing.assert_close(
+                model.get_parameter(path) * new, before.get_parameter(path) * old, rtol=1e-12, atol=0
+            )
+    switch(model, enabled=False)
+    torch.testing.assert_close(logits(model, batches[0]), full, rtol=1e-4, atol=1e-4)  # Gemma's norms compute in fp32

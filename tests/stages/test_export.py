@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.core.errors import InputError
+from distill.core.errors import InputError, RecipeError
 from distill.exporters.base import require_engine
 from distill.exporters.huggingface import HuggingFace
 from distill.forecast import describe
@@ -92,3 +92,46 @@ def test_what_was_not_verified_is_verified_once_its_engine_is_there(
     changed = Recipe.from_text(recipe.dump().replace("verify_sequences: 1", "verify_sequences: 2"))
     with pytest.raises(InputError, match=r"stages\.export: target huggingface needs gone"):
         run(changed, tmp_path / "run")
+
+
+def test_an_encoder_is_exported_and_else_refused(text: Path, tmp_path: Path) -> None:
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module, reason=f"{module} is not installed: pip install 'distill[test]'")
+    encoder, stages = make_encoder(tmp_path / "bert"), RECIPE
+    for line in ("  evaluate: {{models: [teacher], speed: null}}\n", "  report: {{prompts: []}}\n"):
+        stages = stages.replace(line, "")
+    recipe = Recipe.from_text(stages.format(teacher=encoder, text=text, target="onnx"))
+    assert "export" in describe(recipe)
+    done = run(recipe, tmp_path / "run").done("export")
+    assert done.figures["tokens"] == 8  # of sixteen, half of which are cut off
+    assert done.figures["kl"] < 0.05
+    card = (tmp_path / "run" / "export" / "small" / "README.md").read_text()
+    assert "pipeline_tag: fill-mask" in card
+    assert '"token_type_ids"' in card
+    for other in (
+        stages.format(teacher=encoder, text=text, target="huggingface"),
+        RECIPE.format(teacher=encoder, text=text, target="onnx"),
+    ):
+        with pytest.raises(RecipeError, match="bert is an encoder, which predicts masked tokens"):
+            describe(Recipe.from_text(other))
+
+
+def make_encoder(folder: Path) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [*special, "row", "of", "the", "text", "that", "a", "small", "model", "reads", "and", "more", "words", ","]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]",
+    ).save_pretrained(folder)  # fmt: skip
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=32, initializer_range=0.2,
+    )  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder

@@ -48,12 +48,12 @@ def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
             "gptq: {kind: quantize, student: teacher, num_tokens: 0, rounding: gptq, quantizer: "
             "{kind: int_group, bits: 3, scale: mse}}",
             "w8a8: {kind: quantize, student: teacher, equalize: smooth_quant, quantizer: int8_channel, "
-            "activations: static_int8, "
+            "activations: static_int8, lora: {r: 2}, "
             f"{TRAINING}}}",
             "learned: {kind: quantize, student: teacher, teacher: self, lora: {r: 2}, from_step: 1, quantizer: "
-            f"{{kind: int_group, bits: 2, scale: learned}}, {TRAINING}}}",
+            f"{{kind: int_group, bits: 2, scale: learned}}, freeze_scales: 0.7, {TRAINING}}}",
             f"from_gptq: {{kind: quantize, student: teacher, rounding: gptq, {LEARNED}, {TRAINING}}}",
-            f"q4_0: {{kind: quantize, student: teacher, quantizer: q4_0, {TRAINING}}}",
+            f"q4_0: {{kind: quantize, student: teacher, quantizer: q4_0, freeze_scales: 0.4, {TRAINING}}}",
             f"on_text: {{kind: quantize, student: teacher, losses: [cross_entropy], quantizer: q8_0, {TRAINING}}}",
             "evaluate: {speed: null}",
             "report: {prompts: []}",
@@ -109,7 +109,8 @@ def test_what_has_no_effect_or_cannot_be_is_refused(teacher, text, tmp_path):
         (f"rounding: gptq, lora: {{r: 2}}, {LEARNED}, {TRAINING}", "lora would leave as they are; remove one"),
         ("num_tokens: 0, quantizer: {kind: int_group, scale: learned}", "learned needs training"),
         (f"quantizer: fp8, activations: dynamic_int8, {TRAINING}", "which no engine multiplies"),
-        ("num_tokens: 0, from_step: 2", "without effect: from_step; remove"),
+        ("num_tokens: 0, from_step: 2, freeze_scales: 0.9", "without effect: from_step, freeze_scales; remove"),
+        (f"freeze_scales: 1, {TRAINING}", "freeze_scales"),
         (
             "num_tokens: 0, batch_size: 4, validate_every_steps: 9, max_skipped_steps: 2",
             "without effect: batch_size, validate_every_steps, max_skipped_steps; remove",
@@ -129,6 +130,9 @@ def test_what_has_no_effect_or_cannot_be_is_refused(teacher, text, tmp_path):
         describe(recipe_of(teacher, text, f"quantize: {{{start}, {layers}}}"))
     with pytest.raises(InputError, match=r"from_step \(3\) must be less than the stage's 3 steps"):
         run(recipe_of(teacher, text, f"quantize: {{{start}, from_step: 3, {TRAINING}}}"), tmp_path / "run")
+    early = f"quantize: {{{start}, from_step: 2, freeze_scales: 0.5, {TRAINING}}}"
+    with pytest.raises(InputError, match=r"freeze_scales \(0.5\) holds scales from step 1 on, before the weights are"):
+        run(recipe_of(teacher, text, early), tmp_path / "early")
     mask = "sparsify: {pattern: '2:4'}"
     for settings in ("rounding: gptq", "quantizer: binary"):
         stage = f"quantize: {{kind: quantize, student: sparsify, num_tokens: 0, {settings}}}"
@@ -175,3 +179,28 @@ def test_a_scan_is_made_once_for_the_same_inputs(teacher, text, tmp_path):
     # another budget is another scan
     assert {row["chosen"] for row in go(4.5)} == {"int4, group 32"}
     assert (run_dir / "mixed.old-1").is_dir()
+
+
+def test_a_cache_is_trained_for_and_stays_with_the_model(new_teacher, text, tmp_path):
+    """Through quantization, a stage after it, and evaluation; a head that its blocks do not divide is found before."""
+    wide = new_teacher(tmp_path / "wide", 0, head_dim=32)
+    start = "cache: {kind: quantize, student: teacher, kv_cache: q4_0, quantizer: q8_0"
+    rounded = "rounded: {kind: quantize, student: teacher, kv_cache: q4_0, quantizer: q8_0, num_tokens: 0}"
+    plain = "plain: {kind: quantize, student: teacher, quantizer: q8_0, num_tokens: 0}"
+    late = f"late: {{kind: quantize, student: teacher, kv_cache: q4_0, from_step: 2, {TRAINING}}}"
+    stages = (f"{start}, {TRAINING}}}", rounded, plain, late, f"on: {{kind: distill, student: cache, {TRAINING}}}")
+    the_run = run(recipe_of(wide, text, *stages, "evaluate: {speed: null}"), tmp_path / "run")
+    for name in ("cache", "rounded", "late"):
+        assert the_run.done(name).figures["verified_worst_kl"] <= 1e-9
+    assert the_run.done("cache").figures["scheme"] == "Q8_0; cache q4_0"
+    for name in ("cache", "on"):
+        config = json.loads((the_run.stage(name) / "model" / "config.json").read_text())
+        assert config["kv_cache_type"] == "q4_0"
+    measured = json.loads((the_run.stage("evaluate") / "rows.json").read_text())
+    rows = {row["name"]: row["perplexity"] for row in measured}
+    assert abs(rows["rounded"] / rows["teacher"] - 1) > 4 * abs(rows["plain"] / rows["teacher"] - 1)
+    narrow = recipe_of(new_teacher(tmp_path / "narrow", 0), text, f"{start}, {TRAINING}}}")
+    with pytest.raises(RecipeError, match=r"q4_0 has blocks of 32, which do not divide head_dim \(8\)"):
+        describe(narrow)
+    with pytest.raises(InputError, match=r"q4_0 has blocks of 32, which do not divide head_dim \(8\)"):
+        run(narrow, tmp_path / "narrow-run")

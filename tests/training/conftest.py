@@ -136,8 +136,14 @@ def module(
     def make(way: str = "full", lr: float = 1e-2, steps: int | None = None, **settings: Any) -> DistillationModule:
         losses = [ForwardKL(temperature=2.0), CrossEntropy(weight=0.5)]
         optimizer = OptimizerSpec(lr=lr, warmup_steps=2)
+        held = next((int(word.removeprefix("held=")) for word in way.split() if word.startswith("held=")), None)
         return DistillationModule(
-            student(way, **settings).model, losses, llama(1), optimizer=optimizer, num_steps=steps
+            student(way, **settings).model,
+            losses,
+            llama(1),
+            optimizer=optimizer,
+            num_steps=steps,
+            held_from_step=held,
         )
 
     return make

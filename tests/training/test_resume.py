@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from distill.core.errors import DistillError, Interrupted, MachineError, Preempted
+from distill.quantization import Int8Channel
 from distill.training.checkpoint import checkpoint_path, checkpoints
 from distill.training.metrics import read_rows
 from distill.training.module import DistillationModule
@@ -72,6 +73,9 @@ def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
         ("quant lora head", {"precision": "bf16-mixed"}),
         ("quant learned", {}),
         ("quant learned lora", {"gradient_checkpointing": True}),
+        ("quant held=2", {"precision": "bf16-true"}),
+        ("quant learned lora held=3", {"gradient_checkpointing": True}),
+        ("quant learned held=4", {}),
         ("full", {"gradient_checkpointing": True}),
     ],
 )
@@ -151,6 +155,23 @@ def test_a_stop_waits_for_what_is_being_written(
     assert sorted(p.name for p in folder.iterdir()) == ["step=00000003.ckpt", "step=00000004.ckpt"]
     train(module(), write_checkpoints="behind")
     assert checkpoints(folder)[0].name == "step=00000006.ckpt", "and so does the end"
+
+
+def test_scales_are_held_from_their_step_on(module: Any, train: Any, tmp_path: Path) -> None:
+    for folder, way in (("free", "quant"), ("held", "quant held=3")):
+        train(module(way), folder)
+    kept = {
+        (folder, step): torch.load(checkpoint_path(tmp_path / folder / "checkpoints", step), weights_only=True)
+        for folder in ("free", "held")
+        for step in (3, 6)
+    }
+    assert_same(kept["held", 3]["state_dict"], kept["free", 3]["state_dict"])
+    name, before = "student.model.layers.0.mlp.up_proj", kept["free", 3]["state_dict"]
+    after = kept["held", 6]["state_dict"]
+    held = after[f"{name}.held_scale"].view(torch.bfloat16)
+    assert torch.equal(held, Int8Channel().quantize(before[f"{name}.weight"]).scale)
+    assert not torch.equal(held, Int8Channel().quantize(after[f"{name}.weight"]).scale)
+    assert not torch.equal(after[f"{name}.weight"], kept["free", 6]["state_dict"][f"{name}.weight"])
 
 
 def test_dropout_does_act(module: Any, train: Any, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from distill.core.errors import DistillError, InputError
 from distill.core.world import World
-from distill.models.load import empty_model, new_config, new_model
+from distill.models.kv_cache import NAME
+from distill.models.load import empty_model, load_empty, new_config, new_model
 from distill.models.lora import LoraSpec
 from distill.quantization import Int8Channel, IntGroup
 from distill.quantization.static_int8 import StaticInt8
@@ -111,6 +112,18 @@ def test_who_reads_a_model(strategy: Any, rank: int, reads: bool, tmp_path: Path
     new_model(new_config(LLAMA), seed=0).save_pretrained(tmp_path)
     context: Any = SimpleNamespace(session=session)
     assert load_trainable(context, str(tmp_path)).device.type == ("cpu" if reads else "meta")
+
+
+def test_a_model_without_numbers_attends_as_its_config_says(tmp_path: Path) -> None:
+    config = new_config(LLAMA | {"head_dim": 32})
+    config.kv_cache_type = "q8_0"
+    config.save_pretrained(tmp_path)
+    empty: Any = load_empty(str(tmp_path))
+    assert empty.config._attn_implementation == NAME
+    assert [layer.self_attn.kv_cache_type for layer in empty.model.layers] == ["q8_0"]
+    config.quantization_config = {"quant_method": "compressed-tensors"}
+    config.save_pretrained(tmp_path)
+    assert load_empty(str(tmp_path)) is None
 
 
 def test_a_mask_is_refused_before_anything_is_wrapped() -> None:
