@@ -145,15 +145,18 @@ def measure(contender: Contender, folder: Path, shape: Shape, threads: int) -> d
 
 
 def _transformers(contender: Contender, folder: Path, shape: Shape, threads: int) -> dict[str, Any]:
+    import transformers.models.llama.modeling_llama
+
     from distill.evaluation.speed_child import measure
     from distill.evaluation.speed_settings import SpeedSettings
 
+    start = _peak_memory()
     lengths = {"prompt_tokens": shape.prompt_tokens, "new_tokens": shape.new_tokens, "repeats": shape.repeats}
     found = measure(str(folder), SpeedSettings(**lengths, threads=threads, dtype=contender.dtype))
     return {
         "prefill_ms": found["prefill_ms_p50"],
         "decode_tokens_per_s": found["decode_tokens_per_s_p50"],
-        "memory_mb": found["memory_above_start_bytes"] / 1e6,
+        "memory_mb": (_peak_memory() - start) / 1e6,
     }
 
 
