@@ -257,6 +257,15 @@ def _decode_speed(one: Mapping[str, float], base: Mapping[str, float]) -> float:
     return one["decode_tokens_per_s"] / base["decode_tokens_per_s"]
 
 
+def llama_cpp_version() -> dict[str, str]:
+    """Of the module: a build of one's own leaves no metadata."""
+    if find_spec("llama_cpp") is None:
+        return {}
+    import llama_cpp
+
+    return {"llama-cpp-python": llama_cpp.__version__}
+
+
 def size_of(folder: Path) -> int:
     """Bytes of the weight files."""
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHTS)
@@ -291,7 +300,7 @@ def main() -> None:
             "engines",
             command="python -m benchmarks.engines --work WORK",
             hardware=hardware.describe(options.threads),
-            versions=hardware.versions("torchao", "onnxruntime", "llama-cpp-python"),
+            versions=hardware.versions("torchao", "onnxruntime") | llama_cpp_version(),
             rows=rows(work, found),
             notes=[
                 f"A Llama of {parameters:,} random parameters; a prompt of {shape.prompt_tokens} tokens and "

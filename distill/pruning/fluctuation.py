@@ -59,8 +59,14 @@ class Fluctuation(CriterionSpec):
     def judge(self, model: nn.Module, layout: Layout, tally: Tally) -> Scores:
         """See :meth:`CriterionSpec.judge`."""
 
-        def variance(path: str) -> Tensor:
+        def channels(path: str, weights: Tensor) -> Tensor:
             tokens, total, squares = (tally[f"{path} {name}"] for name in ("tokens", "sum", "squares"))
-            return (squares / tokens - (total / tokens).square()).clamp(min=0)
+            variance = (squares / tokens - (total / tokens).square()).clamp(min=0)
+            return fluctuation(variance, weights)
 
-        return scores_of_channels(model, layout, variance, power=2)
+        return scores_of_channels(model, layout, channels, power=2)
+
+
+def fluctuation(variance: Tensor, weights: Tensor) -> Tensor:
+    """What each channel is worth, by its variance over tokens and the squared weights that read it; all [channels]."""
+    return variance * weights

@@ -25,9 +25,9 @@ def output_paths(layout: Layout, sizes: Mapping[str, int]) -> Iterator[str]:
 
 
 def scores_of_channels(
-    model: nn.Module, layout: Layout, activation: Callable[[str], Tensor], *, power: Literal[1, 2]
+    model: nn.Module, layout: Layout, channels: Callable[[str, Tensor], Tensor], *, power: Literal[1, 2]
 ) -> Scores:
-    """``activation_j * sum_i |W_ij| ** power``: scores of the output axes, with W [hidden, channels] in fp64.
+    """Scores of the output axes, of the projections' weights W [hidden, channels] as ``sum_i |W_ij| ** power`` in fp64.
 
     A head is worth the sum of its channels, and a KV group that of its heads. Of a mixture of experts the neurons are
     not scored.
@@ -35,7 +35,7 @@ def scores_of_channels(
     Args:
         model: see :meth:`CriterionSpec.score`.
         layout: the layout of its architecture.
-        activation: module path -> what was seen of each of its input channels, [channels].
+        channels: (module path, the sums [channels]) -> what each input channel is worth, [channels].
         power: of the weights.
     """
     import torch
@@ -53,7 +53,7 @@ def scores_of_channels(
                 part.cpu().to(torch.float64, copy=True).abs_().pow_(power).sum(1)
                 for part in weight.split(CHANNELS_AT_ONCE)
             ]
-            found.append(activation(path) * torch.cat(sums))
+            found.append(channels(path, torch.cat(sums)))
         return torch.stack(found)
 
     queries = rows(layout.attention_out, "attention_heads")

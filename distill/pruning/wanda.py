@@ -26,7 +26,7 @@ from distill.pruning.outputs import OUTPUT_AXES, output_paths, scores_of_channel
 from distill.pruning.tally import Tally
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from distill.pruning.watch import Passage, Watcher
 
@@ -51,4 +51,9 @@ class Wanda(CriterionSpec):
 
     def judge(self, model: nn.Module, layout: Layout, tally: Tally) -> Scores:
         """See :meth:`CriterionSpec.judge`."""
-        return scores_of_channels(model, layout, lambda path: tally[path].sqrt(), power=1)
+        return scores_of_channels(model, layout, lambda path, weights: wanda(tally[path], weights), power=1)
+
+
+def wanda(squares: Tensor, weights: Tensor) -> Tensor:
+    """What each channel is worth, by the sum of its squares and of the magnitudes that read it; all [channels]."""
+    return squares.sqrt() * weights
