@@ -54,6 +54,7 @@ class Taylor(CriterionSpec):
                 causal: Any = model
                 logits = causal(**inputs, use_cache=False).logits[mask]
                 cross_entropy(logits, inputs["input_ids"].roll(-1, dims=1)[mask]).backward()
+                del logits  # with the graph, and what the hooks in it hold, before the next one is made
                 for name, derivative in gates.items():
                     tally.add(name, derivative.double().abs().sum(0))
                 tally.add("tokens", mask.sum())
