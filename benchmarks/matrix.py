@@ -16,6 +16,7 @@ import yaml
 
 import distill
 from distill.core.artifact import fingerprint, hash_of, write_text
+from distill.core.errors import DistillError
 from distill.core.run import Run
 from distill.stages.evaluate import ROWS
 from distill.tracking.tradeoff import from_json
@@ -38,6 +39,10 @@ class Cell:
     seed: int = 0
 
 
+class Unfinished(DistillError):
+    """A cell that is to be told and not to be run has not run to its end."""
+
+
 @dataclass(frozen=True)
 class Matrix:
     """Cells that share a teacher, a text and a folder.
@@ -47,17 +52,22 @@ class Matrix:
         teacher: folder of the teacher.
         data: the recipes' ``data`` section.
         say: prints one line for people.
+        only_finished: run nothing.
     """
 
     folder: Path
     teacher: Path
     data: dict[str, Any]
     say: Callable[[str], None] = print
+    only_finished: bool = False
 
     def run(self, cell: Cell) -> dict[str, dict[str, Any]]:
         """Every model that was measured, with the figures of a report's row, by its stage.
 
         Those of a stage of kind ``evaluate`` with another name stand under ``NAME/MODEL``.
+
+        Raises:
+            Unfinished: it has not run to its end, and is not to.
         """
         recipe = {
             "name": self.folder.name,
@@ -70,6 +80,8 @@ class Matrix:
         folder = self.folder / cell.name
         made_of = hash_of(recipe, [fingerprint(model) for model in _models(recipe)])
         known = _read(folder / FIGURES)
+        if known.get("made_of") != made_of and self.only_finished:
+            raise Unfinished(f"{cell.name} is not finished")
         if known.get("made_of") != made_of:
             self._share_tokens(folder)
             run = distill.run(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 
 from benchmarks import books, hardware, pruning_peers, result, tables
 from benchmarks.losses import Budget, next_rate
-from benchmarks.matrix import Cell, Matrix
+from benchmarks.matrix import Cell, Matrix, Unfinished
 from benchmarks.pruning_cuts import (
     EVEN,
     SEARCH,
@@ -61,11 +62,13 @@ CONTROLS: dict[str, dict[str, Any]] = {
 class Pruning:
     """The benchmark's cells, and the rows of what is finished."""
 
-    def __init__(self, corpus: Path, work: Path, budget: Budget) -> None:
+    def __init__(self, corpus: Path, work: Path, budget: Budget, *, only_finished: bool = False) -> None:
         teacher = books.teacher(corpus, work)
         self.budget = budget
-        self.choosing = Matrix(work / "pruning", teacher, books.data(corpus, "valid"))
-        self.reporting = Matrix(work / "pruning", teacher, books.data(corpus, "test"))
+        self.choosing, self.reporting = (
+            Matrix(work / "pruning", teacher, books.data(corpus, split), only_finished=only_finished)
+            for split in ("valid", "test")
+        )
         self.peers = pruning_peers.found(work)
         self.cut: dict[int, dict[str, dict[str, Any]]] = {}
         self.folders: dict[tuple[int, str], str] = {}
@@ -137,7 +140,9 @@ class Pruning:
 
     def _keep(self, share: int, name: str, stages: dict[str, Any], seed: int) -> None:
         cell = Cell(f"trained-{share}/{stage_name(name)}/seed-{seed}", stages | _evaluate(), seed)
-        self.trained.setdefault((share, name), []).append(self.reporting.run(cell)["student"])
+        with suppress(Unfinished):
+            student = self.reporting.run(cell)["student"]
+            self.trained.setdefault((share, name), []).append(student)
 
     def run(self) -> Iterator[list[dict[str, Any]]]:
         """Run what is not finished; yields the rows so far after each cell."""
@@ -238,11 +243,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300_000, help="of each final run (default: %(default)s)")
     parser.add_argument("--search-tokens", type=int, default=100_000, help="of a run of the search (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="final runs of each start; 0: only the cuts (%(default)s)")
+    parser.add_argument("--only-finished", action="store_true", help="train nothing: tell what there is by now")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     budget = Budget(options.tokens, options.search_tokens, options.seeds)
     found: list[dict[str, Any]] = []
-    for found in Pruning(options.corpus, options.work, budget).run():
+    for found in Pruning(options.corpus, options.work, budget, only_finished=options.only_finished).run():
         result.write(
             "pruning",
             command="python -m benchmarks.pruning --corpus BOOKS --work WORK "
