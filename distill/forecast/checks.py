@@ -42,6 +42,8 @@ def check_stage(name: str, stage: StageSpec, recipe: Recipe, known: Known) -> No
     """
     config = known[name]
     _check_sizes(stage, recipe, config)
+    if isinstance(stage, Quantize) and stage.num_steps:  # of a budget in tokens, packing may make more or fewer
+        stage.check_steps(stage.num_steps)
     if isinstance(stage, Quantize) and config is not None:
         _check_grids(stage, config)
     _check_task(stage, known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -39,6 +40,9 @@ class QuantizerSpec(Spec):
 
     keeps_zero: ClassVar[bool] = True
     """Whether a weight of zero stays zero, as a mask needs."""
+
+    half_step: ClassVar[float] = 0.5
+    """Half the distance between the last two codes: a weight so far beyond them is rounded, and does not clip."""
 
     kind: str
     skip: tuple[str, ...] = DEFAULT_SKIP
@@ -103,9 +107,16 @@ class QuantizerSpec(Spec):
         return self.quantize(weight, scale)
 
     def limits(self) -> tuple[float, float] | None:
-        """The lowest and the highest code, beyond which weights clip under a scale that is not their own; None: the
-        grid has no end for its gradient."""
+        """The lowest and the highest code; None: the grid has no end for its gradient."""
         return None
+
+    def ends(self) -> tuple[float, float]:
+        """Beyond which a weight clips that was within its own scale: half a step past the last codes, and what the
+        rounding of a stored scale may add."""
+        limits = self.limits()
+        assert limits is not None
+        low, high = (code + math.copysign(self.half_step, code) for code in limits)
+        return low * (1 + 2**-8), high * (1 + 2**-8)
 
     def gradients(
         self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, gradient: Tensor
@@ -118,11 +129,12 @@ class QuantizerSpec(Spec):
             zero_point: of its codes.
             gradient: of the dequantized weight, [out_features, in_features].
         """
-        if (limits := self.limits()) is None:
+        if self.limits() is None:
             return gradient, None
-        low, high = limits
+        low, high = self.ends()
         exact = weight.float().unflatten(-1, (scale.shape[-1], -1)) * reciprocal(scale.float()).unsqueeze(-1)
-        return gradient * ((exact >= low) & (exact <= high)).flatten(-2), None
+        inside = (exact >= low) & (exact <= high)
+        return gradient * inside.flatten(-2), None
 
     def dequantize(self, codes: Codes) -> Tensor:
         """The weight that codes stand for: fp32, [out_features, in_features].

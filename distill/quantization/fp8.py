@@ -10,7 +10,7 @@ Source: Micikevicius et al. 2022, arXiv 2209.05433, section 3 (the format); the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from distill.quantization.base import Codes, QuantizerSpec
 
@@ -23,6 +23,8 @@ LARGEST = 448.0
 
 class Fp8(QuantizerSpec):
     """fp8 (e4m3) weights with one scale an output channel."""
+
+    half_step: ClassVar[float] = 16.0
 
     kind: Literal["fp8"] = "fp8"
 

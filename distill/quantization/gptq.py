@@ -122,7 +122,7 @@ def _round(layer: FakeQuantLinear, moments: Tensor) -> None:
     for column in range(weight.shape[-1]):
         if column % size == 0:
             # the group's own scale, of the weights as they have moved so far
-            scales.append(spec.quantize(weight).scale[:, column // size])
+            scales.append(spec.quantize(weight[:, column : column + size]).scale[:, 0])
         here, scale = weight[:, column], scales[-1][:, None]
         rounded = spec.dequantize(spec.quantize(here[:, None], scale=scale))[:, 0].double()
         error = (here - rounded) / factor[column, column]

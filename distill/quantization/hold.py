@@ -5,7 +5,9 @@
 A scale that is measured anew at every step moves all codes of its group whenever its largest weight moves. Held, a
 weight that grows beyond the range clips, and gets no gradient there but from what brings the loss down inside: hold
 late, when the learning rate is small. Ternary and binary grids pass their gradient everywhere, as they always do. A
-learned scale gets no gradient any more, and what an optimizer's momentum still makes of it is not looked at.
+learned scale gets no gradient any more, and what an optimizer's momentum still makes of it is not looked at. GGUF's own
+quantizers divide by a scale before it is stored in fp16; a held one is the stored one, so that holding moves the few
+codes that lie between the two (under 1 % of Q8_0's).
 
 Source: Nagel et al. 2022, arXiv 2203.08086 (why codes go to and fro at the end of a training); observers are switched
 off like this in ``torch.ao.quantization``.

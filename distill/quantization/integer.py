@@ -80,7 +80,8 @@ class IntegerSpec(QuantizerSpec):
         exact = weight.float().unflatten(-1, (groups, -1)) / scale.float().unsqueeze(-1)
         if zero_point is not None:
             exact = exact + zero_point.float().unsqueeze(-1)
-        inside = (exact >= low) & (exact <= high)
+        lowest, highest = (low, high) if self.clips else self.ends()  # LSQ ends at the last code itself
+        inside = (exact >= lowest) & (exact <= highest)
         to_scale = upstream * (exact.round() - exact).where(inside, exact.clamp(low, high))
         to_weight = (upstream * inside).flatten(-2).to(weight.dtype)
         return to_weight, to_scale.sum(-1) / (exact.shape[-1] * high) ** 0.5

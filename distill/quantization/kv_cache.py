@@ -36,7 +36,7 @@ def check_cache(kind: str, head_dim: int) -> None:
     Raises:
         InputError: there is no such type, or blocks do not divide a head.
     """
-    if kind not in _GRIDS:
+    if not isinstance(kind, str) or kind not in _GRIDS:
         raise InputError(f"kv_cache: got {kind!r}, expected one of {', '.join(get_args(CacheType))}")
     if head_dim % BLOCK:
         raise InputError(f"kv_cache: {kind} has blocks of {BLOCK}, which do not divide head_dim ({head_dim}); unset it")

@@ -173,6 +173,21 @@ class Quantize(DistillSpec, StageSpec):
         """Whether there is any training."""
         return bool(self.num_tokens or self.num_steps)
 
+    def check_steps(self, num_steps: int) -> None:
+        """Refuse what begins at a step that the training has not.
+
+        Raises:
+            InputError: ``from_step`` or ``freeze_scales`` does not fit into so many steps.
+        """
+        if self.from_step >= num_steps:
+            raise InputError(f"from_step ({self.from_step}) must be less than the stage's {num_steps} steps; lower it")
+        held = None if self.freeze_scales is None else int(self.freeze_scales * num_steps)
+        if held is not None and held < self.from_step:
+            raise InputError(
+                f"freeze_scales ({self.freeze_scales:g}) holds scales from step {held} on, before the weights are "
+                f"quantized at all (from_step: {self.from_step}); raise it or lower from_step"
+            )
+
     def references(self) -> list[tuple[tuple[str | int, ...], str]]:
         """The student, and the teacher when there is training."""
         reads_teacher = self._taught_by() not in (None, SELF)
@@ -199,6 +214,8 @@ class Quantize(DistillSpec, StageSpec):
                 f"{self.student}: its weights are low-bit already; quantize the model that it was made from"
             )
         check_speaks(context, location)
+        if self.trains():
+            self.check_steps(self.steps(context.session.corpus().tokens_per_sequence))
         # a scan needs the weights in each process, to find the same grids
         start = load_model(location, dtype="float32") if self.mixed else load_trainable(context, location)
         is_read = start.device.type != "meta"  # else what the first process makes of it is sent

@@ -67,14 +67,7 @@ def train(
     num_steps = budget.steps(tokens_per_sequence)
     if num_steps == 0:
         return {"training_steps": 0, "training_tokens": 0, "training_seconds": 0.0}
-    if quantized_from_step >= num_steps:
-        raise InputError(f"from_step ({quantized_from_step}) must be less than the stage's {num_steps} steps; lower it")
     held_from_step = None if freeze_scales is None else int(freeze_scales * num_steps)
-    if held_from_step is not None and held_from_step < quantized_from_step:
-        raise InputError(
-            f"freeze_scales ({freeze_scales:g}) holds scales from step {held_from_step} on, before the weights are "
-            f"quantized at all (from_step: {quantized_from_step}); raise it or lower from_step"
-        )
     check_context_length(student.model, session.data.sequence_length)
     check_packing(context, student.model)
     made_of = {"recipe, text and models": context.input_hash}

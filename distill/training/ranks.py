@@ -218,10 +218,13 @@ def together(world: World, device: str, name: str) -> Iterator[None]:
         yield
         return
     with _lost_peer_is_one_line(world):
-        store = dist.PrefixStore(f"group/{name}", _client())
+        client = _client()
+        store = dist.PrefixStore(f"group/{name}", client)
         if world.rank == 0:
             store.set("first", "")
         while not store.check(["first"]):  # it may read and calibrate for longer than a library waits
+            if client.check(["left/0"]) or client.check(["forsaken/0"]):
+                raise MachineError(f"rank {world.rank}: the first process has ended before the training; it says why")
             time.sleep(0.05)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
