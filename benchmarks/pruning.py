@@ -28,6 +28,7 @@ from benchmarks.matrix import Cell, Matrix, Unfinished
 from benchmarks.pruning_cuts import (
     EVEN,
     SEARCH,
+    SEARCHES,
     SHAPES,
     SOLVED,
     START,
@@ -72,7 +73,7 @@ class Pruning:
         self.peers = pruning_peers.found(work)
         self.cut: dict[int, dict[str, dict[str, Any]]] = {}
         self.folders: dict[tuple[int, str], str] = {}
-        self.searched: dict[int, list[dict[str, Any]]] = {}
+        self.searched: dict[int, dict[str, list[dict[str, Any]]]] = {}
         self.rates: dict[tuple[int, str], dict[float, float]] = {}
         self.trained: dict[tuple[int, str], list[dict[str, Any]]] = {}
 
@@ -89,16 +90,18 @@ class Pruning:
             self.folders |= {(share, name): folder for name, folder in folders.items()}
 
     def search(self, share: int) -> None:
-        """The architecture that a search finds for the parameters of START, and the even one that fits them too."""
+        """The architectures that searches find for the parameters of START, and the even one that fits them too."""
         most = self.cut[share][START]["non_embedding_parameters"]
         training = {"num_tokens": self.budget.search_tokens, "batch_size": BATCH_SIZE}
-        stage = search(most, {**training, "optimizer": {"lr": self.rate(share, None)}})
-        found = self._cut(share, f"found-{share}", {SEARCH: stage})
-        told = self.reporting.folder / f"found-{share}" / stage_name(SEARCH) / "search.json"
-        self.searched[share] = json.loads(told.read_text(encoding="utf-8"))["ranking"]
-        even = next(row["keep"] for row in self.searched[share] if row["uniform"])
-        found |= self._cut(share, f"even-{share}", {EVEN: {"kind": "prune", "keep": even}})
-        self.cut[share] |= found
+        rate = self.rate(share, None)
+        for name, folder in zip(SEARCHES, (f"found-{share}", f"found-{share}-taylor"), strict=True):
+            stage = search(name, most, {**training, "optimizer": {"lr": rate}})
+            self.cut[share] |= self._cut(share, folder, {name: stage})
+            told = self.reporting.folder / folder / stage_name(name) / "search.json"
+            ranking = json.loads(told.read_text(encoding="utf-8"))["ranking"]
+            self.searched.setdefault(share, {})[name] = ranking
+        even = next(row["keep"] for row in self.searched[share][SEARCH] if row["uniform"])
+        self.cut[share] |= self._cut(share, f"even-{share}", {EVEN: {"kind": "prune", "keep": even}})
 
     def _cut(self, share: int, name: str, wanted: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         stages = {stage_name(cut): stage for cut, stage in wanted.items()}
@@ -205,10 +208,11 @@ def trained_rows(trained: Mapping[tuple[int, str], list[dict[str, Any]]]) -> Ite
         yield {"table": "trained", "kept": share, "start": name, **row, "seeds": len(trained[share, name])}
 
 
-def searched_rows(searched: Mapping[int, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+def searched_rows(searched: Mapping[int, Mapping[str, list[dict[str, Any]]]]) -> Iterator[dict[str, Any]]:
     """What each search chose, and the even architecture beside it."""
-    for share, ranking in searched.items():
-        for name, row in ((SEARCH, ranking[0]), (EVEN, next(row for row in ranking if row["uniform"]))):
+    for share, rankings in searched.items():
+        even = next(row for row in rankings[SEARCH] if row["uniform"])
+        for name, row in [*((name, ranking[0]) for name, ranking in rankings.items()), (EVEN, even)]:
             sizes = ", ".join(f"{key} {size}" for key, size in row["keep"].items())
             trained = row["trained"] and row["trained"]["kl"]
             figures = {"kl_when_cut": row["cut"]["kl"], "kl_after_training": trained}

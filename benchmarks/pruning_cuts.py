@@ -44,6 +44,15 @@ SOLVED = f"{START}, reconstructed"
 """The same cut with its output projections solved anew."""
 SEARCH, EVEN = "budget search", "even shares"
 """What a search chose, and of all that it could have chosen the one that keeps most nearly even shares of its axes."""
+SEARCHES: dict[str, dict[str, Any]] = {
+    SEARCH: {},
+    f"{SEARCH}, taylor": {
+        "criterion": {"kind": "taylor"},
+        "depth_criterion": {"kind": "leave_one_out", "loss": "kl"},
+        "search": {"multiple_of": {"hidden_size": 24, "intermediate_size": 4}},
+    },
+}
+"""Searches by their criteria: the defaults; gradients, and losses without each layer, with finer steps of the MLP."""
 
 
 def solved(share: int) -> dict[str, Any]:
@@ -51,16 +60,19 @@ def solved(share: int) -> dict[str, Any]:
     return {**cuts(share)[START], "reconstruct": {"num_sequences": 64}}
 
 
-def search(most: int, training: dict[str, Any]) -> dict[str, Any]:
+def search(name: str, most: int, training: dict[str, Any]) -> dict[str, Any]:
     """A prune stage that looks for the best architecture of at most so many parameters outside the embeddings."""
+    others = SEARCHES[name]
     return {
         "kind": "prune",
+        **others,
         "search": {
             "budget": {"non_embedding_parameters": most},
             "axes": ["hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"],
             "multiple_of": {"hidden_size": 24, "intermediate_size": 16},
             "smallest_share": 0.25,
             "train": {"num_candidates": 3, **training},
+            **others.get("search", {}),
         },
     }
 
@@ -104,17 +116,13 @@ def telling(share: int, seed: int) -> dict[str, list[str]]:
     depth = "depth leave_one_out kl contiguous" if _is_cut(share, "depth") else "depth block_influence"
     rounds = {"width activation, two rounds": [START, START]} if share < 75 else {}
     mlp = ["mlp taylor"] if _is_cut(share, "mlp") else []
-    ours = {name: [name] for name in (START, SOLVED, depth, *mlp, SEARCH, EVEN)}
+    ours = {name: [name] for name in (START, SOLVED, depth, *mlp, *SEARCHES, EVEN)}
     return {**ours, **chance, **rounds}
 
 
 def others(share: int, seed: int) -> dict[str, list[str]]:
     """What is trained then: the criteria that are left."""
-    return {
-        name: [name]
-        for name in cuts(share, range(0))
-        if name not in telling(share, seed) and not name.startswith("mlp ")
-    }
+    return {name: [name] for name in cuts(share, range(0)) if name not in telling(share, seed)}
 
 
 def _is_cut(share: int, shape: str) -> bool:

@@ -217,17 +217,20 @@ def test_every_criterion_is_compared_and_training_starts_from_cuts() -> None:
     for share in pruning_cuts.SHAPES:
         told = [pruning_cuts.telling(share, seed) | pruning_cuts.others(share, seed) for seed in range(3)]
         starts = {start for ways in told for starts in ways.values() for start in starts}
-        made = {*pruning_cuts.cuts(share), pruning_cuts.SOLVED, pruning_cuts.SEARCH, pruning_cuts.EVEN}
+        made = {*pruning_cuts.cuts(share), pruning_cuts.SOLVED, *pruning_cuts.SEARCHES, pruning_cuts.EVEN}
         assert starts <= made
-        assert {pruning_cuts.START, pruning_cuts.SOLVED, pruning_cuts.SEARCH, "width random 2"} <= starts
+        assert {pruning_cuts.START, pruning_cuts.SOLVED, *pruning_cuts.SEARCHES, "width random 2"} <= starts
 
 
 @pytest.mark.parametrize("share", pruning_cuts.SHAPES)
 def test_what_is_solved_and_searched_is_a_recipe_that_is_valid(share: int, tmp_path: Path) -> None:
     training = {"num_tokens": 4096, "batch_size": 8}
-    stages = {"solved": pruning_cuts.solved(share), "search": pruning_cuts.search(10**6, training)}
+    searches = {
+        pruning_cuts.stage_name(name): pruning_cuts.search(name, 10**6, training) for name in pruning_cuts.SEARCHES
+    }
+    stages = {"solved": pruning_cuts.solved(share), **searches}
     recipe = {"name": "pruning", "teacher": str(tmp_path), "data": books.data(tmp_path, "test"), "stages": stages}
-    assert list(Recipe.from_text(yaml.safe_dump(recipe, sort_keys=False)).stages) == ["solved", "search"]
+    assert list(Recipe.from_text(yaml.safe_dump(recipe, sort_keys=False)).stages) == list(stages)
 
 
 def test_cuts_by_chance_are_one_row_and_the_best_comes_first() -> None:
