@@ -13,6 +13,7 @@ int3, int2 and ternary; int8 takes over what int4 has found, and binary what ter
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,9 +80,12 @@ def rounding(ways: Mapping[tuple[str, str], Mapping[str, Any]], model: str) -> d
 class Quantization:
     """The benchmark's cells, and the rows of what is finished."""
 
-    def __init__(self, corpus: Path, work: Path, budget: Budget) -> None:
+    def __init__(
+        self, corpus: Path, work: Path, budget: Budget, grids: Sequence[str] = (), methods: Sequence[str] = ()
+    ) -> None:
         teacher = books.teacher(corpus, work)
         self.budget, self.work = budget, work
+        self.grids, self.methods = grids or list(GRIDS), methods or list(METHODS)
         calibration = {"calibration_sequences": CALIBRATION_SEQUENCES}
         self.choosing, self.reporting = (
             Matrix(work / "quantization", teacher, books.data(corpus, split) | calibration)
@@ -145,11 +149,12 @@ class Quantization:
         """The student trained on in full precision, as it is and rounded: nearest, and as well as can be."""
         _, lr = self.choice(FULL, method)
         stages = {"longer": budgeted(longer(method, self.start), self.budget.num_tokens, lr)}
-        ways = {(g, w): keys for g in GRIDS for w, keys in rounded(GRIDS[g]).items() if w in ("nearest", best(g))}
+        ways = {(g, w): keys for g in self.grids for w, keys in rounded(GRIDS[g]).items() if w in ("nearest", best(g))}
         stages |= rounding(ways, "longer")
         stages |= self._measured("longer")
         stages["evaluate"] = {**stages["evaluate"], "models": ["longer", *(stage_name(*key) for key in ways)]}
-        figures = self.reporting.run(Cell(f"control/{stage_name(FULL, method)}/seed-{seed}", stages, seed))
+        name = f"control-{self.budget.num_tokens}/{stage_name(FULL, method)}/seed-{seed}"
+        figures = self.reporting.run(Cell(name, stages, seed))
         measured = {FULL: _joined(figures, "longer")}
         measured |= {f"{g}, {w}": _joined(figures, stage_name(g, w)) for g, w in ways}
         self.controls.setdefault(method, []).append(measured)
@@ -158,7 +163,8 @@ class Quantization:
         """The student trained on a grid."""
         scale, lr = self.choice(grid, method)
         stages = {"student": budgeted(trained(GRIDS[grid], scale, method, self.start), self.budget.num_tokens, lr)}
-        cell = Cell(f"trained/{stage_name(grid, method)}/seed-{seed}", stages | self._measured("student"), seed)
+        name = f"trained-{self.budget.num_tokens}/{stage_name(grid, method)}/seed-{seed}"
+        cell = Cell(name, stages | self._measured("student"), seed)
         self.trained.setdefault((grid, method), []).append(_joined(self.reporting.run(cell), "student"))
 
     def run(self) -> Iterator[list[dict[str, Any]]]:
@@ -167,11 +173,11 @@ class Quantization:
         self.round_all()
         yield self.rows()
         for seed in range(self.budget.num_seeds):
-            for method in METHODS:
+            for method in self.methods:
                 if method not in SEARCHED:
                     self.control(method, seed)
                     yield self.rows()
-                for grid in (grid for grid in GRIDS if scales(grid, method)):
+                for grid in (grid for grid in self.grids if scales(grid, method)):
                     self.train(grid, method, seed)
                     yield self.rows()
 
@@ -182,7 +188,7 @@ class Quantization:
             *rounded_rows(self.rounded),
             *control_rows(self.controls),
             *trained_rows(self.trained, self._controls_of, self.choice),
-            *peer_rows(quantization_peers.found(self.work)),
+            *peer_rows(quantization_peers.found(self.work, self.budget.num_tokens)),
             *rate_rows(self.rates),
         ]
 
@@ -284,16 +290,33 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="of each final run (default: %(default)s)")
     parser.add_argument("--search-tokens", type=int, default=SEARCH_TOKENS, help="of a run of the search (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="final runs of each way (default: %(default)s)")
+    parser.add_argument("--grids", nargs="+", choices=GRIDS, default=[], help="these alone (default: all)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=[],
+        help="these alone; those that take over another's learning rate come after it (default: all)",
+    )
+    parser.add_argument("--result", default="quantization", help="name of the result (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     budget = Budget(options.student_tokens, options.tokens, options.search_tokens, options.seeds)
+    among = [f"--{key} {shlex.join(getattr(options, key))}" for key in ("grids", "methods") if getattr(options, key)]
+    named = [] if options.result == "quantization" else [f"--result {options.result}"]
     found: list[dict[str, Any]] = []
-    for found in Quantization(options.corpus, options.work, budget).run():
+    for found in Quantization(options.corpus, options.work, budget, options.grids, options.methods).run():
         result.write(
-            "quantization",
-            command="python -m benchmarks.quantization --corpus BOOKS --work WORK "
-            f"--student-tokens {options.student_tokens} --tokens {options.tokens} "
-            f"--search-tokens {options.search_tokens} --seeds {options.seeds}",
+            options.result,
+            command=" ".join(
+                [
+                    "python -m benchmarks.quantization --corpus BOOKS --work WORK",
+                    f"--student-tokens {options.student_tokens} --tokens {options.tokens}",
+                    f"--search-tokens {options.search_tokens} --seeds {options.seeds}",
+                    *among,
+                    *named,
+                ]
+            ),
             hardware=hardware.describe(options.threads),
             versions=hardware.versions("compressed-tensors"),
             rows=found,

@@ -37,9 +37,13 @@ class Peer:
     figures: list[dict[str, float]] = field(default_factory=list)
 
 
-def found(work: Path) -> list[Peer]:
-    """What the attempts of :func:`main` have left."""
-    records = sorted((work / "quantization" / "peers").glob(f"*/{RECORD}"))
+def _folder(work: Path, num_tokens: int) -> Path:
+    return work / "quantization" / f"peers-{num_tokens}"
+
+
+def found(work: Path, num_tokens: int) -> list[Peer]:
+    """What the attempts of :func:`main` with so many tokens have left."""
+    records = sorted(_folder(work, num_tokens).glob(f"*/{RECORD}"))
     return [Peer(**json.loads(file.read_text(encoding="utf-8"))) for file in records]
 
 
@@ -216,7 +220,7 @@ def _model_optimizer(name: str) -> Callable[[Bench], Iterator[Any]]:
 
 def attempt(name: str, bench: Bench) -> Peer:
     """One attempt in its own process; its outcome is what its last line says, or that the time is up."""
-    folder = bench.work / "quantization" / "peers" / name.replace(",", "").replace(" ", "-")
+    folder = _folder(bench.work, bench.num_tokens) / name.replace(",", "").replace(" ", "-")
     if (folder / RECORD).is_file():
         return Peer(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
     folder.mkdir(parents=True, exist_ok=True)
@@ -243,6 +247,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="as of the benchmark (default: %(default)s)")
     parser.add_argument("--search-tokens", type=int, default=SEARCH_TOKENS, help="likewise (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="likewise (default: %(default)s)")
+    parser.add_argument("--only", default="", help="attempts with this in their name (default: all)")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     bench = Bench(options.corpus, options.work, options.tokens, options.search_tokens, options.seeds)
@@ -252,7 +257,7 @@ def main() -> None:
         (Path(folder) / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
         print(f"perplexity {statistics.fmean(one['perplexity'] for one in figures):.2f}")
         return
-    for name in attempts():
+    for name in (name for name in attempts() if options.only in name):
         peer = attempt(name, bench)
         print(f"{peer.name}: {peer.outcome}", flush=True)
 
