@@ -131,7 +131,7 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
                     raise zipfile.BadZipFile(f"wrong checksum of {spoilt}")
             torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError, zipfile.BadZipFile) as error:
-            complaints.append(f"{path}: damaged ({str(error).splitlines()[0]}); taking the one before it")
+            complaints.append(f"{path}: damaged ({str(error).splitlines()[0]})")
             continue
         return path, complaints
     return None, complaints

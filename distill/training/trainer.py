@@ -15,7 +15,7 @@ import torch
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 
-from distill.core.errors import MachineError
+from distill.core.errors import InputError, MachineError
 from distill.core.run import CHECKPOINTS
 from distill.core.world import ALONE, World
 from distill.training.alarms import Alarms
@@ -103,7 +103,7 @@ def fit(
         Optimizer steps of the budget.
 
     Raises:
-        InputError: the batch cannot be split, or the checkpoint is of another training.
+        InputError: the batch cannot be split, the checkpoint is of another training, or none of several is whole.
         MachineError: no memory or no disk is left.
         Interrupted: by Ctrl-C; what was done is saved.
         Preempted: likewise, by SIGTERM or SIGUSR1.
@@ -115,8 +115,13 @@ def fit(
     # one looks for all: ranks that went on from different steps would be lost
     found = newest_valid(folder / CHECKPOINTS) if world.rank == 0 else (None, [])
     checkpoint, complaints = from_first(found)
+    if complaints and checkpoint is None:
+        raise InputError(
+            f"{complaints[0]}, and there is no other that is whole; put one back, or give up what is saved by "
+            f"--from {name.partition('/')[0]}"
+        )
     for line in complaints:
-        say(f"  warning: {line}")
+        say(f"  warning: {line}; taking the one before it")
     if checkpoint:
         check_made_of(checkpoint, made_of or {})
     step = checkpoint_step(checkpoint) if checkpoint else 0

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from distill.core.errors import DistillError, Interrupted, MachineError, Preempted
+from distill.core.errors import DistillError, InputError, Interrupted, MachineError, Preempted
 from distill.quantization import Int8Channel
 from distill.training.checkpoint import checkpoint_path, checkpoints
 from distill.training.metrics import read_rows
@@ -300,6 +300,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(module: Any, 
     assert f"{newest}: damaged" in warning
     assert going_on == "  going on from step 3 of 6 (step=00000003.ckpt)"
     assert_same(left_by(tmp_path / "resumed"), left_by(tmp_path / "straight"))
+
+
+def test_a_training_does_not_begin_anew_because_all_its_checkpoints_are_damaged(
+    module: Any, train: Any, tmp_path: Path
+) -> None:
+    train(module())
+    held = checkpoints(tmp_path / "stage" / "checkpoints")
+    for file in held:
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"damaged .* no other that is whole; put one back, or .* --from ") as raised:
+        train(module())
+    assert str(raised.value).count("\n") == 0
+    assert checkpoints(tmp_path / "stage" / "checkpoints") == held
 
 
 def test_a_diverged_loss_is_one_line(module: Any, train: Any, tmp_path: Path) -> None:
