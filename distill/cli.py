@@ -84,7 +84,7 @@ def check(
     recipe: RecipeFile,
     set: Set = None,
     memory: Annotated[
-        float | None, typer.Option(metavar="GB", help="Memory of one GPU; unset: what this machine has.")
+        float | None, typer.Option(metavar="GB", min=0.001, help="Memory of one GPU; unset: what this machine has.")
     ] = None,
 ) -> None:
     """Validate a recipe and print its plan; needs no GPU, no download and no torch."""

@@ -178,7 +178,7 @@ def wanted_processes(compute: ComputeSpec) -> int:
     """How many processes of its own a run starts.
 
     Raises:
-        InputError: several machines, on which it cannot start any.
+        InputError: several machines, on which it cannot start any; or a number that the rest of compute cannot have.
     """
     if compute.num_nodes > 1:
         raise InputError(
@@ -199,7 +199,7 @@ def wanted_processes(compute: ComputeSpec) -> int:
 
 
 def check_world(compute: ComputeSpec, world: World) -> None:
-    """Refuse processes that are not as many as the recipe says, or too few for its strategy.
+    """Refuse processes that are not as many as the recipe says, too few for its strategy, or too many for its teacher.
 
     Raises:
         InputError: with both numbers.
@@ -215,3 +215,7 @@ def check_world(compute: ComputeSpec, world: World) -> None:
 def _check_several(compute: ComputeSpec, size: int) -> None:
     if size == 1 and compute.strategy == "fsdp":
         raise InputError("compute.strategy: fsdp shares a model out among processes, and there is one; remove it")
+    try:
+        compute.check_teacher(size)
+    except ValueError as error:
+        raise InputError(f"compute.{error}") from None

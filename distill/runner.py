@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from distill.core.artifact import fingerprint, hash_of, write_text
-from distill.core.errors import DistillError, InputError, Interrupted, MachineError, Preempted
+from distill.core.errors import DistillError, InputError, Interrupted, MachineError, Preempted, RecipeError
 from distill.core.run import CHECKPOINTS, RECIPE, Done, Run, sizes_of
 from distill.core.world import ALONE, World
 from distill.launch import LOGS, check_world, launch, wanted_processes
@@ -119,12 +119,14 @@ def _planned(session: Session, only: str | None, start: str | None) -> tuple[lis
     """The stages that are gone through, those of them that are finished too, and the hashes of those before.
 
     Raises:
-        InputError: one before ``only`` is not finished, or one that will be worked on lacks a package.
+        InputError: one before ``only`` is not finished.
+        RecipeError: some that will be worked on lack packages.
     """
     names = list(session.stages)
     todo, hashes = ([only], _finished_before(session, only)) if only is not None else (names, {})
     again = {*todo} if only is not None else {*names[names.index(start) :]} if start is not None else set()
     fresh = dict(hashes)  # of the stages that stay as they are
+    mistakes = []
     for name in todo:
         done, stage = session.run.done(name), session.stages[name]
         reads = [reference for reference in stage.reads(names[: names.index(name)]) if reference in names]
@@ -132,7 +134,9 @@ def _planned(session: Session, only: str | None, start: str | None) -> tuple[lis
         if stays and done is not None and done.input_hash == (input_hash := _input_hash(session, name, fresh)):
             fresh[name] = f"{input_hash} {done.made}"
         elif (missing := stage.missing()) is not None:
-            raise InputError(f"stages.{name}: {missing}")
+            mistakes.append(f"{session.recipe}: stages.{name}: {missing}")
+    if mistakes:
+        raise RecipeError(mistakes)
     return todo, hashes
 
 

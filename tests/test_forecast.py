@@ -12,8 +12,10 @@ import pytest
 from benchmarks import forecast
 from distill.forecast import describe, room
 from distill.forecast.memory import Job
+from distill.forecast.models import candidates, config_of, count
 from distill.models.lora import LoraSpec
 from distill.recipe import Recipe
+from distill.stages.prune import Prune
 
 RECIPE = """\
 name: large
@@ -93,6 +95,17 @@ def test_what_to_change_when_it_does_not_fit(
     assert advice is None or advice in plan
 
 
+def test_a_gpu_of_the_teachers_own_is_none_that_shares(large: tuple[Path, Path]) -> None:
+    def advice(compute: str) -> str:
+        text = RECIPE.format(teacher=large[0], text=large[1], more="", compute=compute)
+        return describe(Recipe.from_text(text), 80).split("does not fit into 80.0 GB: ")[1].splitlines()[0]
+
+    need = r"compute.strategy: fsdp with 2 GPUs .* would need ([\d.]+) GB"
+    alone, beside = advice(", micro_batch_size: 1, teacher_device: 'cuda:1'"), advice(", micro_batch_size: 1")
+    assert "compute.teacher_device: auto, compute.strategy: fsdp" in alone
+    assert re.findall(need, alone) == re.findall(need, beside) != []
+
+
 def test_what_is_not_known_is_said(large: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = RECIPE.replace("teacher: {teacher}", "teacher: somebody/elsewhere", 1).replace("tokenizer: teacher", "")
     plan = describe(Recipe.from_text(elsewhere.format(teacher=large[0], text=large[1], more="", compute="")), 1000)
@@ -146,3 +159,26 @@ def test_tokens_a_step_and_checkpoints(large: tuple[Path, Path]) -> None:
     # fp32 weights and two moments of 6.74B parameters
     line = "8,192 tokens a step, 2 x 1,024 at once; a checkpoint is 80.9 GB, up to 2 on disk at a time"
     assert line in describe(recipe, 80)
+
+
+SEARCHED = """\
+name: searched
+teacher: {teacher}
+data: {{train: {{kind: jsonl, path: {text}}}, sequence_length: 1024, tokenizer: teacher}}
+stages:
+  prune: {{search: {{budget: {{parameters: 60%}}, axes: [intermediate_size, num_hidden_layers]}}}}
+  again: {{kind: prune, model: prune, keep: {{intermediate_size: 1024}}}}
+"""
+
+
+def test_what_follows_a_search_is_told_of_the_largest_that_it_may_be(large: tuple[Path, Path]) -> None:
+    """The candidate of most parameters is not that of most once the neurons of all are cut to one number."""
+    teacher, text = large
+    recipe = Recipe.from_text(SEARCHED.format(teacher=teacher, text=text))
+    config, prune = config_of(str(teacher)), recipe.stages["prune"]
+    assert config is not None
+    assert isinstance(prune, Prune)
+    layers = [found.sizes["layers"] for found in candidates(prune, config, 1024)]
+    cut = [count({**config, "num_hidden_layers": number, "intermediate_size": 1024}) or 0 for number in layers]
+    (told,) = re.findall(r"keeps intermediate_size 1024; makes at most ([\d.]+)B", describe(recipe))
+    assert told == f"{max(cut) / 1e9:.2f}" != f"{cut[0] / 1e9:.2f}"

@@ -124,6 +124,11 @@ def test_how_many_processes_a_recipe_wants(monkeypatch: pytest.MonkeyPatch) -> N
     assert wanted_processes(ComputeSpec(accelerator="cpu")) == 1
     with pytest.raises(InputError, match=r"compute.devices: 8: PyTorch sees 4 GPUs here"):
         wanted_processes(ComputeSpec(devices=8))
+    assert wanted_processes(ComputeSpec(devices=1, teacher_device="cuda:1")) == 1
+    with pytest.raises(InputError, match=r"teacher_device: cuda:1 would hold the teachers of all 4 .* devices: 1"):
+        wanted_processes(ComputeSpec(teacher_device="cuda:1"))
+    with pytest.raises(ValueError, match=r"the teachers of all 2 processes"):
+        ComputeSpec(devices=2, teacher_device="cuda:1")
 
 
 def test_a_world_of_another_size_is_refused() -> None:

@@ -81,6 +81,8 @@ class PythonDocs(SourceSpec):
             if size <= left:
                 left -= size
                 kept.append(document)
+        if left == self.max_bytes:  # at most empty ones were taken
+            raise InputError(f"python_docs: max_bytes ({self.max_bytes}) is less than any document; raise it")
         return iter(sorted(kept, key=lambda document: document.id))
 
 

@@ -5,6 +5,7 @@ A model that is not on this machine is unknown; nothing is downloaded.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def config_of(reference: str) -> Config | None:
     file: Path | None = Path(location) / "config.json"
     if file is None or not file.is_file():
         if Path(location).is_dir():
-            return None
+            raise InputError(f"{location}: not a model folder (no config.json in it)")
         from huggingface_hub import try_to_load_from_cache
 
         try:
@@ -63,27 +64,59 @@ def known_or_found(reference: str, known: Known) -> Config | None:
     return known[reference] if reference in known else config_of(reference)
 
 
-def config_after(stage: StageSpec, known: Known, sequence_length: int) -> Config | None:
-    """The config of the model that a stage makes, as far as it can be known; of a search the largest that it may be."""
+def configs_after(stage: StageSpec, before: Mapping[str, list[Config]], sequence_length: int) -> list[Config]:
+    """Every config that the model of a stage may have; none where nothing is known of it.
+
+    Args:
+        stage: that makes it.
+        before: reference -> the same of the teacher and of the stages before.
+        sequence_length: of the recipe, for a budget of FLOPs.
+
+    Raises:
+        InputError: none of what the stage may read can be cut so.
+    """
     if isinstance(stage, Finetune) and isinstance(stage.model, NewModel):
-        return dict(stage.model.config)
+        return [dict(stage.model.config)]
     source = SOURCES.get(type(stage))
     if source is None:
-        return None
+        return []
     reference = getattr(stage, source)
-    config = known_or_found(reference, known)
-    if config is None or not isinstance(stage, Prune):
-        return config
+    configs = before[reference] if reference in before else [c for c in [config_of(reference)] if c is not None]
+    if not isinstance(stage, Prune) or not configs:
+        return configs
+    if stage.search is not None:
+        return _searched(stage, largest(configs) or {}, sequence_length)
+    after, refused = [], []
+    for config in configs:
+        try:
+            after.append(_cut(stage, config))
+        except InputError as error:
+            refused.append(error)
+    if not after:
+        raise refused[0]
+    return after
+
+
+def largest(configs: Sequence[Config]) -> Config | None:
+    """The one of most parameters; None of none."""
+    return max(configs, key=lambda one: count(one) or 0, default=None)
+
+
+def _cut(stage: Prune, config: Config) -> Config:
+    assert stage.keep is not None
     layout = layout_for(str(config.get("model_type")))
-    if stage.keep is not None:
-        after = target_sizes(stage.keep, config, layout)
-        if isinstance(stage.keep.vocabulary, int):
-            after["vocabulary"] = stage.keep.vocabulary
-        return config | layout.resized(config, after)
-    if stage.search is not None and stage.search.budget.is_time:
-        return config  # how large a model of some speed is shows when it is measured
-    found = [config | layout.resized(config, c.sizes) for c in candidates(stage, config, sequence_length)]
-    return max(found, key=lambda one: count(one) or 0)
+    after = target_sizes(stage.keep, config, layout)
+    if isinstance(stage.keep.vocabulary, int):
+        after["vocabulary"] = stage.keep.vocabulary
+    return config | layout.resized(config, after)
+
+
+def _searched(stage: Prune, config: Config, sequence_length: int) -> list[Config]:
+    assert stage.search is not None
+    if stage.search.budget.is_time:
+        return [config]  # how large a model of some speed is shows when it is measured
+    layout = layout_for(str(config.get("model_type")))
+    return [config | layout.resized(config, c.sizes) for c in candidates(stage, config, sequence_length)]
 
 
 def count(config: Config | None) -> int | None:

@@ -12,10 +12,11 @@ from distill.forecast.models import (
     Config,
     Known,
     candidates,
-    config_after,
     config_of,
+    configs_after,
     count,
     known_or_found,
+    largest,
     size,
     stored_dtype,
 )
@@ -44,6 +45,7 @@ def describe(recipe: Recipe, memory_gb: float | None = None) -> str:
     """
     said = [f"{recipe.name}: {len(recipe.stages)} stages, seed {recipe.seed}"]
     known: Known = {}
+    possible: dict[str, list[Config]] = {}
     mistakes, room = list(missing_text(recipe)), Room.of(recipe.compute, memory_gb)
     if recipe.teacher is not None:
         try:
@@ -51,6 +53,7 @@ def describe(recipe: Recipe, memory_gb: float | None = None) -> str:
         except InputError as error:
             known["teacher"] = None
             mistakes.append(f"{recipe.name}: teacher: {error}")
+        possible["teacher"] = [config for config in [known["teacher"]] if config is not None]
         said.append(f"  teacher {recipe.teacher}: {size(known['teacher'])}")
     said.append(
         f"  data {recipe.data.train.kind}, blocks of {recipe.data.sequence_length} tokens ({recipe.data.packing}), "
@@ -63,14 +66,17 @@ def describe(recipe: Recipe, memory_gb: float | None = None) -> str:
     )
     for number, (name, stage) in enumerate(recipe.stages.items(), 1):
         try:
-            known[name] = config_after(stage, known, recipe.data.sequence_length)
+            possible[name] = configs_after(stage, possible, recipe.data.sequence_length)
+            known[name] = largest(possible[name])
             check_stage(name, stage, recipe, known)
-            said.append(f"  [{number}/{len(recipe.stages)}] " + _line(name, stage, recipe, known))
+            is_open = len(possible[name]) > 1 or _is_open(stage)
+            said.append(f"  [{number}/{len(recipe.stages)}] " + _line(name, stage, recipe, known, is_open))
             if (job := job_of(name, stage, recipe, known, room)) is not None and isinstance(stage, BudgetSpec):
                 said += [f"      {line}" for line in lines(job, stage.batch_size, recipe.compute, room)]
         except InputError as error:
             mistakes.append(f"{recipe.name}: stages.{name}: {error}")
             known.setdefault(name, None)
+            possible.setdefault(name, [])
     if mistakes:
         raise RecipeError(mistakes)
     compute = recipe.compute
@@ -79,10 +85,12 @@ def describe(recipe: Recipe, memory_gb: float | None = None) -> str:
         f"  compute: {together}accelerator {compute.accelerator}, precision {compute.precision}; "
         f"W&B: {recipe.logging.wandb}"
     )
+    missing = ((name, stage.missing()) for name, stage in recipe.stages.items())
+    said += [f"  before this runs here: stages.{name}: {what}" for name, what in missing if what is not None]
     return "\n".join(said)
 
 
-def _line(name: str, stage: StageSpec, recipe: Recipe, known: Known) -> str:
+def _line(name: str, stage: StageSpec, recipe: Recipe, known: Known, is_open: bool) -> str:
     title = name if stage.kind == name else f"{name} ({stage.kind})"
     parts = [f"{title}:"] if stage.kind != "report" else [f"{title}: reads what was measured;"]
     read = [reference for _, reference in stage.references()]
@@ -94,7 +102,7 @@ def _line(name: str, stage: StageSpec, recipe: Recipe, known: Known) -> str:
         parts.append(f"keeps {_kept(stage.keep)};" if stage.keep else f"{_searched(stage, recipe, known)};")
     if isinstance(stage, Export):
         unverified = stage.target.missing_engine()
-        parts.append(stage.missing() or stage.target.kind + (f", {unverified}" if unverified else ""))
+        parts.append(stage.target.kind + (f", {unverified}" if unverified and not stage.missing() else ""))
     if isinstance(stage, CacheTeacher):
         parts.append(_cached(name, stage, recipe))
     if isinstance(stage, BudgetSpec):
@@ -102,7 +110,7 @@ def _line(name: str, stage: StageSpec, recipe: Recipe, known: Known) -> str:
     if isinstance(stage, DistillSpec) and stage.steps(recipe.data.sequence_length):
         parts.append(_learns(stage))
     if stage.makes_model:
-        parts.append(f"makes {'at most ' if _is_open(stage) else ''}{size(known[name])}")
+        parts.append(f"makes {'at most ' if is_open else ''}{size(known[name])}")
     if isinstance(stage, Prune) and (memory := _cut_memory(stage, known[name], known)):
         parts.append(f"({memory})")
     return " ".join(parts).rstrip(";")

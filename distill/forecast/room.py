@@ -145,18 +145,18 @@ def lines(job: Job, batch_size: int, compute: ComputeSpec, room: Room) -> Iterat
             "the others their shares"
         )
     if room.num_bytes is not None and memory.total > room.num_bytes:
-        yield f"does not fit into {amount(room.num_bytes)}: {_mend(job, batch_size, room.num_bytes)}"
+        yield f"does not fit into {amount(room.num_bytes)}: {_mend(job, batch_size, room.num_bytes, compute)}"
 
 
-def _mend(job: Job, batch_size: int, num_bytes: float) -> str:
+def _mend(job: Job, batch_size: int, num_bytes: float, compute: ComputeSpec) -> str:
     """The least change that makes it fit."""
-    for change, changed in _changes(job, batch_size):
+    for change, changed in _changes(job, batch_size, compute):
         if (need := changed.memory().total) <= num_bytes:
             return f"{change} would need {amount(need)}"
     return "no setting of compute is enough; train adapters (lora), name a cached teacher, or take a smaller student"
 
 
-def _changes(job: Job, batch_size: int) -> Iterator[tuple[str, Job]]:
+def _changes(job: Job, batch_size: int, compute: ComputeSpec) -> Iterator[tuple[str, Job]]:
     """Changes of compute in the order of what they cost."""
     share = batch_size // job.num_processes
     words: list[str] = []
@@ -174,6 +174,8 @@ def _changes(job: Job, batch_size: int) -> Iterator[tuple[str, Job]]:
     if smaller:
         least, words = replace(least, micro_batch_size=1, accumulates=True), [*words, "compute.micro_batch_size: 1"]
         yield ", ".join(words), least
+    if compute.names_gpu_of_teacher:  # which is one of those that would share
+        least, words = replace(least, head_only=False), [*words, "compute.teacher_device: auto"]
     yield from _shared_out(least, words, batch_size)
     if job.teacher is not None and not job.head_only and not job.on_cpu:
         least, words = replace(least, head_only=True), [*words, "compute.teacher_device: cpu"]

@@ -23,7 +23,8 @@ Task = Literal["causal_lm", "masked_lm", "classification"]
 
 
 def locate(reference: str) -> str:
-    """Where a model lives: a folder stays itself, ``builtin:NAME`` is the folder inside the package, else a Hub id.
+    """Where a model lives: a folder stays itself (a stage's folder of a run is that of the model in it),
+    ``builtin:NAME`` is the folder inside the package, else a Hub id.
 
     Raises:
         InputError: no builtin of that name, or no such folder.
@@ -31,7 +32,11 @@ def locate(reference: str) -> str:
     if reference.startswith(("/", "./", "../", "~")) and not Path(reference).expanduser().is_dir():
         raise InputError(f"{reference}: no such folder")
     if not reference.startswith(BUILTIN):
-        return str(Path(reference).expanduser()) if Path(reference).expanduser().is_dir() else reference
+        here = Path(reference).expanduser()
+        within = here / "model"
+        if (within / "config.json").is_file() and not (here / "config.json").is_file():
+            here = within
+        return str(here) if here.is_dir() else reference
     folder = Path(str(resources.files("distill"))) / "assets"
     names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     name = reference.removeprefix(BUILTIN)

@@ -29,6 +29,9 @@ def target_sizes(keep: KeepSpec, config: Config, layout: Layout) -> dict[str, in
     wanted = {axis: (key, getattr(keep, key)) for key, axis in AXIS_OF_KEY.items()}
     if keep.layers is not None:
         wanted["layers"] = ("num_hidden_layers", len(keep.layers))
+        if wrong := [layer for layer in keep.layers if not 0 <= layer < before["layers"]]:
+            last = before["layers"] - 1
+            raise InputError(f"keep.layers names {wrong[0]}, which the model does not have (expected 0 to {last})")
     after = dict(before)
     for axis, (key, size) in wanted.items():
         if size is None:
@@ -116,8 +119,6 @@ def kept_layers(scores: Scores, keep: KeepSpec, before: Sizes) -> tuple[int, ...
     """
     total = before["layers"]
     if keep.layers is not None:
-        if wrong := [layer for layer in keep.layers if not 0 <= layer < total]:
-            raise InputError(f"keep.layers names {wrong[0]}, which the model does not have (expected 0 to {total - 1})")
         return keep.layers
     count = keep.num_hidden_layers or total
     drop = total - count

@@ -216,6 +216,28 @@ class ComputeSpec(Spec):
     log_every_steps: int = Field(10, ge=1)
     """Optimizer steps between two rows of the metrics."""
 
+    @model_validator(mode="after")
+    def _several_teachers_are_not_on_one_gpu(self) -> ComputeSpec:
+        self.check_teacher(self.known_processes())
+        return self
+
+    def check_teacher(self, num_processes: int) -> None:
+        """Whether so many processes can have their teachers where they are to be.
+
+        Raises:
+            ValueError: all of them on one GPU.
+        """
+        if num_processes > 1 and self.names_gpu_of_teacher:
+            raise ValueError(
+                f"teacher_device: {self.teacher_device} would hold the teachers of all {num_processes} processes; use "
+                "auto (each beside its student) or cpu, or devices: 1"
+            )
+
+    @property
+    def names_gpu_of_teacher(self) -> bool:
+        """Whether the teacher has a GPU of its own."""
+        return self.teacher_device.startswith("cuda:")
+
     def known_processes(self) -> int:
         """Processes that train together, as far as this says it: ``devices: auto`` is counted as one a machine."""
         return self.num_nodes * (1 if self.devices == "auto" else self.devices)

@@ -64,6 +64,8 @@ def test_python_docs_parts_and_size():
     assert all(document.id.startswith("module:") for document in PythonDocs(parts="sources").documents())
     few = PythonDocs(max_bytes=300_000)
     assert 200_000 < few.num_bytes() <= 300_000
+    with pytest.raises(InputError, match=r"max_bytes \(10\) is less than any document; raise it"):
+        list(PythonDocs(max_bytes=10).documents())
     assert len({document.id[:8] for document in few.documents()}) > 5  # not one corner of the alphabet
     for held_out in (0.05, 0.2):  # a part is split as the whole is: not all of it is held out
         split = Split(DataSpec(train=PythonDocs(max_bytes=1_000_000), held_out=held_out, sequence_length=16))

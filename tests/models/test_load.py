@@ -177,6 +177,7 @@ def test_references() -> None:
 
 def test_a_folder_stays_itself(folder: Path) -> None:
     assert locate(str(folder)) == str(folder)
+    assert locate(str(folder.parent)) == str(folder)  # that of a stage, which has its model in "model"
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])

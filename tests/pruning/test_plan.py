@@ -115,7 +115,7 @@ def test_a_head_size_that_would_be_derived_is_stated():
         ),
         ({"num_hidden_layers": 1}, r"num_hidden_layers \(1\) must be 2 or more"),
         ({"layers": (0, 6)}, r"keep.layers names 6, .*expected 0 to 5"),
-        ({"layers": (0, 6, 7, 8, 9, 10, 11)}, r"num_hidden_layers \(7\) is more"),
+        ({"layers": (0, 6, 7, 8, 9, 10, 11)}, r"keep.layers names 6, "),
         ({"hidden_size": 0}, r"keep.hidden_size: .*greater than 0.*got 0"),
         ({"hiden_size": 8}, r"keep.hiden_size: .*not permitted"),
         ({"layers": (0,), "num_hidden_layers": 1}, "both say the depth"),

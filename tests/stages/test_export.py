@@ -48,11 +48,11 @@ def test_what_is_not_installed_is_said_before_the_run(
 ) -> None:
     recipe = recipe_of("onnx")
     lacking(monkeypatch, "onnxruntime", "onnxscript")
-    missing = "target onnx needs onnxscript, which is not installed: pip install 'distill[onnx]'"
-    assert missing in describe(recipe)
+    missing = "stages.export: target onnx needs onnxscript, which is not installed: pip install 'distill[onnx]'"
+    assert describe(recipe).splitlines()[-1] == f"  before this runs here: {missing}"
     with pytest.raises(InputError) as refusal:
         run(recipe, tmp_path / "run")
-    assert str(refusal.value) == f"stages.export: {missing}"
+    assert str(refusal.value) == f"tiny: {missing}"
     assert not (tmp_path / "run" / "evaluate").exists()
     lacking(monkeypatch, "llama_cpp")
     monkeypatch.setattr("distill.exporters.gguf.Gguf.writers", lambda self: ())
