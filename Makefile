@@ -1,10 +1,12 @@
 # make quickstart   install, then prune, distil and quantize a small model and write its report
 # make test         install with the test extras, then run the tests
 # make chaos        kill, freeze, resume and spoil runs hundreds of times, and write docs/reliability.md
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu takes PyTorch's build for CPUs, which calls itself newer than the default
 PYTHON ?= python3
+TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: quickstart test chaos lint format schema clean
 

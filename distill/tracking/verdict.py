@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from distill.tracking.tables import percent, significant
 from distill.tracking.tradeoff import EQUAL_SPEED, Row, figure, gap_closed
 
 EQUAL_NATS = 0.01
 """Losses closer than this (1 % of perplexity) are called equal: another seed moves a run by as much."""
+LOUD = 0.15
+"""Models of one shape whose decode speeds differ by more say that something else had the machine too."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,21 @@ def verdict(rows: Sequence[Row]) -> str:
         sentence = f"{row.name}: " + ", ".join(part for part in parts if part)
         gap = next((gap for gap in reversed(found) if gap.after is row and gap.share is not None), None)
         sentences.append(sentence + (f"; {_closed(gap)}" if gap else "") + ".")
+    if (noise := speed_noise(rows)) > LOUD:
+        sentences.append(
+            f"Speeds are uncertain: models of one shape differ by {percent(noise)}, so measure them alone."
+        )
     return " ".join(sentences)
+
+
+def speed_noise(rows: Sequence[Row]) -> float:
+    """By how much decode speeds of models of one shape differ at most, over the slower one; 0 where none are alike."""
+    alike: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        if row.decode_tokens_per_s and row.weight_bytes is not None:
+            shape = (row.parameters, row.weight_bytes, row.scheme, row.nonzero_share, row.engine, row.device, row.dtype)
+            alike.setdefault(shape, []).append(row.decode_tokens_per_s)
+    return max((max(speeds) / min(speeds) - 1 for speeds in alike.values()), default=0.0)
 
 
 def _share_of(row: Row, teacher: Row) -> str:

@@ -116,6 +116,16 @@ def test_verdict_does_not_hide_a_bad_student() -> None:
     assert "no teacher was measured" in verdict([STUDENT])
 
 
+def test_speeds_of_a_busy_machine_are_not_told_as_fact() -> None:
+    def told(*speeds: float) -> str:
+        sizes = {"parameters": 10, "weight_bytes": 40}
+        return verdict([TEACHER, *(Row(f"s{i}", decode_tokens_per_s=v, **sizes) for i, v in enumerate(speeds))])
+
+    assert "uncertain: models of one shape differ by 77 %" in told(91.2, 161.7)
+    assert "uncertain" not in told(150.0, 161.7)
+    assert "uncertain" not in verdict([TEACHER, Row("s", parameters=10, weight_bytes=40, decode_tokens_per_s=1.0)])
+
+
 def test_main_student_prefers_exact_weights() -> None:
     low = Row("int4", scheme="int4")
     assert main_student([PRUNED, STUDENT, low, Row("c", "control")]) is STUDENT
