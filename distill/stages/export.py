@@ -95,6 +95,6 @@ class Export(StageSpec):
 
 
 def _card_rows(rows: list[Any]) -> list[dict[str, str]]:
-    from distill.tracking.tables import cell, shown
+    from distill.tracking.tables import cell, kernel, shown
 
-    return [{"model": row.name, **{c.header: cell(row, c) for c in shown(rows)}, "kernel": row.kernel} for row in rows]
+    return [{"model": row.name, **{c.header: cell(row, c) for c in shown(rows)}, "kernel": kernel(row)} for row in rows]

@@ -55,7 +55,7 @@ def pareto_plot(rows: Sequence[Row], cost: str, title: str, quality: str = "perp
     front = pareto(drawn, quality, cost)
     x, y = BY_KEY[cost], BY_KEY[quality]
     left_out = [row for row in rows if row not in drawn]
-    simulated = [row.name for row in left_out if row.kernel == "simulated" and _finite(row, cost) is None]
+    simulated = [row.name for row in left_out if row.lacks_speed and _finite(row, cost) is None]
     missing = [row.name for row in left_out if row.name not in simulated]
     notes = [f"{', '.join(simulated)}: simulated here, so without a speed."] if simulated else []
     notes += [f"{', '.join(missing)}: not measured."] if missing else []
