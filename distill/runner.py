@@ -22,7 +22,7 @@ from distill.core.run import CHECKPOINTS, RECIPE, Done, Run, sizes_of
 from distill.core.world import ALONE, World
 from distill.launch import LOGS, check_world, launch, wanted_processes
 from distill.recipe import Recipe
-from distill.stages.base import Released, Session, StageContext, StageSpec
+from distill.stages.base import SELF, Released, Session, StageContext, StageSpec
 from distill.training.ranks import Ranks, meet
 
 FAREWELL_S = 10.0
@@ -119,24 +119,31 @@ def _planned(session: Session, only: str | None, start: str | None) -> tuple[lis
     """The stages that are gone through, those of them that are finished too, and the hashes of those before.
 
     Raises:
-        InputError: one before ``only`` is not finished.
+        InputError: one before ``only`` is not finished, or a model from outside cannot be had.
         RecipeError: some that will be worked on lack packages.
     """
+    from distill.models.load import check_reachable
+
     names = list(session.stages)
     todo, hashes = ([only], _finished_before(session, only)) if only is not None else (names, {})
     again = {*todo} if only is not None else {*names[names.index(start) :]} if start is not None else set()
     fresh = dict(hashes)  # of the stages that stay as they are
-    mistakes = []
+    mistakes: list[str] = []
+    outside: set[str] = set()  # models that are no stage's and will be read
     for name in todo:
         done, stage = session.run.done(name), session.stages[name]
-        reads = [reference for reference in stage.reads(names[: names.index(name)]) if reference in names]
-        stays = done is not None and name not in again and all(read in fresh for read in reads)
+        reads = {*stage.reads(names[: names.index(name)])}
+        stays = done is not None and name not in again and all(read in fresh for read in reads if read in names)
         if stays and done is not None and done.input_hash == (input_hash := _input_hash(session, name, fresh)):
             fresh[name] = f"{input_hash} {done.made}"
-        elif (missing := stage.missing()) is not None:
-            mistakes.append(f"{session.recipe}: stages.{name}: {missing}")
+        else:
+            outside |= reads.difference(names)
+            if (missing := stage.missing()) is not None:
+                mistakes.append(f"{session.recipe}: stages.{name}: {missing}")
     if mistakes:
         raise RecipeError(mistakes)
+    for reference in sorted(outside - {SELF} - ({"teacher"} if session.teacher is None else set())):
+        check_reachable(session.artifact(reference).location)
     return todo, hashes
 
 

@@ -336,6 +336,22 @@ def test_what_is_wrong_with_the_users_things_is_one_line(
     assert message in result.err
 
 
+def test_a_model_that_is_not_on_the_hub_moves_nothing(
+    distill: Distill, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(url: str) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", raises)
+    (tmp_path / "runs/tiny/prune").mkdir(parents=True)
+    (tmp_path / "runs/tiny/prune/INPUT").write_text("an earlier one\n")
+    result = distill("run", recipe, "--set", "teacher=who/none")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("who/none: no folder here, and the Hub cannot be reached; give a folder, or ")
+    assert result.err.count("\n") == 1
+    assert sorted(path.name for path in (tmp_path / "runs/tiny").iterdir() if path.name != ".lock") == ["prune"]
+
+
 def test_teacher_and_student_of_two_vocabularies(distill: Distill, recipe: Path, tmp_path: Path) -> None:
     stranger = make_model(tmp_path / "stranger", "wholly other letters: zyx wvu tsr qpo")
     result = distill("run", recipe, "--set", f"stages.distill.teacher={stranger}")
