@@ -93,6 +93,8 @@ def _from_pretrained(loader: Any, location: str, what: str, **arguments: Any) ->
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         # a line that ends in a colon only announces the next one
         reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        if isinstance(error, SafetensorError):
+            reason += "; its file is damaged: download or copy it again"
         raise InputError(f"{location}: cannot load the {what} ({reason})") from error
 
 

@@ -128,7 +128,9 @@ def test_what_the_hub_does_not_give(folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_cut_file_is_refused(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert refused(lambda: load_model(str(folder))).startswith(f"{folder}: cannot load the model (")
+    line = refused(lambda: load_model(str(folder)))
+    assert line.startswith(f"{folder}: cannot load the model (")
+    assert line.endswith("its file is damaged: download or copy it again)")
 
 
 def test_pickled_weights_are_not_read(folder: Path, model: LlamaForCausalLM) -> None:
