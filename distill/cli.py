@@ -238,9 +238,12 @@ def exit_with(work: Callable[[], Any]) -> NoReturn:
         )
         sys.exit(1)
     except Exception as error:
-        show = getattr(error, "show", None)  # a mistake in the arguments, found by typer, which carries its own click
-        if show is None:
+        if not hasattr(error, "format_message"):
             raise
-        show()
+        said = str(error.format_message())  # a mistake in the arguments, found by typer, which carries its own click
+        if "\n" not in said:  # else it is the help, which answers a command without arguments
+            command = getattr(getattr(error, "ctx", None), "command_path", "distill")
+            said = f"{command}: {said} (see {command} --help)"
+        print(said, file=sys.stderr)
         sys.exit(2)
     sys.exit(0)

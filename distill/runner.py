@@ -52,7 +52,7 @@ def run(
         The run, whose folder holds every stage's result.
 
     Raises:
-        InputError: the recipe, the models or the data are wrong; nothing is lost.
+        InputError: the recipe, the models, the data or the arguments are wrong; nothing is lost.
         MachineError: the machine is at fault.
         Interrupted: the user asked to stop; the same call goes on.
         Preempted: so did the machine, by SIGTERM or SIGUSR1.
@@ -63,6 +63,10 @@ def run(
     for flag, name in (("--only", only), ("--from", start)):
         if name is not None and name not in names:
             raise InputError(f"{flag} {name}: no such stage (stages: {', '.join(names)})")
+    if only is not None and start is not None:
+        raise InputError(
+            f"--only {only} and --from {start}: one stage alone, or it and those after it; give one of them"
+        )
     the_run = Run(folder)
     world = World.joined()
     if world is None and (num_processes := wanted_processes(recipe.compute)) > 1:

@@ -238,7 +238,9 @@ def test_several_mistakes_come_at_once(distill: Distill, recipe: Path) -> None:
 
 def test_arguments_that_do_not_exist(distill: Distill, recipe: Path) -> None:
     for arguments in (["rnu"], ["run"], ["run", str(recipe), "--onyl", "prune"], ["check", str(recipe), "--set"]):
-        assert distill(*arguments).code == 2
+        result = distill(*arguments)
+        assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+        assert result.err.endswith(" --help)\n")
 
 
 @pytest.mark.parametrize(
@@ -290,6 +292,13 @@ def test_unknown_stage(distill: Distill, recipe: Path) -> None:
         result = distill("run", recipe, flag, "distil")
         assert result.code == 2
         assert result.err == f"{flag} distil: no such stage (stages: prune, distill, quantize)\n"
+
+
+def test_only_and_from_exclude_each_other(distill: Distill, recipe: Path, tmp_path: Path) -> None:
+    result = distill("run", recipe, "--only", "prune", "--from", "prune")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert result.err.startswith("--only prune and --from prune: ")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_only_needs_what_stands_before(distill: Distill, recipe: Path) -> None:
