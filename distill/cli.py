@@ -14,6 +14,7 @@ import typer
 
 from distill import __version__
 from distill.core.errors import DistillError, RankEnded
+from distill.core.quiet import quiet_torchao
 
 app = typer.Typer(
     help="From a big language model to a small one that is ready to ship, by one recipe.",
@@ -216,6 +217,7 @@ def exit_with(work: Callable[[], Any]) -> NoReturn:
     """Work, then exit: an error of the user's or the machine's is one clear line and a code, never a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log is read while the run goes on, and after a kill
+    quiet_torchao()
     try:
         code = work()
         if code == 130:  # typer swallows Ctrl-C and returns this
