@@ -101,11 +101,12 @@ def list_members(
     family: Annotated[
         str | None,
         typer.Argument(
-            help="recipes, stages, losses, criteria, quantizers, activations, sources, codecs, exporters; unset: all."
+            help="recipes, stages, losses, criteria, quantizers, activations, sources, codecs, exporters, or a section "
+            "(data, compute, logging, keep, search, optimizer, lora, on_policy); unset: all."
         ),
     ] = None,
 ) -> None:
-    """List every member of a family with its fields, or the recipes that come with distill."""
+    """List every member of a family or section with its fields, or the recipes that come with distill."""
     from distill.listing import listing
 
     print(listing(family))

@@ -161,6 +161,15 @@ def test_list_shows_members_with_their_fields(distill: Distill) -> None:
     assert "did you mean 'losses'?" in result.err
 
 
+def test_list_shows_the_keys_of_a_section(distill: Distill) -> None:
+    for section, key in (("keep", "head_choice"), ("optimizer", "betas"), ("lora", "alpha"), ("data", "packing")):
+        first, *keys = distill("list", section).out.splitlines()
+        assert first.startswith(f"{section}: ")
+        assert all(len(line.split()) > 2 for line in keys), "a default and a word about it"
+        assert key in [line.split()[0] for line in keys]
+    assert "smallest_share" in distill("list").out
+
+
 def test_list_recipes_says_what_each_makes(distill: Distill) -> None:
     lines = distill("list", "recipes").out.splitlines()[1:]
     assert len(lines) >= 8
