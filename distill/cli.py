@@ -14,6 +14,7 @@ import typer
 
 from distill import __version__
 from distill.core.errors import DistillError, RankEnded
+from distill.core.quiet import quiet_torchao
 
 app = typer.Typer(
     help="From a big language model to a small one that is ready to ship, by one recipe.",
@@ -100,11 +101,12 @@ def list_members(
     family: Annotated[
         str | None,
         typer.Argument(
-            help="recipes, stages, losses, criteria, quantizers, activations, sources, codecs, exporters; unset: all."
+            help="recipes, stages, losses, criteria, quantizers, activations, sources, codecs, exporters, or a section "
+            "(data, compute, logging, keep, search, optimizer, lora, on_policy); unset: all."
         ),
     ] = None,
 ) -> None:
-    """List every member of a family with its fields, or the recipes that come with distill."""
+    """List every member of a family or section with its fields, or the recipes that come with distill."""
     from distill.listing import listing
 
     print(listing(family))
@@ -216,6 +218,7 @@ def exit_with(work: Callable[[], Any]) -> NoReturn:
     """Work, then exit: an error of the user's or the machine's is one clear line and a code, never a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log is read while the run goes on, and after a kill
+    quiet_torchao()
     try:
         code = work()
         if code == 130:  # typer swallows Ctrl-C and returns this
@@ -238,9 +241,12 @@ def exit_with(work: Callable[[], Any]) -> NoReturn:
         )
         sys.exit(1)
     except Exception as error:
-        show = getattr(error, "show", None)  # a mistake in the arguments, found by typer, which carries its own click
-        if show is None:
+        if not hasattr(error, "format_message"):
             raise
-        show()
+        said = str(error.format_message())  # a mistake in the arguments, found by typer, which carries its own click
+        if "\n" not in said:  # else it is the help, which answers a command without arguments
+            command = getattr(getattr(error, "ctx", None), "command_path", "distill")
+            said = f"{command}: {said} (see {command} --help)"
+        print(said, file=sys.stderr)
         sys.exit(2)
     sys.exit(0)

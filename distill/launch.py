@@ -168,7 +168,8 @@ def _ended(workers: list[subprocess.Popen[str]], rank: int, logs: Path) -> RankE
     if _is_mistake(workers):
         return RankEnded("the recipe or the arguments are wrong (see above)", InputError.exit_code, is_told=True)
     if code in STOPPED:
-        return RankEnded("stopped; the same command goes on where this one was left", code)
+        is_told = workers[0].returncode in STOPPED
+        return RankEnded("stopped; the same command goes on where this one was left", code, is_told=is_told)
     where = "see above" if rank == 0 else f"its log is {log_of(logs, rank)}"
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return RankEnded(f"rank {rank} {how} ({where}); the others were stopped", code if code > 0 else 1)

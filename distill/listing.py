@@ -12,20 +12,38 @@ from pydantic_core import PydanticUndefined
 from distill.core.errors import InputError
 from distill.core.source import suggest
 from distill.core.spec import Spec
+from distill.data.spec import DataSpec
+from distill.models.lora import LoraSpec
+from distill.pruning.keep import KeepSpec
 from distill.recipe import FAMILIES, Recipe
 from distill.recipes import shipped
 from distill.stages import STAGES
+from distill.stages.search.spec import SearchSpec
+from distill.tracking.spec import LoggingSpec
+from distill.training.spec import ComputeSpec, OnPolicySpec, OptimizerSpec
+
+SECTIONS: dict[str, type[Spec]] = {
+    "data": DataSpec,
+    "compute": ComputeSpec,
+    "logging": LoggingSpec,
+    "keep": KeepSpec,
+    "search": SearchSpec,
+    "optimizer": OptimizerSpec,
+    "lora": LoraSpec,
+    "on_policy": OnPolicySpec,
+}
+"""Keys of a recipe and of its stages that hold keys of their own, by the name that they have there."""
 
 
 def listing(wanted: str | None = None) -> str:
-    """Every member of a family, one line and its fields each; of all families when none is named.
+    """Every member of a family, one line and its fields each, or the fields of a section; all when none is named.
 
     Raises:
-        InputError: there is no such family.
+        InputError: there is no such family or section.
     """
-    names = ["recipes", *FAMILIES]
+    names = ["recipes", *FAMILIES, *SECTIONS]
     if wanted is not None and wanted not in names:
-        raise InputError(f"list {wanted}: no such family (expected one of {', '.join(names)}){suggest(wanted, names)}")
+        raise InputError(f"list {wanted}: no such name (expected one of {', '.join(names)}){suggest(wanted, names)}")
     blocks = []
     if wanted in (None, "recipes"):
         rows = [f"  {name:<28} {_command(file.read_text())}" for name, file in shipped().items()]
@@ -33,6 +51,9 @@ def listing(wanted: str | None = None) -> str:
     for plural, family in FAMILIES.items():
         if wanted in (None, plural):
             blocks.append("\n".join([plural, *(line for _, spec in family.items() for line in _member(spec))]))
+    for key, section in SECTIONS.items():
+        if wanted in (None, key):
+            blocks.append("\n".join([f"{key}: {_first_line(section)}", *_fields(section)]))
     return "\n\n".join(blocks)
 
 
@@ -44,7 +65,15 @@ def _command(text: str) -> str:
 
 def _member(spec: type[Spec]) -> list[str]:
     kind = spec.model_fields["kind"].default
-    lines = [f"  {kind:<20} {(spec.__doc__ or '').strip().splitlines()[0]}"]
+    return [f"  {kind:<20} {_first_line(spec)}", *_fields(spec)]
+
+
+def _first_line(spec: type[Spec]) -> str:
+    return (spec.__doc__ or "").strip().splitlines()[0]
+
+
+def _fields(spec: type[Spec]) -> list[str]:
+    lines = []
     for name, field in spec.model_fields.items():
         if name != "kind":
             default = "required" if field.is_required() else _shown(field)
@@ -58,8 +87,8 @@ def _shown(field: Any) -> str:
         return ""
     if isinstance(value, Spec):
         return str(getattr(value, "kind", "{...}"))
-    if isinstance(value, list | tuple) and value and isinstance(value[0], Spec):
-        return "[" + ", ".join(str(getattr(item, "kind", "{...}")) for item in value) + "]"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(str(getattr(item, "kind", item)) for item in value) + "]"
     return "unset" if value is None else str(value).replace("True", "true").replace("False", "false")
 
 

@@ -16,7 +16,7 @@ from distill.core.errors import RecipeError
 from distill.core.mistakes import blamed, mistakes_of
 from distill.core.secrets import secrets_in
 from distill.core.source import KeyPath, Source, parse, read, suggest
-from distill.core.spec import Family, Spec
+from distill.core.spec import NAME, Family, Spec
 from distill.data import SOURCES
 from distill.data.spec import DataSpec
 from distill.data.teacher_cache import CODECS
@@ -48,7 +48,7 @@ RESERVED = {"teacher", "self", "data", "scores", "wandb", "comparison"}
 class Recipe(Spec):
     """A whole run: from which teacher, on which text, by which stages, on which machine."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     """Name of the run; its folder is runs/<name> unless --run-dir says otherwise."""
     teacher: str | None = None
     """The big model: a Hub id, a folder, or builtin:NAME. Unset when no stage needs one."""

@@ -22,7 +22,7 @@ from distill.core.run import CHECKPOINTS, RECIPE, Done, Run, sizes_of
 from distill.core.world import ALONE, World
 from distill.launch import LOGS, check_world, launch, wanted_processes
 from distill.recipe import Recipe
-from distill.stages.base import Released, Session, StageContext, StageSpec
+from distill.stages.base import SELF, Released, Session, StageContext, StageSpec
 from distill.training.ranks import Ranks, meet
 
 FAREWELL_S = 10.0
@@ -52,7 +52,7 @@ def run(
         The run, whose folder holds every stage's result.
 
     Raises:
-        InputError: the recipe, the models or the data are wrong; nothing is lost.
+        InputError: the recipe, the models, the data or the arguments are wrong; nothing is lost.
         MachineError: the machine is at fault.
         Interrupted: the user asked to stop; the same call goes on.
         Preempted: so did the machine, by SIGTERM or SIGUSR1.
@@ -63,6 +63,10 @@ def run(
     for flag, name in (("--only", only), ("--from", start)):
         if name is not None and name not in names:
             raise InputError(f"{flag} {name}: no such stage (stages: {', '.join(names)})")
+    if only is not None and start is not None:
+        raise InputError(
+            f"--only {only} and --from {start}: one stage alone, or it and those after it; give one of them"
+        )
     the_run = Run(folder)
     world = World.joined()
     if world is None and (num_processes := wanted_processes(recipe.compute)) > 1:
@@ -119,24 +123,31 @@ def _planned(session: Session, only: str | None, start: str | None) -> tuple[lis
     """The stages that are gone through, those of them that are finished too, and the hashes of those before.
 
     Raises:
-        InputError: one before ``only`` is not finished.
+        InputError: one before ``only`` is not finished, or a model from outside cannot be had.
         RecipeError: some that will be worked on lack packages.
     """
+    from distill.models.load import check_reachable
+
     names = list(session.stages)
     todo, hashes = ([only], _finished_before(session, only)) if only is not None else (names, {})
     again = {*todo} if only is not None else {*names[names.index(start) :]} if start is not None else set()
     fresh = dict(hashes)  # of the stages that stay as they are
-    mistakes = []
+    mistakes: list[str] = []
+    outside: set[str] = set()  # models that are no stage's and will be read
     for name in todo:
         done, stage = session.run.done(name), session.stages[name]
-        reads = [reference for reference in stage.reads(names[: names.index(name)]) if reference in names]
-        stays = done is not None and name not in again and all(read in fresh for read in reads)
+        reads = {*stage.reads(names[: names.index(name)])}
+        stays = done is not None and name not in again and all(read in fresh for read in reads if read in names)
         if stays and done is not None and done.input_hash == (input_hash := _input_hash(session, name, fresh)):
             fresh[name] = f"{input_hash} {done.made}"
-        elif (missing := stage.missing()) is not None:
-            mistakes.append(f"{session.recipe}: stages.{name}: {missing}")
+        else:
+            outside |= reads.difference(names)
+            if (missing := stage.missing()) is not None:
+                mistakes.append(f"{session.recipe}: stages.{name}: {missing}")
     if mistakes:
         raise RecipeError(mistakes)
+    for reference in sorted(outside - {SELF} - ({"teacher"} if session.teacher is None else set())):
+        check_reachable(session.artifact(reference).location)
     return todo, hashes
 
 

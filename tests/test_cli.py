@@ -161,6 +161,15 @@ def test_list_shows_members_with_their_fields(distill: Distill) -> None:
     assert "did you mean 'losses'?" in result.err
 
 
+def test_list_shows_the_keys_of_a_section(distill: Distill) -> None:
+    for section, key in (("keep", "head_choice"), ("optimizer", "betas"), ("lora", "alpha"), ("data", "packing")):
+        first, *keys = distill("list", section).out.splitlines()
+        assert first.startswith(f"{section}: ")
+        assert all(len(line.split()) > 2 for line in keys), "a default and a word about it"
+        assert key in [line.split()[0] for line in keys]
+    assert "smallest_share" in distill("list").out
+
+
 def test_list_recipes_says_what_each_makes(distill: Distill) -> None:
     lines = distill("list", "recipes").out.splitlines()[1:]
     assert len(lines) >= 8
@@ -238,7 +247,9 @@ def test_several_mistakes_come_at_once(distill: Distill, recipe: Path) -> None:
 
 def test_arguments_that_do_not_exist(distill: Distill, recipe: Path) -> None:
     for arguments in (["rnu"], ["run"], ["run", str(recipe), "--onyl", "prune"], ["check", str(recipe), "--set"]):
-        assert distill(*arguments).code == 2
+        result = distill(*arguments)
+        assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+        assert result.err.endswith(" --help)\n")
 
 
 @pytest.mark.parametrize(
@@ -292,6 +303,13 @@ def test_unknown_stage(distill: Distill, recipe: Path) -> None:
         assert result.err == f"{flag} distil: no such stage (stages: prune, distill, quantize)\n"
 
 
+def test_only_and_from_exclude_each_other(distill: Distill, recipe: Path, tmp_path: Path) -> None:
+    result = distill("run", recipe, "--only", "prune", "--from", "prune")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert result.err.startswith("--only prune and --from prune: ")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_only_needs_what_stands_before(distill: Distill, recipe: Path) -> None:
     result = distill("run", recipe, "--only", "distill")
     assert result.code == 2
@@ -334,6 +352,22 @@ def test_what_is_wrong_with_the_users_things_is_one_line(
     assert result.code == (1 if "GPU" in message else 2)
     assert len(result.err.strip().splitlines()) == 1
     assert message in result.err
+
+
+def test_a_model_that_is_not_on_the_hub_moves_nothing(
+    distill: Distill, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(url: str) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", raises)
+    (tmp_path / "runs/tiny/prune").mkdir(parents=True)
+    (tmp_path / "runs/tiny/prune/INPUT").write_text("an earlier one\n")
+    result = distill("run", recipe, "--set", "teacher=who/none")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("who/none: no folder here, and the Hub cannot be reached; give a folder, or ")
+    assert result.err.count("\n") == 1
+    assert sorted(path.name for path in (tmp_path / "runs/tiny").iterdir() if path.name != ".lock") == ["prune"]
 
 
 def test_teacher_and_student_of_two_vocabularies(distill: Distill, recipe: Path, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def stopped(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = disturbed(recipe, folder, signal.SIGINT)
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
-    assert f"of {STEPS}, which is saved" in done.stderr
+    assert f"of {STEPS}, which is saved; the same command goes on\n" in done.stderr
     return folder
 
 

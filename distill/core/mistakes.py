@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from distill.core.source import SET, KeyPath, Source, suggest
+from distill.core.spec import NAME
 
 MAPPING = ("model_type", "dict_type")
 """Types of pydantic's errors where keys and values were expected."""
@@ -56,6 +57,8 @@ def _what(item: Any, path: KeyPath, fields_at: Callable[[KeyPath], list[str]], k
         if wrong is None:
             return f"needs a kind (one of {', '.join(kinds[noun])})"
         return f"no {noun} called {wrong!r} (one of {', '.join(kinds[noun])})" + suggest(wrong, kinds[noun])
+    if kind == "string_pattern_mismatch" and item["ctx"]["pattern"] == NAME:
+        return "a name holds letters, digits, . _ and - only, and begins with a letter or a digit"
     what = str(item["msg"]).removeprefix("Value error, ")
     return what[0].lower() + what[1:]
 

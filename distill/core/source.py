@@ -182,7 +182,7 @@ def _apply(source: Source, override: str, mistakes: list[str]) -> None:
             target[part], step = {}, part
             source.places[(*path, part)] = SET
         if step is None:
-            mistakes.append(f"{place}: there is no {dotted((*path, part))} to set" + suggest(part, _keys(target)))
+            mistakes.append(f"{place}: {_nothing_to_set(path, part, target)}")
             return
         if isinstance(target, dict) and target[step] is None:
             target[step] = {}
@@ -192,7 +192,7 @@ def _apply(source: Source, override: str, mistakes: list[str]) -> None:
     step = _step(target, last)
     if step is None:
         if not isinstance(target, dict) or path == ("stages",):
-            mistakes.append(f"{place}: there is no {dotted((*path, last))} to set" + suggest(last, _keys(target)))
+            mistakes.append(f"{place}: {_nothing_to_set(path, last, target)}")
             return
         step = last
     target[step] = value
@@ -200,6 +200,12 @@ def _apply(source: Source, override: str, mistakes: list[str]) -> None:
     for old in [p for p in source.places if p[: len(here)] == here]:
         del source.places[old]
     source.places[here] = SET
+
+
+def _nothing_to_set(path: KeyPath, part: str, target: Any) -> str:
+    near = suggest(part, _keys(target))
+    mend = "; --set cannot add a stage, so write it into the recipe" if path == ("stages",) and not near else near
+    return f"there is no {dotted((*path, part))} to set{mend}"
 
 
 def _step(target: Any, part: str) -> str | int | None:

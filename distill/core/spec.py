@@ -12,6 +12,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import core_schema
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What is the name of a folder too; messages say it in words."""
+
 
 class Spec(BaseModel):
     """Configuration of one component. Unknown keys are mistakes; the line below a field is its documentation."""

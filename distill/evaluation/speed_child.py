@@ -14,6 +14,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from distill.core.quiet import quiet_torchao
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -24,6 +26,7 @@ def measure(folder: str, settings: SpeedSettings) -> dict[str, Any]:
     """The figures of :class:`distill.evaluation.speed.Speed`, measured in this process."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    quiet_torchao()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)

@@ -47,6 +47,36 @@ def locate(reference: str) -> str:
     return str(folder / name)
 
 
+def check_reachable(location: str) -> None:
+    """Refuse a Hub id that cannot be had, after one question to the Hub; a library would ask six times, aloud.
+
+    Raises:
+        InputError: no such id, one that is closed to this user, or no Hub to ask.
+    """
+    location = locate(location)
+    if Path(location).is_dir():
+        return
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        if not isinstance(try_to_load_from_cache(location, "config.json"), str):
+            get_hf_file_metadata(hf_hub_url(location, "config.json"))
+    except HFValidationError:
+        raise InputError(f"{location}: no folder here, and a Hub id is <who>/<model>") from None
+    except GatedRepoError:
+        raise InputError(f"{location}: closed until you accept its terms on its page; then set HF_TOKEN") from None
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"{location}: no folder here and no such model on the Hub, or a private one; give a folder, check the id, "
+            "or set HF_TOKEN"
+        ) from None
+    except Exception:  # no network, a proxy in the way, a Hub that is down: libraries raise what they like
+        raise InputError(
+            f"{location}: no folder here, and the Hub cannot be reached; give a folder, or check the id and the network"
+        ) from None
+
+
 def _from_pretrained(loader: Any, location: str, what: str, **arguments: Any) -> Any:
     """Call a transformers loader; its many ways to fail become one line each."""
     location = locate(location)
@@ -63,6 +93,8 @@ def _from_pretrained(loader: Any, location: str, what: str, **arguments: Any) ->
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         # a line that ends in a colon only announces the next one
         reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        if isinstance(error, SafetensorError):
+            reason += "; its file is damaged: download or copy it again"
         raise InputError(f"{location}: cannot load the {what} ({reason})") from error
 
 

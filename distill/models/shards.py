@@ -120,7 +120,7 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, "pt")
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{file}: cannot be read ({error})") from error
+        raise InputError(f"{file}: cannot be read ({error}); download or copy it again") from error
 
 
 def _homes(folder: Path) -> dict[str, str]:

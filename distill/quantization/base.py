@@ -166,9 +166,12 @@ def count_groups(in_features: int, group_size: int) -> int:
 
 
 def _proposal(in_features: int, wanted: int) -> str:
-    """``"; try 32 or 64"``: the nearest divisors on both sides, powers of two where there are any."""
-    divisors = [size for size in range(8, in_features + 1) if in_features % size == 0]
-    divisors = [size for size in divisors if size & (size - 1) == 0] or divisors
+    """``"; try 32 or 64"``: the nearest divisors on both sides of those that engines and formats have, 32 times 1, 2,
+    4, ..."""
+    divisors = [size for power in range(5, 16) if in_features % (size := 2**power) == 0]
     below, above = [d for d in divisors if d < wanted][-1:], [d for d in divisors if d > wanted][:1]
-    found = " or ".join(str(size) for size in below + above)
-    return f"; try {found}" if found else "; no group fits, so add the layer to skip or use int8_channel"
+    if found := " or ".join(str(size) for size in below + above):
+        return f"; try {found}"
+    return (
+        "; no group of 32 or more fits, as engines need: skip the layer, use int8_channel or prune to a multiple of 32"
+    )

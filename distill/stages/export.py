@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from distill.core.artifact import Artifact, replacing
+from distill.core.spec import NAME
 from distill.exporters import EXPORTERS, HuggingFace
 from distill.exporters.base import EngineMissing, ExporterSpec, VerifyResult
 from distill.stages.base import StageContext, StageSpec
@@ -23,7 +24,7 @@ class Export(StageSpec):
     """What to export: an earlier stage, a folder or a Hub id."""
     target: Annotated[ExporterSpec, EXPORTERS] = HuggingFace()
     """The format."""
-    title: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    title: str | None = Field(None, pattern=NAME)
     """What the model and its folder are called: letters, digits, . _ -; unset: <recipe>-<model>."""
     verify_sequences: int = Field(8, ge=1)
     """Calibration sequences on which the export is held against the trained model."""
@@ -95,6 +96,6 @@ class Export(StageSpec):
 
 
 def _card_rows(rows: list[Any]) -> list[dict[str, str]]:
-    from distill.tracking.tables import cell, shown
+    from distill.tracking.tables import cell, kernel, shown
 
-    return [{"model": row.name, **{c.header: cell(row, c) for c in shown(rows)}, "kernel": row.kernel} for row in rows]
+    return [{"model": row.name, **{c.header: cell(row, c) for c in shown(rows)}, "kernel": kernel(row)} for row in rows]

@@ -66,7 +66,8 @@ class Prune(StageSpec):
     @model_validator(mode="after")
     def _sizes_come_from_one_place(self) -> Prune:
         if (self.keep is None) == (self.search is None):
-            raise ValueError("say what stays once: keep with its sizes, or search with a budget")
+            mend = "" if self.keep is None else "; set the other to null, as by --set stages.prune.keep=null"
+            raise ValueError(f"say what stays once: keep with its sizes, or search with a budget{mend}")
         if self.keep is not None and not self.keep.cuts():
             raise ValueError("keep names no size, so nothing would be cut; name one, such as {intermediate_size: 1024}")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -255,7 +256,8 @@ class Quantize(DistillSpec, StageSpec):
         model = move(disassemble(student), "cpu")  # merged where it was trained: elsewhere the bits may differ
         # a loader casts scales to the type of the folder, which must keep them
         kept = stored_dtype_of(location, "auto") == "float32"
-        scales = {layer.spec.scale_dtype for layer in fake_quant_layers(model).values()}
+        grids = [layer.spec for layer in fake_quant_layers(model).values()]
+        scales = {grid.scale_dtype for grid in grids}
         dtype = torch.float32 if kept or len(scales) > 1 else getattr(torch, scales.pop())
         round_unquantized(model, dtype)
         measured: dict[str, Any] = {}
@@ -277,7 +279,10 @@ class Quantize(DistillSpec, StageSpec):
             mask=mask,
         )
         size, worst = measured["share_of_bfloat16"], measured["verified_worst_kl"]
-        context.say(f"{measured['quantized_layers']} layers as {self.label()}, {size:.3f} of their bf16 bytes")
+        counts = Counter(grid.label() for grid in grids).most_common()
+        each = "(" + "; ".join(f"{count} as {grid}" for grid, count in counts) + ")"
+        scheme = each if self.mixed else f"as {self.label()}"
+        context.say(f"{measured['quantized_layers']} layers {scheme}, {size:.3f} of their bf16 bytes")
         context.say(f"reloaded by plain transformers: worst KL to the trained model {worst:.1e}")
         return figures | measured | {"scheme": self.label()}
 

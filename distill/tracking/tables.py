@@ -84,10 +84,15 @@ BY_KEY = {column.key: column for column in COLUMNS}
 
 def cell(row: Row, column: Column) -> str:
     """A printed figure; "simulated" for the speed of a simulated kernel and a dash for what was not measured."""
-    if row.kernel == "simulated" and column.key in SPEED:
+    if row.lacks_speed and column.key in SPEED:
         return "simulated"
     value = figure(row, column.key)
     return MISSING if value is None else column.style(value * column.scale)
+
+
+def kernel(row: Row) -> str:
+    """What the speed of a row was measured on; a dash where none was asked for."""
+    return row.kernel if row.engine is not None else MISSING
 
 
 def best(rows: Sequence[Row], column: Column) -> set[str]:
@@ -124,7 +129,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
     for row in rows:
         cells = [f"**{cell(row, c)}**" if row.name in winners[c.key] else cell(row, c) for c in columns]
         notes = "; ".join(part for part in (row.role if row.role != "student" else "", row.scheme, row.notes) if part)
-        lines.append("| " + " | ".join(_escape(text) for text in [row.name, *cells, row.kernel, notes]) + " |")
+        lines.append("| " + " | ".join(_escape(text) for text in [row.name, *cells, kernel(row), notes]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -138,7 +143,7 @@ def csv_table(rows: Sequence[Row]) -> str:
         figures = []
         for column in COLUMNS:
             value = figure(row, column.key)
-            empty = "simulated" if row.kernel == "simulated" and column.key in SPEED else ""
+            empty = "simulated" if row.lacks_speed and column.key in SPEED else ""
             figures.append(empty if value is None else f"{value * column.scale:.10g}")
         writer.writerow([row.name, *figures, *(getattr(row, name) or "" for name in texts)])
     return stream.getvalue()

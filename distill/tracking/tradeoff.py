@@ -45,7 +45,7 @@ class Row:
         prefill_ms, decode_tokens_per_s: medians of the least disturbed round; decode_tokens_per_s_p90: its slow tenth.
         peak_memory_bytes: of the whole process or device; memory_above_start_bytes: what the model added to it.
         kernel: "simulated" when the engine at hand undoes the rounding before it multiplies.
-        engine, device, dtype: what ran it.
+        engine, device, dtype: what its speed was measured with; None: it was not asked for.
         training_tokens: tokens that this stage trained on, 0 for none; training_seconds: how long that took.
     """
 
@@ -81,6 +81,11 @@ class Row:
         filled = [name for name in SPEED if getattr(self, name) is not None]
         if self.kernel == "simulated" and filled:
             raise ValueError(f"{self.name}: a simulated kernel has no {', '.join(filled)}")
+
+    @property
+    def lacks_speed(self) -> bool:
+        """Whether a speed was wanted, for which an engine is named, and cannot be had of a simulated kernel."""
+        return self.kernel == "simulated" and self.engine is not None
 
 
 def to_json(rows: Iterable[Row]) -> str:

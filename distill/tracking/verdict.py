@@ -169,7 +169,7 @@ def _share_of(row: Row, teacher: Row) -> str:
 
 
 def _speed(row: Row, teacher: Row) -> str:
-    if row.kernel == "simulated":
+    if row.lacks_speed:
         return "speed not measured (its kernel is simulated here)"
     own, whole = row.decode_tokens_per_s, teacher.decode_tokens_per_s
     if not own or not whole:

@@ -25,7 +25,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from distill.core.secrets import redacted
 from distill.tracking.spec import LoggingSpec
-from distill.tracking.tables import COLUMNS, cell, teacher_first
+from distill.tracking.tables import COLUMNS, cell, kernel, teacher_first
 from distill.tracking.tradeoff import Row
 
 INIT_SECONDS = 15.0
@@ -232,7 +232,7 @@ def log_tradeoff(
         import wandb
 
         ordered = teacher_first(rows)
-        table = [[row.name, row.role, row.kernel, *(cell(row, column) for column in COLUMNS)] for row in ordered]
+        table = [[row.name, row.role, kernel(row), *(cell(row, column) for column in COLUMNS)] for row in ordered]
         found: dict[str, Any] = {
             "report/tradeoff": wandb.Table(["model", "role", "kernel", *(c.header for c in COLUMNS)], table)
         }

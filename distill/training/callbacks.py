@@ -250,7 +250,10 @@ class Checkpoints(StepEnd):
                 self._save(trainer, module)
             self.files.settle()
             trainer.strategy.barrier()  # whoever has nothing to write would end, and be taken for a reason to end all
-            raise _stopped(asked, f" at step {trainer.global_step} of {trainer.max_steps}, which is saved")
+            raise _stopped(
+                asked,
+                f" at step {trainer.global_step} of {trainer.max_steps}, which is saved; the same command goes on",
+            )
 
     def _save(self, trainer: pl.Trainer, module: DistillationModule) -> None:
         step = trainer.global_step

@@ -11,6 +11,8 @@ import pytest
 from distill.core.errors import InputError, RecipeError
 from distill.core.source import MOST_VALUES, parse, read, suggest
 
+NO_STAGE = "; --set cannot add a stage, so write it into the recipe"
+
 
 def mistakes(text: str, *overrides: str) -> list[str]:
     with pytest.raises(RecipeError) as caught:
@@ -193,7 +195,8 @@ def test_the_last_set_wins_and_a_value_may_hold_an_equals_sign() -> None:
             "stages.distil.num_steps=1",
             "--set stages.distil.num_steps: there is no stages.distil to set; did you mean 'distill'?",
         ),
-        ("stages.new={kind: prune}", "--set stages.new: there is no stages.new to set"),
+        ("stages.new={kind: prune}", "--set stages.new: there is no stages.new to set" + NO_STAGE),
+        ("stages.new.kind=prune", "--set stages.new.kind: there is no stages.new to set" + NO_STAGE),
         (
             "stages.distill.losses.forwrd_kl.weight=1",
             "--set stages.distill.losses.forwrd_kl.weight: there is no stages.distill.losses.forwrd_kl to set",

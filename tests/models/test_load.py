@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedMo
 from distill.core.errors import InputError
 from distill.exporters.compressed_tensors import save
 from distill.models.head import check_head, hidden_states
-from distill.models.load import load_config, load_model, locate, new_config, new_model
+from distill.models.load import check_reachable, load_config, load_model, locate, new_config, new_model
 from distill.quantization import Int8Channel, IntGroup
 from distill.quantization.base import QuantizerSpec
 from distill.quantization.prepare import prepare
@@ -95,10 +96,41 @@ def test_what_is_no_model_is_refused(tmp_path: Path, folder: Path) -> None:
     assert refused(lambda: load_model(str(folder))).startswith(f"{folder}: cannot load the config (")
 
 
+def test_what_the_hub_does_not_give(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    def answer(error: Exception) -> None:
+        def raises(url: str) -> None:
+            assert url.endswith("/who/none/resolve/main/config.json")
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", raises)
+
+    response: Any = SimpleNamespace(headers={}, request=None)
+    for error, line in (
+        (
+            OfflineModeIsEnabled("offline\nmode"),
+            "the Hub cannot be reached; give a folder, or check the id",
+        ),
+        (
+            RepositoryNotFoundError("401", response=response),
+            "no such model on the Hub, or a private one; give",
+        ),
+        (GatedRepoError("403", response=response), "closed until you accept its terms on its page"),
+    ):
+        answer(error)
+        assert line in refused(lambda: check_reachable("who/none"))
+    assert "a Hub id is <who>/<model>" in refused(lambda: check_reachable("who/none/else"))
+    check_reachable(str(folder))
+
+
 def test_a_cut_file_is_refused(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert refused(lambda: load_model(str(folder))).startswith(f"{folder}: cannot load the model (")
+    line = refused(lambda: load_model(str(folder)))
+    assert line.startswith(f"{folder}: cannot load the model (")
+    assert line.endswith("its file is damaged: download or copy it again)")
 
 
 def test_pickled_weights_are_not_read(folder: Path, model: LlamaForCausalLM) -> None:

@@ -239,7 +239,7 @@ def test_check_and_run_refuse_a_budget_out_of_reach_alike(teacher: Path, text: P
     [
         ("", "say what stays once: keep with its sizes, or search"),
         ("keep: {}", "keep names no size, so nothing would be cut"),
-        ("keep: {intermediate_size: 32}, " + SEARCH, "say what stays once"),
+        ("keep: {intermediate_size: 32}, " + SEARCH, r"say what stays once: .*--set stages\.prune\.keep=null"),
         (SEARCH + ", depth_criterion: leave_one_out", "depth_criterion has no effect: search cuts nothing"),
         (
             SEARCH.replace("num_measured: 4", "num_measured: 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,11 @@ def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
     assert spent <= 5 * sum(row["weights"] for row in scan)
     assert (the_run.stage("mixed") / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
     assert any("14 layers scanned" in line for line in said)
+    (told,) = [line for line in said if "14 layers (" in line]  # the grids that were chosen, not the stage's own
+    counts = Counter(row["chosen"] for row in scan)
+    assert sorted(told[told.index("(") + 1 : told.index(")")].split("; ")) == sorted(
+        f"{count} as {grid}" for grid, count in counts.items()
+    )
     page = (the_run.stage("report") / "index.html").read_text()
     assert re.findall(r"<h3>(\w+): what each layer costs", page) == ["mixed"]
     assert (the_run.stage("report") / "plots" / "sensitivity_mixed.png").is_file()

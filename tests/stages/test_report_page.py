@@ -7,11 +7,13 @@ import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from distill.core.errors import MachineError
+from distill.stages.report_page import plots
 from distill.stages.report_page.write import RunFacts, plots_of, write_report
 from distill.tracking.tradeoff import Row, from_json
 
@@ -25,8 +27,8 @@ ROWS = [
         decode_tokens_per_s=608.0, training_tokens=1000),
     Row("distill", kind="distill", parent="prune", parameters=2_300_000, non_embedding_parameters=900_000,
         weight_bytes=4_600_000, loss_nats=4.24, perplexity=69.4, decode_tokens_per_s=612.0, training_tokens=1000),
-    Row("int4", kind="quantize", parent="distill", scheme="int4", kernel="simulated", weight_bytes=1_300_000,
-        loss_nats=4.52, perplexity=91.8, notes=EVIL, training_tokens=0),
+    Row("int4", kind="quantize", parent="distill", scheme="int4", kernel="simulated", engine="transformers",
+        weight_bytes=1_300_000, loss_nats=4.52, perplexity=91.8, notes=EVIL, training_tokens=0),
 ]  # fmt: skip
 CURVES = {
     "distill": {
@@ -97,13 +99,13 @@ def test_all_files_are_there_and_whole(folder: Path) -> None:
     assert {"index.html", "report.md", "table.csv", "rows.json"} <= names
     assert not [name for name in names if name.endswith(".writing")]
     assert from_json((folder / "rows.json").read_text()) == ROWS
-    plots = plots_of(folder)
-    assert set(plots) == {
+    pictures = plots_of(folder)
+    assert set(pictures) == {
         "perplexity_against_weight_bytes",
         "perplexity_against_decode_tokens_per_s",
         "curve_distill_forward_kl",
     }
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in plots.values())
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in pictures.values())
 
 
 def test_the_page_parses_and_needs_no_network(html: str) -> None:
@@ -199,3 +201,47 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monk
 def test_drawn_twice_is_the_same(folder: Path, tmp_path: Path) -> None:
     again = write_report(ROWS, CURVES, PROMPTS, FACTS, tmp_path)
     assert again.read_bytes() == (folder / "index.html").read_bytes()
+
+
+def test_the_line_of_the_cut_spares_dropped_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from matplotlib.figure import Figure
+
+    from distill.stages.report_page import score_plots as module
+
+    drawn: list[Figure] = []
+
+    def render(name: str, size: tuple[float, float], draw: Any, title: str, note: str) -> tuple[str, bytes]:
+        assert title == "prune: scores of MLP neurons"
+        drawn.append(Figure(figsize=size))
+        draw(drawn[0].add_subplot(), plots.INKS)
+        return "", b""
+
+    monkeypatch.setattr(module, "render", render)
+    scores: Any = SimpleNamespace(tensors=lambda: {"mlp_neurons": torch.rand(4, 100)})
+    plan: Any = SimpleNamespace(
+        layers=(0, 3), mlp_neurons=[range(40)] * 2, before={"layers": 4, "mlp_neurons": 100}, after={"mlp_neurons": 40}
+    )
+    (plot,) = module.score_plots("prune", scores, plan)
+    assert "struck through: layers that are dropped" in plot.note
+    axes = drawn[0].axes[0]
+    cut, struck = [[[tuple(end) for end in line] for line in one.get_segments()] for one in axes.collections]
+    assert cut == [[(40, -0.5), (40, 0.5)], [(40, 2.5), (40, 3.5)]]
+    assert struck == [[(0, 1), (100, 1)], [(0, 2), (100, 2)]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "the layer's best",
+        "a tenth",
+        "1/100 or less",
+    ]
+
+
+def test_a_picture_alone_has_title_and_note() -> None:
+    def pixels(*said: str) -> tuple[int, int]:
+        svg, png = plots.render("x", (3.0, 2.0), lambda axes, inks: None, *said)
+        assert "what it shows" not in svg  # the page says it beside it
+        return int.from_bytes(png[16:20]), int.from_bytes(png[20:24])
+
+    (width, bare), (same, tall) = pixels(), pixels("what it shows", "word " * 30)
+    assert (width, bare) == (660, 440)
+    assert same == width
+    assert tall > bare + 50

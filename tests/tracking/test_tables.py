@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 
-from distill.tracking.tables import BY_KEY, best, cell, csv_table, markdown_table
+from distill.tracking.tables import BY_KEY, best, cell, csv_table, markdown_table, shown
 from distill.tracking.tradeoff import Row
 
 ROWS = [
     Row("distill", weight_bytes=2_000_000, perplexity=60.0, decode_tokens_per_s=200.0, notes="a|b"),
     Row("teacher", "teacher", weight_bytes=4_000_000, perplexity=50.0, decode_tokens_per_s=100.0),
-    Row("int4", scheme="int4", weight_bytes=500_000, kernel="simulated"),
+    Row("int4", scheme="int4", weight_bytes=500_000, kernel="simulated", engine="transformers"),
 ]
 
 
@@ -25,6 +25,13 @@ def test_markdown() -> None:
     assert "—" in lines[4]
     assert "**0.500**" in lines[4]
     assert "KL to teacher" not in lines[0]  # nobody has one
+
+
+def test_nothing_is_simulated_where_no_speed_was_asked_for() -> None:
+    rows = [Row("teacher", "teacher", perplexity=50.0), Row("int4", scheme="int4", kernel="simulated", perplexity=60.0)]
+    assert [column.key for column in shown(rows)] == ["perplexity"]
+    assert [line.split(" | ")[-2] for line in markdown_table(rows).splitlines()[2:]] == ["—", "—"]
+    assert "simulated" not in csv_table(rows).splitlines()[1].split(",")
 
 
 def test_csv_reads_back() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -93,14 +94,17 @@ def test_controls_say_when_distillation_did_not_pay() -> None:
 
 def test_verdict_is_made_of_the_figures() -> None:
     low = Row(
-        "int4", parent="distill", scheme="int4", kernel="simulated", weight_bytes=64, loss_nats=4.9, perplexity=134.0
-    )
+        "int4", parent="distill", scheme="int4", kernel="simulated", engine="transformers", weight_bytes=64,
+        loss_nats=4.9, perplexity=134.0,
+    )  # fmt: skip
     text = verdict([PRUNED, STUDENT, low, TEACHER])
     assert (
         "54 % of the teacher's non-embedding parameters, 1.60x its decode speed, perplexity 90.0 against 54.6" in text
     )
     assert "training closed 75 % of the loss gap to the teacher" in text
     assert "int4: 16 % of the teacher's bytes, speed not measured (its kernel is simulated here)" in text
+    unasked = verdict([PRUNED, STUDENT, replace(low, engine=None), TEACHER])
+    assert "int4: 16 % of the teacher's bytes, speed not measured, perplexity 134" in unasked
 
 
 def test_verdict_does_not_hide_a_bad_student() -> None:

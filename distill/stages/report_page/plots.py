@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ def pareto_plot(rows: Sequence[Row], cost: str, title: str, quality: str = "perp
     front = pareto(drawn, quality, cost)
     x, y = BY_KEY[cost], BY_KEY[quality]
     left_out = [row for row in rows if row not in drawn]
-    simulated = [row.name for row in left_out if row.kernel == "simulated" and _finite(row, cost) is None]
+    simulated = [row.name for row in left_out if row.lacks_speed and _finite(row, cost) is None]
     missing = [row.name for row in left_out if row.name not in simulated]
     notes = [f"{', '.join(simulated)}: simulated here, so without a speed."] if simulated else []
     notes += [f"{', '.join(missing)}: not measured."] if missing else []
@@ -78,8 +79,17 @@ def _finite(row: Row, key: str) -> float | None:
     return value if value is not None and math.isfinite(value) and value > 0 else None
 
 
-def render(name: str, size: tuple[float, float], draw: Callable[[Axes, dict[str, str]], None]) -> tuple[str, bytes]:
-    """Draw twice: (SVG text, PNG bytes). Works on figures of its own and leaves pyplot's state alone."""
+def render(
+    name: str,
+    size: tuple[float, float],
+    draw: Callable[[Axes, dict[str, str]], None],
+    title: str = "",
+    note: str = "",
+) -> tuple[str, bytes]:
+    """Draw twice: (SVG text, PNG bytes). Works on figures of its own and leaves pyplot's state alone.
+
+    Title and note are drawn into the PNG, which is seen alone; the page writes them beside the SVG.
+    """
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.patheffects import withStroke
@@ -95,8 +105,19 @@ def render(name: str, size: tuple[float, float], draw: Callable[[Axes, dict[str,
             if form == "png":  # the page's style sheet gives the SVG's text the same halo
                 for text in axes.texts:
                     text.set_path_effects([withStroke(linewidth=2, foreground=inks["paper"])])
+                _caption(figure_, inks, title, note)
             results.append(_save(figure_, form))
     return _themed(results[0].decode()), results[1]
+
+
+def _caption(figure_: Figure, inks: dict[str, str], title: str, note: str) -> None:
+    if title:
+        figure_.suptitle(title, x=0.02, ha="left", fontsize=8.2, color=inks["ink"])
+    if note:
+        width, height = figure_.get_size_inches()
+        lines = textwrap.wrap(note, int(width * 21))
+        figure_.set_size_inches(width, height + 0.12 * len(lines) + 0.2)  # the drawing itself keeps its room
+        figure_.supxlabel("\n".join(lines), x=0.02, ha="left", fontsize=6.2, color=inks["muted"])
 
 
 def _save(figure_: Figure, form: str) -> bytes:

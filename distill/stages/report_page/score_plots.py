@@ -43,7 +43,7 @@ def score_plots(stage: str, scores: Scores, plan: Plan) -> list[Plot]:
         values = tensor.double().numpy()
         drawing = _bars if axis in ("layers", "layer_blocks") else _curve if values.ndim == 1 else _cells
         size, note, draw = drawing(axis, values, plan)
-        svg, png = render(f"scores_{stage}_{axis}", size, draw)
+        svg, png = render(f"scores_{stage}_{axis}", size, draw, f"{stage}: scores of {TITLES[axis]}", note)
         plots.append(Plot(f"scores_{stage}_{axis}", TITLES[axis], svg, png, note))
     return plots
 
@@ -112,7 +112,12 @@ def _cells(axis: str, values: np.ndarray, plan: Plan) -> tuple[tuple[float, floa
             gone = [] if ranked else [u for u in range(units) if u not in stays.get(layer, ())]
             axes.plot([u + 0.47 for u in gone], [layer] * len(gone), "x", color=inks["ink"], markersize=3, linewidth=0)
         if ranked:
-            axes.axvline(units * share, color=inks["ink"], linewidth=0.9, dashes=(4, 3))
+            rows = [layer for layer in range(len(depth)) if layer in plan.layers]
+            low, high = ([layer + side for layer in rows] for side in (-0.5, 0.5))
+            axes.vlines([units * share] * len(rows), low, high, inks["ink"], (0, (4, 3)), linewidth=0.9)
+            gone_rows = [layer for layer in range(len(depth)) if layer not in plan.layers]
+            axes.hlines(gone_rows, 0, units, color=inks["ink"], linewidth=0.9)
+        _colour_key(axes, inks)
         axes.grid(visible=False)
         axes.set_xlim(0, units)
         axes.set_ylim(len(depth) - 0.5, -0.5)
@@ -123,9 +128,21 @@ def _cells(axis: str, values: np.ndarray, plan: Plan) -> tuple[tuple[float, floa
             numbers = range(0, units, 1 + units // 9)
             axes.set_xticks([u + 0.47 for u in numbers], [str(u) for u in numbers])
 
-    cut = f"left of the line: the {plan.after[axis]} that stay" if ranked else "crossed out: what is cut"
-    height = 1.0 + 0.085 * max(8, min(len(depth), 80))
+    cut = f"left of the dashes: the {plan.after[axis]} that stay" if ranked else "crossed out: what is cut"
+    cut += ", struck through: layers that are dropped" if ranked and len(plan.layers) < len(depth) else ""
+    height = 1.2 + 0.085 * max(8, min(len(depth), 80))
     return (3.0, height), f"The paler, the less beside the layer's best, on a scale of {DECADES} decades; {cut}.", draw
+
+
+def _colour_key(axes: Axes, inks: dict[str, str]) -> None:
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Patch
+
+    steps = {"the layer's best": 1.0, "a tenth": 1 - 1 / DECADES, f"1/{10**DECADES} or less": 0.04}
+    patches = [Patch(facecolor=to_rgba(inks["accent"], depth), label=label) for label, depth in steps.items()]
+    place: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.3, "ncols": len(steps)}
+    room: Any = {"handlelength": 1.0, "handletextpad": 0.4, "columnspacing": 0.9, "fontsize": 6.5}
+    axes.legend(handles=patches, frameon=False, labelcolor=inks["muted"], **place, **room)
 
 
 def _whole_numbers(axes: Axes) -> None:

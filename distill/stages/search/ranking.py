@@ -29,7 +29,7 @@ def ranking(folder: Path, most: int = 10) -> list[list[str]]:
         return []
     found = read_json(folder / SEARCH)
     keys = list(dict.fromkeys(key for row in found["ranking"] for key in row["keep"]))
-    measure, titles = found["measure"], ["estimated KL", "KL when cut", "KL after training", "is"]
+    measure, titles = found["measure"], ["estimated KL", "KL when cut", "KL after training", "role"]
     lines = [["", *keys, measure.replace("_", " "), *titles]]
     for place, row in enumerate(found["ranking"], 1):
         if place > most and not row[UNIFORM]:
