@@ -129,8 +129,9 @@ def test_goes_on_to_the_same_weights(
 def test_a_damaged_checkpoint_is_passed_over(recipe: Path, undisturbed: bytes, tmp_path: Path, stopped: Path) -> None:
     """As a disk or a foreign hand may leave it; ours are written whole."""
     folder = shutil.copytree(stopped, tmp_path / "run")
-    newest = max((folder / "second" / "checkpoints").glob("step=*.ckpt"))
-    newest.write_bytes(newest.read_bytes()[:1000])
+    whole = max((folder / "second" / "checkpoints").glob("step=*.ckpt"))
+    newest = whole.with_name(f"step={int(whole.stem[5:]) + 1:08d}.ckpt")
+    newest.write_bytes(whole.read_bytes()[:1000])
     said = finish(recipe, folder)
     assert [line for line in said if "damaged" in line and newest.name in line]
     assert weights(folder) == undisturbed
