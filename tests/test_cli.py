@@ -259,6 +259,10 @@ def test_arguments_that_do_not_exist(distill: Distill, recipe: Path) -> None:
             ["compute.devices=0"],
             ["--set compute.devices: input should be 'auto' or greater than or equal to 1 (got 0)"],
         ),
+        (
+            ["compute.teacher_device=gpu1"],
+            ["--set compute.teacher_device: expected auto, cpu, cuda or one GPU, such as cuda:1 (got 'gpu1')"],
+        ),
         (["stages.prune.keep=3"], ["--set stages.prune.keep: needs a mapping of keys to values (got 3)"]),
         (
             ["stages.distill.num_tokens=9", "seed=3"],

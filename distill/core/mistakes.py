@@ -9,12 +9,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from distill.core.source import SET, KeyPath, Source, suggest
-from distill.core.spec import NAME
+from distill.core.spec import DEVICE, NAME
 
 MAPPING = ("model_type", "dict_type")
 """Types of pydantic's errors where keys and values were expected."""
 NO_SUCH = "no_such_"
 """Begins the type of the error when a family has no such member."""
+IN_WORDS = {
+    NAME: "a name holds letters, digits, . _ and - only, and begins with a letter or a digit",
+    DEVICE: "expected auto, cpu, cuda or one GPU, such as cuda:1",
+}
+"""What the patterns ask for."""
 
 
 def mistakes_of(
@@ -57,8 +62,8 @@ def _what(item: Any, path: KeyPath, fields_at: Callable[[KeyPath], list[str]], k
         if wrong is None:
             return f"needs a kind (one of {', '.join(kinds[noun])})"
         return f"no {noun} called {wrong!r} (one of {', '.join(kinds[noun])})" + suggest(wrong, kinds[noun])
-    if kind == "string_pattern_mismatch" and item["ctx"]["pattern"] == NAME:
-        return "a name holds letters, digits, . _ and - only, and begins with a letter or a digit"
+    if kind == "string_pattern_mismatch":
+        return IN_WORDS[item["ctx"]["pattern"]]
     what = str(item["msg"]).removeprefix("Value error, ")
     return what[0].lower() + what[1:]
 

@@ -14,6 +14,8 @@ from pydantic_core import core_schema
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """What is the name of a folder too; messages say it in words."""
+DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
+"""Where a model runs, as PyTorch writes it."""
 
 
 class Spec(BaseModel):

@@ -316,7 +316,9 @@ class ShowProgress(StepEnd):
         self.teardown(trainer, module, "fit")
 
     def _numbers(self) -> str:
-        latest = self.record.latest
+        latest = dict(self.record.latest)
+        if latest.get("train/kl") == latest.get("train/forward_kl"):
+            latest.pop("train/kl", None)  # the loss alone is it
         shown = [f"{key.split('/')[1]} {value:.3f}" for key, value in latest.items() if key.startswith("train/")]
         if "val/cross_entropy" in latest:
             shown.append(f"val {latest['val/cross_entropy']:.3f}")

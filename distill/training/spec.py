@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from distill.core.errors import InputError
-from distill.core.spec import Spec
+from distill.core.spec import DEVICE, Spec
 from distill.losses import LOSSES, AnyLossSpec, ForwardKL, LossSpec, StateLossSpec
 from distill.losses.schedule import Schedule, Share
 
@@ -195,7 +195,7 @@ class ComputeSpec(Spec):
     """Seconds without a sign of life from one of several processes until the others stop."""
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
     """Arithmetic of training; auto is bf16-mixed on a GPU and 32-true on a CPU."""
-    teacher_device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    teacher_device: str = Field("auto", pattern=DEVICE)
     """Where a teacher that is in memory runs, such as cpu or cuda:1; auto is beside the student."""
     teacher_precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights and arithmetic of that teacher; auto is its file's precision on a GPU and float32 on a CPU."""

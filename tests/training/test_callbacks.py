@@ -7,6 +7,7 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from rich.progress import Progress
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.training.callbacks import StepEnd, flops_per_token
+from distill.training.callbacks import ShowProgress, StepEnd, flops_per_token
 from distill.training.metrics import read_rows
 
 
@@ -53,6 +54,14 @@ def test_a_log_file_gets_plain_lines(module: Any, train: Any, capsys: pytest.Cap
         assert part in line
     assert "\x1b" not in out + err
     assert "step" not in err
+
+
+def test_a_line_says_a_number_once() -> None:
+    def numbers(kl: float) -> str:
+        return ShowProgress(SimpleNamespace(latest={"train/forward_kl": 0.5, "train/kl": kl}), "x")._numbers()  # type: ignore[arg-type]
+
+    assert numbers(0.5) == "forward_kl 0.500"
+    assert numbers(0.25) == "forward_kl 0.500  kl 0.250"
 
 
 class Terminal(io.StringIO):
