@@ -49,16 +49,22 @@ METHODS: dict[str, dict[str, Any]] = {
     "distillation": {"losses": ["forward_kl"]},
     "distillation from itself": {"losses": ["forward_kl"], "teacher": "START"},
     "distillation after gptq": {"losses": ["forward_kl"], "rounding": "gptq"},
+    "distillation, scales held": {"losses": ["forward_kl"], "freeze_scales": 0.9},
     "distillation, int8 activations": {"losses": ["forward_kl"], "activations": "dynamic_int8"},
 }
 """Ways to train; START stands for the student before it is quantized."""
 SEARCHED = {
     "distillation from itself": "distillation",
     "distillation after gptq": "distillation",
+    "distillation, scales held": "distillation",
     "distillation, int8 activations": "distillation",
 }
 """Methods that take over another's learning rates."""
-ONLY = {"distillation after gptq": ("int4", "int3", "int2"), "distillation, int8 activations": ("int4",)}
+ONLY = {
+    "distillation after gptq": ("int4", "int3", "int2"),
+    "distillation, scales held": ("int4", "int3", "int2", "ternary"),
+    "distillation, int8 activations": ("int4",),
+}
 """Methods that are for some grids."""
 
 

@@ -281,7 +281,8 @@ def test_every_grid_is_rounded_and_trained_by_a_recipe_that_is_valid(tmp_path: P
     recipe = {"name": "quantization", "teacher": start, "data": books.data(tmp_path, "test"), "stages": stages}
     found = Recipe.from_text(yaml.safe_dump(recipe, sort_keys=False)).stages
     everywhere = len(METHODS) - len(quantization_grids.ONLY)
-    some = 3 + len(GRIDS["int4"].scales)  # after gptq with learned scales, and int4 with int8 activations
+    held = sum(len(GRIDS[grid].scales) for grid in ("int4", "int3", "int2", "ternary"))
+    some = 3 + held + len(GRIDS["int4"].scales)  # after gptq with learned scales; held; int4 with int8 activations
     assert sum("trained" in name for name in found) == everywhere * sum(len(g.scales) for g in GRIDS.values()) + some
     keep = quantization_grids.KEEP
     widths = (keep["hidden_size"], keep["intermediate_size"], keep["num_attention_heads"] * 32)
