@@ -57,7 +57,12 @@ def check_reachable(location: str) -> None:
     if Path(location).is_dir():
         return
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         if not isinstance(try_to_load_from_cache(location, "config.json"), str):
@@ -71,6 +76,8 @@ def check_reachable(location: str) -> None:
             f"{location}: no folder here and no such model on the Hub, or a private one; give a folder, check the id, "
             "or set HF_TOKEN"
         ) from None
+    except RemoteEntryNotFoundError:
+        raise InputError(f"{location}: has no config.json, so it is no model of transformers; name another") from None
     except Exception:  # no network, a proxy in the way, a Hub that is down: libraries raise what they like
         raise InputError(
             f"{location}: no folder here, and the Hub cannot be reached; give a folder, or check the id and the network"

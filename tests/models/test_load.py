@@ -98,7 +98,12 @@ def test_what_is_no_model_is_refused(tmp_path: Path, folder: Path) -> None:
 
 def test_what_the_hub_does_not_give(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        OfflineModeIsEnabled,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     def answer(error: Exception) -> None:
         def raises(url: str) -> None:
@@ -117,6 +122,7 @@ def test_what_the_hub_does_not_give(folder: Path, monkeypatch: pytest.MonkeyPatc
             RepositoryNotFoundError("401", response=response),
             "no such model on the Hub, or a private one; give",
         ),
+        (RemoteEntryNotFoundError("404", response=response), "has no config.json, so it is no model of transformers"),
         (GatedRepoError("403", response=response), "closed until you accept its terms on its page"),
     ):
         answer(error)
