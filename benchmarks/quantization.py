@@ -134,7 +134,7 @@ class Quantization:
             stages = {"student": budgeted(stage, self.budget.search_tokens, lr)}
             measured = {"evaluate": {"models": ["student"], "speed": None}}
             name = stage_name(f"{grid}-{scale}" if scale else grid, method)
-            figures = self.choosing.run(Cell(f"search/{name}/lr-{lr:g}", stages | measured))
+            figures = self.choosing.run(Cell(f"search-{self.budget.search_tokens}/{name}/lr-{lr:g}", stages | measured))
             found[lr] = figures["student"]["perplexity"]
         return found
 

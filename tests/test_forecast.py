@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks import forecast
+from distill.core.errors import RecipeError
 from distill.forecast import describe, room
 from distill.forecast.memory import Job
 from distill.forecast.models import candidates, config_of, count
 from distill.models.lora import LoraSpec
 from distill.recipe import Recipe
+from distill.recipes import find
 from distill.stages.prune import Prune
 
 RECIPE = """\
@@ -182,3 +184,22 @@ def test_what_follows_a_search_is_told_of_the_largest_that_it_may_be(large: tupl
     cut = [count({**config, "num_hidden_layers": number, "intermediate_size": 1024}) or 0 for number in layers]
     (told,) = re.findall(r"keeps intermediate_size 1024; makes at most ([\d.]+)B", describe(recipe))
     assert told == f"{max(cut) / 1e9:.2f}" != f"{cut[0] / 1e9:.2f}"
+
+
+def test_the_short_trainings_of_a_search_are_forecast_as_those_of_one_process() -> None:
+    """They have the student, the batch and the teacher of the distillation after them."""
+
+    def memory(*overrides: str) -> list[str]:
+        recipe = Recipe.load(find("budget-search"), ["compute.accelerator=gpu", *overrides])
+        return re.findall(r"^ +(.*(?:memory of|does not fit).*)$", describe(recipe, 0.07), re.MULTILINE)
+
+    of = "of a short training: "
+    short, no_short, after, no_after, *_ = memory()
+    assert (short, no_short) == (of + after, of + no_after)
+    shared = memory("compute.devices=2", "compute.strategy=fsdp")
+    assert shared[0] == short
+    assert shared[2] != after
+    only_shared = ("compute.micro_batch_size=1", "compute.gradient_checkpointing=true", "compute.teacher_device=cpu")
+    assert not any("fsdp" in line for line in memory(*only_shared) if line.startswith(of))
+    with pytest.raises(RecipeError, match=r"stages\.prune: batch_size \(8\) must be a multiple of compute\.micro"):
+        describe(Recipe.load(find("budget-search"), ["compute.micro_batch_size=3"]))

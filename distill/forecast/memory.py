@@ -81,6 +81,7 @@ class Job:
         on_cpu: where it runs.
         num_processes: that train together.
         sharded: whether they share the models out.
+        alone: whether no other process may ever take part.
         lacks_teacher: whether there is a teacher besides, of unknown size.
         writes_behind: whether training goes on from a copy of what a checkpoint holds.
     """
@@ -100,6 +101,7 @@ class Job:
     on_cpu: bool
     num_processes: int = 1
     sharded: bool = False
+    alone: bool = False
     lacks_teacher: bool = False
     writes_behind: bool = False
 

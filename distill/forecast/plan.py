@@ -20,7 +20,7 @@ from distill.forecast.models import (
     size,
     stored_dtype,
 )
-from distill.forecast.room import Room, amount, job_of, lines
+from distill.forecast.room import Room, amount, job_of, lines, training_of
 from distill.models.layouts import layout_for
 from distill.pruning.keep import KeepSpec
 from distill.pruning.layout import shape
@@ -71,8 +71,9 @@ def describe(recipe: Recipe, memory_gb: float | None = None) -> str:
             check_stage(name, stage, recipe, known)
             is_open = len(possible[name]) > 1 or _is_open(stage)
             said.append(f"  [{number}/{len(recipe.stages)}] " + _line(name, stage, recipe, known, is_open))
-            if (job := job_of(name, stage, recipe, known, room)) is not None and isinstance(stage, BudgetSpec):
-                said += [f"      {line}" for line in lines(job, stage.batch_size, recipe.compute, room)]
+            if (job := job_of(name, stage, recipe, known, room)) is not None and (budget := training_of(stage)):
+                of = "of a short training: " if job.alone else ""
+                said += [f"      {of}{line}" for line in lines(job, budget.batch_size, recipe.compute, room)]
         except InputError as error:
             mistakes.append(f"{recipe.name}: stages.{name}: {error}")
             known.setdefault(name, None)

@@ -15,6 +15,7 @@ from distill.losses import ForwardKL
 from distill.recipe import Recipe
 from distill.stages.base import SELF, StageSpec
 from distill.stages.cache_teacher import CacheTeacher
+from distill.stages.prune import Prune
 from distill.stages.quantize import Quantize
 from distill.training.spec import BudgetSpec, ComputeSpec, DistillSpec, split_batch
 
@@ -66,16 +67,24 @@ def _gpus() -> list[float]:
         return []
 
 
+def training_of(stage: StageSpec) -> BudgetSpec | None:
+    """How a stage trains, a search its candidates; None when it does not."""
+    if isinstance(stage, Prune):
+        return stage.search.train if stage.search is not None else None
+    return stage if isinstance(stage, BudgetSpec) else None
+
+
 def job_of(name: str, stage: StageSpec, recipe: Recipe, known: Known, room: Room) -> Job | None:
     """What a stage trains, and how; None when it does not train or its student is not known."""
     length, compute = recipe.data.sequence_length, recipe.compute
-    student = known[name]
-    if not isinstance(stage, BudgetSpec) or not stage.steps(length) or student is None or count(student) is None:
+    student, budget = known[name], training_of(stage)
+    if budget is None or not budget.steps(length) or student is None or count(student) is None:
         return None
-    num_processes = room.processes(compute)
-    micro, num_micro = split_batch(stage, compute, num_processes)
+    is_search = isinstance(stage, Prune)
+    num_processes = 1 if is_search else room.processes(compute)
+    micro, num_micro = split_batch(budget, compute, num_processes)
     teacher, head_only, lacks_teacher = _teacher(stage, recipe, known)
-    losses = stage.losses if isinstance(stage, DistillSpec) else []
+    losses = stage.losses if isinstance(stage, DistillSpec) else [ForwardKL()] if is_search else []
     automatic: Precision = "bf16-mixed" if room.on_gpu else "32-true"
     return Job(
         student=student,
@@ -92,7 +101,8 @@ def job_of(name: str, stage: StageSpec, recipe: Recipe, known: Known, room: Room
         checkpointing=compute.gradient_checkpointing,
         on_cpu=not room.on_gpu,
         num_processes=num_processes,
-        sharded=compute.strategy == "fsdp",
+        sharded=compute.strategy == "fsdp" and not is_search,
+        alone=is_search,
         lacks_teacher=lacks_teacher,
         writes_behind=compute.write_checkpoints == "behind",
     )
@@ -100,7 +110,8 @@ def job_of(name: str, stage: StageSpec, recipe: Recipe, known: Known, room: Room
 
 def _teacher(stage: StageSpec, recipe: Recipe, known: Known) -> tuple[Config | None, bool, bool]:
     """The config of the teacher that a stage has in memory, if any; whether it is the head alone; of unknown size."""
-    reference = next((reference for key, reference in stage.references() if key == ("teacher",)), SELF)
+    role = "model" if isinstance(stage, Prune) else "teacher"  # the candidates of a search learn from what is cut
+    reference = next((reference for key, reference in stage.references() if key == (role,)), SELF)
     if reference == SELF:
         return None, False, False
     cache = recipe.stages.get(reference)
@@ -132,7 +143,7 @@ def lines(job: Job, batch_size: int, compute: ComputeSpec, room: Room) -> Iterat
         [part for part, field in zip(parts, fields(memory), strict=True) if getattr(memory, field.name)]
         + ["the teacher, whose config is not on this machine"] * job.lacks_teacher
     )
-    if room.on_gpu and compute.devices == "auto" and room.num_gpus is None:
+    if room.on_gpu and compute.devices == "auto" and room.num_gpus is None and not job.alone:
         yield "compute.devices: auto is counted as one GPU a machine, as none is seen here"
     copy = ", and a copy in the machine's own memory" if job.writes_behind else ""
     yield (
@@ -184,8 +195,8 @@ def _changes(job: Job, batch_size: int, compute: ComputeSpec) -> Iterator[tuple[
 
 
 def _shared_out(job: Job, words: list[str], batch_size: int) -> Iterator[tuple[str, Job]]:
-    if job.on_cpu:
-        return  # the processes would share the memory too
+    if job.on_cpu or job.alone:
+        return  # the processes of a CPU would share the memory too
     for num in (2, 4, 8, 16, 32, 64):
         if num > (job.num_processes if job.sharded else 1) and batch_size % num == 0:
             sharded = replace(job, num_processes=num, sharded=True)
