@@ -195,7 +195,7 @@ def wanted_processes(compute: ComputeSpec) -> int:
         size = torch.cuda.device_count() if resolve_device(compute) == "cuda" else 1
     elif resolve_device(compute) == "cuda" and size > torch.cuda.device_count():
         raise InputError(f"compute.devices: {size}: PyTorch sees {torch.cuda.device_count()} GPUs here; lower it")
-    _check_several(compute, int(size))
+    _check_several(compute, int(size), int(size))
     return int(size)
 
 
@@ -205,7 +205,7 @@ def check_world(compute: ComputeSpec, world: World) -> None:
     Raises:
         InputError: with both numbers.
     """
-    _check_several(compute, world.size)
+    _check_several(compute, world.size, world.local_size)
     if compute.devices != "auto" and compute.devices * compute.num_nodes != world.size:
         raise InputError(
             f"compute.devices ({compute.devices}) x num_nodes ({compute.num_nodes}) is not the {world.size} processes "
@@ -213,10 +213,10 @@ def check_world(compute: ComputeSpec, world: World) -> None:
         )
 
 
-def _check_several(compute: ComputeSpec, size: int) -> None:
+def _check_several(compute: ComputeSpec, size: int, num_here: int) -> None:
     if size == 1 and compute.strategy == "fsdp":
         raise InputError("compute.strategy: fsdp shares a model out among processes, and there is one; remove it")
     try:
-        compute.check_teacher(size)
+        compute.check_teacher(num_here)
     except ValueError as error:
         raise InputError(f"compute.{error}") from None

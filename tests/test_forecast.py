@@ -108,6 +108,18 @@ def test_a_gpu_of_the_teachers_own_is_none_that_shares(large: tuple[Path, Path])
     assert re.findall(need, alone) == re.findall(need, beside) != []
 
 
+def test_a_cached_teachers_body_is_nowhere(large: tuple[Path, Path]) -> None:
+    """Wherever its head may be: no advice counts the body."""
+    cache = "  cache: {{kind: cache_teacher, teacher: {teacher}, codec: hidden}}\n  distill: {{teacher: cache, "
+    recipe = RECIPE.replace("  distill: {{", cache)
+
+    def advice(compute: str) -> list[str]:
+        text = recipe.format(teacher=large[0], text=large[1], more="", compute=", micro_batch_size: 1" + compute)
+        return re.findall(r"with \d GPUs .* would need [\d.]+ GB", describe(Recipe.from_text(text), 80))
+
+    assert advice("") == advice(", teacher_device: 'cuda:1'") != []
+
+
 def test_what_is_not_known_is_said(large: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = RECIPE.replace("teacher: {teacher}", "teacher: somebody/elsewhere", 1).replace("tokenizer: teacher", "")
     plan = describe(Recipe.from_text(elsewhere.format(teacher=large[0], text=large[1], more="", compute="")), 1000)
@@ -184,6 +196,32 @@ def test_what_follows_a_search_is_told_of_the_largest_that_it_may_be(large: tupl
     cut = [count({**config, "num_hidden_layers": number, "intermediate_size": 1024}) or 0 for number in layers]
     (told,) = re.findall(r"keeps intermediate_size 1024; makes at most ([\d.]+)B", describe(recipe))
     assert told == f"{max(cut) / 1e9:.2f}" != f"{cut[0] / 1e9:.2f}"
+
+
+def test_a_stage_after_a_search_is_held_against_every_model_that_it_may_find(large: tuple[Path, Path]) -> None:
+    """Only where none of them fits it is refused; the others are counted and the reason of the first is told."""
+    teacher, text = large
+    grid = "\n  low: {{kind: quantize, student: prune, num_tokens: 0, quantizer: {{kind: int_group, group_size: {}}}}}"
+    steps = "multiple_of: {{intermediate_size: 8}}, axes"
+
+    def plan(group_size: int) -> str:
+        recipe = SEARCHED.replace("axes", steps).format(teacher=teacher, text=text) + grid.format(group_size)
+        return describe(Recipe.from_text(recipe))
+
+    (few, many) = re.findall(r"ends here for (\d+) of the (\d+) models that may come: .*in_features", plan(64))[0]
+    assert 0 < int(few) < int(many)
+    assert "makes at most" in plan(8).split("low (quantize)")[1]
+    assert "ends here" not in plan(8)
+    with pytest.raises(RecipeError, match=r"stages\.low: .*in_features"):
+        plan(24)
+
+
+def test_what_follows_an_unsettled_size_is_unsettled(large: tuple[Path, Path]) -> None:
+    teacher, text = large
+    cut = "{{kind: prune, keep: {{vocabulary: used}}}}\n  low: {{kind: quantize, student: prune, num_tokens: 0}}\n"
+    recipe = SEARCHED.partition("  prune:")[0] + "  prune: " + cut
+    told = describe(Recipe.from_text(recipe.format(teacher=teacher, text=text)))
+    assert told.count("makes at most") == 2
 
 
 def test_the_short_trainings_of_a_search_are_forecast_as_those_of_one_process() -> None:

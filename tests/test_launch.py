@@ -125,8 +125,12 @@ def test_how_many_processes_a_recipe_wants(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(InputError, match=r"compute.devices: 8: PyTorch sees 4 GPUs here"):
         wanted_processes(ComputeSpec(devices=8))
     assert wanted_processes(ComputeSpec(devices=1, teacher_device="cuda:1")) == 1
+    one_each = ComputeSpec(devices=1, num_nodes=2, teacher_device="cuda:1")
+    check_world(one_each, World(rank=0, size=2, local_size=1))
     with pytest.raises(InputError, match=r"teacher_device: cuda:1 would hold the teachers of all 4 .* devices: 1"):
         wanted_processes(ComputeSpec(teacher_device="cuda:1"))
+    with pytest.raises(InputError, match=r"the teachers of all 2 processes"):
+        check_world(ComputeSpec(num_nodes=2, teacher_device="cuda:1"), World(rank=0, size=4, local_size=2))
     with pytest.raises(ValueError, match=r"the teachers of all 2 processes"):
         ComputeSpec(devices=2, teacher_device="cuda:1")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from distill.core.errors import InputError
 from distill.data.hub import Hub
-from distill.forecast.models import Config, Known, config_of, count, known_or_found
+from distill.forecast.models import Config, Known, config_of, count, known_or_found, source_of
 from distill.losses import StateLossSpec
 from distill.models.layouts import LAYOUTS
 from distill.models.load import CLASSIFIER, Task, another_task
@@ -17,6 +17,7 @@ from distill.recipe import Recipe
 from distill.stages.base import StageSpec
 from distill.stages.distill import Distill
 from distill.stages.export import Export
+from distill.stages.prune import Prune
 from distill.stages.quantize import Quantize
 from distill.training.ends import agreed_ends
 from distill.training.spec import BudgetSpec, DistillSpec, split_batch
@@ -30,6 +31,29 @@ def missing_text(recipe: Recipe) -> Iterator[str]:
                 source.num_bytes()
         except InputError as error:
             yield f"{recipe.name}: data.{key}: {error}"
+
+
+def fitting(
+    name: str, stage: StageSpec, recipe: Recipe, known: Known, configs: list[Config]
+) -> tuple[list[Config], list[InputError]]:
+    """Those of the configs that a stage's model may have with which it can work, and why not with the others.
+
+    Raises:
+        InputError: it can work with none of them.
+    """
+    fits: list[Config] = []
+    refused: list[InputError] = []
+    source = None if isinstance(stage, Prune) else source_of(stage)  # else its model has the config of what it reads
+    either: list[Config | None] = [*configs] or [None]
+    for config in either:
+        try:
+            check_stage(name, stage, recipe, {**known, name: config} | ({source: config} if source in known else {}))
+            fits += [config] if config is not None else []
+        except InputError as error:
+            refused.append(error)
+    if refused and not fits:
+        raise refused[0]
+    return fits, refused
 
 
 def check_stage(name: str, stage: StageSpec, recipe: Recipe, known: Known) -> None:

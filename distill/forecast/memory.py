@@ -70,6 +70,7 @@ class Job:
         teacher: the config of a teacher in this process' memory, or None.
         teacher_bytes: of a parameter of it.
         head_only: whether the teacher's body is elsewhere, on another device or in a cache.
+        is_cached: whether it is in a cache.
         lora: adapters that are trained in place of the weights, or None.
         quantized: whether the student computes with fake-quantized weights.
         lone_forward_kl: whether its one loss is the forward KL at T = 1, which needs the least room.
@@ -102,6 +103,7 @@ class Job:
     num_processes: int = 1
     sharded: bool = False
     alone: bool = False
+    is_cached: bool = False
     lacks_teacher: bool = False
     writes_behind: bool = False
 

@@ -77,10 +77,9 @@ def configs_after(stage: StageSpec, before: Mapping[str, list[Config]], sequence
     """
     if isinstance(stage, Finetune) and isinstance(stage.model, NewModel):
         return [dict(stage.model.config)]
-    source = SOURCES.get(type(stage))
-    if source is None:
+    reference = source_of(stage)
+    if reference is None:
         return []
-    reference = getattr(stage, source)
     configs = before[reference] if reference in before else [c for c in [config_of(reference)] if c is not None]
     if not isinstance(stage, Prune) or not configs:
         return configs
@@ -95,6 +94,12 @@ def configs_after(stage: StageSpec, before: Mapping[str, list[Config]], sequence
     if not after:
         raise refused[0]
     return after
+
+
+def source_of(stage: StageSpec) -> str | None:
+    """The reference of the model that a stage makes its own of; None where it makes none, or a new one."""
+    reference = getattr(stage, SOURCES[type(stage)]) if type(stage) in SOURCES else None
+    return reference if isinstance(reference, str) else None
 
 
 def largest(configs: Sequence[Config]) -> Config | None:

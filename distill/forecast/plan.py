@@ -7,7 +7,7 @@ from math import prod
 
 from distill.core.errors import InputError, RecipeError
 from distill.data.spec import FULL
-from distill.forecast.checks import check_stage, missing_text
+from distill.forecast.checks import fitting, missing_text
 from distill.forecast.models import (
     Config,
     Known,
@@ -18,6 +18,7 @@ from distill.forecast.models import (
     known_or_found,
     largest,
     size,
+    source_of,
     stored_dtype,
 )
 from distill.forecast.room import Room, amount, job_of, lines, training_of
@@ -46,6 +47,7 @@ def describe(recipe: Recipe, memory_gb: float | None = None) -> str:
     said = [f"{recipe.name}: {len(recipe.stages)} stages, seed {recipe.seed}"]
     known: Known = {}
     possible: dict[str, list[Config]] = {}
+    unsettled: set[str] = set()  # stages whose model's size shows when they run
     mistakes, room = list(missing_text(recipe)), Room.of(recipe.compute, memory_gb)
     if recipe.teacher is not None:
         try:
@@ -66,11 +68,14 @@ def describe(recipe: Recipe, memory_gb: float | None = None) -> str:
     )
     for number, (name, stage) in enumerate(recipe.stages.items(), 1):
         try:
-            possible[name] = configs_after(stage, possible, recipe.data.sequence_length)
+            made = configs_after(stage, possible, recipe.data.sequence_length)
+            possible[name], refused = fitting(name, stage, recipe, known, made)
             known[name] = largest(possible[name])
-            check_stage(name, stage, recipe, known)
-            is_open = len(possible[name]) > 1 or _is_open(stage)
-            said.append(f"  [{number}/{len(recipe.stages)}] " + _line(name, stage, recipe, known, is_open))
+            if len(made) > 1 or _is_open(stage) or source_of(stage) in unsettled:
+                unsettled.add(name)
+            said.append(f"  [{number}/{len(recipe.stages)}] " + _line(name, stage, recipe, known, name in unsettled))
+            if refused:
+                said.append(f"      ends here for {len(refused)} of the {len(made)} models that may come: {refused[0]}")
             if (job := job_of(name, stage, recipe, known, room)) is not None and (budget := training_of(stage)):
                 of = "of a short training: " if job.alone else ""
                 said += [f"      {of}{line}" for line in lines(job, budget.batch_size, recipe.compute, room)]
@@ -91,7 +96,7 @@ def describe(recipe: Recipe, memory_gb: float | None = None) -> str:
     return "\n".join(said)
 
 
-def _line(name: str, stage: StageSpec, recipe: Recipe, known: Known, is_open: bool) -> str:
+def _line(name: str, stage: StageSpec, recipe: Recipe, known: Known, is_unsettled: bool) -> str:
     title = name if stage.kind == name else f"{name} ({stage.kind})"
     parts = [f"{title}:"] if stage.kind != "report" else [f"{title}: reads what was measured;"]
     read = [reference for _, reference in stage.references()]
@@ -111,7 +116,7 @@ def _line(name: str, stage: StageSpec, recipe: Recipe, known: Known, is_open: bo
     if isinstance(stage, DistillSpec) and stage.steps(recipe.data.sequence_length):
         parts.append(_learns(stage))
     if stage.makes_model:
-        parts.append(f"makes {'at most ' if is_open else ''}{size(known[name])}")
+        parts.append(f"makes {'at most ' if is_unsettled else ''}{size(known[name])}")
     if isinstance(stage, Prune) and (memory := _cut_memory(stage, known[name], known)):
         parts.append(f"({memory})")
     return " ".join(parts).rstrip(";")

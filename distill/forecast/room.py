@@ -83,14 +83,15 @@ def job_of(name: str, stage: StageSpec, recipe: Recipe, known: Known, room: Room
     is_search = isinstance(stage, Prune)
     num_processes = 1 if is_search else room.processes(compute)
     micro, num_micro = split_batch(budget, compute, num_processes)
-    teacher, head_only, lacks_teacher = _teacher(stage, recipe, known)
+    teacher, is_cached, lacks_teacher = _teacher(stage, recipe, known)
     losses = stage.losses if isinstance(stage, DistillSpec) else [ForwardKL()] if is_search else []
     automatic: Precision = "bf16-mixed" if room.on_gpu else "32-true"
     return Job(
         student=student,
         teacher=teacher,
         teacher_bytes=_teacher_bytes(teacher, compute, room),
-        head_only=head_only or (room.on_gpu and compute.teacher_device not in ("auto", "cuda", "cuda:0")),
+        is_cached=is_cached,
+        head_only=is_cached or (room.on_gpu and compute.teacher_device not in ("auto", "cuda", "cuda:0")),
         lora=getattr(stage, "lora", None),
         quantized=isinstance(stage, Quantize),
         lone_forward_kl=losses == [ForwardKL()],
@@ -186,7 +187,7 @@ def _changes(job: Job, batch_size: int, compute: ComputeSpec) -> Iterator[tuple[
         least, words = replace(least, micro_batch_size=1, accumulates=True), [*words, "compute.micro_batch_size: 1"]
         yield ", ".join(words), least
     if compute.names_gpu_of_teacher:  # which is one of those that would share
-        least, words = replace(least, head_only=False), [*words, "compute.teacher_device: auto"]
+        least, words = replace(least, head_only=least.is_cached), [*words, "compute.teacher_device: auto"]
     yield from _shared_out(least, words, batch_size)
     if job.teacher is not None and not job.head_only and not job.on_cpu:
         least, words = replace(least, head_only=True), [*words, "compute.teacher_device: cpu"]

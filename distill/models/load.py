@@ -59,7 +59,9 @@ def check_reachable(location: str) -> None:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
+        OfflineModeIsEnabled,
         RemoteEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -78,6 +80,13 @@ def check_reachable(location: str) -> None:
         ) from None
     except RemoteEntryNotFoundError:
         raise InputError(f"{location}: has no config.json, so it is no model of transformers; name another") from None
+    except OfflineModeIsEnabled:
+        raise InputError(f"{location}: no folder here and none in the Hub's cache, and HF_HUB_OFFLINE is set") from None
+    except HfHubHTTPError as error:
+        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(
+            f"{location}: no folder here, and the Hub answers {why!r}; look at HF_TOKEN, or try again later"
+        ) from None
     except Exception:  # no network, a proxy in the way, a Hub that is down: libraries raise what they like
         raise InputError(
             f"{location}: no folder here, and the Hub cannot be reached; give a folder, or check the id and the network"

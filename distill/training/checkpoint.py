@@ -7,7 +7,6 @@ import re
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -130,8 +129,9 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
                 if spoilt := archive.testzip():
                     raise zipfile.BadZipFile(f"wrong checksum of {spoilt}")
             torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError, zipfile.BadZipFile) as error:
-            complaints.append(f"{path}: damaged ({str(error).splitlines()[0]})")
+        except Exception as error:  # what damage makes of zip, zlib and pickle is not to be told in advance
+            why = next(iter(str(error).splitlines()), "") or type(error).__name__
+            complaints.append(f"{path}: damaged ({why})")
             continue
         return path, complaints
     return None, complaints

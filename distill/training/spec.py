@@ -218,18 +218,18 @@ class ComputeSpec(Spec):
 
     @model_validator(mode="after")
     def _several_teachers_are_not_on_one_gpu(self) -> ComputeSpec:
-        self.check_teacher(self.known_processes())
+        self.check_teacher(1 if self.devices == "auto" else self.devices)
         return self
 
-    def check_teacher(self, num_processes: int) -> None:
-        """Whether so many processes can have their teachers where they are to be.
+    def check_teacher(self, num_here: int) -> None:
+        """Whether so many processes of a machine can have their teachers where they are to be.
 
         Raises:
             ValueError: all of them on one GPU.
         """
-        if num_processes > 1 and self.names_gpu_of_teacher:
+        if num_here > 1 and self.names_gpu_of_teacher:
             raise ValueError(
-                f"teacher_device: {self.teacher_device} would hold the teachers of all {num_processes} processes; use "
+                f"teacher_device: {self.teacher_device} would hold the teachers of all {num_here} processes; use "
                 "auto (each beside its student) or cpu, or devices: 1"
             )
 

@@ -100,6 +100,7 @@ def test_what_the_hub_does_not_give(folder: Path, monkeypatch: pytest.MonkeyPatc
     import huggingface_hub
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         OfflineModeIsEnabled,
         RemoteEntryNotFoundError,
         RepositoryNotFoundError,
@@ -116,8 +117,10 @@ def test_what_the_hub_does_not_give(folder: Path, monkeypatch: pytest.MonkeyPatc
     for error, line in (
         (
             OfflineModeIsEnabled("offline\nmode"),
-            "the Hub cannot be reached; give a folder, or check the id",
+            "none in the Hub's cache, and HF_HUB_OFFLINE is set",
         ),
+        (ConnectionError("no route"), "the Hub cannot be reached; give a folder, or check the id"),
+        (HfHubHTTPError("401 Invalid credentials\nhere", response=response), "answers '401 Invalid credentials'; look"),
         (
             RepositoryNotFoundError("401", response=response),
             "no such model on the Hub, or a private one; give",

@@ -86,16 +86,30 @@ def _flip(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
+def _compressed(content: bytes) -> bytes:
+    """The first entry's content is said to be compressed."""
+    method = content.find(b"PK\x01\x02") + 10
+    return content[:method] + bytes([8]) + content[method + 1 :]
+
+
+def _longer_header(content: bytes) -> bytes:
+    """The last entry's content is said to begin far behind the end of the file."""
+    length = content.rfind(b"PK\x03\x04") + 29
+    return content[:length] + bytes([content[length] ^ 0xFF]) + content[length + 1 :]
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
+        _compressed,
+        _longer_header,
         lambda content: content[:-200],
         lambda content: b"",
         lambda content: b"text",
         _flip,
         lambda content: pickle.dumps(Malicious()),
     ],
-    ids=["truncated", "empty", "text", "one bit", "code"],
+    ids=["compression", "header", "truncated", "empty", "text", "one bit", "code"],
 )
 def test_a_damaged_newest_falls_back_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
     monkeypatch.chdir(tmp_path)
