@@ -102,7 +102,7 @@ def list_members(
         str | None,
         typer.Argument(
             help="recipes, stages, losses, criteria, quantizers, activations, sources, codecs, exporters, or a section "
-            "(data, compute, logging, keep, search, optimizer, lora, on_policy); unset: all."
+            "such as data, compute, keep, search, optimizer, lora, mixed; unset: all."
         ),
     ] = None,
 ) -> None:

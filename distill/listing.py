@@ -12,27 +12,45 @@ from pydantic_core import PydanticUndefined
 from distill.core.errors import InputError
 from distill.core.source import suggest
 from distill.core.spec import Spec
-from distill.data.spec import DataSpec
+from distill.data.spec import DataSpec, TrainTokenizer
+from distill.losses.schedule import Schedule
 from distill.models.lora import LoraSpec
+from distill.pruning.budget import SizeBudget
 from distill.pruning.keep import KeepSpec
+from distill.pruning.reconstruct import ReconstructSpec
 from distill.recipe import FAMILIES, Recipe
 from distill.recipes import shipped
 from distill.stages import STAGES
-from distill.stages.search.spec import SearchSpec
+from distill.stages.evaluate import SpeedSpec
+from distill.stages.finetune import NewModel
+from distill.stages.mixed import MixedSpec
+from distill.stages.quantize import LayerGrid
+from distill.stages.search.spec import SearchSpec, ShortTraining
 from distill.tracking.spec import LoggingSpec
-from distill.training.spec import ComputeSpec, OnPolicySpec, OptimizerSpec
+from distill.training.spec import AlarmSpec, ComputeSpec, OnPolicySpec, OptimizerSpec
 
 SECTIONS: dict[str, type[Spec]] = {
     "data": DataSpec,
+    "tokenizer": TrainTokenizer,
     "compute": ComputeSpec,
     "logging": LoggingSpec,
+    "alarms": AlarmSpec,
     "keep": KeepSpec,
     "search": SearchSpec,
+    "search.budget": SizeBudget,
+    "search.train": ShortTraining,
+    "reconstruct": ReconstructSpec,
     "optimizer": OptimizerSpec,
-    "lora": LoraSpec,
+    "schedule": Schedule,
     "on_policy": OnPolicySpec,
+    "lora": LoraSpec,
+    "layers": LayerGrid,
+    "mixed": MixedSpec,
+    "model": NewModel,
+    "speed": SpeedSpec,
 }
-"""Keys of a recipe and of its stages that hold keys of their own, by the name that they have there."""
+"""Keys of a recipe and of its stages that hold keys of their own, by the name that they have there; a loss's settings
+that may be a schedule by that word."""
 
 
 def listing(wanted: str | None = None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from distill.core.spec import Spec
+from distill.listing import SECTIONS
 from distill.recipe import FAMILIES, Recipe
 
 MEMBERS = [(plural, kind, spec) for plural, family in FAMILIES.items() for kind, spec in family.items()]
@@ -67,3 +68,8 @@ ALL = set().union(*(_specs(spec) for spec in (Recipe, *(spec for _, _, spec in M
 def test_every_field_is_explained(spec: type[Spec]) -> None:
     lacking = [name for name, field in spec.model_fields.items() if name != "kind" and not field.description]
     assert lacking == []
+
+
+def test_every_section_can_be_listed() -> None:
+    families = {spec for spec in ALL if any(issubclass(one, spec) for _, _, one in MEMBERS)}
+    assert ALL - families - {Recipe} == {*SECTIONS.values()}

@@ -121,7 +121,7 @@ def fit(
             f"--from {name.partition('/')[0]}"
         )
     for line in complaints:
-        say(f"  warning: {line}; taking the one before it")
+        say(f"  warning: {line}")
     if checkpoint:
         check_made_of(checkpoint, made_of or {})
     step = checkpoint_step(checkpoint) if checkpoint else 0
