@@ -8,7 +8,15 @@ from typing import Any
 from distill.core.errors import InputError
 from distill.pruning.layout import Config, Layout
 
-TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "cls_token_id", "sep_token_id")
+TOKEN_KEYS = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "cls_token_id", "sep_token_id"),
+    *("forced_bos_token_id", "forced_eos_token_id"),
+)
+"""Keys of a config or generation config that name tokens which the model is to say or to read."""
+BANNED_KEYS = ("suppress_tokens", "begin_suppress_tokens")
+"""Keys with tokens that it is not to say."""
+PHRASE_KEYS = ("bad_words_ids", "sequence_bias")
+"""Keys with phrases that it is not to say ([[id, ...], ...]), or more or less often ([[[id, ...], bias], ...])."""
 
 
 def kept_tokens(vocabulary: Sequence[int], before: Mapping[str, int]) -> tuple[int, ...]:
@@ -59,4 +67,25 @@ def renumbered(config: Config, tokens: tuple[int, ...]) -> dict[str, Any]:
         new = [place[token] for token in old]
         if new != old:
             moved[key] = new if isinstance(value, list) else new[0]
-    return moved
+    # what the model can no longer say needs no ban
+    for key in BANNED_KEYS:
+        if banned := config.get(key):
+            moved[key] = [place[token] for token in banned if token in place] or None
+    for key in PHRASE_KEYS:
+        if phrases := config.get(key):
+            those = [_moved(phrase, place) for phrase in _listed(phrases)]
+            moved[key] = [phrase for phrase in those if phrase is not None] or None
+    return {key: value for key, value in moved.items() if value != config.get(key)}
+
+
+def _listed(phrases: Any) -> list[Any]:
+    """A mapping of phrases to biases as a file has it."""
+    return [[list(ids), bias] for ids, bias in phrases.items()] if isinstance(phrases, Mapping) else list(phrases)
+
+
+def _moved(phrase: Any, place: Mapping[int, int]) -> list[Any] | None:
+    """A phrase, or one with its bias, in the new ids; None where one of them is gone."""
+    if isinstance(phrase[0], Sequence):
+        ids = _moved(phrase[0], place)
+        return None if ids is None else [ids, phrase[1]]
+    return [place[token] for token in phrase] if all(token in place for token in phrase) else None

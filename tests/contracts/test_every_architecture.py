@@ -297,6 +297,34 @@ def test_the_vocabulary_moves_the_special_tokens(name):
         planned(model, {}, [0, 0])
 
 
+def test_what_generation_bans_moves_with_the_vocabulary(ids):
+    """Tokens and phrases that are gone can no longer be said, and are no longer banned; the student still generates."""
+    model, gone = copy.deepcopy(model_of("llama")), 100
+    kept, place = list(range(1, 100)), {token: token - 1 for token in range(1, 100)}
+    model.generation_config.update(
+        forced_eos_token_id=3,
+        suppress_tokens=[gone, 50],
+        begin_suppress_tokens=[gone],
+        bad_words_ids=[[60], [61, gone], [62, 63]],
+        sequence_bias={(70,): -3.0, (71, gone): 2.0},
+        eos_token_id=2,
+        bos_token_id=1,
+        pad_token_id=None,
+    )
+    model.config.eos_token_id, model.config.bos_token_id, model.config.pad_token_id = 2, 1, None
+    made, layout = planned(model, {}, kept)
+    pruned = apply(model, made, layout)
+    told = pruned.generation_config
+    assert (told.forced_eos_token_id, told.suppress_tokens) == (place[3], [place[50]])
+    assert told.begin_suppress_tokens is None
+    assert told.bad_words_ids == [[place[60]], [place[62], place[63]]]
+    assert told.sequence_bias == [[[place[70]], -3.0]]
+    said = pruned.generate(ids[:1, :4].clamp(max=98), max_new_tokens=3, do_sample=False)
+    assert said.shape[1] <= 7
+    with pytest.raises(InputError, match="forced_eos_token_id names token 3, which"):
+        apply(model, planned(model, {}, [1, 2, *range(4, 100)])[0], layout)
+
+
 def test_every_layout_is_tried():
     assert {model_of(name).config.model_type for name in MODELS} == set(LAYOUTS)
 

@@ -190,6 +190,43 @@ def test_times_of_another_machine_are_not_taken_over(teacher, text, tmp_path, mo
     assert calls_until_the_plug_is_pulled() > 4
 
 
+TIMED = SEARCH.replace("non_embedding_parameters: 70%", "decode_ms_per_token: 80%").replace(
+    ", train: {num_candidates: 2, num_steps: 2, batch_size: 2}", ""
+)
+
+
+@pytest.mark.parametrize("disturbed", [(16, 64), (16, 32)])
+def test_a_disturbed_time_is_measured_again(disturbed, teacher, text, tmp_path, monkeypatch) -> None:
+    """A smaller model that takes longer than a larger one; once measured in peace the search goes its usual way."""
+    left, calls = [disturbed], []
+
+    def measured(self: Clock, sizes: dict[str, int]) -> float:
+        calls.append(sizes)
+        is_disturbed = (sizes["hidden_channels"], sizes["mlp_neurons"]) in left
+        left[:] = [] if is_disturbed else left
+        return milliseconds(sizes) * (10 if is_disturbed else 1)
+
+    monkeypatch.setattr(Clock, "_measure", measured)
+    said: list[str] = []
+    found = left_by(run(recipe_of(teacher, text, TIMED), tmp_path / "run", say=said.append))
+    assert any("1 of them took longer than larger ones" in line for line in said)
+    num_calls = len(calls)
+    assert left_by(run(recipe_of(teacher, text, TIMED), tmp_path / "peace", say=lambda line: None)) == found
+    assert 2 * num_calls == len(calls) + 1
+
+
+def test_times_that_led_to_a_refusal_are_not_believed_again(teacher, text, tmp_path, monkeypatch) -> None:
+    """The larger a disturbed model, the less can be told of it; the next run finds out."""
+    noise = 10
+    monkeypatch.setattr(
+        Clock, "_measure", lambda self, sizes: milliseconds(sizes) * (noise if sizes["mlp_neurons"] == 64 else 1)
+    )
+    with pytest.raises(InputError, match=r"decode_ms_per_token: .*(cuts nothing|no architecture)"):
+        run(recipe_of(teacher, text, TIMED), tmp_path / "run", say=lambda line: None)
+    noise = 1
+    run(recipe_of(teacher, text, TIMED), tmp_path / "run", say=lambda line: None)
+
+
 def test_latency_is_that_of_the_candidate_s_own_config(teacher, text, tmp_path, monkeypatch) -> None:
     from distill.evaluation import speed
 

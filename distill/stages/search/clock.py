@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from distill.core.run import CHECKPOINTS
@@ -20,6 +20,10 @@ NEW_TOKENS = 32
 """The time of a token is the median over so many steps, the last of the context."""
 ROUNDS = 3
 """Processes that measure an architecture; the one that was disturbed least counts."""
+NOISE = 1.05
+"""A smaller architecture that takes so many times as long as a larger one was disturbed."""
+REPEATS = 2
+"""How often the disturbed are measured again."""
 
 
 def machine(device: str) -> str:
@@ -47,6 +51,7 @@ class Clock:
         self.context, self.space = context, space
         self._reference, self._dtype, self._found = reference, dtype, found
         self._device = resolve_device(context.session.compute)
+        self._kind = f"latency on {machine(self._device)}"
 
     def forecast(self, flops: Costs) -> Latency:
         """From measuring the uncut model, the smallest size of each axis, and all of these at once."""
@@ -55,7 +60,21 @@ class Clock:
         probes = [{}, *self.space.corners()]
         self.context.say(f"search: measuring the latency of {len(probes)} architectures")
         sizes = [self.space.sizes(choice) for choice in probes]
-        return Latency(flops, [(one, self.ms(one)) for one in sizes])
+        times = [self.ms(one) for one in sizes]
+        for _ in range(REPEATS):
+            disturbed = slower_than_larger(sizes, times)
+            if disturbed:
+                self.context.say(
+                    f"search: {len(disturbed)} of them took longer than larger ones, and are measured again"
+                )
+            for i in disturbed:
+                self._found.forget(self._kind, self._name(sizes[i]))
+                times[i] = self.ms(sizes[i])
+        return Latency(flops, list(zip(sizes, times, strict=True)))
+
+    def forget(self) -> None:
+        """Measure anew when there is a next time: what led to nothing may have been disturbed."""
+        self._found.forget(self._kind)
 
     def ms(self, sizes: Mapping[str, int]) -> float:
         """Milliseconds a token of an architecture, the median.
@@ -63,10 +82,11 @@ class Clock:
         Raises:
             MachineError: it cannot be run here.
         """
+        return float(self._found.get(self._kind, self._name(sizes), lambda: {"ms": self._measure(sizes)})["ms"])
+
+    def _name(self, sizes: Mapping[str, int]) -> str:
         changed = {axis: size for axis, size in sizes.items() if size != self.space.before[axis]}
-        name = ",".join(f"{axis}={size}" for axis, size in changed.items()) or "whole"
-        here = machine(self._device)
-        return float(self._found.get(f"latency on {here}", name, lambda: {"ms": self._measure(sizes)})["ms"])
+        return ",".join(f"{axis}={size}" for axis, size in changed.items()) or "whole"
 
     def _measure(self, sizes: Mapping[str, int]) -> float:
         from distill.evaluation.speed import measure_speed, quietest
@@ -96,3 +116,15 @@ class Clock:
         speed = quietest(rounds)
         assert speed.decode_tokens_per_s_p50 is not None
         return 1e3 / speed.decode_tokens_per_s_p50
+
+
+def slower_than_larger(sizes: Sequence[Mapping[str, int]], times: Sequence[float]) -> list[int]:
+    """Places of the architectures that took longer than one which is no smaller along any axis."""
+    return [
+        i
+        for i, one in enumerate(sizes)
+        if any(
+            times[i] > NOISE * times[j] and all(one[axis] <= size for axis, size in other.items())
+            for j, other in enumerate(sizes)
+        )
+    ]

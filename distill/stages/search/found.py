@@ -34,3 +34,10 @@ class Found:
             write_text(self._file, json.dumps(self._all))
         found: dict[str, Any] = self._all[key]
         return found
+
+    def forget(self, kind: str, name: str = "") -> None:
+        """Leave no measurement of a kind, or the one of a name, to be believed."""
+        gone = [key for key in self._all if key == f"{kind} {name}" or (not name and key.startswith(f"{kind} "))]
+        if gone:
+            self._all = {key: value for key, value in self._all.items() if key not in gone}
+            write_text(self._file, json.dumps(self._all))

@@ -7,7 +7,8 @@ Beside the best goes a control: of all that fit, the one that keeps the most eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -69,12 +70,23 @@ class Search:
         if spec.budget.is_time:
             self.costs = self._clock.forecast(spec.costs(layout, config, sequence_length=length, dtype=dtype))
             whole = self._clock.ms(self.space.before)
-            self._refuse_noise(whole)
+            with self._measured_anew_if_refused():
+                self._refuse_noise(whole)
         else:
             self.costs = spec.costs(layout, config, sequence_length=length, dtype=dtype)
             whole = self.costs.of(self.space.before)
         self.least, self.most = spec.budget.bounds(whole)
-        self.candidates = self.space.candidates(self.costs, self.least, self.most)
+        with self._measured_anew_if_refused():
+            self.candidates = self.space.candidates(self.costs, self.least, self.most)
+
+    @contextmanager
+    def _measured_anew_if_refused(self) -> Iterator[None]:
+        """A refusal may be for a time that something else on the machine has spoilt."""
+        try:
+            yield
+        except InputError:
+            self._clock.forget()
+            raise
 
     def _refuse_noise(self, whole: float) -> None:
         most, forecast = self.spec.budget.bounds(whole)[1], self.costs.of(self.space.before)
@@ -147,6 +159,7 @@ class Search:
                 break
         if fitting:
             return fitting
+        self._clock.forget()
         raise InputError(
             f"search.budget.{self.costs.measure}: of {len(self.candidates):,} architectures that were forecast to take "
             f"at most {self.most:.3f} ms the first {len(timed)} take {min(c.cost for c in timed):.3f} ms and more; "
