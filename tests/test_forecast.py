@@ -216,6 +216,35 @@ def test_a_stage_after_a_search_is_held_against_every_model_that_it_may_find(lar
         plan(24)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        "keep: {{intermediate_size: 16}}",
+        "search: {{budget: {{parameters: 80%}}, axes: [intermediate_size], multiple_of: {{intermediate_size: 8}}}}",
+    ],
+)
+def test_a_criterion_that_knows_no_experts_is_refused_before_it_scores(sizes: str, tmp_path: Path) -> None:
+    from transformers import MixtralConfig
+
+    MixtralConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, vocab_size=100,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "a"}\n')
+
+    def plan(more: str) -> str:
+        stage = f"  prune: {{{{{sizes}{more}}}}}\n"
+        return describe(
+            Recipe.from_text((SEARCHED.partition("  prune:")[0] + stage).format(teacher=tmp_path, text=text))
+        )
+
+    assert "makes" in plan("")
+    for more in (", criterion: wanda", ", mlp_criterion: {{kind: taylor}}"):
+        with pytest.raises(RecipeError, match=r"does not score the neurons of experts; choose one of activation, "):
+            plan(more)
+
+
 def test_what_follows_an_unsettled_size_is_unsettled(large: tuple[Path, Path]) -> None:
     teacher, text = large
     cut = "{{kind: prune, keep: {{vocabulary: used}}}}\n  low: {{kind: quantize, student: prune, num_tokens: 0}}\n"

@@ -110,6 +110,7 @@ def largest(configs: Sequence[Config]) -> Config | None:
 def _cut(stage: Prune, config: Config) -> Config:
     assert stage.keep is not None
     layout = layout_for(str(config.get("model_type")))
+    stage.check_criteria(layout)
     after = target_sizes(stage.keep, config, layout)
     if isinstance(stage.keep.vocabulary, int):
         after["vocabulary"] = stage.keep.vocabulary
@@ -118,9 +119,10 @@ def _cut(stage: Prune, config: Config) -> Config:
 
 def _searched(stage: Prune, config: Config, sequence_length: int) -> list[Config]:
     assert stage.search is not None
+    layout = layout_for(str(config.get("model_type")))
+    stage.check_criteria(layout)
     if stage.search.budget.is_time:
         return [config]  # how large a model of some speed is shows when it is measured
-    layout = layout_for(str(config.get("model_type")))
     return [config | layout.resized(config, c.sizes) for c in candidates(stage, config, sequence_length)]
 
 

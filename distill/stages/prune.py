@@ -113,6 +113,20 @@ class Prune(StageSpec):
             special["mlp_neurons"] = "mlp_criterion"
         return {axis: special.get(axis, "criterion") for axis in AXIS_OF_KEY.values() if axis in cut}
 
+    def check_criteria(self, layout: Layout) -> None:
+        """Refuse a criterion that cannot score this architecture, before anything is computed.
+
+        Raises:
+            InputError: it knows no experts, and their neurons are cut.
+        """
+        key = self._choices().get("mlp_neurons")
+        criterion: CriterionSpec | None = getattr(self, key) if key is not None else None
+        if criterion is not None and layout.experts is not None and "experts" not in criterion.axes:
+            knowing = [k for k, spec in CRITERIA.items() if issubclass(spec, CriterionSpec) and "experts" in spec.axes]
+            raise InputError(
+                f"{key}: {criterion.kind} does not score the neurons of experts; choose one of {', '.join(knowing)}"
+            )
+
     def references(self) -> list[tuple[tuple[str | int, ...], str]]:
         """The model that is cut."""
         return [(("model",), self.model)]
@@ -141,6 +155,7 @@ class Prune(StageSpec):
         config = load_config(location).to_dict()
         layout = layout_for(config["model_type"])
         # What cannot be is refused before anything is computed.
+        self.check_criteria(layout)
         rows = None
         if self.keep is not None:
             target_sizes(self.keep, config, layout)
