@@ -220,7 +220,7 @@ def test_a_stage_after_a_search_is_held_against_every_model_that_it_may_find(lar
     "sizes",
     [
         "keep: {{intermediate_size: 16}}",
-        "search: {{budget: {{parameters: 80%}}, axes: [intermediate_size], multiple_of: {{intermediate_size: 8}}}}",
+        "search: {{budget: {{parameters: 72%}}, axes: [intermediate_size], multiple_of: {{intermediate_size: 8}}}}",
     ],
 )
 def test_a_criterion_that_knows_no_experts_is_refused_before_it_scores(sizes: str, tmp_path: Path) -> None:
