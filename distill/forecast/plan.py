@@ -68,7 +68,8 @@ def describe(recipe: Recipe, memory_gb: float | None = None) -> str:
     )
     for number, (name, stage) in enumerate(recipe.stages.items(), 1):
         try:
-            made = configs_after(stage, possible, recipe.data.sequence_length)
+            possible[name] = made = configs_after(stage, possible, recipe.data.sequence_length)
+            known[name] = largest(made)  # what later stages are held against even where this one is refused
             possible[name], refused = fitting(name, stage, recipe, known, made)
             known[name] = largest(possible[name])
             if len(made) > 1 or _is_open(stage) or source_of(stage) in unsettled:
