@@ -111,9 +111,12 @@ def _gather(parameter: Any) -> Tensor:
         return parameter
     mesh = parameter.device_mesh
     full = parameter.full_tensor(grad_placements=[Partial()])
-    if full.requires_grad:
-        full.register_hook(lambda gradient: gradient / mesh.size())
-    return full
+    if not full.requires_grad:
+        return full
+    full.register_hook(lambda gradient: gradient / mesh.size())
+    # a loss that asks for the gradient of the head alone must not meet the hook: it would be called there and once more
+    # on the way to the shards
+    return full.view_as(full)
 
 
 def save_head(model: PreTrainedModel, file: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from distill.core.errors import InputError
 from distill.core.source import suggest
@@ -282,6 +282,11 @@ def new_config(keys: dict[str, Any]) -> PretrainedConfig:
     for key in rest:
         if key not in names:
             raise InputError(f"config: {model_type} has no key {key!r}{suggest(key, names)}")
+    for key, value in rest.items():
+        hint: Any = type(known).__annotations__.get(key)
+        kinds = get_args(hint) or (hint,)
+        if type(value) is int and float in kinds and int not in kinds:  # a recipe does not tell 30.0 from 30
+            rest[key] = float(value)
     try:
         return AutoConfig.for_model(model_type, **rest)
     except (ValueError, TypeError, StrictDataclassError) as error:

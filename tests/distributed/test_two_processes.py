@@ -112,6 +112,30 @@ def test_fsdp_is_as_one(workers: Workers, quickstart: Path, alone: Path, tmp_pat
     assert figures(folder, "int4") == [pytest.approx(row, rel=1e-2, abs=1e-5) for row in figures(alone, "int4")]
 
 
+def test_fsdp_is_as_one_where_the_head_is_more_than_a_product(
+    workers: Workers, quickstart: Path, tmp_path: Path
+) -> None:
+    """Gemma caps its logits and ties its weights; an adapter makes another head. Gradients are of the whole weights."""
+    recipe = yaml.safe_load(quickstart.read_text())
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 2048, "head_dim": 16}
+    shared = {**sizes, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shared |= {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
+    capped = {"model_type": "gemma2", "final_logit_softcapping": 3.0, **shared}
+    few = {"kind": "finetune", "num_steps": 4, "batch_size": 4, "validate_every_steps": 2, "optimizer": {"lr": 1e-2}}
+    adapters = {"r": 2, "target_modules": ["lm_head", "q_proj"]}
+    recipe["stages"] = {
+        "capped": {**few, "model": {"config": capped}},
+        "plain": {**few, "model": {"config": {"model_type": "llama", "tie_word_embeddings": False, **shared}}},
+        "adapted": {**few, "model": "plain", "lora": adapters},
+    }
+    file = tmp_path / "heads.yaml"
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    one = finished(workers, file, tmp_path / "one")
+    two = finished(workers, file, tmp_path / "two", *DEVICES, "--set", "compute.strategy=fsdp", size=2)
+    for stage in recipe["stages"]:
+        assert_alike(two, one, stage)
+
+
 def started_until_saved(workers: Workers, recipe: Path, folder: Path, *more: str) -> World:
     """A world of two, whose second stage has just written its first checkpoint."""
     world = workers.start(arguments(recipe, folder, *DEVICES, *more), size=2, log=folder.with_suffix(".log"))

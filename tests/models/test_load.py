@@ -194,6 +194,8 @@ def test_a_new_config() -> None:
     assert isinstance(config, LlamaConfig)
     assert config.hidden_size == 32
     assert config.rope_parameters["rope_theta"] == 5e5
+    capped = new_config({"model_type": "gemma2", "final_logit_softcapping": 30})  # as a recipe has 30.0
+    assert type(capped.final_logit_softcapping) is float
 
 
 @pytest.mark.parametrize(
