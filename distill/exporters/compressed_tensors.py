@@ -87,7 +87,8 @@ def save(
         bfloat16_bytes=sum(2 * layer_codes.values.numel() for layer_codes in codes.values()),
         total_bytes=sum(_bytes(tensor) for tensor in {tensor.data_ptr(): tensor for tensor in state.values()}.values()),
     )
-    model.save_pretrained(folder, state_dict=state)
+    # by the names of the modules: transformers cannot fuse a mixture's experts again in a quantized folder
+    model.save_pretrained(folder, state_dict=state, save_original_format=False)
     _write_config(model, schemes, folder, dtype)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

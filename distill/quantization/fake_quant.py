@@ -14,7 +14,7 @@ from distill.quantization.base import Codes, QuantizerSpec
 from distill.quantization.inputs import HIGH, LOW, ActivationSpec
 
 Held = tuple[Tensor, Tensor | None]
-"""A scale and a zero point that stay: see :mod:`distill.quantization.hold`."""
+"""A scale and a zero point that stay: see :mod:`distill.quantization.scales`."""
 
 
 class _OnGrid(torch.autograd.Function):

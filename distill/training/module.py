@@ -24,7 +24,7 @@ from distill.losses.head import KL, head_losses
 from distill.losses.states import refusal
 from distill.models.head import check_head, hidden_states, output_head
 from distill.quantization.fake_quant import switch
-from distill.quantization.hold import expect_held, hold_scales
+from distill.quantization.scales import expect_held, hold_scales, renew_scales
 from distill.training import rank_state
 from distill.training.live_teacher import LiveTeacher
 from distill.training.on_policy import OnPolicy
@@ -92,7 +92,7 @@ class DistillationModule(pl.LightningModule):
         self.optimizer_spec = optimizer or OptimizerSpec()
         self.num_steps = num_steps
         self.quantized_from_step, self.held_from_step = quantized_from_step, held_from_step
-        self._held = False
+        self._renewed = self._held = False
         self.teacher = LiveTeacher(teacher) if isinstance(teacher, torch.nn.Module) else teacher
         self.on_policy = on_policy
         self.tokens_read = torch.zeros((), dtype=torch.int64)
@@ -132,6 +132,9 @@ class DistillationModule(pl.LightningModule):
         """Switch fake-quantization on, and hold its scales, when their steps have come."""
         step = self.trainer.global_step
         if self.quantized_from_step:
+            if step == self.quantized_from_step and not self._renewed:  # also in a run that goes on from this step
+                renew_scales(self.student)
+                self._renewed = True
             switch(self.student, enabled=step >= self.quantized_from_step)
         if self.held_from_step is not None and step >= self.held_from_step and not self._held:
             hold_scales(self.student)

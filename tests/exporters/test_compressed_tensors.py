@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from distill.core.errors import InputError
 from distill.exporters.compressed_tensors import save
@@ -57,6 +57,25 @@ def test_plain_transformers_computes_what_was_trained(
     for layer, codes in convert(model).items():
         assert torch.equal(loaded.get_submodule(layer).weight, spec.dequantize(codes))
     assert ("lm_head" in names) == (not spec.skip)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("spec", [IntGroup, Int8Channel, Fp8])
+def test_a_mixture_is_read_back_with_its_experts_as_they_are(
+    tmp_path: Path, batches: list[dict[str, torch.Tensor]], kind: str, spec: type[QuantizerSpec]
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_local_experts": 4} if kind == "mixtral" else {"num_experts": 4, "moe_intermediate_size": 32}
+    experts["num_experts_per_tok"] = 2
+    config = AutoConfig.for_model(kind, **sizes, **experts, vocab_size=64, num_key_value_heads=2, head_dim=16)
+    torch.manual_seed(0)
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), batches[0]["input_ids"]
+    prepare(model, spec(skip=("lm_head", "experts", "gate")))
+    round_unquantized(model, torch.bfloat16)
+    save(model, tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 def test_loaded_in_bfloat16_each_weight_is_rounded_once(trained: PreTrainedModel, artifact: Path) -> None:

@@ -136,14 +136,15 @@ def module(
     def make(way: str = "full", lr: float = 1e-2, steps: int | None = None, **settings: Any) -> DistillationModule:
         losses = [ForwardKL(temperature=2.0), CrossEntropy(weight=0.5)]
         optimizer = OptimizerSpec(lr=lr, warmup_steps=2)
-        held = next((int(word.removeprefix("held=")) for word in way.split() if word.startswith("held=")), None)
+        steps_of = {key: int(step) for key, _, step in (word.partition("=") for word in way.split()) if step}
         return DistillationModule(
             student(way, **settings).model,
             losses,
             llama(1),
             optimizer=optimizer,
             num_steps=steps,
-            held_from_step=held,
+            quantized_from_step=steps_of.get("late", 0),
+            held_from_step=steps_of.get("held"),
         )
 
     return make

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from distill.core.errors import DistillError, InputError, Interrupted, MachineError, Preempted
-from distill.quantization import Int8Channel
+from distill.quantization import Int8Channel, IntGroup
 from distill.training.checkpoint import checkpoint_path, checkpoints
 from distill.training.metrics import read_rows
 from distill.training.module import DistillationModule
@@ -76,6 +76,8 @@ def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
         ("quant held=2", {"precision": "bf16-true"}),
         ("quant learned lora held=3", {"gradient_checkpointing": True}),
         ("quant learned held=4", {}),
+        ("quant learned late=3", {}),
+        ("quant learned lora late=2", {}),
         ("full", {"gradient_checkpointing": True}),
     ],
 )
@@ -172,6 +174,21 @@ def test_scales_are_held_from_their_step_on(module: Any, train: Any, tmp_path: P
     assert torch.equal(held, Int8Channel().quantize(before[f"{name}.weight"]).scale)
     assert not torch.equal(held, Int8Channel().quantize(after[f"{name}.weight"]).scale)
     assert not torch.equal(after[f"{name}.weight"], kept["free", 6]["state_dict"][f"{name}.weight"])
+
+
+def test_a_scale_is_learned_from_where_the_weights_are_when_rounding_begins(
+    module: Any, train: Any, tmp_path: Path
+) -> None:
+    train(module("quant learned late=3 held=3", lr=0.1))
+    before, after = (
+        torch.load(checkpoint_path(tmp_path / "stage" / "checkpoints", step), weights_only=True)["state_dict"]
+        for step in (3, 6)
+    )
+    name, grid = "student.model.layers.0.mlp.up_proj", IntGroup(bits=3, group_size=8, scale="learned")
+    began = after[f"{name}.held_scale"].view(torch.bfloat16).float()
+    torch.testing.assert_close(began, grid.quantize(before[f"{name}.weight"]).scale.float(), rtol=0.01, atol=0)
+    stale = before[f"{name}.log_scale"].exp().view_as(began)
+    assert ((began / stale).log().abs() > 0.1).float().mean() > 0.5
 
 
 def test_dropout_does_act(module: Any, train: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Scales that stay: what the codes are then, where the gradient passes, and that the state finds back."""
+"""Scales that stay (what the codes are then, where the gradient passes, how they are restored) or begin anew."""
 
 import copy
 import math
@@ -12,7 +12,7 @@ from distill.quantization import QUANTIZERS, Int8Channel, IntGroup
 from distill.quantization.base import QuantizerSpec
 from distill.quantization.convert import convert
 from distill.quantization.fake_quant import fake_quant_layers
-from distill.quantization.hold import expect_held, hold_scales
+from distill.quantization.scales import expect_held, hold_scales, renew_scales
 from distill.quantization.lora import absorb_lora
 from distill.quantization.prepare import prepare, unprepare
 
@@ -112,6 +112,21 @@ def test_with_adapters_it_is_the_scale_of_the_merged_weight(llama: nn.Module, id
     for name, layer in fake_quant_layers(merged).items():
         assert torch.equal(layer.spec.quantize(layer.weight).scale, scales[name])
     assert torch.equal(merged(ids).logits, trained)
+
+
+def test_a_renewed_scale_is_that_of_the_merged_weight(llama: nn.Module) -> None:
+    prepare(llama, GRIDS["learned"])
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(llama, config).eval()
+    absorb_lora(model)
+    stale = {name: layer.log_scale.clone() for name, layer in fake_quant_layers(llama).items()}
+    renew_scales(llama)
+    learned = {name: layer.log_scale.clone() for name, layer in fake_quant_layers(llama).items()}
+    for name, layer in fake_quant_layers(model.merge_and_unload()).items():
+        found = next(scale for key, scale in learned.items() if key.replace(".base_layer", "") == name)
+        assert torch.equal(found, layer.spec.initial_scale(layer.weight).log().flatten())
+    changed = {name for name, scale in learned.items() if not torch.equal(scale, stale[name])}
+    assert changed == {name for name in learned if name.endswith(("q_proj.base_layer", "down_proj.base_layer"))}
 
 
 @pytest.mark.parametrize("name", ["q8_0", "asymmetric", "learned"])
