@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from distill.core.artifact import replacing
@@ -138,6 +139,32 @@ def check_same_vocabulary(
     for who, size in (("student", student_vocabulary_size), ("teacher", teacher_vocabulary_size)):
         if size is not None and size <= max(ours):
             raise InputError(f"vocabulary: the {who}'s head has {size} rows, its tokenizer needs {max(ours) + 1}")
+
+
+def check_read_back(tokenizer: PreTrainedTokenizerFast, model_type: str) -> None:
+    """Refuse a new model beside which this tokenizer would be read as another one.
+
+    For some architectures (Qwen2) transformers passes over what ``tokenizer_config.json`` says and reads every
+    vocabulary with the architecture's own rules for cutting text.
+
+    Args:
+        tokenizer: what is to be saved with the model.
+        model_type: of the model's config.
+
+    Raises:
+        InputError: text would be cut otherwise.
+    """
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        (Path(folder) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+        again = load_tokenizer(folder)
+    text = (_MERGES_PROBE, f" {_MERGES_PROBE}")
+    if again.get_vocab() != tokenizer.get_vocab() or again(text)["input_ids"] != tokenizer(text)["input_ids"]:
+        raise InputError(
+            f"config.model_type: transformers reads the tokenizer of any {model_type} model as a "
+            f"{type(again).__name__}, which cuts text otherwise than the run's; set data.tokenizer to one made for "
+            f"{model_type}, or take another architecture"
+        )
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -222,6 +222,7 @@ def new_model(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    quiet_transformers()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the GPU's as well
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -71,6 +71,7 @@ def starting_model(context: StageContext, reference: str | NewModel, weights: st
     Raises:
         InputError: it cannot be loaded or built, or is too small for the tokenizer.
     """
+    from distill.data.tokenizer import check_read_back
     from distill.models.load import empty_model, load_config, new_config, new_model
     from distill.stages.train import check_speaks, load_trainable
 
@@ -84,10 +85,12 @@ def starting_model(context: StageContext, reference: str | NewModel, weights: st
             raise InputError(
                 f"config.vocab_size ({config.vocab_size}) is less than the tokenizer's {len(tokenizer)} tokens"
             )
+        check_read_back(tokenizer, config.model_type)
         return empty_model(config) if session.is_sent_models else new_model(config, seed=session.seed)
     location = session.artifact(reference).location
     check_speaks(context, location, tokens=weights == "pretrained")
     if weights == "random":
         config = load_config(location)
+        check_read_back(session.tokenizer(), config.model_type)
         return empty_model(config) if session.is_sent_models else new_model(config, seed=session.seed)
     return load_trainable(context, location)

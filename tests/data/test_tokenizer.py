@@ -1,10 +1,18 @@
 """Tokenizers: trained, loaded, compared."""
 
+import json
+
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from distill.core.errors import InputError
-from distill.data.tokenizer import check_same_vocabulary, load_tokenizer, tokenizer_hash, train_tokenizer
+from distill.data.tokenizer import (
+    check_read_back,
+    check_same_vocabulary,
+    load_tokenizer,
+    tokenizer_hash,
+    train_tokenizer,
+)
 
 
 def test_a_trained_tokenizer_loads_as_any_other_and_gives_texts_back(tmp_path, text_of):
@@ -64,8 +72,6 @@ def test_vocabularies_must_be_the_same_but_heads_may_be_padded(tmp_path, tokeniz
 
 
 def test_equal_tokens_with_other_merges_are_refused(tmp_path, tokenizer):
-    import json
-
     tokenizer.save_pretrained(tmp_path / "t")
     file = tmp_path / "t" / "tokenizer.json"
     content = json.loads(file.read_text())
@@ -73,3 +79,15 @@ def test_equal_tokens_with_other_merges_are_refused(tmp_path, tokenizer):
     file.write_text(json.dumps(content))
     with pytest.raises(InputError, match="cut text differently"):
         check_same_vocabulary(load_tokenizer(tmp_path / "t"), tokenizer)
+
+
+def test_a_tokenizer_that_would_be_read_as_another_one_is_refused(tokenizer):
+    """Qwen2's own rules cut digits one by one; the run's do not, so the text that is read back would be another one."""
+    for model_type in ("llama", "qwen3", "gpt2", "mistral", "gemma2", "phi3"):
+        check_read_back(tokenizer, model_type)
+    with pytest.raises(InputError, match="of any qwen2 model as a Qwen2Tokenizer, which cuts text otherwise") as error:
+        check_read_back(tokenizer, "qwen2")
+    assert "\n" not in str(error.value)
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    check_read_back(Qwen2Tokenizer(vocab=model["vocab"], merges=merges), "qwen2")

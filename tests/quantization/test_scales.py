@@ -12,9 +12,9 @@ from distill.quantization import QUANTIZERS, Int8Channel, IntGroup
 from distill.quantization.base import QuantizerSpec
 from distill.quantization.convert import convert
 from distill.quantization.fake_quant import fake_quant_layers
-from distill.quantization.scales import expect_held, hold_scales, renew_scales
 from distill.quantization.lora import absorb_lora
 from distill.quantization.prepare import prepare, unprepare
+from distill.quantization.scales import expect_held, hold_scales, renew_scales
 
 GRIDS: dict[str, QuantizerSpec] = {
     **{kind: member() for kind, member in QUANTIZERS.items()},
