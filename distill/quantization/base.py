@@ -64,6 +64,17 @@ class QuantizerSpec(Spec):
         """Whether a layer of this dotted name stays as it is."""
         return any(matches(pattern, name) for pattern in self.skip)
 
+    def without_layers(self) -> QuantizerSpec:
+        """This grid, where layers are chosen for it and not by it.
+
+        Raises:
+            ValueError: it says which to skip or include, to no effect.
+        """
+        usual = type(self).model_fields  # a resolved recipe writes them out
+        if idle := [key for key in ("include", "skip") if getattr(self, key) != usual[key].default]:
+            raise ValueError(f"{', '.join(idle)} has no effect here; set it in the stage's quantizer")
+        return self
+
     def label(self) -> str:
         """A few words for tables, such as "int4, group 32"."""
         raise NotImplementedError

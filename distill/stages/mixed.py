@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distill.core.artifact import write_bytes, write_text
 from distill.core.spec import Spec
@@ -35,6 +35,12 @@ class MixedSpec(Spec):
     """Largest mean of stored bits a weight, scales included, over the quantized linear layers."""
     num_sequences: int = Field(8, ge=1)
     """Calibration sequences on which each layer is quantized alone, once a grid."""
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> MixedSpec:
+        for grid in self.also:
+            grid.without_layers()
+        return self
 
 
 def choose_grids(

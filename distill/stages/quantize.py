@@ -37,9 +37,7 @@ class LayerGrid(Spec):
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> LayerGrid:
-        usual = type(self.quantizer).model_fields  # a resolved recipe writes them out
-        if idle := [key for key in ("include", "skip") if getattr(self.quantizer, key) != usual[key].default]:
-            raise ValueError(f"{', '.join(idle)} has no effect here; set it in the stage's quantizer")
+        self.quantizer.without_layers()
         return self
 
 

@@ -109,6 +109,10 @@ def test_what_has_no_effect_or_cannot_be_is_refused(teacher, text, tmp_path):
     start = "student: teacher, kind: quantize"
     for settings, message in (
         (f"layers: [{{match: k_proj, quantizer: {{kind: fp8, skip: []}}}}], {TRAINING}", "skip has no effect here"),
+        (
+            f"mixed: {{bits: 5, also: [{{kind: fp8, include: [embed_tokens]}}]}}, {TRAINING}",
+            "include has no effect here",
+        ),
         (f"layers: [{{match: k_proj, quantizer: fp8}}], mixed: {{bits: 5, also: [fp8]}}, {TRAINING}", "remove one"),
         (f"rounding: gptq, {TRAINING}", "gptq before a training needs scale: learned"),
         (f"rounding: gptq, from_step: 1, {LEARNED}, {TRAINING}", "which undoes rounding: gptq; remove one"),
