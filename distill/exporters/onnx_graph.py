@@ -138,20 +138,27 @@ def _trace(
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(
-            f"{model.config.model_type}: torch cannot write this model as ONNX ({first.strip()})"
+            f"{model.config.model_type}: torch cannot write this model as ONNX ({_root(error)}); choose another target"
         ) from error
     assert program is not None
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
     program.save(str(file), external_data=num_bytes > EXTERNAL_ABOVE_BYTES)
 
 
-def num_layers(model: PreTrainedModel) -> int:
-    """Linear layers without the last one, which makes the logits."""
-    import torch
+def _root(error: BaseException) -> str:
+    """What went wrong first, in a line: torch wraps it in the steps of its exporter and advice for its developers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
-    return sum(isinstance(module, torch.nn.Linear) for module in model.modules()) - 1
+
+def num_layers(model: PreTrainedModel) -> int:
+    """Linear layers, GPT-2's among them, without the last one, which makes the logits."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    return sum(isinstance(module, torch.nn.Linear | Conv1D) for module in model.modules()) - 1
 
 
 def quantize_graph(plain: Path, file: Path, num_layers: int) -> None:

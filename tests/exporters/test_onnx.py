@@ -9,8 +9,12 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -92,6 +96,27 @@ def test_the_tokenizer_comes_along_and_the_lineage_stays(write: Callable[[str], 
     assert AutoTokenizer.from_pretrained(folder)("w3 w5")["input_ids"] == [3, 5]
     assert not {"distill.json", "model.safetensors"} & {file.name for file in folder.iterdir()}
     assert "quantization_config" not in (folder / "config.json").read_text()
+
+
+def test_gpt2s_layers_are_linear_too(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, batches: Batches) -> None:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 16, "initializer_range": 0.2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=64, bos_token_id=1, eos_token_id=1)).eval()
+    model.save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    Onnx().export(tmp_path / "gpt2", tmp_path / "out", title="small")
+    assert 0 < Onnx().verify(model, tmp_path / "out", batches).kl < 0.02
+
+
+def test_a_mixture_is_refused_in_one_line(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, batches: Batches) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2, vocab_size=64)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    tokenizer.save_pretrained(tmp_path / "mixtral")
+    with pytest.raises(InputError, match=r"mixtral: torch cannot write this model as ONNX \(No ONNX function") as error:
+        Onnx().export(tmp_path / "mixtral", tmp_path / "out", title="small")
+    assert "\x1b" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_damaged_graph_and_missing_packages_are_named(
