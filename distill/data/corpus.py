@@ -107,9 +107,9 @@ class Corpus:
             return loader.stream_batches(self.train, *where, num_workers, end_sequences)
         return loader.train_batches(self.train, self.seed, *where, num_workers, end_sequences)
 
-    def validation_loader(self, batch_size: int, num_workers: int = 0) -> Batches:
-        """Every validation block, once, in a fixed order."""
-        return loader.validation_batches(self.validation, batch_size, num_workers)
+    def validation_loader(self, batch_size: int, num_workers: int = 0, num_sequences: int | None = None) -> Batches:
+        """Every validation block, or so many evenly spread over the text, once, in a fixed order."""
+        return loader.validation_batches(self.validation, batch_size, num_workers, num_sequences)
 
     def calibration_loader(self, num_sequences: int | None = None, batch_size: int = 8) -> Batches:
         """Training blocks for calibration, the same each time; ``num_sequences`` None takes what the recipe says.

@@ -162,9 +162,12 @@ def stream_batches(
     return loader(batches, None, min(num_workers, 1))
 
 
-def validation_batches(blocks: Blocks, batch_size: int, num_workers: int = 0) -> Batches:
-    """All blocks, once, in a fixed order; the last batch may be smaller."""
-    return loader(blocks, _alike(blocks, np.arange(len(blocks)), batch_size), num_workers)
+def validation_batches(
+    blocks: Blocks, batch_size: int, num_workers: int = 0, num_sequences: int | None = None
+) -> Batches:
+    """All blocks, or so many of them evenly spread, once, in a fixed order; the last batch may be smaller."""
+    count = min(num_sequences or len(blocks), len(blocks))
+    return loader(blocks, _alike(blocks, np.arange(count) * len(blocks) // max(count, 1), batch_size), num_workers)
 
 
 def calibration_batches(blocks: Blocks | Stream, seed: int, num_sequences: int, batch_size: int) -> Batches:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +17,9 @@ from distill.models.load import Task
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from distill.quantization.base import QuantizerSpec
+    from distill.quantization.inputs import ActivationSpec
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,17 @@ class ExporterSpec(Spec):
 
     def _not_installed(self) -> str:
         return f"which is not installed: pip install 'distill[{self.extra}]'"
+
+    def check_grids(self, grids: Sequence[QuantizerSpec], activations: ActivationSpec | None) -> None:
+        """Refuse, before it is trained, a model that cannot be written in this format.
+
+        Args:
+            grids: those that its layers are trained on; none where the weights stay plain.
+            activations: that of the layers' inputs, if they have one.
+
+        Raises:
+            InputError: :meth:`export` would refuse it.
+        """
 
     def export(self, source_folder: Path, folder: Path, *, title: str) -> list[str]:
         """Write the deliverable, without a card.

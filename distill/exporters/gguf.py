@@ -11,7 +11,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the format
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from distill.exporters.gguf_blocks import FileTensor
+    from distill.quantization.base import QuantizerSpec
+    from distill.quantization.inputs import ActivationSpec
 
 ENDS = ("token_embd.weight", "output.weight")
 
@@ -58,6 +60,22 @@ class Gguf(ExporterSpec):
 
     def writers(self) -> tuple[str, ...]:
         return ("gguf",)
+
+    def check_grids(self, grids: Sequence[QuantizerSpec], activations: ActivationSpec | None) -> None:
+        if self.round_to and grids:
+            raise InputError("target gguf: the model's weights are low-bit already; leave round_to out")
+        for grid in grids:
+            words = grid.compressed_tensors_arguments()
+            if words["type"] != "int" or not words["symmetric"]:
+                raise InputError(
+                    f"target gguf: has no format for {grid.label()}; train on a symmetric integer grid (q8_0, q4_0, "
+                    "int_group, ternary)"
+                )
+            if (words.get("group_size") or 32) % 32:
+                raise InputError(
+                    f"target gguf: {grid.label()}: llama.cpp's formats share a scale among 32 weights; set a "
+                    "group_size that is a multiple of 32"
+                )
 
     def export(self, source_folder: Path, folder: Path, *, title: str) -> list[str]:
         require_writers(self)
@@ -96,6 +114,7 @@ class Gguf(ExporterSpec):
         (folder / "Modelfile").write_text(_modelfile(title, tokenizer, config.max_position_embeddings, cache))
         return [
             *written.notes(self.round_to),
+            *_input_notes(config),
             *cache_notes(source_folder, f"so run it with `-fa on --cache-type-k {cache} --cache-type-v {cache}`"),
             f"read back: {num_tensors} tensors hold what was to be written, bit for bit",
         ]
@@ -166,6 +185,16 @@ class Gguf(ExporterSpec):
             else:
                 blocks = plain_blocks(key, weight, self.embeddings if name in ENDS else self.round_to or "f16")
             yield name, blocks
+
+
+def _input_notes(config: Any) -> list[str]:
+    """A line on the activations' grid that the model was trained with, which the file cannot hold."""
+    groups = (getattr(config, "quantization_config", None) or {}).get("config_groups", {}).values()
+    if not any(group.get("input_activations") for group in groups):
+        return []
+    return [
+        "activations: the grid that was trained is left out; llama.cpp rounds inputs to 8 bits, 32 or 256 at a time"
+    ]
 
 
 class _Written:

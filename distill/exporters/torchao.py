@@ -10,7 +10,7 @@ Source: https://github.com/pytorch/ao, and the safetensors of its tensors in tra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from distill.quantization.base import Codes
+    from distill.quantization.base import Codes, QuantizerSpec
+    from distill.quantization.inputs import ActivationSpec
 
 
 class Torchao(ExporterSpec):
@@ -47,6 +48,20 @@ class Torchao(ExporterSpec):
 
     def writers(self) -> tuple[str, ...]:
         return ("torchao",)
+
+    def check_grids(self, grids: Sequence[QuantizerSpec], activations: ActivationSpec | None) -> None:
+        if bool(grids) == bool(self.round_to):
+            found = "low-bit already; leave round_to out" if grids else "not low-bit; set round_to: int8"
+            raise InputError(f"target torchao: the model's weights are {found}")
+        if activations is not None:
+            raise InputError(
+                f"target torchao: only low-bit weights can be written, and activations {activations.kind} round inputs"
+            )
+        for grid in grids:
+            if grid.include:
+                raise InputError(f"target torchao: codes of embeddings (include: {list(grid.include)}) have no tensor")
+            if grid.compressed_tensors_arguments()["type"] != "int":
+                raise InputError(f"target torchao: its tensors hold integer codes only, not those of {grid.label()}")
 
     def export(self, source_folder: Path, folder: Path, *, title: str) -> list[str]:
         require_writers(self)

@@ -70,6 +70,8 @@ def check_stage(name: str, stage: StageSpec, recipe: Recipe, known: Known) -> No
         stage.check_steps(stage.num_steps)
     if isinstance(stage, Quantize) and config is not None:
         _check_grids(stage, config)
+    if isinstance(stage, Export):
+        _check_target(stage, recipe)
     _check_task(stage, known)
     _check_states(stage, known)
     _check_ends(stage, known)
@@ -108,6 +110,19 @@ def _check_grids(stage: Quantize, config: Config) -> None:
                 raise InputError(
                     f"{name}: rounding: gptq rounds to symmetric integer grids, not {grid.label()}; set nearest"
                 )
+
+
+def _check_target(stage: Export, recipe: Recipe) -> None:
+    """Hold a target against the grids of the model that a stage before it makes.
+
+    Raises:
+        InputError: the model cannot be written so.
+    """
+    made = recipe.stages.get(stage.model)
+    if isinstance(made, Quantize):
+        stage.target.check_grids(made.every_grid(), made.activations)
+    elif made is not None:
+        stage.target.check_grids((), None)
 
 
 def _check_task(stage: StageSpec, known: Known) -> None:

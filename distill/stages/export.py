@@ -27,7 +27,7 @@ class Export(StageSpec):
     title: str | None = Field(None, pattern=NAME)
     """What the model and its folder are called: letters, digits, . _ -; unset: <recipe>-<model>."""
     verify_sequences: int = Field(8, ge=1)
-    """Calibration sequences on which the export is held against the trained model."""
+    """Sequences of validation text on which the export is held against the trained model."""
 
     makes_model: ClassVar[bool] = False
 
@@ -62,7 +62,7 @@ class Export(StageSpec):
         session = context.session
         source = Path(local_folder(session.artifact(self.model)))
         title = self.title or f"{session.recipe}-{Path(self.model).name}"
-        batches = list(session.corpus().calibration_loader(num_sequences=self.verify_sequences, batch_size=4))
+        batches = list(session.corpus().validation_loader(batch_size=4, num_sequences=self.verify_sequences))
         place = context.folder / title
         with replacing(place) as folder:
             notes = self.target.export(source, folder, title=title)

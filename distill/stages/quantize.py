@@ -97,7 +97,7 @@ class Quantize(DistillSpec, StageSpec):
 
     @model_validator(mode="after")
     def _rounding(self) -> Quantize:
-        grids = self._every_grid()
+        grids = self.every_grid()
         if any(getattr(grid, "scale", None) == "learned" for grid in grids) and self.mixed is not None:
             raise ValueError("scale: learned cannot be scanned before it is trained; set scale: mse, or remove mixed")
         if self.trains() and self.rounding == "gptq":
@@ -127,7 +127,7 @@ class Quantize(DistillSpec, StageSpec):
 
     @model_validator(mode="after")
     def _one_type(self) -> Quantize:
-        floats = [g.kind for g in self._every_grid() if g.compressed_tensors_arguments()["type"] == "float"]
+        floats = [g.kind for g in self.every_grid() if g.compressed_tensors_arguments()["type"] == "float"]
         if self.activations is not None and floats:
             raise ValueError(
                 f"quantizer {floats[0]} has float codes and activations {self.activations.kind} integers, which no "
@@ -140,6 +140,12 @@ class Quantize(DistillSpec, StageSpec):
         named = self.teacher != type(self).model_fields["teacher"].default
         if self.trains() and not self.is_taught() and named:
             raise ValueError("no loss looks at the teacher, so teacher has no effect; remove it or add a loss")
+        return self
+
+    @model_validator(mode="after")
+    def _no_dropout(self) -> Quantize:
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(f"lora.dropout ({self.lora.dropout:g}) has no effect on fake-quantized layers; remove it")
         return self
 
     @model_validator(mode="after")
@@ -161,7 +167,8 @@ class Quantize(DistillSpec, StageSpec):
         """(pattern, grid) of the layers that have their own."""
         return [(layer.match, layer.quantizer) for layer in self.layers]
 
-    def _every_grid(self) -> list[QuantizerSpec]:
+    def every_grid(self) -> list[QuantizerSpec]:
+        """The grids that a layer may get."""
         return [self.quantizer, *(grid for _, grid in self.grids()), *(self.mixed.also if self.mixed else ())]
 
     def grid_of(self, name: str) -> QuantizerSpec:
@@ -219,7 +226,7 @@ class Quantize(DistillSpec, StageSpec):
         start = load_model(location, dtype="float32") if self.mixed else load_trainable(context, location)
         is_read = start.device.type != "meta"  # else what the first process makes of it is sent
         mask = hold_mask(context, self.student, start, lora=self.lora is not None)
-        filled = [grid.kind for grid in self._every_grid() if not grid.keeps_zero]
+        filled = [grid.kind for grid in self.every_grid() if not grid.keeps_zero]
         filled += [self.rounding] if self.rounding == "gptq" else []
         if mask is not None and filled:
             raise InputError(f"{self.student}: its weights are masked ({mask}), and {filled[0]} would fill the zeros")
@@ -262,7 +269,7 @@ class Quantize(DistillSpec, StageSpec):
 
         def write(folder: Path) -> None:
             size = save(model, folder, dtype=dtype)
-            batches = context.session.corpus().calibration_loader(num_sequences=4, batch_size=4)
+            batches = context.session.corpus().validation_loader(batch_size=4, num_sequences=4)
             result = verify(model, folder, batches)
             measured.update(
                 quantized_layers=size.layers, share_of_bfloat16=round(size.ratio, 4), verified_worst_kl=result.worst_kl

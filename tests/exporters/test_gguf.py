@@ -30,7 +30,7 @@ from distill.exporters.gguf_blocks import code_blocks
 from distill.exporters.gguf_vocabulary import pre_tokenizer_name
 from distill.exporters.stored import stored_weights
 from distill.models.kv_cache import round_cache
-from distill.quantization import QUANTIZERS
+from distill.quantization import QUANTIZERS, DynamicInt8, Int8Channel
 from distill.quantization.base import Codes
 from distill.quantization.convert import convert, round_unquantized
 from distill.quantization.fake_quant import switch
@@ -203,6 +203,15 @@ def test_llama_cpp_runs_the_codes(
     assert Gguf(max_kl=0.1).verify(model, tmp_path / "out", texts, bpe).kl < 5e-3  # activations of 8 bits
     with pytest.raises(DistillError, match="not the trained one: KL"):
         Gguf(max_kl=0.0).verify(model, tmp_path / "out", texts, bpe)
+
+
+def test_a_grid_of_the_activations_is_left_out_and_said(bpe: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    model = build("llama")
+    prepare(model, Int8Channel(), activations=DynamicInt8())
+    save(model, tmp_path / "in", dtype=torch.float32)
+    bpe.save_pretrained(tmp_path / "in")
+    notes = Gguf().export(tmp_path / "in", tmp_path / "out", title="small")
+    assert any(note.startswith("activations: the grid that was trained is left out") for note in notes)
 
 
 @in_llama_cpp

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +59,33 @@ def test_what_is_not_installed_is_said_before_the_run(
     monkeypatch.setattr("distill.exporters.gguf.Gguf.writers", lambda self: ())
     unverified = "gguf, not verified in llama.cpp, which is not installed: pip install 'distill[gguf]' and run again"
     assert unverified in describe(recipe_of("gguf"))
+
+
+@pytest.mark.parametrize(
+    ("grid", "target", "message"),
+    [
+        (
+            "quantizer: {kind: int_group, symmetry: asymmetric}",
+            "gguf",
+            "no format for int4, group 32, asymmetric; train",
+        ),
+        ("quantizer: {kind: int_group, group_size: 16}", "gguf", "share a scale among 32 weights; set a group_size"),
+        ("quantizer: q4_0, layers: [{match: q_proj, quantizer: fp8}]", "gguf", "no format for fp8"),
+        ("quantizer: q4_0", "{kind: gguf, round_to: q4_0}", "low-bit already; leave round_to out"),
+        ("quantizer: fp8", "torchao", "its tensors hold integer codes only, not those of fp8"),
+        ("quantizer: int8_channel, activations: dynamic_int8", "torchao", "activations dynamic_int8 round inputs"),
+        ("quantizer: {kind: q8_0, include: [embed_tokens]}", "torchao", "codes of embeddings"),
+        (None, "torchao", "not low-bit; set round_to: int8"),
+    ],
+)
+def test_what_the_format_cannot_hold_is_said_before_it_is_trained(
+    teacher: Path, text: Path, grid: str | None, target: str, message: str
+) -> None:
+    stage = "finetune: {model: teacher" if grid is None else f"quantize: {{student: teacher, {grid}"
+    stages = f"{stage}, num_steps: 1, batch_size: 4}}\n  export: {{model: {stage.split(':')[0]}, target: {target}}}"
+    recipe = RECIPE[: RECIPE.index("  evaluate")] + "  {stages}\ncompute: {{accelerator: cpu}}\n"
+    with pytest.raises(RecipeError, match=rf"tiny: stages.export: target \w+: .*{re.escape(message)}"):
+        describe(Recipe.from_text(recipe.format(teacher=teacher, text=text, stages=stages)))
 
 
 def test_what_was_not_verified_is_verified_once_its_engine_is_there(

@@ -130,6 +130,7 @@ def test_what_has_no_effect_or_cannot_be_is_refused(teacher, text, tmp_path):
             "num_tokens: 0, rounding: gptq, mixed: {bits: 5, also: [fp8]}",
             "gptq rounds to symmetric integer grids, not fp8",
         ),
+        (f"lora: {{r: 2, dropout: 0.1}}, {TRAINING}", r"lora.dropout \(0.1\) has no effect on fake-quantized layers"),
         (f"losses: [cross_entropy], teacher: self, {TRAINING}", "so teacher has no effect"),
         (f"quantizer: {{kind: int_group, scale: learned, symmetry: asymmetric}}, {TRAINING}", "for symmetric codes"),
     ):
