@@ -86,8 +86,8 @@ class Run:
         return marker.is_file() and marker.read_text(errors="replace").strip() == input_hash
 
     def is_left(self, name: str) -> bool:
-        """Whether a stage was left in the middle of a training that has saved something."""
-        return self.done(name) is None and any((self.stage(name) / CHECKPOINTS).glob("step=*.ckpt"))
+        """Whether a stage was left in the middle of a training (a search's short ones too) that has saved something."""
+        return self.done(name) is None and any((self.stage(name) / CHECKPOINTS).rglob("step=*.ckpt"))
 
     def finish(self, name: str, done: Done) -> None:
         """Mark a stage as finished."""

@@ -11,7 +11,8 @@ from distill.losses import StateLossSpec
 from distill.models.layouts import LAYOUTS
 from distill.models.load import CLASSIFIER, Task, another_task
 from distill.models.states import Shapes, pairs_of
-from distill.pruning.layout import shape
+from distill.pruning.layout import Layout, shape
+from distill.quantization.base import DEFAULT_SKIP, matches
 from distill.quantization.kv_cache import check_cache
 from distill.recipe import Recipe
 from distill.stages.base import StageSpec
@@ -21,6 +22,8 @@ from distill.stages.prune import Prune
 from distill.stages.quantize import Quantize
 from distill.training.ends import agreed_ends
 from distill.training.spec import BudgetSpec, DistillSpec, split_batch
+
+TIE = "tie_word_embeddings"
 
 
 def missing_text(recipe: Recipe) -> Iterator[str]:
@@ -95,6 +98,7 @@ def _check_grids(stage: Quantize, config: Config) -> None:
     sizes = layout.sizes(config)
     if stage.kv_cache is not None:
         check_cache(stage.kv_cache, sizes["head_dim"])
+    _check_patterns(stage, layout, config)
     for parameter in layout.parameters:
         name = parameter.path.removesuffix(".weight")
         holder = name.rpartition(".")[0]
@@ -110,6 +114,37 @@ def _check_grids(stage: Quantize, config: Config) -> None:
                 raise InputError(
                     f"{name}: rounding: gptq rounds to symmetric integer grids, not {grid.label()}; set nearest"
                 )
+
+
+def _check_patterns(stage: Quantize, layout: Layout, config: Config) -> None:
+    """Whether each pattern fits some layer, and none a head or an embedding that share their weight.
+
+    Raises:
+        InputError: it does not, or it does.
+    """
+    matrices = [parameter for parameter in layout.parameters if len(parameter.axes) > 1]
+    layers = range(layout.sizes(config)["layers"])
+    names = {
+        path.rpartition(".")[0].format(layer=layer)
+        for path in (parameter.path for parameter in matrices)
+        for layer in (layers if "{layer}" in path else layers[:1])
+    }
+    grid = stage.quantizer
+    asked = [("skip", pattern) for pattern in grid.skip if pattern not in DEFAULT_SKIP]
+    asked += [("include", pattern) for pattern in grid.include] + [("layers", one.match) for one in stage.layers]
+    for key, pattern in asked:
+        if not any(matches(pattern, name) for name in names):
+            called = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+            raise InputError(f"{key}: {pattern!r} fits no layer (they are called {called}); mend or remove it")
+    ends = [p.path.removesuffix(".weight") for p in matrices if p.axes[0] == "vocabulary" and p.exists(config)]
+    for head in (p.path.removesuffix(".weight") for p in matrices if p.unless == TIE and not p.exists(config)):
+        shared = [name for name in ends if any(matches(pattern, name) for pattern in grid.include)]
+        if shared or not grid.skips(head):
+            what = f"remove {shared[0]} from include, and add" if shared else "add"
+            raise InputError(
+                f"{head} shares its weight with {ends[0]}, and no format here stores a shared weight quantized; {what} "
+                f"{head!r} to skip"
+            )
 
 
 def _check_target(stage: Export, recipe: Recipe) -> None:

@@ -46,12 +46,13 @@ def test_begin_moves_work_of_other_inputs_aside(run: Run) -> None:
     assert aside == ["0", "1"]
 
 
-def test_a_training_that_was_left_is_known(run: Run) -> None:
-    checkpoint = run.begin("distill", "aa") / "checkpoints" / "step=00000003.ckpt"
+@pytest.mark.parametrize("within", ["checkpoints", "checkpoints/candidate-1/checkpoints"])
+def test_a_training_that_was_left_is_known(run: Run, within: str) -> None:
+    checkpoint = run.begin("distill", "aa") / within / "step=00000003.ckpt"
     assert run.has_begun("distill", "aa")
     assert not run.has_begun("distill", "bb")
     assert not run.is_left("distill")
-    checkpoint.parent.mkdir()
+    checkpoint.parent.mkdir(parents=True)
     checkpoint.touch()
     assert run.is_left("distill")
     run.finish("distill", Done("aa", 1.0, {}))

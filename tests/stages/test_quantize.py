@@ -139,6 +139,25 @@ def test_what_has_no_effect_or_cannot_be_is_refused(teacher, text, tmp_path):
     layers = "num_tokens: 0, rounding: gptq, layers: [{match: k_proj, quantizer: binary}]"
     with pytest.raises(RecipeError, match="k_proj: rounding: gptq rounds to symmetric integer grids, not binary"):
         describe(recipe_of(teacher, text, f"quantize: {{{start}, {layers}}}"))
+    for grid, message in (
+        ("skip: [upproj]", "skip: 'upproj' fits no layer (they are called down_proj"),
+        ("include: [wte]", "include: 'wte' fits no layer"),
+    ):
+        stage = f"quantize: {{{start}, {TRAINING}, quantizer: {{kind: int_group, {grid}}}}}"
+        with pytest.raises(RecipeError, match=re.escape(f"stages.quantize: {message}")):
+            describe(recipe_of(teacher, text, stage))
+    config = json.loads((teacher / "config.json").read_text())
+    (tmp_path / "tied").mkdir()
+    (tmp_path / "tied" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    for grid, mend in (
+        ("skip: []", "add"),
+        ("include: [embed_tokens]", "remove model.embed_tokens from include, and add"),
+    ):
+        stage = f"quantize: {{{start}, {TRAINING}, quantizer: {{kind: int_group, {grid}}}}}"
+        with pytest.raises(
+            RecipeError, match=rf"lm_head shares its weight with model.embed_tokens, .*; {mend} 'lm_head'"
+        ):
+            describe(recipe_of(tmp_path / "tied", text, stage))
     with pytest.raises(InputError, match=r"from_step \(3\) must be less than the stage's 3 steps"):
         run(recipe_of(teacher, text, f"quantize: {{{start}, from_step: 3, {TRAINING}}}"), tmp_path / "run")
     early = f"quantize: {{{start}, from_step: 2, freeze_scales: 0.5, {TRAINING}}}"
