@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from distill.quantization.inputs import ActivationSpec
 
 ENDS = ("token_embd.weight", "output.weight")
+USUAL_CONTEXT = 8192
+"""Tokens that Ollama makes room for at once; keys and values of the 128k that models can read would fill a laptop."""
 
 
 class Gguf(ExporterSpec):
@@ -256,7 +258,9 @@ def _read_back(file: Path, tensors: Iterator[tuple[str, FileTensor]]) -> int:
 
 def _modelfile(title: str, tokenizer: PreTrainedTokenizerFast, context_tokens: int, cache: str | None) -> str:
     """What ``ollama create`` reads. Without a chat template the model is to go on with the text as it is given."""
-    lines = [f"FROM ./{title}.gguf", f"PARAMETER num_ctx {context_tokens}"]
+    lines = [f"FROM ./{title}.gguf", f"PARAMETER num_ctx {min(context_tokens, USUAL_CONTEXT)}"]
+    if context_tokens > USUAL_CONTEXT:
+        lines.append(f"# the model reads up to {context_tokens} tokens, in memory that grows with num_ctx")
     if cache is not None:  # no parameter of a model there
         lines.insert(0, f"# serve it with OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE={cache}")
     return "\n".join([*lines, *([] if tokenizer.chat_template else ['TEMPLATE """{{ .Prompt }}"""'])]) + "\n"

@@ -285,12 +285,16 @@ def test_the_tokenizer_is_in_the_file(
     assert fields["tokenizer.ggml.token_type"].contents()[:3] == [3, 3, 1]
     assert "tokenizer.chat_template" not in fields
     assert 'TEMPLATE """{{ .Prompt }}"""' in (tmp_path / "out" / "Modelfile").read_text()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 131072}))
     bpe_with_template = source / "chat_template.jinja"
     bpe_with_template.write_text("{{ messages[0]['content'] }}")
     Gguf().export(source, tmp_path / "chat", title="small")
     fields = gguf.GGUFReader(tmp_path / "chat" / "small.gguf").fields
     assert fields["tokenizer.chat_template"].contents() == "{{ messages[0]['content'] }}"
-    assert "TEMPLATE" not in (tmp_path / "chat" / "Modelfile").read_text()
+    modelfile = (tmp_path / "chat" / "Modelfile").read_text()
+    assert "TEMPLATE" not in modelfile
+    assert "PARAMETER num_ctx 8192\n# the model reads up to 131072 tokens" in modelfile
 
 
 @in_llama_cpp
