@@ -1,1 +1,1 @@
-"""Speed and student quality, measured; see README.md here. Never part of the tests or of the package."""
+"""Benchmarks of speed and of student quality; see README.md in this folder. They are not part of tests or package."""

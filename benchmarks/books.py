@@ -1,7 +1,8 @@
-"""The corpus and the teacher that the quality benchmarks share.
+"""The corpus and the teacher of the quality benchmarks.
 
-`python -m benchmarks.books --corpus BOOKS --work WORK` makes the teacher, once, by ``recipes/books-teacher.yaml``. The
-run can be stopped and goes on; the finished teacher is copied beside it and taken from there, whatever recipes become.
+`python -m benchmarks.books --corpus BOOKS --work WORK` trains the teacher once, with ``recipes/books-teacher.yaml``.
+The run can be stopped and resumed. The finished teacher is copied, and later calls use this copy, even if the recipe
+changes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ VALIDATION_TOKENS = 30_000
 
 
 def data(corpus: Path, validation: Literal["valid", "test"]) -> dict[str, Any]:
-    """The ``data`` section of a recipe; look at ``valid`` to choose something, at ``test`` to report it."""
+    """The ``data`` section of a recipe; use ``valid`` to choose settings, and ``test`` for reported figures."""
     return {
         "train": {"kind": "jsonl", "path": str(corpus / "train.jsonl.gz")},
         "validation": {"kind": "jsonl", "path": str(corpus / f"{validation}.jsonl.gz")},
@@ -39,21 +40,21 @@ def data(corpus: Path, validation: Literal["valid", "test"]) -> dict[str, Any]:
 
 
 def teacher(corpus: Path, work: Path) -> Path:
-    """The folder of the teacher, which is trained first where there is none."""
+    """Folder of the teacher. It is trained first if it does not exist."""
     place = work / "books-teacher-final"
     if not place.is_dir():
         recipe = distill.Recipe.load(RECIPE, set=list(_paths(corpus)))
         run = distill.run(recipe, run_dir=work / "books-teacher")
         _write_result(run)
         with replacing(place) as folder:
-            # Without its lineage it is a model from outside, at which the lineage of a student cut out of it ends.
+            # without its lineage it is an external model, at which the lineage of pruned students ends
             ignored = shutil.ignore_patterns(LINEAGE)
             shutil.copytree(run.model("finetune").location, folder, ignore=ignored, dirs_exist_ok=True)
     return place
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """A parser with what the quality benchmarks have in common."""
+    """An argument parser with the common arguments of the quality benchmarks."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--corpus", type=Path, required=True, help="folder of train, valid and test.jsonl.gz")
     parser.add_argument("--work", type=Path, required=True, help="folder for models and half-finished runs")
@@ -62,13 +63,13 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def _paths(corpus: Path) -> Iterable[str]:
-    """The recipe's texts, overridden."""
+    """Overrides of the paths in the recipe."""
     sections = data(corpus, "valid")
     return (f"data.{key}.path={sections[key]['path']}" for key in ("train", "validation"))
 
 
 def _write_result(run: Run) -> None:
-    """The teacher's validation curve, as a result of its own."""
+    """Write the teacher's validation curve as a result of its own."""
     rows = [row for row in read_rows(run.stage("finetune")) if "val/cross_entropy" in row]
     done = run.done("finetune")
     assert done is not None
@@ -84,7 +85,7 @@ def _write_result(run: Run) -> None:
 
 
 def main() -> None:
-    """Make the teacher."""
+    """Train the teacher."""
     options = arguments(__doc__).parse_args()
     torch.set_num_threads(options.threads)
     print(teacher(options.corpus, options.work))

@@ -1,8 +1,9 @@
-"""Size, memory and speed of one model in the engines that it is exported for.
+"""Size, memory and speed of one model in the engines to which distill exports.
 
-A Llama of random weights is exported by distill in every format, once. Each engine then reads a prompt and answers it
-in a process of its own, all of them in turn, round by round; ratios are taken to transformers in float32 within a round
-and their median counts. Needs the extras gguf, torchao and onnx; an engine that is not installed is left out by name.
+A Llama with random weights is exported by distill in every format, once. Each engine then reads a prompt and generates
+tokens in its own process. The engines take turns, in several rounds. Ratios to transformers in float32 are computed
+within a round, and their median is reported. This needs the extras gguf, torchao and onnx; engines that are not
+installed are skipped and named.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ VOCABULARY = Path(__file__).parents[1] / "distill" / "assets" / "quickstart-teac
 
 @dataclass(frozen=True)
 class Contender:
-    """An engine and a format.
+    """An engine with a format.
 
     Attributes:
-        runs: the function that measures it: transformers, llama_cpp or onnxruntime.
-        needs: the module of the engine.
-        folder: where its export lies.
-        dtype: of transformers' arithmetic.
+        runs: function that measures it: transformers, llama_cpp or onnxruntime.
+        needs: module of the engine.
+        folder: folder of the exported model.
+        dtype: dtype in which transformers computes.
     """
 
     runs: str
@@ -60,7 +61,7 @@ CONTENDERS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model and lengths of what it reads and writes."""
+    """Sizes of the model, and numbers of tokens to read and to generate."""
 
     hidden: int
     layers: int
@@ -70,7 +71,7 @@ class Shape:
 
 
 def make(work: Path, shape: Shape) -> int:
-    """Write the model and its exports, those that are not there yet; returns the number of parameters."""
+    """Write the model and all exports that do not exist yet; returns the number of parameters."""
     from distill.exporters.gguf import Gguf
     from distill.exporters.onnx import Onnx
     from distill.exporters.torchao import Torchao
@@ -97,12 +98,12 @@ def make(work: Path, shape: Shape) -> int:
 
 
 def installed(folder: str) -> bool:
-    """Whether the engine of a format is there."""
+    """Whether the engine of a format is installed."""
     return all(find_spec(one.needs) is not None for one in CONTENDERS.values() if one.folder == folder)
 
 
 def _write(folder: Path, write: Callable[[Path], Any]) -> int:
-    """A model folder with a tokenizer, whole or not at all; returns what the model counts, where that is known."""
+    """Write a model folder with a tokenizer, atomically; returns its number of parameters, or 0 if unknown."""
     from distill.core.artifact import replacing
     from distill.data.tokenizer import load_tokenizer
 
@@ -137,7 +138,7 @@ def _rounded(source: Path, folder: Path, grid: Any) -> None:
 
 
 def measure(contender: Contender, folder: Path, shape: Shape, threads: int) -> dict[str, Any]:
-    """Figures of one engine, in this process: prefill in ms, decoding in tokens a second, memory above the start."""
+    """Measure one engine in this process: prefill in ms, decoding in tokens per second, additional memory."""
     torch.set_num_threads(threads)
     return {"transformers": _transformers, "llama_cpp": _llama_cpp, "onnxruntime": _onnxruntime}[contender.runs](
         contender, folder, shape, threads
@@ -145,14 +146,16 @@ def measure(contender: Contender, folder: Path, shape: Shape, threads: int) -> d
 
 
 def _transformers(contender: Contender, folder: Path, shape: Shape, threads: int) -> dict[str, Any]:
-    import transformers.models.llama.modeling_llama  # noqa: F401 (its code is no memory of the model)
+    import transformers.models.llama.modeling_llama  # noqa: F401 (so that its import is not counted as memory)
 
+    from distill.evaluation.engine import Opening
     from distill.evaluation.speed_child import measure
     from distill.evaluation.speed_settings import SpeedSettings
 
     start = _peak_memory()
     lengths = {"prompt_tokens": shape.prompt_tokens, "new_tokens": shape.new_tokens, "repeats": shape.repeats}
-    found = measure(str(folder), SpeedSettings(**lengths, threads=threads, dtype=contender.dtype))
+    opening = Opening(str(folder), dtype=contender.dtype, threads=threads)
+    found = measure(opening, SpeedSettings(**lengths))
     return {
         "prefill_ms": found["prefill_ms_p50"],
         "decode_tokens_per_s": found["decode_tokens_per_s_p50"],
@@ -199,7 +202,7 @@ def _onnxruntime(contender: Contender, folder: Path, shape: Shape, threads: int)
 
 
 def _timed(read: Callable[[list[int]], None], reset: Callable[[], None], shape: Shape) -> dict[str, float]:
-    """Medians over the repeats, after one that warms up."""
+    """Medians over the repeats, after one warm-up."""
     prompt = torch.randint(2000, (shape.prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     prefill: list[float] = []
     steps: list[float] = []
@@ -219,13 +222,13 @@ def _timed(read: Callable[[list[int]], None], reset: Callable[[], None], shape: 
 
 
 def _peak_memory() -> int:
-    """The most that this process has held, in bytes."""
+    """Peak memory of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
 
 
 def rounds(work: Path, shape: Shape, num_rounds: int, threads: int) -> Iterator[dict[str, dict[str, Any]]]:
-    """One round after the other: every engine that is there, in a fresh process each."""
+    """In each round, measure every installed engine in a new process; yields the results of a round."""
     for _ in range(num_rounds):
         found = {}
         for name, contender in CONTENDERS.items():
@@ -237,7 +240,7 @@ def rounds(work: Path, shape: Shape, num_rounds: int, threads: int) -> Iterator[
 
 
 def rows(work: Path, found: list[dict[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """A row an engine: bytes, memory, medians, and the medians of its ratios to the first one."""
+    """One row per engine: bytes, memory, medians, and the medians of its ratios to the first engine."""
     base_bytes = size_of(work / CONTENDERS["transformers, bfloat16"].folder)
     for name in found[0]:
         num_bytes = size_of(work / CONTENDERS[name].folder)
@@ -258,7 +261,7 @@ def _decode_speed(one: Mapping[str, float], base: Mapping[str, float]) -> float:
 
 
 def llama_cpp_version() -> dict[str, str]:
-    """Of the module: a build of one's own leaves no metadata."""
+    """Version of llama-cpp-python, from its module, because a local build has no metadata."""
     if find_spec("llama_cpp") is None:
         return {}
     import llama_cpp
@@ -267,7 +270,7 @@ def llama_cpp_version() -> dict[str, str]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the weight files."""
+    """Total size of the weight files, in bytes."""
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHTS)
 
 
@@ -279,7 +282,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=14)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5, help="of a process, after one that warms up")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements per process, after one warm-up")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -304,8 +307,8 @@ def main() -> None:
             rows=rows(work, found),
             notes=[
                 f"A Llama of {parameters:,} random parameters; a prompt of {shape.prompt_tokens} tokens and "
-                f"{shape.new_tokens} more, {shape.repeats} times a process, {len(found)} rounds, {options.threads} "
-                "threads. Memory is what the process takes above its start.",
+                f"{shape.new_tokens} generated tokens, {shape.repeats} times per process, {len(found)} rounds, "
+                f"{options.threads} threads. Memory is that of the process, without its memory at the start.",
                 *([f"Not installed: {', '.join(missing)}."] if missing else []),
             ],
         )

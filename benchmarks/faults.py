@@ -1,6 +1,6 @@
-"""Faults on purpose: runs that are killed, stopped, frozen, fed with rubbish, and what was lost each time.
+"""Fault injection: runs are killed, stopped, frozen and given bad input; records what was lost each time.
 
-Each row is a fault, how often it was done, what the run did, and what was lost of it.
+Each row of the result is a fault, how often it was injected, what happened, and what was lost.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from datetime import date
 from itertools import product
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import psutil
 
-from benchmarks import hardware, result
+from benchmarks import damage, fault_signals, hardware, result
 from distill.core.run import CHECKPOINTS
-from distill.testing.campaign import Campaign
-from distill.testing.cells import WORLDS, Cell, Text, pairs
-from distill.testing.chaos import chaos_recipe
-from distill.testing.resumes import Resumes
-from distill.testing.workers import Workers, World
 from distill.training.checkpoint import checkpoints
+from tests.faults.campaign import Campaign
+from tests.faults.cells import WORLDS, Cell, Text, pairs
+from tests.faults.chaos import chaos_recipe
+from tests.faults.resumes import Resumes
+from tests.faults.signals import IMPORTS, every_stage_recipe
+from tests.faults.workers import Workers, World
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 RESULT = result.FOLDER.parent / "faults.json"
@@ -44,7 +46,7 @@ Rows = Iterator[dict[str, Any]]
 
 @dataclass
 class Bench:
-    """Where runs go, and what starts them."""
+    """Folder and processes for the runs."""
 
     workers: Workers
     recipe: Path
@@ -64,7 +66,7 @@ class Bench:
         return (run / "train" / "model" / "model.safetensors").read_bytes()
 
     def whole(self, size: int) -> bytes:
-        """The weights of a run that nothing happens to."""
+        """The weights of an undisturbed run."""
         run = self.fresh()
         assert self.start(run, size).wait(LIMIT_S) == [0] * size
         return self.weights(run)
@@ -76,23 +78,24 @@ class Bench:
 
 
 def main() -> None:
-    """Do what is asked for, write it into the JSON, and make the page."""
+    """Run the requested parts, write the JSON, and generate the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="the others stay as they are")
-    parser.add_argument("--kills", type=int, default=300, help="of one process")
-    parser.add_argument("--kills-of-two", type=int, default=100, help="of two, for ddp and for fsdp each")
-    parser.add_argument("--repeats", type=int, default=5, help="of each other fault")
-    parser.add_argument("--restarts", type=int, default=20, help="by torchrun")
-    parser.add_argument("--page", action="store_true", help="only make the page from the JSON")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run; others are kept")
+    parser.add_argument("--kills", type=int, default=300, help="number of kills of runs with one process")
+    parser.add_argument("--kills-of-two", type=int, default=100, help="kills of two processes, for ddp and fsdp each")
+    parser.add_argument("--repeats", type=int, default=5, help="number of times for each other fault")
+    parser.add_argument("--restarts", type=int, default=20, help="number of restarts by torchrun")
+    parser.add_argument("--signals", type=int, default=300, help="signals at random moments, including earlier calls")
+    parser.add_argument("--page", action="store_true", help="only generate the page from the JSON")
     options = parser.parse_args()
-    with Workers() as workers, tempfile.TemporaryDirectory() as place:
+    with Workers(IMPORTS) as workers, tempfile.TemporaryDirectory() as place:
         for part in [] if options.page else options.parts:
             _measure(part, workers, Path(place) / part, options)
     PAGE.write_text(render(json.loads(RESULT.read_text(encoding="utf-8"))), encoding="utf-8")
 
 
 def _measure(part: str, workers: Workers, place: Path, options: argparse.Namespace) -> None:
-    """One part, whose rows take the place of those that it left before."""
+    """Run one part. Its rows replace the rows of its last run."""
     place.mkdir()
     text, recipe = place / "text.jsonl", place / "chaos.yaml"
     rows = [{"text": f"row {i}: " + f"{i * i} more words. " * (i % 9)} for i in range(100)]
@@ -101,8 +104,8 @@ def _measure(part: str, workers: Workers, place: Path, options: argparse.Namespa
     done: list[dict[str, Any]] = []
     for row in PARTS[part](Bench(workers, recipe, place), options):
         done.append({"part": part, "date": date.today().isoformat()} | row)
-        kept = json.loads(RESULT.read_text(encoding="utf-8"))["rows"] if RESULT.exists() else []
-        every = [row for row in kept if row["part"] != part] + done
+        every = [row for row in _rows() if row["part"] != part or part == "signalled"]
+        every += done[-1:] if part == "signalled" else done
         result.write(
             RESULT.stem,
             command="python -m benchmarks.faults",
@@ -111,6 +114,12 @@ def _measure(part: str, workers: Workers, place: Path, options: argparse.Namespa
             rows=sorted(every, key=lambda row: list(PARTS).index(row["part"])),
             folder=RESULT.parent,
         )
+
+
+def _rows() -> list[dict[str, Any]]:
+    """The rows of the JSON."""
+    rows: list[dict[str, Any]] = json.loads(RESULT.read_text(encoding="utf-8"))["rows"] if RESULT.exists() else []
+    return rows
 
 
 def _killed(bench: Bench, options: argparse.Namespace, *more: str, where: str = "") -> Rows:
@@ -132,7 +141,7 @@ def _killed(bench: Bench, options: argparse.Namespace, *more: str, where: str = 
             "fault": f"SIGKILL of a process ({points})",
             "run": name,
             "times": toll.kills.total(),
-            "what happened": f"{toll.exact} of {toll.finished} runs that came to their end have the same weights",
+            "what happened": f"{toll.exact} of {toll.finished} finished runs have the same weights",
             "lost": "nothing" if not toll.lost and toll.exact == toll.finished else "; ".join(toll.lost) or "bits",
             "seconds": round(toll.seconds),
         }
@@ -158,7 +167,7 @@ def _stopped(bench: Bench, options: argparse.Namespace) -> Rows:
                 again = bench.start(run, size).wait(LIMIT_S)
                 return codes == [code] * size and again == [0] * size and bench.weights(run) == expected
 
-            did = f"step finished and saved, exit code {code} of all, resumed to the undisturbed weights"
+            did = f"step finished and saved, exit code {code} of all processes, resumed to the same weights"
             yield _row(f"{number.name} to the last process", size, options.repeats, stop, did)
 
 
@@ -183,14 +192,14 @@ def _damaged(bench: Bench, options: argparse.Namespace) -> Rows:
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
 
-    did = "named in a warning, the one before it taken, resumed to the undisturbed weights"
+    did = "named in a warning, previous checkpoint used, resumed to the same weights"
     cut = lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])  # noqa: E731
     yield _row("newest checkpoint cut in half", 1, options.repeats, lambda: damage(cut), did)
     yield _row("one bit of the newest checkpoint flipped", 1, options.repeats, lambda: damage(flip), did)
 
 
 def _lost(bench: Bench, options: argparse.Namespace) -> Rows:
-    """A process that is dead or frozen, with the seconds that ``silence_s`` has unless it is set."""
+    """A process that is dead or frozen, with the default of ``silence_s``."""
     two = bench.whole(2)
     for number, fault in ((signal.SIGKILL, "dead"), (signal.SIGSTOP, "frozen")):
         for victim in (0, 1):
@@ -211,7 +220,7 @@ def _lost(bench: Bench, options: argparse.Namespace) -> Rows:
                 return ended and named and bench.start(run, 2).wait(LIMIT_S) == [0, 0] and bench.weights(run) == two
 
             row = _row(f"rank {victim} {fault} ({number.name})", 2, options.repeats, lose, "")
-            did = f"the other ends with one line, after {max(took):.0f} s at most; resumed to the undisturbed weights"
+            did = f"the other ends with one line, after at most {max(took):.0f} s; resumed to the same weights"
             yield row | {"what happened": row["what happened"] + did}
 
 
@@ -231,15 +240,15 @@ def _restarted(bench: Bench, options: argparse.Namespace) -> Rows:
             workers = psutil.Process(agent.pid).children()
             next(worker for worker in workers if worker.environ().get("RANK") == "1").kill()
             code = agent.wait(LIMIT_S)
-        once = log.read_text().count("going on from step") == 1
+        once = log.read_text().count("resuming from step") == 1
         return code == 0 and once and bench.weights(run) == two
 
-    did = "restarted once, met again, resumed to the undisturbed weights"
+    did = "restarted once, connected again, resumed to the same weights"
     yield _row("SIGKILL of rank 1 under torchrun", 2, options.restarts, restart, did)
 
 
 def _resumed(bench: Bench, options: argparse.Namespace) -> Rows:
-    """Every cell, a row each."""
+    """One row per combination of settings."""
     resumes = Resumes(bench.workers, Text(bench.folder / "text").make(bench.workers), bench.folder, LIMIT_S)
     for cell in [*pairs(), Cell(compile=True)]:
         began = time.monotonic()
@@ -273,6 +282,35 @@ def _moved(bench: Bench, options: argparse.Namespace) -> Rows:
         }
 
 
+def _signalled(bench: Bench, options: argparse.Namespace) -> Rows:
+    """Random signals. Two processes that are started as a command are connected by the command itself."""
+    earlier = [row for row in _rows() if row["part"] == "signalled"]
+    recipe = bench.folder / "every-stage.yaml"
+    recipe.write_text(every_stage_recipe(bench.folder / "text.jsonl"))
+    return fault_signals.measure(bench.workers, recipe, bench.fresh, TWO, earlier, options.signals, LIMIT_S)
+
+
+def _hostile(bench: Bench, options: argparse.Namespace) -> Rows:
+    """Tests with foreign code in a model folder: each test is a command, with `yes` as its input."""
+    file, began = bench.folder / "hostile.xml", time.monotonic()
+    tests = Path(__file__).parents[1] / "tests" / "test_foreign_code.py"
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", str(tests), "-o", "junit_family=xunit1", f"--junitxml={file}"],
+        check=False,
+    )
+    cases = list(ElementTree.parse(file).iter("testcase"))
+    failed = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    commands = [int(item.get("value", 0)) for item in ElementTree.parse(file).iter("property")]
+    yield {
+        "fault": "a model folder with code of its own (Python files named in its configs, a pickle, a template)",
+        "run": "every verb, every key of a recipe that names a model; yes typed to any question",
+        "times": sum(commands),
+        "what happened": "nothing was asked and no code ran" if not failed else f"failed: {failed}",
+        "lost": "nothing" if not failed else "safety",
+        "seconds": round(time.monotonic() - began),
+    }
+
+
 def _row(fault: str, size: int, repeats: int, attempt: Callable[[], bool], did: str) -> dict[str, Any]:
     began = time.monotonic()
     held = sum(attempt() for _ in range(repeats))
@@ -291,7 +329,9 @@ PARTS: dict[str, Callable[[Bench, argparse.Namespace], Rows]] = {
     "killed": _killed,
     "killed-behind": _killed_behind,
     "stopped": _stopped,
+    "signalled": _signalled,
     "damaged": _damaged,
+    "hostile": _hostile,
     "lost": _lost,
     "restarted": _restarted,
     "moved": _moved,
@@ -301,36 +341,38 @@ PARTS: dict[str, Callable[[Bench, argparse.Namespace], Rows]] = {
 
 def render(data: dict[str, Any]) -> str:
     """The page of a result."""
-    faults = [row for row in data["rows"] if row["part"] != "resumed"]
+    faults = [row for row in data["rows"] if row["part"] not in ("resumed", "signalled")]
     cells = [row | row["cell"] for row in data["rows"] if row["part"] == "resumed"]
     days = sorted({row["date"] for row in data["rows"]})
     exact = sum(row["lost"] == "nothing" for row in cells)
     lines = [
-        "<!-- Made by `python -m benchmarks.faults --page` of benchmarks/faults.json; change the words there. -->",
-        "# What happens when something happens",
+        "<!-- Made by `python -m benchmarks.faults --page` of benchmarks/faults.json; edit the text there. -->",
+        "# Fault injection",
         "",
-        "Faults that were done to real runs on purpose, how often, and what was lost. By "
+        "Faults were injected into real runs. The tables show how often, and what was lost. Measured by "
         f"`{data['command']}` on {' to '.join(dict.fromkeys((days[0], days[-1])))}: {data['hardware']['cpu']}, no GPU; "
-        "the processes talked over gloo.",
+        "several processes communicated through gloo.",
         "",
         *_table(["fault", "run", "times", "what happened", "lost"], faults),
         "",
-        "Weights are compared to the last bit with those of a run that nothing happened to, by their bytes on disk.",
+        "The weights are bitwise compared with those of an undisturbed run, by their bytes on disk.",
         "",
-        "## Resumed to the last bit",
+        *fault_signals.page([row for row in data["rows"] if row["part"] == "signalled"], _table),
+        *([damage.section(), ""] if damage.RESULT.is_file() else []),
+        "## Exact resuming",
         "",
-        f"{exact} of {len(cells)} trainings, with dropout, end in the very weights and rows of metrics of one that "
-        "nothing happened to. They are chosen so that any two entries of two columns meet in a row, but for what is "
-        "refused (own sequences under fsdp, a cache of a stream). Killed is once in the middle of a pass over the "
-        "text, once where it ends, or after each of the first five steps, always when a checkpoint has just been made.",
+        f"{exact} of {len(cells)} trainings, with dropout, have bitwise the same weights and metrics as an undisturbed "
+        "training. Every pair of entries of two columns occurs in a row, except for unsupported combinations (own "
+        "sequences under fsdp, a cache of a stream). A training is killed once in the middle of an epoch, once at its "
+        "end, or after each of the first five steps, always directly after a checkpoint.",
         "",
         *_table(["trained", "data", "run", "killed", "micro_batches", "num_workers", "compile", "lost"], cells),
         "",
-        "[multi-gpu.md](multi-gpu.md) has the exit codes. A loss or gradient that is not finite is passed over, its "
-        "text kept in `bad-batches/`, and `max_skipped_steps` in a row end the run; a full disk ends it with one line, "
-        "and the checkpoint before stays (both are held by the tests).",
+        "[multi-gpu.md](multi-gpu.md) lists the exit codes. If a loss or gradient is not finite, the step is skipped, "
+        "and its text is stored in `bad-batches/`; `max_skipped_steps` consecutive steps end the run. If the disk is "
+        "full, the run ends with one line, and the last checkpoint is kept ([tests](guarantees.md) check both).",
         "",
-        "Not tried: GPUs and NCCL, several machines, a network that fails, a disk that lies about what it has synced.",
+        "Not tested: GPUs and NCCL, several machines, network failures, disks that do not sync.",
     ]
     return "\n".join(lines) + "\n"
 

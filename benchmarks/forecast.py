@@ -1,8 +1,8 @@
-"""The memory that ``distill check`` forecasts beside what a training takes, in bytes of tensors.
+"""The memory forecast of ``distill check``, compared with the measured memory of a training, in bytes of tensors.
 
-Llamas of random weights are trained for two optimizer steps by distill itself, with a teacher of the same size. On a
-CPU every tensor that an operation makes is counted from its birth to its death, so nothing of the libraries' own memory
-is in it; on a GPU the figure is PyTorch's ``max_memory_allocated``.
+Llamas with random weights are trained for two optimizer steps by distill, with a teacher of the same size. On a CPU,
+every tensor that an operation creates is counted until it is freed, so the memory of the libraries is not included. On
+a GPU the figure is PyTorch's ``max_memory_allocated``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import hardware, result
-from distill.forecast.memory import Job
+from distill.core.batch import causal_batch
+from distill.forecast.memory import MemoryModel
 from distill.losses import ForwardKL
 from distill.models.lora import LoraSpec
 from distill.training.assemble import assemble
@@ -49,11 +50,11 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 class Bytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive.
+    """Counts the bytes of all live tensors.
 
     Attributes:
-        now: of those that it knows.
-        peak: the most that there were at once.
+        now: current number of bytes.
+        peak: largest number of bytes so far.
     """
 
     def __init__(self) -> None:
@@ -62,7 +63,7 @@ class Bytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def add(self, tensor: Tensor) -> None:
-        """Count a tensor until it dies; views of one storage count once."""
+        """Count a tensor until it is freed; views of the same storage are counted once."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
@@ -85,7 +86,7 @@ class Bytes(TorchDispatchMode):
 
 @contextlib.contextmanager
 def counted(models: list[nn.Module], device: str) -> Iterator[list[int]]:
-    """What the block takes at its peak, with the models that are there already, as the one item of a list."""
+    """Measure the peak memory of the ``with`` block, including the models, as the only item of the list."""
     peak: list[int] = []
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -101,41 +102,41 @@ def counted(models: list[nn.Module], device: str) -> Iterator[list[int]]:
     peak.append(count.peak)
 
 
-def measured(job: Job, device: str) -> int:
-    """Bytes at the peak of two optimizer steps."""
-    config = LlamaConfig(**{key: value for key, value in job.student.items() if key != "model_type"})
+def measured(model: MemoryModel, device: str) -> int:
+    """Peak number of bytes in two optimizer steps."""
+    config = LlamaConfig(**{key: value for key, value in model.student.items() if key != "model_type"})
     teacher = LlamaForCausalLM(config)
     start = LlamaForCausalLM(config)
-    student = assemble(start, lora=job.lora, gradient_checkpointing=job.checkpointing)
+    student = assemble(start, lora=model.lora, gradient_checkpointing=model.checkpointing)
     module = DistillationModule(student.model, [ForwardKL()], teacher)
-    num_micro = 2 if job.accumulates else 1
-    ids = torch.randint(0, config.vocab_size, (job.micro_batch_size, job.sequence_length))
+    num_micro = 2 if model.accumulates else 1
+    ids = torch.randint(0, config.vocab_size, (model.micro_batch_size, model.sequence_length))
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, -1] = False
-    batch = {"input_ids": ids, "mask": mask}
+    batch = causal_batch(ids, mask)
     small = {name: tensor[:1, :8] for name, tensor in batch.items()}
     quiet = contextlib.redirect_stdout(io.StringIO())
     with tempfile.TemporaryDirectory() as folder, quiet, counted([teacher, student.model], device) as peak:
         fit(
             module,
-            BudgetSpec(num_steps=2, batch_size=num_micro * job.micro_batch_size, validate_every_steps=2),
+            BudgetSpec(num_steps=2, batch_size=num_micro * model.micro_batch_size, validate_every_steps=2),
             ComputeSpec(
                 accelerator="gpu" if device == "cuda" else "cpu",
-                precision=job.precision,
-                micro_batch_size=job.micro_batch_size,
+                precision=model.precision,
+                micro_batch_size=model.micro_batch_size,
                 checkpoint_every_steps=10**9,
             ),
             name="forecast",
             folder=Path(folder),
-            tokens_per_sequence=job.sequence_length,
+            tokens_per_sequence=model.sequence_length,
             train_loader=lambda micro, consumed: [batch] * 2 * num_micro,
             validation_loader=DataLoader([small], batch_size=None),  # type: ignore[arg-type]
         )
     return peak[0]
 
 
-def job_of(size: str, rows: int, length: int, on_cpu: bool) -> Job:
-    """The plainest training of a Llama of this size."""
+def memory_model_of(size: str, rows: int, length: int, on_cpu: bool) -> MemoryModel:
+    """The memory model of a training of a Llama of this size with default settings."""
     s = SIZES[size]
     config = LlamaConfig(
         vocab_size=s["vocabulary"],
@@ -146,7 +147,7 @@ def job_of(size: str, rows: int, length: int, on_cpu: bool) -> Job:
         num_key_value_heads=s["groups"],
         max_position_embeddings=length,
     ).to_dict()
-    return Job(
+    return MemoryModel(
         student=config,
         teacher=config,
         teacher_bytes=4,
@@ -163,13 +164,13 @@ def job_of(size: str, rows: int, length: int, on_cpu: bool) -> Job:
     )
 
 
-def compare(job: Job, way: str, device: str) -> dict[str, Any]:
-    """A row: forecast beside measurement, whole and without what the parameters decide alone."""
-    memory, peak = job.memory(), measured(job, device)
+def compare(model: MemoryModel, way: str, device: str) -> dict[str, Any]:
+    """A row: forecast and measurement, in total, and without weights, gradients, moments and teacher."""
+    memory, peak = model.memory(), measured(model, device)
     fixed = memory.student + memory.gradients + memory.optimizer + memory.teacher
     return {
         "training": way,
-        "tokens at once": job.micro_batch_size * job.sequence_length,
+        "tokens at once": model.micro_batch_size * model.sequence_length,
         "measured MB": round(peak / 1e6, 1),
         "forecast MB": round(memory.total / 1e6, 1),
         "forecast / measured": round(memory.total / peak, 3),
@@ -182,12 +183,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table and write ``results/forecast.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="67M")
-    parser.add_argument("--rows", type=int, default=2, help="sequences at once")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--rows", type=int, default=2, help="sequences per micro-batch")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=result.FOLDER)
     given = parser.parse_args(arguments)
-    plain = job_of(given.size, given.rows, given.length, given.device == "cpu")
+    plain = memory_model_of(given.size, given.rows, given.length, given.device == "cpu")
     found = []
     for way, changes in WAYS.items():
         found.append(compare(replace(plain, **changes), way, given.device))
@@ -200,9 +201,8 @@ def main(arguments: list[str] | None = None) -> None:
         versions=hardware.versions("peft"),
         rows=found,
         notes=[
-            f"A Llama of {given.size} with a teacher of its size, forward KL; two steps, in bytes of tensors.",
-            "What the parameters decide alone - weights, gradients, moments, teacher - is exact; the last two columns "
-            "leave it out.",
+            f"A Llama of {given.size} with a teacher of the same size and forward KL; two steps, in bytes of tensors.",
+            "The memory of weights, gradients, moments and teacher is exact; the last two columns do not include it.",
         ],
         folder=given.out,
     )

@@ -1,4 +1,4 @@
-"""The machine and the packages that a figure was measured on. Needs torch alone, so peers' environments can call it."""
+"""The machine and the package versions of a measurement. Needs only torch, so the peers' environments can use it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def describe(num_threads: int | None = None) -> dict[str, Any]:
     """The machine: ``cpu``, ``cores_used``, ``memory_gb``, ``gpu`` (None without one) and ``os``.
 
     Args:
-        num_threads: what the benchmark computes with; unset: torch's own number.
+        num_threads: number of threads of the benchmark; None for torch's own number.
     """
     return {
         "cpu": f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
@@ -29,7 +29,7 @@ def describe(num_threads: int | None = None) -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Package -> version, of those that every figure depends on and ``packages``; what is not installed is left out."""
+    """Package -> version, for the common packages and ``packages``; packages that are not installed are omitted."""
     found = {}
     for name in (*PACKAGES, *packages):
         try:

@@ -1,8 +1,9 @@
-"""A live teacher against its caches: speed, size, fidelity, and the students that come of them.
+"""A live teacher compared with caches of its output: speed, size, fidelity, and quality of the students.
 
-For each seed one run: a student is pruned out of the teacher and trained on the same tokens in the same order without a
-teacher (cross-entropy), by the live teacher, and from a cache by each codec. Then, in one process and a step of each in
-turn, so that they share what else the machine does, the training step is timed, with the decoding of the cache in it.
+There is one run per seed. A student is pruned from the teacher, and trained on the same tokens in the same order:
+without a teacher (cross-entropy), with the live teacher, and from a cache with each codec. Afterwards the training
+steps are timed in one process, in turn, so that other load of the machine affects all of them alike. The time includes
+decoding the cache.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ import yaml
 import distill
 from benchmarks import hardware, result
 from distill.core.run import Run
-from distill.data.blocks import Blocks
 from distill.data.loader import train_batches
+from distill.data.micro_batches import MicroBatches
+from distill.data.packed_rows import PackedRows
 from distill.data.packing import read_tokens
-from distill.data.teacher_cache.cache import CachedBlocks, Place
+from distill.data.teacher_cache.cache import CachedRows, Place
 from distill.data.teacher_cache.head_file import head_file
 from distill.losses import CrossEntropy, ForwardKL
 from distill.models.load import load_model, locate
-from distill.stages.evaluate import ROWS
-from distill.tracking.tradeoff import from_json
+from distill.reporting.tradeoff import read_rows
+from distill.stages.evaluate.rows import ROWS
 from distill.training.cached_teacher import CachedTeacher
 from distill.training.module import DistillationModule
 
@@ -44,7 +46,7 @@ NO_TEACHER, LIVE = "no teacher", "live"
 
 
 def stages(keep: dict[str, Any], num_tokens: int, lr: float, caches: Path) -> dict[str, Any]:
-    """One run with all students."""
+    """The stages of one run, with all students."""
     budget = {"num_tokens": num_tokens, "batch_size": BATCH_SIZE, "optimizer": {"lr": lr}}
     distilled = {"kind": "distill", "student": "prune", **budget}
     found: dict[str, Any] = {
@@ -60,12 +62,12 @@ def stages(keep: dict[str, Any], num_tokens: int, lr: float, caches: Path) -> di
 
 
 def slug(name: str) -> str:
-    """A name that a stage can have."""
+    """The name as the name of a stage."""
     return name.replace(" ", "-").replace("_", "-")
 
 
 def train(options: argparse.Namespace, seed: int) -> Run:
-    """The run of a seed; what is finished is not done again."""
+    """The run of a seed; finished stages are not repeated."""
     data: dict[str, Any] = {"train": {"kind": "python_docs"}}
     if options.corpus is not None:
         data = {
@@ -85,8 +87,8 @@ def train(options: argparse.Namespace, seed: int) -> Run:
 
 
 def quality(runs: list[Run]) -> dict[str, dict[str, Any]]:
-    """Student -> its figures over the seeds."""
-    tables = [from_json((run.stage("evaluate") / ROWS).read_text(encoding="utf-8")) for run in runs]
+    """Student -> its figures, as mean and standard deviation over the seeds."""
+    tables = [read_rows(run.stage("evaluate") / ROWS) for run in runs]
     found: dict[str, dict[str, Any]] = {}
     for name in ("prune", *map(slug, (NO_TEACHER, LIVE, *CODECS))):
         rows = [row for table in tables for row in table if row.name == name]
@@ -98,9 +100,9 @@ def quality(runs: list[Run]) -> dict[str, dict[str, Any]]:
 
 
 def steppers(run: Run, teacher: str, caches: Path) -> dict[str, Callable[[], None]]:
-    """Name -> one whole training step: batch, losses, backward, AdamW."""
+    """Name -> function that makes one full training step: batch, losses, backward pass, AdamW."""
     (tokens,) = filter(None, (read_tokens(file) for file in (run.folder / "data").glob("train-*.bin")))
-    blocks = Blocks(tokens, LENGTH)
+    blocks = PackedRows(tokens, LENGTH)
     student = str(run.stage("prune") / "model")
     live = load_model(locate(teacher), dtype="float32")
     found = {
@@ -112,7 +114,7 @@ def steppers(run: Run, teacher: str, caches: Path) -> dict[str, Callable[[], Non
         head = head_file(place.folder.parent)
         cached = CachedTeacher(place.vocabulary, head, whole=place.codec.whole, dtype=torch.float32)
         module = DistillationModule(_student(student), [ForwardKL()], cached)
-        found[name] = _stepper(module, CachedBlocks(blocks, place))
+        found[name] = _stepper(module, CachedRows(blocks, place))
     return found
 
 
@@ -120,8 +122,8 @@ def _student(folder: str) -> Any:
     return load_model(folder, dtype="float32").train()
 
 
-def _stepper(module: DistillationModule, blocks: Blocks) -> Callable[[], None]:
-    batches: Iterator[Any] = iter(train_batches(blocks, 0, BATCH_SIZE))
+def _stepper(module: DistillationModule, blocks: PackedRows) -> Callable[[], None]:
+    batches: Iterator[Any] = iter(train_batches(blocks, 0, MicroBatches(BATCH_SIZE)))
     optimizer = torch.optim.AdamW(module.student.parameters(), lr=1e-6, fused=True)
     if module.teacher is not None:
         module.teacher.move(torch.device("cpu"))
@@ -136,7 +138,7 @@ def _stepper(module: DistillationModule, blocks: Blocks) -> Callable[[], None]:
 
 
 def speeds(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, Any]]:
-    """Name -> tokens a second, and their ratio to training without a teacher; in each round each has its turn."""
+    """Name -> tokens per second, and speed relative to training without a teacher; the steps are timed in turn."""
     for step in steps.values():
         step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -158,7 +160,7 @@ def speeds(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[
 
 
 def table(runs: list[Run], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the result: a way to learn each, and the pruned student before it learned."""
+    """Rows of the result: one per training signal, and one for the pruned student before training."""
     caches, learned = options.work / "caches", quality(runs)
     measured = speeds(steppers(runs[0], options.teacher, caches), options.rounds)
     rows: list[dict[str, Any]] = [{"signal": "before training", "seeds": len(runs), **learned["prune"]}]
@@ -179,14 +181,14 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="folder of train and test.jsonl.gz; unset: Python's documentation")
     parser.add_argument("--teacher", default="builtin:quickstart-teacher", help="its folder (default: %(default)s)")
     parser.add_argument(
-        "--keep", default="{intermediate_size: 160, num_attention_heads: 4}", help="the student's sizes"
+        "--keep", default="{intermediate_size: 160, num_attention_heads: 4}", help="sizes of the student"
     )
-    parser.add_argument("--work", type=Path, required=True, help="folder for models and half-finished runs")
-    parser.add_argument("--tokens", type=int, default=100_000, help="of each training (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="of each training (default: %(default)s)")
+    parser.add_argument("--work", type=Path, required=True, help="folder for models and unfinished runs")
+    parser.add_argument("--tokens", type=int, default=100_000, help="tokens per training (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each kind (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads to compute with (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     runs = [train(options, seed) for seed in range(options.seeds)]
@@ -203,10 +205,10 @@ def main() -> None:
         versions=hardware.versions(),
         rows=rows,
         notes=[
-            f"Each student learned from {options.tokens:,} tokens of {text}, {BATCH_SIZE} x {LENGTH} a step, the same "
-            "ones in the same order for one seed.",
-            f"Speed: the median of {options.rounds} steps in seconds of the processor, one of each kind in turn, "
-            "decoding in the same process; the ratio is the median of the ratios within a turn.",
+            f"Each student was trained on {options.tokens:,} tokens of {text}, {BATCH_SIZE} x {LENGTH} per step. For "
+            "one seed, all students read the same tokens in the same order.",
+            f"Speed: median of {options.rounds} steps in CPU seconds; the kinds take turns, and caches are decoded in "
+            "the same process. The ratio is the median of the ratios within a round.",
         ],
     )
     print(file)

@@ -1,12 +1,12 @@
-"""Time and memory of the loss alone: hidden states and both heads in, gradients of hidden states and head out.
+"""Time and memory of the loss only: from hidden states and both heads to the gradients of hidden states and head.
 
     python -m benchmarks.loss_alone [--device cuda] [--tokens 1024 8192] [--vocabulary 32000 128256]
 
-The limit is what the matrix products alone take: the student's logits, the teacher's, and the student's two gradients,
-in the fastest of one piece and two sizes of chunks. All contenders take turns, and a figure is the median of their
-turns: seconds of the processor, so that other work on the machine disturbs it little; on a GPU, of its clock. Peak
-memory is that of a process of its own, above what it had before the step: of its resident set, on a GPU of torch's
-allocator.
+The limit is the time of the matrix products: the student's logits, the teacher's logits, and the student's two
+gradients; the fastest of three chunk sizes is used. The implementations take turns, and a figure is the median over the
+rounds. On a CPU it is in CPU seconds, so that other load of the machine has little influence; on a GPU it is measured
+with CUDA events. Peak memory is measured in a separate process, relative to the memory before the step: the resident
+set on a CPU, torch's allocator on a GPU.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from benchmarks.result import write
 
 Row = dict[str, Any]
 WIDTHS = {32000: (512, 1024), 128256: (256, 512)}
-"""Vocabulary -> hidden sizes of student and teacher: in both, heads as heavy beside the logits as in small models."""
+"""Vocabulary -> hidden sizes of student and teacher, so small that the logits dominate as they do in small models."""
 MEMORY = {32000: (2048, 256, 512), 128256: (1024, 256, 512)}
-"""Vocabulary -> tokens and hidden sizes for peak memory."""
+"""Vocabulary -> number of tokens and hidden sizes, for the measurement of peak memory."""
 KINDS = ("forward_kl", "jensen_shannon")
 
 
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _write(arguments: argparse.Namespace, rows: list[Row], notes: list[str]) -> None:
-    """What is measured so far."""
+    """Write the rows measured so far."""
     options = (
         f"--tokens {' '.join(map(str, arguments.tokens))} --repeats {arguments.repeats} --device {arguments.device}"
     )
@@ -73,7 +73,7 @@ def _write(arguments: argparse.Namespace, rows: list[Row], notes: list[str]) -> 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, nargs="+", default=list(WIDTHS), choices=list(WIDTHS))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024], help="of a step, for the times")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024], help="tokens per step, for the times")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -88,7 +88,7 @@ def _where(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _times(arguments: argparse.Namespace, vocabulary: int, tokens: int, notes: list[str]) -> list[Row]:
-    """distill and the peers, both losses."""
+    """Times of distill and of the peers, for both losses."""
     widths = WIDTHS[vocabulary]
     case = Case.make(tokens, vocabulary, *widths, **_where(arguments))
     runs: dict[tuple[str, str], Callable[[], None]] = {}
@@ -102,7 +102,7 @@ def _times(arguments: argparse.Namespace, vocabulary: int, tokens: int, notes: l
                     notes.append(f"{name} did not run: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
                 continue
             if cosine < 0.999:
-                notes.append(f"{name}, {kind}: its gradient is not that of the others (cosine {cosine:.4f})")
+                notes.append(f"{name}, {kind}: its gradient differs from that of distill (cosine {cosine:.4f})")
             runs[kind, name] = lambda contender=contender, kind=kind: _step(case, contender, kind)
     medians, limit = _medians(case, runs, arguments)
     rows = []
@@ -114,7 +114,7 @@ def _times(arguments: argparse.Namespace, vocabulary: int, tokens: int, notes: l
 
 
 def _own_times(arguments: argparse.Namespace, vocabulary: int) -> list[Row]:
-    """Every loss of ours that reads logits."""
+    """Times of all losses of distill that read logits."""
     from distill.losses import LOSSES
 
     tokens = min(arguments.tokens)
@@ -137,13 +137,13 @@ def _figures(seconds: float, limit: float) -> Row:
 def _medians(
     case: Case, runs: dict[Any, Callable[[], None]], arguments: argparse.Namespace
 ) -> tuple[dict[Any, float], float]:
-    """Seconds of each, and of the limit, taking turns."""
+    """Median seconds of each function, and of the limit; all take turns."""
     limits = {("limit", size): _products(case, size) for size in sorted({256, 512, len(case.hidden)})}
     turns: dict[Any, list[float]] = {name: [] for name in (*limits, *runs)}
     for turn in range(arguments.repeats + 1):
         for name, run in (limits | runs).items():
             seconds = _seconds(run, arguments.device)
-            if turn:  # the first one warms up
+            if turn:  # the first turn is a warm-up
                 turns[name].append(seconds)
     medians = {name: statistics.median(values) for name, values in turns.items()}
     return {name: medians[name] for name in runs}, min(medians[name] for name in limits)
@@ -164,7 +164,7 @@ def _seconds(run: Callable[[], None], device: str) -> float:
 
 
 def _products(case: Case, size: int) -> Callable[[], None]:
-    """The four matrix products, ``size`` tokens at a time, into memory that is there already."""
+    """The four matrix products, in chunks of ``size`` tokens, into memory that is already allocated."""
     hidden, weight, other = case.hidden.detach(), case.head.weight.detach(), case.teacher_head.weight
     logits, theirs = (hidden.new_empty(size, len(weight)) for _ in range(2))
     of_hidden, of_weight = torch.empty_like(hidden[:size]), torch.zeros_like(weight)
@@ -192,7 +192,7 @@ def _gradient(case: Case, contender: Contender, kind: str) -> torch.Tensor:
 
 
 def _memory(arguments: argparse.Namespace, vocabulary: int) -> list[Row]:
-    """Peak of each contender in a process of its own."""
+    """Peak memory of each implementation, each in its own process."""
     tokens, *widths = MEMORY[vocabulary]
     rows: list[Row] = []
     for kind in KINDS:
@@ -229,10 +229,10 @@ def _memory(arguments: argparse.Namespace, vocabulary: int) -> list[Row]:
 
 
 def _peak(name: str, kind: str, shape: list[int], compiled: bool, device: str, dtype: str) -> float:
-    """MiB above what was there before a step."""
+    """Peak memory of a step in MiB, relative to the memory before it."""
     contender = contenders(device, compiled)[name]
     where = {"device": device, "dtype": getattr(torch, dtype)}
-    _step(Case.make(16, 256, 16, 16, **where), contender, kind)  # libraries, threads, kernels
+    _step(Case.make(16, 256, 16, 16, **where), contender, kind)  # loads libraries, threads and kernels
     case = Case.make(*shape, **where)
     gc.collect()
     if device == "cuda":
@@ -240,14 +240,14 @@ def _peak(name: str, kind: str, shape: list[int], compiled: bool, device: str, d
         before = torch.cuda.memory_allocated()
         _step(case, contender, kind)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident set begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
     before = _resident("VmRSS")
     _step(case, contender, kind)
     return _resident("VmHWM") - before
 
 
 def _resident(key: str) -> float:
-    """A size of this process in MiB (Linux)."""
+    """A memory figure of this process in MiB (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 

@@ -1,7 +1,7 @@
-"""Who computes a distillation loss from final hidden states: distill, plain PyTorch, and the peers that are installed.
+"""Implementations of a distillation loss on final hidden states: distill, plain PyTorch, and the installed peers.
 
-Each is a function of a :class:`Case` that returns the loss to run backward on; a peer that is missing or breaks raises,
-and the benchmark's notes say how.
+Each is a function of a :class:`Case` that returns a loss with a graph. If a peer is missing or fails, the exception is
+written to the notes of the benchmark.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BETAS = {"forward_kl": 0.0, "jensen_shannon": 0.5}
 
 @dataclass
 class Case:
-    """One batch: hidden states [tokens, width] of both models, the next tokens, and both heads."""
+    """One batch: hidden states [tokens, width] of both models, the ids of the next tokens, and both heads."""
 
     hidden: Tensor
     head: nn.Linear
@@ -31,7 +31,7 @@ class Case:
 
     @classmethod
     def make(cls, tokens: int, vocabulary: int, width: int, teacher_width: int, **where: Any) -> Case:
-        """Random, with logits as spread out as those of a language model (standard deviation 3)."""
+        """A random case, whose logits have the standard deviation of those of a language model (3)."""
         random = torch.Generator().manual_seed(0)
 
         def numbers(*shape: int) -> Tensor:
@@ -47,7 +47,7 @@ class Case:
         return cls(numbers(tokens, width).requires_grad_(), heads[0], numbers(tokens, teacher_width), heads[1], targets)
 
     def both_logits(self) -> tuple[Tensor, Tensor]:
-        """Whole logits, [tokens, vocabulary], the student's with a graph."""
+        """Logits of all tokens, [tokens, vocabulary]; the student's have a graph."""
         with torch.no_grad():
             teacher = self.teacher_head(self.teacher_hidden)
         return self.head(self.hidden), teacher
@@ -117,7 +117,7 @@ def liger_triton(case: Case, kind: str) -> Tensor:
 def torchtune(case: Case, kind: str) -> Tensor:
     if kind != "forward_kl":
         raise NotImplementedError("torchtune has no Jensen-Shannon loss")
-    # its file alone: the package as a whole imports names that newer versions of torchao no longer have
+    # only this file, because the package imports names that newer versions of torchao do not have
     package = importlib.util.find_spec("torchtune")
     if package is None or package.origin is None:
         raise ModuleNotFoundError("No module named 'torchtune'")
@@ -133,7 +133,7 @@ def torchtune(case: Case, kind: str) -> Tensor:
 
 
 def contenders(device: str, compiled: bool) -> dict[str, Contender]:
-    """All that make sense on a device, by the name that stands in the table; ``compiled`` adds Liger's own default."""
+    """Name in the table -> implementation, for a device; ``compiled`` adds Liger's default, which compiles."""
     found = {
         "distill": distill,
         "plain PyTorch": plain,

@@ -1,9 +1,9 @@
-"""The losses against each other: the same pruned student and the same tokens; only the loss differs.
+"""All losses in comparison: the same pruned student and the same tokens; only the loss differs.
 
-One student is cut out of the teacher by activation importance. For each loss a learning rate is chosen on the
-validation books at a third of the budget, as one rate for all would favour the loss it was found for. With it the
-student is trained once a seed (which decides what it reads, and in which order) and measured on the test books.
-Controls: cross-entropy from the same start, and from random weights.
+One student is pruned from the teacher by activation importance. For each loss, a learning rate is chosen on the
+validation books with a third of the budget, because one rate for all would favour the loss for which it was chosen. The
+student is then trained with each of several seeds (which determine what it reads, and in which order) and evaluated on
+the test books. Controls: cross-entropy from the same pruned weights, and from random weights.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from distill.core.errors import DistillError
 from distill.losses import LOSSES, LossSpec
 
 KEEP = {"hidden_size": 144, "intermediate_size": 192}
-"""Of 192 and 384: half of the parameters outside the embeddings."""
+"""Sizes of the student; the teacher has 192 and 384. This is half of the parameters outside the embeddings."""
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
-"""Where the search begins; it goes on by factors of two until the best one has a worse neighbour on either side."""
+"""First learning rates of the search. It continues by factors of two until both neighbours of the best are worse."""
 BATCH_SIZE = 8
 CONTROL = "cross_entropy"
 FIGURES = ("perplexity", "kl_to_teacher", "top1_agreement")
@@ -32,7 +32,7 @@ FIGURES = ("perplexity", "kl_to_teacher", "top1_agreement")
 
 @dataclass(frozen=True)
 class Budget:
-    """Tokens of the final runs and of the search for a learning rate, and how many seeds."""
+    """Number of tokens of the final runs and of the learning rate search, and number of seeds."""
 
     num_tokens: int
     search_tokens: int
@@ -40,14 +40,14 @@ class Budget:
 
 
 def variants() -> dict[str, dict[str, Any]]:
-    """What is compared: name -> stage of a recipe, without its budget."""
+    """The variants to compare: name -> stage of a recipe, without its budget."""
     found: dict[str, dict[str, Any]] = {CONTROL: {"kind": "finetune"}}
     for kind, spec in LOSSES.items():
         if not spec.needs_teacher:
             continue
         if issubclass(spec, LossSpec):
             found[kind] = {"kind": "distill", "losses": [{"kind": kind}]}
-        else:  # of states, which teach no prediction
+        else:  # losses on hidden states, which need a loss on logits too
             found[f"forward_kl+{kind}"] = {"kind": "distill", "losses": [{"kind": "forward_kl"}, {"kind": kind}]}
     mix = [{"kind": "forward_kl", "weight": 0.5}, {"kind": "cross_entropy", "weight": 0.5}]
     found["forward_kl+cross_entropy"] = {"kind": "distill", "losses": mix}
@@ -58,7 +58,7 @@ def variants() -> dict[str, dict[str, Any]]:
 def cell(
     name: str, stage: Mapping[str, Any], student: Path, *, num_tokens: int, lr: float, folder: str, seed: int
 ) -> Cell:
-    """One training of the student, and its measurement."""
+    """A cell that trains the student and evaluates it."""
     start = "model" if stage["kind"] == "finetune" else "student"
     num_steps = num_tokens // (BATCH_SIZE * books.SEQUENCE_LENGTH)
     budget = {
@@ -75,7 +75,7 @@ def cell(
 
 
 def measure(corpus: Path, work: Path, budget: Budget) -> Iterator[list[dict[str, Any]]]:
-    """Run what is not finished; yields the rows so far after each cell."""
+    """Run all unfinished cells; yields the rows of all finished cells after each of them."""
     teacher = books.teacher(corpus, work)
     choosing, reporting = (Matrix(work / "losses", teacher, books.data(corpus, split)) for split in ("valid", "test"))
     stages = {"prune": {"keep": KEEP}, "evaluate": {"models": ["teacher", "prune"], "speed": None}}
@@ -97,14 +97,14 @@ def measure(corpus: Path, work: Path, budget: Budget) -> Iterator[list[dict[str,
 
 
 def next_rate(found: Mapping[float, float], first: Sequence[float] = LEARNING_RATES) -> float | None:
-    """The learning rate to try next, given the perplexities of others; None when the best one is known.
+    """The next learning rate to try, given the perplexities of others; None if the best rate is known.
 
-    The search does not fall below a 16th of the first rate: a student that every rate makes worse is best left alone,
-    and would be sought there for ever.
+    The search stops at a 16th of the first rate. If every rate makes the student worse, smaller rates are always
+    better, and the search would not end.
 
     Args:
         found: learning rate -> perplexity.
-        first: those to begin with, neighbours by factors of two.
+        first: first rates of the search, which differ by factors of two.
     """
     for lr in first:
         if lr not in found:
@@ -121,7 +121,7 @@ def rows(
     rates: Mapping[str, float],
     trained: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> list[dict[str, Any]]:
-    """Rows of the result: the models at the start, each loss with its spread (lowest perplexity first), the search."""
+    """Rows of the result: models before training, losses (lowest perplexity first), and the search."""
     found = []
     for name, runs in trained.items():
         if runs:
@@ -145,9 +145,9 @@ def rows(
 def main() -> None:
     """Measure, and write the result after each run."""
     parser = books.arguments(__doc__)
-    parser.add_argument("--tokens", type=int, default=300_000, help="of each final run (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=300_000, help="tokens per final run (default: %(default)s)")
     parser.add_argument(
-        "--search-tokens", type=int, default=100_000, help="of each run of the search (default: %(default)s)"
+        "--search-tokens", type=int, default=100_000, help="tokens per run of the search (default: %(default)s)"
     )
     parser.add_argument("--seeds", type=int, default=3, help="final runs of each loss (default: %(default)s)")
     options = parser.parse_args()
@@ -163,8 +163,8 @@ def main() -> None:
             versions=hardware.versions(),
             rows=found,
             notes=[
-                f"Each run trained on {budget.num_tokens:,} tokens, {BATCH_SIZE} sequences of {books.SEQUENCE_LENGTH} "
-                f"a step; those of the search on {budget.search_tokens:,}."
+                f"Each run was trained on {budget.num_tokens:,} tokens, {BATCH_SIZE} sequences of "
+                f"{books.SEQUENCE_LENGTH} per step; the runs of the search on {budget.search_tokens:,}."
             ],
         )
     print(tables.table(found, where={"table": "losses"}))

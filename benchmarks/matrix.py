@@ -1,12 +1,13 @@
-"""Hours of small runs: a recipe a cell, each an ordinary run folder; what is finished is kept, what is not goes on.
+"""Many small runs: each cell is a recipe with a normal run folder; finished cells are kept, unfinished cells resume.
 
-A cell is finished when its ``figures.json`` stands and was made of the same settings and models: the settings that the
-benchmark writes, not the resolved recipe, so that a new key in distill does not repeat what was measured before.
+A cell is finished if its ``figures.json`` exists and was made with the same settings and models. The settings of the
+benchmark are compared and not the resolved recipe, so that a new key in distill does not invalidate old cells.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,8 +19,8 @@ import distill
 from distill.core.artifact import fingerprint, hash_of, write_text
 from distill.core.errors import DistillError
 from distill.core.run import Run
-from distill.stages.evaluate import ROWS
-from distill.tracking.tradeoff import from_json
+from distill.reporting.tradeoff import read_rows
+from distill.stages.evaluate.rows import ROWS
 
 FIGURES = "figures.json"
 
@@ -29,9 +30,9 @@ class Cell:
     """One run of a matrix.
 
     Attributes:
-        name: its folder below the matrix's, such as ``forward_kl/seed-0``.
-        stages: of its recipe; those of kind ``evaluate`` measure, the one of that name first of all.
-        seed: of its recipe.
+        name: folder of the run, relative to that of the matrix, such as ``forward_kl/seed-0``.
+        stages: stages of the recipe. Stages of kind ``evaluate`` give the figures.
+        seed: seed of the recipe.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Cell:
 
 
 class Unfinished(DistillError):
-    """A cell that is to be told and not to be run has not run to its end."""
+    """A cell is not finished, and :attr:`Matrix.only_finished` forbids to run it."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,11 @@ class Matrix:
     """Cells that share a teacher, a text and a folder.
 
     Attributes:
-        folder: where the runs go.
+        folder: folder of the runs.
         teacher: folder of the teacher.
-        data: the recipes' ``data`` section.
-        say: prints one line for people.
-        only_finished: run nothing.
+        data: ``data`` section of the recipes.
+        say: function that prints a line.
+        only_finished: whether to run nothing and only read finished cells.
     """
 
     folder: Path
@@ -62,12 +63,12 @@ class Matrix:
     only_finished: bool = False
 
     def run(self, cell: Cell) -> dict[str, dict[str, Any]]:
-        """Every model that was measured, with the figures of a report's row, by its stage.
+        """The figures of every evaluated model, as in a row of a report, by the name of its stage.
 
-        Those of a stage of kind ``evaluate`` with another name stand under ``NAME/MODEL``.
+        If a stage of kind ``evaluate`` has another name, its models are named ``NAME/MODEL``.
 
         Raises:
-            Unfinished: it has not run to its end, and is not to.
+            Unfinished: the cell is not finished, and ``only_finished`` is set.
         """
         recipe = {
             "name": self.folder.name,
@@ -93,7 +94,7 @@ class Matrix:
         return known["figures"]
 
     def _share_tokens(self, folder: Path) -> None:
-        """Let a new run folder find the tokens that another one has made: they are named by their content."""
+        """Share the token files of all runs, which are named by their content, by a link in the new run folder."""
         tokens = self.folder / "tokens"
         tokens.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,23 +106,23 @@ def _figures(run: Run, cell: Cell) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, stage in cell.stages.items():
         if stage.get("kind", name) == "evaluate":
             prefix = "" if name == "evaluate" else f"{name}/"
-            for row in from_json((run.stage(name) / ROWS).read_text(encoding="utf-8")):
+            for row in read_rows(run.stage(name) / ROWS):
                 yield prefix + row.name, asdict(row)
 
 
 def _models(value: Any) -> Iterator[str]:
-    """Every model folder that is named anywhere in a recipe."""
+    """All model folders that are named in a recipe."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
         for item in value:
             yield from _models(item)
-    elif isinstance(value, str) and (Path(value) / "config.json").is_file():
+    elif isinstance(value, str) and os.path.isfile(os.path.join(value, "config.json")):  # false for prompts
         yield value
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A cell's figures; none when it is not finished."""
+    """Figures of a cell; empty if it is not finished."""
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
@@ -133,4 +134,4 @@ def _line(name: str, row: dict[str, Any]) -> str:
 
 
 def _silence(line: str) -> None:
-    """A run says much; a cell is one line."""
+    """Suppresses the output of a run, because a cell prints one line."""

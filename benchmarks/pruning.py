@@ -1,14 +1,14 @@
-"""Pruning: what a cut costs right away and after the same short distillation, by criterion and shape.
+"""Pruning: the loss of quality directly after pruning and after the same short distillation, by criterion and shape.
 
-The teacher of ``books`` is cut to three quarters, a half and a quarter of its parameters outside the embeddings, in
-width and in depth, by each criterion. Every cut is measured as it is (cheap, so all of them), then trained on the same
-tokens. Controls: units chosen by chance, the same architecture from random weights, two rounds of pruning in place of
-one. A search under the same budget of parameters chooses an architecture too, and stands beside the one that keeps even
-shares of every axis. Cuts that ``pruning_peers`` has left in WORK are measured and trained like our own.
+The teacher of ``books`` is pruned to three quarters, a half and a quarter of its parameters outside the embeddings, in
+width and in depth, by each criterion. All pruned models are evaluated, and then trained on the same tokens. Controls:
+randomly chosen units, the same architecture with random weights, and two rounds of pruning instead of one. A search
+with the same parameter budget is compared with the architecture that keeps the same fraction of each axis. Models that
+``pruning_peers`` has pruned in WORK are evaluated and trained in the same way.
 
-Learning rates are chosen on the validation books at a third of the budget, for each share that is kept and each kind of
-start (pruned, or from random weights by either loss). What tells most is trained first with every seed, the other
-criteria after it: stopped after any cell, the table says what there is.
+Learning rates are chosen on the validation books with a third of the budget, for each fraction that is kept and each
+kind of start (pruned, or random weights with either loss). The most informative models are trained first, with all
+seeds, and then the other criteria. After an interruption, the tables contain all finished cells.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ FIGURES = ("perplexity", "kl_to_teacher", "top1_agreement")
 
 
 def training(stage: Mapping[str, Any], start: str, num_tokens: int, lr: float) -> dict[str, Any]:
-    """A training stage from ``start``, with its budget."""
+    """A training stage that starts from ``start``, with its budget."""
     num_steps = max(1, num_tokens // (BATCH_SIZE * books.SEQUENCE_LENGTH))
     model = "model" if stage["kind"] == "finetune" else "student"
     budget = {"num_steps": num_steps, "batch_size": BATCH_SIZE, "validate_every_steps": num_steps}
@@ -61,7 +61,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
 
 
 class Pruning:
-    """The benchmark's cells, and the rows of what is finished."""
+    """The cells of the benchmark, and the rows of the finished cells."""
 
     def __init__(self, corpus: Path, work: Path, budget: Budget, *, only_finished: bool = False) -> None:
         teacher = books.teacher(corpus, work)
@@ -78,7 +78,7 @@ class Pruning:
         self.trained: dict[tuple[int, str], list[dict[str, Any]]] = {}
 
     def cut_all(self, share: int) -> None:
-        """Every cut to this share, ours and the peers', measured as it is."""
+        """Prune to this fraction in every way, with distill and the peers, and evaluate the results."""
         found = self._cut(share, f"cut-{share}", cuts(share))
         found |= self._cut(share, f"solved-{share}", {SOLVED: solved(share)})
         self.cut[share] = found
@@ -90,7 +90,7 @@ class Pruning:
             self.folders |= {(share, name): folder for name, folder in folders.items()}
 
     def search(self, share: int) -> None:
-        """The architectures that searches find for the parameters of START, and the even one that fits them too."""
+        """Search architectures with as many parameters as START, and prune to the uniform one for comparison."""
         most = self.cut[share][START]["non_embedding_parameters"]
         training = {"num_tokens": self.budget.search_tokens, "batch_size": BATCH_SIZE}
         rate = self.rate(share, None)
@@ -113,7 +113,7 @@ class Pruning:
         return {cut: figures[stage_name(cut)] for cut in wanted} | {"teacher": figures["teacher"]}
 
     def rate(self, share: int, control: str | None) -> float:
-        """The learning rate of a share's cuts, or of a control; searched where it is not known."""
+        """The learning rate for pruned models of this fraction, or for a control; it is searched if it is not known."""
         found = self.rates.setdefault((share, control or "pruned"), {})
         while (lr := next_rate(found)) is not None:
             stage = CONTROLS[control] if control else KD
@@ -123,7 +123,7 @@ class Pruning:
         return min(found, key=found.__getitem__)
 
     def train(self, share: int, name: str, starts: list[str], seed: int) -> None:
-        """A cut, trained; in rounds where it has several starts: the next cut is made of what the last has become."""
+        """Train a pruned model. With several starts, train, prune the result and train again, in several rounds."""
         tokens, lr = self.budget.num_tokens // len(starts), self.rate(share, None)
         if len(starts) == 1:
             stages = {"student": training(KD, self.folders[share, starts[0]], tokens, lr)}
@@ -136,7 +136,7 @@ class Pruning:
         self._keep(share, name, stages, seed)
 
     def control(self, share: int, name: str, seed: int) -> None:
-        """The same architecture from random weights."""
+        """Train the same architecture from random weights."""
         lr = self.rate(share, name)
         stages = {"student": training(CONTROLS[name], self.folders[share, START], self.budget.num_tokens, lr)}
         self._keep(share, name, stages, seed)
@@ -148,7 +148,7 @@ class Pruning:
             self.trained.setdefault((share, name), []).append(student)
 
     def run(self) -> Iterator[list[dict[str, Any]]]:
-        """Run what is not finished; yields the rows so far after each cell."""
+        """Run all unfinished cells; yields the rows of all finished cells after each of them."""
         for share in SHAPES:
             self.cut_all(share)
             yield self.rows()
@@ -220,13 +220,13 @@ def searched_rows(searched: Mapping[int, Mapping[str, list[dict[str, Any]]]]) ->
 
 
 def peer_rows(peers: list[pruning_peers.Peer]) -> Iterator[dict[str, Any]]:
-    """What each peer made or printed."""
+    """The result or the last line of output of each peer."""
     for peer in peers:
         yield {"table": "peers", "kept": peer.share, "peer": peer.name, "outcome": peer.outcome}
 
 
 def rate_rows(rates: Mapping[tuple[int, str], Mapping[float, float]]) -> Iterator[dict[str, Any]]:
-    """Validation perplexity at each learning rate that was tried."""
+    """Validation perplexity for each learning rate that was tried."""
     tried = sorted({lr for found in rates.values() for lr in found})
     for (share, start), found in rates.items():
         yield {"table": "search", "kept": share, "start": start, **{f"{lr:g}": found.get(lr) for lr in tried}}
@@ -244,10 +244,10 @@ def _by_perplexity(named: tuple[str, dict[str, Any]]) -> float:
 def main() -> None:
     """Measure, and write the result after each cell."""
     parser = books.arguments(__doc__)
-    parser.add_argument("--tokens", type=int, default=300_000, help="of each final run (default: %(default)s)")
-    parser.add_argument("--search-tokens", type=int, default=100_000, help="of a run of the search (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="final runs of each start; 0: only the cuts (%(default)s)")
-    parser.add_argument("--only-finished", action="store_true", help="train nothing: tell what there is by now")
+    parser.add_argument("--tokens", type=int, default=300_000, help="tokens per final run (default: %(default)s)")
+    parser.add_argument("--search-tokens", type=int, default=100_000, help="tokens per run of the search (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="final runs of each start; 0: only prune (%(default)s)")
+    parser.add_argument("--only-finished", action="store_true", help="run nothing; only write the finished cells")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     budget = Budget(options.tokens, options.search_tokens, options.seeds)
@@ -261,8 +261,8 @@ def main() -> None:
             versions=hardware.versions(),
             rows=found,
             notes=[
-                f"Each final run trained on {budget.num_tokens:,} tokens, {BATCH_SIZE} sequences of "
-                f"{books.SEQUENCE_LENGTH} a step; those of the search on {budget.search_tokens:,}."
+                f"Each final run was trained on {budget.num_tokens:,} tokens, {BATCH_SIZE} sequences of "
+                f"{books.SEQUENCE_LENGTH} per step; the runs of the search on {budget.search_tokens:,}."
             ]
             if budget.num_seeds
             else [],

@@ -1,4 +1,4 @@
-"""What the pruning benchmark cuts: sizes for each share of the parameters, by each criterion. Needs no package."""
+"""Sizes and criteria of the pruning benchmark. This file imports no package, so the peers' environment can use it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ SHAPES: dict[int, dict[str, dict[str, int]]] = {
         "depth": {"num_hidden_layers": 2},
     },
 }
-"""Percent of the parameters outside the embeddings -> shape -> sizes to keep, of 192, 384, 6 heads and 8 layers. The
-MLP alone cannot give three quarters; two layers are the first and the last, whatever scores them."""
+"""Percentage of the parameters outside the embeddings -> shape -> sizes to keep; the teacher has 192, 384, 6 heads and
+8 layers. Pruning the MLP alone cannot remove three quarters. With two layers, every criterion keeps the first and the
+last."""
 WIDTH_CRITERIA = ("activation", "fluctuation", "wanda", "taylor", "magnitude", "random")
 DEPTH_CRITERIA: dict[str, dict[str, Any]] = {
     "block_influence": {},
@@ -36,14 +37,15 @@ DEPTH_CRITERIA: dict[str, dict[str, Any]] = {
     "random": {},
 }
 NUM_CHANCES = 3
-"""Cuts by chance, each with a seed of its own."""
+"""Number of random prunings, each with its own seed."""
 START = "width activation"
-"""The cut whose learning rate all cuts of its share get, and whose architecture is trained from random weights."""
+"""The pruned model whose learning rate is used for all models of its fraction, and whose architecture the controls
+have."""
 
 SOLVED = f"{START}, reconstructed"
-"""The same cut with its output projections solved anew."""
+"""The same pruned model with recomputed output projections."""
 SEARCH, EVEN = "budget search", "even shares"
-"""What a search chose, and of all that it could have chosen the one that keeps most nearly even shares of its axes."""
+"""The architecture that the search chose, and the one that keeps nearly the same fraction of each axis."""
 SEARCHES: dict[str, dict[str, Any]] = {
     SEARCH: {},
     f"{SEARCH}, taylor": {
@@ -52,7 +54,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
         "search": {"multiple_of": {"hidden_size": 24, "intermediate_size": 4}},
     },
 }
-"""Searches by their criteria: the defaults; gradients, and losses without each layer, with finer steps of the MLP."""
+"""Searches by their settings: default criteria; gradients and leave-one-out, with smaller steps for the MLP."""
 
 
 def solved(share: int) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def solved(share: int) -> dict[str, Any]:
 
 
 def search(name: str, most: int, training: dict[str, Any]) -> dict[str, Any]:
-    """A prune stage that looks for the best architecture of at most so many parameters outside the embeddings."""
+    """A prune stage that searches an architecture with at most ``most`` parameters outside the embeddings."""
     others = SEARCHES[name]
     return {
         "kind": "prune",
@@ -78,7 +80,7 @@ def search(name: str, most: int, training: dict[str, Any]) -> dict[str, Any]:
 
 
 def cuts(share: int, seeds: range = range(NUM_CHANCES)) -> dict[str, dict[str, Any]]:
-    """What is cut: "shape criterion" -> prune stage; by chance once a seed, as "shape random SEED"."""
+    """Prune stages by name: "shape criterion", or "shape random SEED" for each seed of a random criterion."""
     found: dict[str, dict[str, Any]] = {}
     for shape, keep in SHAPES[share].items():
         if shape == "depth":
@@ -90,7 +92,7 @@ def cuts(share: int, seeds: range = range(NUM_CHANCES)) -> dict[str, dict[str, A
                     )
             continue
         for name in WIDTH_CRITERIA:
-            # These two score no hidden channels; Minitron's criterion chooses those.
+            # these two criteria do not score hidden channels, which are chosen by the default criterion
             key = "mlp_criterion" if name in ("fluctuation", "wanda") else "criterion"
             found |= _each(f"{shape} {name}", {"keep": keep}, key, {"kind": name}, seeds)
     return found
@@ -99,19 +101,19 @@ def cuts(share: int, seeds: range = range(NUM_CHANCES)) -> dict[str, dict[str, A
 def _each(
     name: str, stage: dict[str, Any], key: str, criterion: dict[str, Any], seeds: range
 ) -> dict[str, dict[str, Any]]:
-    """One stage, or as many as there are seeds where chance decides."""
+    """One stage, or for a random criterion one stage per seed."""
     if criterion["kind"] != "random":
         return {name: {"kind": "prune", **stage, key: criterion}}
     return {f"{name} {seed}": {"kind": "prune", **stage, key: {**criterion, "seed": seed}} for seed in seeds}
 
 
 def stage_name(cut: str) -> str:
-    """The name of a cut as a recipe's stage."""
+    """The name of a pruned model as the name of a stage."""
     return cut.replace(" ", "-").replace(",", "")
 
 
 def telling(share: int, seed: int) -> dict[str, list[str]]:
-    """What is trained first: name -> what it starts from, in rounds."""
+    """The models to train first: name -> pruned models from which each round starts."""
     chance = {f"{shape} random": [f"{shape} random {seed}"] for shape in ("width", "depth") if _is_cut(share, shape)}
     depth = "depth leave_one_out kl contiguous" if _is_cut(share, "depth") else "depth block_influence"
     rounds = {"width activation, two rounds": [START, START]} if share < 75 else {}
@@ -121,10 +123,10 @@ def telling(share: int, seed: int) -> dict[str, list[str]]:
 
 
 def others(share: int, seed: int) -> dict[str, list[str]]:
-    """What is trained then: the criteria that are left."""
+    """The models to train afterwards: the other criteria."""
     return {name: [name] for name in cuts(share, range(0)) if name not in telling(share, seed)}
 
 
 def _is_cut(share: int, shape: str) -> bool:
-    """Whether a cut of this shape leaves a criterion anything to choose."""
+    """Whether a criterion has a choice for this shape."""
     return shape in SHAPES[share] and (shape != "depth" or SHAPES[share]["depth"]["num_hidden_layers"] > 2)

@@ -1,10 +1,10 @@
-"""The same teacher cut by peers, in an environment of their own; what they cannot do is kept in their words.
+"""Prunes the same teacher with peers, in a separate environment. If a peer fails, its error message is recorded.
 
     PYTHONPATH=. WORK/peers-prune/bin/python -m benchmarks.pruning_peers --corpus BOOKS --work WORK
 
-Each attempt is a process of its own with a time limit. Torch-Pruning leaves a changed module and a stale config, so its
-weights are copied, strictly, into a plain model of a config that is made to fit: that help is ours. The teacher must be
-there (``benchmarks.books``); ``benchmarks.pruning`` measures and trains what this leaves in WORK.
+Each attempt is a separate process with a time limit. Torch-Pruning returns a changed module with the old config, so
+this script copies its weights to a model with a new config, strictly. The teacher must exist (``benchmarks.books``);
+``benchmarks.pruning`` evaluates and trains the models in WORK.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pruning_cuts import SHAPES
+from distill.pretrained import model_from, model_of, tokenizer_from
 
 TIME_LIMIT_S = 180
 SEQUENCES, SEQUENCE_LENGTH = 128, 256
-"""Of the calibration set: as many as ours."""
+"""Size of the calibration set, equal to that of distill."""
 RECORD = "peer.json"
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One attempt: its name, what is kept in percent, what came of it, and the folder of its model if one did."""
+    """An attempt: name, percentage that is kept, outcome, and the folder of the model if there is one."""
 
     name: str
     share: int
@@ -39,14 +40,14 @@ class Peer:
 
 
 def found(work: Path) -> list[Peer]:
-    """What the attempts of :func:`main` have left."""
+    """The attempts that :func:`main` has recorded."""
     records = sorted((work / "pruning" / "peers").glob(f"*/{RECORD}"))
     peers = [(file.parent / "model", json.loads(file.read_text(encoding="utf-8"))) for file in records]
     return [Peer(**known, folder=model if (model / "config.json").is_file() else None) for model, known in peers]
 
 
 def attempts() -> dict[str, Callable[[Path, Path, int], Any]]:
-    """Name -> function of (teacher, corpus, share) that gives a plain pruned model."""
+    """Name -> function of (teacher, corpus, percentage) that returns a pruned transformers model."""
     ways: dict[str, Callable[[Path, Path, int], Any]] = {}
     for importance in ("magnitude", "taylor"):
         for shape in ("mlp", "width", "heads"):
@@ -59,8 +60,8 @@ def _torch_pruning(shape: str, importance: str) -> Callable[[Path, Path, int], A
         import torch_pruning as tp
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(teacher, dtype="float32")
-        model.config.use_cache = False  # its tracing never ends otherwise
+        model = model_from(str(teacher), AutoModelForCausalLM, dtype="float32")
+        model.config.use_cache = False  # otherwise tracing does not end
         keep, config = SHAPES[share][shape], model.config
         mlp = 1 - keep["intermediate_size"] / config.intermediate_size
         hidden = 1 - keep.get("hidden_size", config.hidden_size) / config.hidden_size
@@ -71,7 +72,7 @@ def _torch_pruning(shape: str, importance: str) -> Callable[[Path, Path, int], A
             ratios |= {layer.mlp.down_proj: hidden for layer in layers}
             ratios |= {layer.self_attn.o_proj: hidden for layer in layers}
         attention = [p for x in layers for p in (x.self_attn.q_proj, x.self_attn.k_proj, x.self_attn.v_proj)]
-        # Told of grouped heads, it fails also where no head is to go; there they are fenced off instead.
+        # with num_heads set, it fails even if no head is removed; so the attention is excluded instead
         num_heads = {p: p.out_features // config.head_dim for p in attention} if heads else {}
         fenced = [model.lm_head, *([] if heads else attention)]
         batch = calibration(teacher, corpus)
@@ -102,7 +103,7 @@ def _model_optimizer(teacher: Path, corpus: Path, share: int) -> Any:
     import modelopt.torch.prune as mtp
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(teacher, dtype="float32")
+    model = model_from(str(teacher), AutoModelForCausalLM, dtype="float32")
     batch = calibration(teacher, corpus)
 
     def forward(pruned: Any) -> None:
@@ -119,25 +120,24 @@ def _model_optimizer(teacher: Path, corpus: Path, share: int) -> Any:
 
 
 def plain(model: Any, keep: dict[str, int]) -> Any:
-    """The pruned weights in a fresh model of a config that says their sizes; strict."""
+    """Copy the pruned weights, strictly, to a new model with a config of their sizes."""
     from transformers import AutoModelForCausalLM
 
     sizes = {
         **keep,
         "intermediate_size": model.model.layers[0].mlp.up_proj.out_features,
-    }  # it rounds down to 103 of 104
+    }  # the peer rounds 104 down to 103
     config = type(model.config)(**{**model.config.to_dict(), **sizes, "use_cache": True})
-    fresh = AutoModelForCausalLM.from_config(config)
+    fresh = model_of(config, AutoModelForCausalLM)
     fresh.load_state_dict(model.state_dict(), strict=True)
     return fresh
 
 
 def calibration(teacher: Path, corpus: Path) -> Any:
-    """Sequences of the training text, evenly spread over its documents; int64 [sequences, length]."""
+    """Sequences of the training text, evenly distributed over its documents; int64 [sequences, length]."""
     import torch
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer = tokenizer_from(str(teacher))
     with gzip.open(corpus / "train.jsonl.gz", "rt", encoding="utf-8") as file:
         ids = [i for line in file for i in tokenizer(json.loads(line)["text"])["input_ids"]]
     blocks = torch.tensor(ids[: len(ids) // SEQUENCE_LENGTH * SEQUENCE_LENGTH]).view(-1, SEQUENCE_LENGTH)
@@ -145,7 +145,7 @@ def calibration(teacher: Path, corpus: Path) -> Any:
 
 
 def attempt(name: str, share: int, corpus: Path, work: Path) -> Peer:
-    """One attempt in its own process; its outcome is what its last line says, or that the time is up."""
+    """Run one attempt in its own process; the outcome is its last line of output, or that the time is up."""
     folder = work / "pruning" / "peers" / f"{share}-{name.replace(' ', '-')}"
     if (folder / RECORD).is_file():
         return next(peer for peer in found(work) if (peer.name, peer.share) == (name, share))
@@ -165,7 +165,7 @@ def attempt(name: str, share: int, corpus: Path, work: Path) -> Peer:
 
 
 def main() -> None:
-    """Make every attempt that was not made before."""
+    """Make all attempts that were not made before."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)

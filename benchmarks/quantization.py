@@ -1,14 +1,15 @@
-"""Quantization: one student on every grid, rounded after training and trained on the grid, with and without a teacher.
+"""Quantization: one student with every quantizer, rounded and trained, with and without a teacher.
 
-The student is cut out of the teacher of ``books`` to half of its parameters and distilled. It is rounded onto each grid
-in every way that the grid allows; trained on the grid by cross-entropy, by distillation from the teacher (beginning at
-the nearest codes, or at those of gptq), and by distillation from itself before quantization. The control is the
-student in full precision, trained on as many tokens more by the same loss: what training recovers is counted between
-the control as it is and the control rounded, so that no share of it is mere training. (Distilled from itself, the
-student stays what it is, and is the control.)
+The student is pruned from the teacher of ``books`` to half of its parameters, and distilled. It is then quantized with
+each quantizer in three ways: rounded in every way that the quantizer supports; trained with fake quantization by
+cross-entropy or by distillation from the teacher (starting at the nearest codes, or at those of gptq); and trained by
+distillation from its unquantized self. The control is the student in full precision, trained with the same loss on the
+same number of additional tokens. The gap that training closes is measured between the control and the rounded control,
+so that the effect of the additional training is not counted. (Distilled from itself, the student does not change, so it
+is its own control.)
 
-Learning rates, and whether the scale is learned, are chosen on the validation books at half of the budget, on int4,
-int3, int2 and ternary; int8 takes over what int4 has found, and binary what ternary has.
+Learning rates, and whether the scale is learned, are chosen on the validation books with half of the budget, for int4,
+int3, int2 and ternary; int8 uses the choice for int4, and binary that for ternary.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from benchmarks.losses import next_rate
 from benchmarks.matrix import Cell, Matrix
 from benchmarks.quantization_grids import (
     BATCH_SIZE,
+    FIRST_RATES,
     GRIDS,
     KEEP,
     METHODS,
@@ -41,22 +43,22 @@ from benchmarks.quantization_grids import (
     trained,
 )
 from distill.core.errors import DistillError
-from distill.tracking.tradeoff import gap_closed
+from distill.reporting.tradeoff import gap_closed
 
-FIRST_RATES = (5e-4, 1e-3)
 FIGURES = ("perplexity", "kl_to_student", "kl_to_teacher", "top1_agreement")
 FULL = "full precision"
 LEAST_GAP = 1e-3
-"""Nats; of a smaller gap no share is told, as it would be one of chance."""
+"""In nats. For a smaller gap no recovered fraction is reported, because it would mostly be noise."""
 CALIBRATION_SEQUENCES = 32
-"""Of 256 tokens: fifty a channel of the layers that gptq rounds."""
+"""Number of calibration sequences of 256 tokens: about fifty tokens per input channel of the layers that gptq
+rounds."""
 
 Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Tokens of the student, of the final runs and of the search for a learning rate, and how many seeds."""
+    """Numbers of tokens of the student, the final runs and the learning rate search, and number of seeds."""
 
     student_tokens: int
     num_tokens: int
@@ -72,13 +74,13 @@ def budgeted(stage: Mapping[str, Any], num_tokens: int, lr: float) -> dict[str, 
 
 
 def rounding(ways: Mapping[tuple[str, str], Mapping[str, Any]], model: str) -> dict[str, dict[str, Any]]:
-    """A stage for each way onto a grid without training."""
-    start = {"kind": "quantize", "student": model, "num_tokens": 0}
+    """A stage for each way of rounding to a grid without training."""
+    start = {"kind": "quantize", "student": model, "num_tokens": 0, "embeddings": "keep"}  # grids of layers alone
     return {stage_name(*key): {**start, **keys} for key, keys in ways.items()}
 
 
 class Quantization:
-    """The benchmark's cells, and the rows of what is finished."""
+    """The cells of the benchmark, and the rows of the finished cells."""
 
     def __init__(
         self, corpus: Path, work: Path, budget: Budget, grids: Sequence[str] = (), methods: Sequence[str] = ()
@@ -99,11 +101,11 @@ class Quantization:
 
     @property
     def start(self) -> str:
-        """The folder of the student before it is quantized."""
+        """Folder of the unquantized student."""
         return str(self.reporting.folder / "start" / "student" / "model")
 
     def make_student(self) -> None:
-        """Cut and distilled."""
+        """Prune and distil the student."""
         num_steps = self.budget.student_tokens // (8 * books.SEQUENCE_LENGTH)
         student = {"kind": "distill", "student": "pruned", "num_steps": num_steps, "batch_size": 8}
         stages = {
@@ -114,19 +116,19 @@ class Quantization:
         self.models = self.reporting.run(Cell("start", stages))
 
     def round_all(self) -> None:
-        """The student onto every grid in every way."""
+        """Round the student to every grid in every way."""
         ways = {(grid, way): keys for grid in GRIDS for way, keys in rounded(GRIDS[grid]).items()}
         stages = rounding(ways, self.start)
         figures = self.reporting.run(Cell("rounded", stages | self._measured(*stages)))
         self.rounded = {key: _joined(figures, stage_name(*key)) for key in ways}
 
     def _measured(self, *models: str) -> dict[str, Any]:
-        """Held against the teacher, and against the student in full precision."""
+        """Evaluation stages that compare models with the teacher and with the unquantized student."""
         measured = {"models": list(models), "speed": None}
         return {"evaluate": measured, "to_student": {"kind": "evaluate", **measured, "teacher": self.start}}
 
     def search(self, grid: str, scale: str | None, method: str) -> dict[float, float]:
-        """Learning rate -> perplexity on the validation books, searched where it is not known."""
+        """Learning rate -> perplexity on the validation books; unknown perplexities are measured."""
         found = self.rates.setdefault((grid, scale, method), {})
         while (lr := next_rate(found, FIRST_RATES)) is not None:
             control = grid == FULL
@@ -139,14 +141,14 @@ class Quantization:
         return found
 
     def choice(self, grid: str, method: str) -> tuple[str | None, float]:
-        """Where a grid's training takes its scale from, and its learning rate."""
+        """Source of the scale of a grid's training, and its learning rate."""
         among, place = (scales(grid, method), GRIDS[grid].searched) if grid in GRIDS else ((None,), grid)
         like = SEARCHED.get(method, method)
         found = {(scale, lr): p for scale in among for lr, p in self.search(place, scale, like).items()}
         return min(found, key=found.__getitem__)
 
     def control(self, method: str, seed: int) -> None:
-        """The student trained on in full precision, as it is and rounded: nearest, and as well as can be."""
+        """Train the student further in full precision, and round it: to the nearest codes and in the best way."""
         _, lr = self.choice(FULL, method)
         stages = {"longer": budgeted(longer(method, self.start), self.budget.num_tokens, lr)}
         ways = {(g, w): keys for g in self.grids for w, keys in rounded(GRIDS[g]).items() if w in ("nearest", best(g))}
@@ -160,7 +162,7 @@ class Quantization:
         self.controls.setdefault(method, []).append(measured)
 
     def train(self, grid: str, method: str, seed: int) -> None:
-        """The student trained on a grid."""
+        """Train the student on a grid."""
         scale, lr = self.choice(grid, method)
         stages = {"student": budgeted(trained(GRIDS[grid], scale, method, self.start), self.budget.num_tokens, lr)}
         name = f"trained-{self.budget.num_tokens}/{stage_name(grid, method)}/seed-{seed}"
@@ -168,7 +170,7 @@ class Quantization:
         self.trained.setdefault((grid, method), []).append(_joined(self.reporting.run(cell), "student"))
 
     def run(self) -> Iterator[list[dict[str, Any]]]:
-        """Run what is not finished; yields the rows so far after each cell."""
+        """Run all unfinished cells; yields the rows of all finished cells after each of them."""
         self.make_student()
         self.round_all()
         yield self.rows()
@@ -193,26 +195,26 @@ class Quantization:
         ]
 
     def _controls_of(self, method: str, seed: int) -> dict[str, Figures]:
-        """What the training of a method and seed is held against."""
+        """The controls with which a trained student is compared."""
         if "teacher" in METHODS[method]:
             return {FULL: self.models["student"], **{f"{g}, {w}": row for (g, w), row in self.rounded.items()}}
         return self.controls[SEARCHED.get(method, method)][seed]
 
 
 def _joined(figures: Mapping[str, Figures], name: str) -> Figures:
-    """A model's figures with its KL to the student in full precision, where that was measured."""
+    """A model's figures with its KL to the unquantized student, if it was measured."""
     beside = figures.get(f"to_student/{name}")
     return {**figures[name], "kl_to_student": beside["kl_to_teacher"]} if beside else figures[name]
 
 
 def rounded_rows(found: Mapping[tuple[str, str], Figures]) -> Iterator[dict[str, Any]]:
-    """The student rounded, a row a grid and way."""
+    """The rounded student, one row per grid and way."""
     for (grid, way), row in found.items():
         yield {"table": "rounded", "grid": grid, "way": way, **_figures([row])}
 
 
 def control_rows(controls: Mapping[str, Sequence[Mapping[str, Figures]]]) -> Iterator[dict[str, Any]]:
-    """The student trained longer, as it is and rounded."""
+    """The student trained longer in full precision, unrounded and rounded."""
     for method, runs in controls.items():
         for name in runs[0]:
             rows = [run[name] for run in runs]
@@ -222,7 +224,7 @@ def control_rows(controls: Mapping[str, Sequence[Mapping[str, Figures]]]) -> Ite
 def trained_rows(
     found: Mapping[tuple[str, str], list[Figures]], controls: Any, choice: Any
 ) -> Iterator[dict[str, Any]]:
-    """The student trained on grids, with the share of the gap that this recovers."""
+    """The student trained on grids, with the fraction of the gap that the training closes."""
     for grid in GRIDS:
         for (name, method), runs in found.items():
             if name != grid:
@@ -246,7 +248,7 @@ def trained_rows(
 def recovered(
     runs: Sequence[Figures], controls: Sequence[Mapping[str, Figures]], rounding: str, key: str = "loss_nats"
 ) -> Any:
-    """How much of what rounding costs the controls the trained students do not lose; None where that is too little."""
+    """Fraction of the loss of rounding that training recovers; None if rounding loses too little."""
     shares = [
         gap_closed(control[rounding][key], run[key], control[FULL][key])
         if control[rounding][key] - control[FULL][key] > LEAST_GAP
@@ -258,7 +260,7 @@ def recovered(
 
 
 def peer_rows(peers: Sequence[quantization_peers.Peer]) -> Iterator[dict[str, Any]]:
-    """What each peer made of the same student, or printed."""
+    """The figures of each peer's model of the same student, or its last line of output."""
     for peer in peers:
         yield {
             "table": "peers",
@@ -270,7 +272,7 @@ def peer_rows(peers: Sequence[quantization_peers.Peer]) -> Iterator[dict[str, An
 
 
 def rate_rows(rates: Mapping[tuple[str, str | None, str], Mapping[float, float]]) -> Iterator[dict[str, Any]]:
-    """Validation perplexity at each learning rate that was tried."""
+    """Validation perplexity for each learning rate that was tried."""
     tried = sorted({lr for found in rates.values() for lr in found})
     for (grid, scale, method), found in rates.items():
         name = f"{grid}, {scale}" if scale else grid
@@ -285,18 +287,18 @@ def main() -> None:
     """Measure, and write the result after each cell."""
     parser = books.arguments(__doc__)
     parser.add_argument(
-        "--student-tokens", type=int, default=600_000, help="that the student learns from (%(default)s)"
+        "--student-tokens", type=int, default=600_000, help="tokens that the student is trained on (%(default)s)"
     )
-    parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="of each final run (default: %(default)s)")
-    parser.add_argument("--search-tokens", type=int, default=SEARCH_TOKENS, help="of a run of the search (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="tokens per final run (default: %(default)s)")
+    parser.add_argument("--search-tokens", type=int, default=SEARCH_TOKENS, help="tokens per search run (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="final runs of each way (default: %(default)s)")
-    parser.add_argument("--grids", nargs="+", choices=GRIDS, default=[], help="these alone (default: all)")
+    parser.add_argument("--grids", nargs="+", choices=GRIDS, default=[], help="only these grids (default: all)")
     parser.add_argument(
         "--methods",
         nargs="+",
         choices=METHODS,
         default=[],
-        help="these alone; those that take over another's learning rate come after it (default: all)",
+        help="only these methods; a method that uses another's learning rate must come after it (default: all)",
     )
     parser.add_argument("--result", default="quantization", help="name of the result (default: %(default)s)")
     options = parser.parse_args()
@@ -321,9 +323,9 @@ def main() -> None:
             versions=hardware.versions("compressed-tensors"),
             rows=found,
             notes=[
-                f"The student learned from {budget.student_tokens:,} tokens before; each final run trained on "
-                f"{budget.num_tokens:,}, {BATCH_SIZE} sequences of {books.SEQUENCE_LENGTH} a step; those of the search "
-                f"on {budget.search_tokens:,}."
+                f"The student was trained on {budget.student_tokens:,} tokens before; each final run on "
+                f"{budget.num_tokens:,}, {BATCH_SIZE} sequences of {books.SEQUENCE_LENGTH} per step; the runs of the "
+                f"search on {budget.search_tokens:,}."
             ],
         )
     print(tables.table(found, where={"table": "trained"}))

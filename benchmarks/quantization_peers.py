@@ -1,11 +1,11 @@
-"""The same student quantized by peers, in an environment of their own; what they cannot do is kept in their words.
+"""Quantizes the same student with peers, in a separate environment. If a peer fails, its error message is recorded.
 
     PYTHONPATH=. WORK/peers-quant/bin/python -m benchmarks.quantization_peers --corpus BOOKS --work WORK
 
-Each attempt is a process of its own with a time limit, which measures what it has made: on the text, and with the code,
-that measure ours. torchao's fake-quantized layers are trained by our loop on the very batches of the benchmark, with a
-learning rate of their own, chosen as ours are. The student must be there (``benchmarks.quantization``), which also
-shows what this leaves in WORK.
+Each attempt is a separate process with a time limit. It evaluates its model on the same text and with the same code as
+the benchmark does. torchao's fake-quantized layers are trained by distill on the same batches, with a learning rate
+that is chosen in the same way. The student must exist (``benchmarks.quantization``), which also shows the results in
+WORK.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quantization_grids import BATCH_SIZE, NUM_TOKENS, SEARCH_TOKENS
+from benchmarks.quantization_grids import BATCH_SIZE, FIRST_RATES, NUM_TOKENS, SEARCH_TOKENS
+from distill.data.micro_batches import MicroBatches
+from distill.pretrained import model_from
 
 TIME_LIMIT_S = 7200
 RECORD = "peer.json"
@@ -30,7 +32,7 @@ FIGURES = ("perplexity", "kl_to_student", "kl_to_teacher", "top1_agreement")
 
 @dataclass(frozen=True)
 class Peer:
-    """One attempt: its name, what came of it, and the figures of each seed if it did."""
+    """An attempt: name, outcome, and the figures of each seed if it succeeded."""
 
     name: str
     outcome: str
@@ -42,14 +44,14 @@ def _folder(work: Path, num_tokens: int) -> Path:
 
 
 def found(work: Path, num_tokens: int) -> list[Peer]:
-    """What the attempts of :func:`main` with so many tokens have left."""
+    """The attempts with ``num_tokens`` tokens that :func:`main` has recorded."""
     records = sorted(_folder(work, num_tokens).glob(f"*/{RECORD}"))
     return [Peer(**json.loads(file.read_text(encoding="utf-8"))) for file in records]
 
 
 @dataclass
 class Bench:
-    """Student, teacher and text, as the benchmark has them."""
+    """Student, teacher and text of the benchmark."""
 
     corpus: Path
     work: Path
@@ -58,22 +60,21 @@ class Bench:
     num_seeds: int
 
     def student(self) -> Any:
-        """A fresh copy of the student in full precision."""
+        """A new copy of the unquantized student."""
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(
-            self.work / "quantization" / "start" / "student" / "model", dtype="float32"
-        )
+        place = self.work / "quantization" / "start" / "student" / "model"
+        return model_from(str(place), AutoModelForCausalLM, dtype="float32")
 
     @cached_property
     def teacher(self) -> Any:
-        """The model behind the student."""
+        """The teacher of the student."""
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(self.work / "books-teacher-final", dtype="float32").eval()
+        return model_from(str(self.work / "books-teacher-final"), AutoModelForCausalLM, dtype="float32").eval()
 
     def text(self, split: str, seed: int = 0) -> Any:
-        """The benchmark's tokens, in its order."""
+        """The tokens of the benchmark, in its order."""
         from benchmarks import books
         from distill.data.corpus import Corpus
         from distill.data.spec import DataSpec
@@ -84,11 +85,11 @@ class Bench:
         return Corpus.open(data, tokenizer, self.work / "quantization" / "tokens", seed, len(tokenizer))
 
     def calibration(self) -> list[dict[str, Any]]:
-        """What our own rounding is calibrated on."""
+        """The batches on which distill calibrates its own rounding."""
         return list(self.text("test").calibration_loader(batch_size=4))
 
     def measure(self, model: Any, split: str = "test") -> dict[str, float]:
-        """Quality on the test books, or perplexity alone on the validation books."""
+        """All figures on the test books, or only the perplexity on the validation books."""
         from distill.evaluation.quality import measure_quality
 
         corpus = self.text(split)
@@ -100,7 +101,7 @@ class Bench:
         return dict(zip(FIGURES, figures, strict=True))  # type: ignore[arg-type]
 
     def train(self, model: Any, loss: str, num_tokens: int, lr: float, seed: int) -> None:
-        """Our loop, with its optimizer, schedule and order of the text."""
+        """Train with distill's training module, with its optimizer, schedule and order of the text."""
         import pytorch_lightning as pl
 
         from benchmarks import books
@@ -115,11 +116,11 @@ class Bench:
             accelerator="cpu", max_steps=num_steps, max_epochs=-1, gradient_clip_val=1.0, logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
-        trainer.fit(module, train_dataloaders=self.text("test", seed).train_loader(BATCH_SIZE))
+        trainer.fit(module, train_dataloaders=self.text("test", seed).train_loader(MicroBatches(BATCH_SIZE)))
 
 
 def attempts() -> dict[str, Callable[[Bench], Iterator[Any]]]:
-    """Name -> function of a bench that yields a quantized model for each seed (one where there is nothing to train)."""
+    """Name -> function of a bench that yields a quantized model per seed (only one if nothing is trained)."""
     ways: dict[str, Callable[[Bench], Iterator[Any]]] = {}
     for grid in ("int4", "int3", "int2", "int4, int8 activations"):
         ways[f"torchao {grid}"] = _torchao(grid, None)
@@ -143,7 +144,6 @@ def _torchao(grid: str, loss: str | None) -> Callable[[Bench], Iterator[Any]]:
         from torchao.quantization.qat import QATConfig
 
         from benchmarks.losses import next_rate
-        from benchmarks.quantization import FIRST_RATES
 
         kind = Int8DynamicActivationIntxWeightConfig if "activations" in grid else IntxWeightOnlyConfig
         config = kind(weight_dtype=getattr(torch, grid.split(",")[0]), **_grouped(kind, PerGroup(32)))
@@ -173,7 +173,7 @@ def _torchao(grid: str, loss: str | None) -> Callable[[Bench], Iterator[Any]]:
 
 
 def _grouped(kind: Any, group: Any) -> dict[str, Any]:
-    """The group's size, by the name that the config has for it."""
+    """The group size, under the name that this config uses."""
     return {"weight_granularity" if "weight_granularity" in kind.__dataclass_fields__ else "granularity": group}
 
 
@@ -206,7 +206,7 @@ def _model_optimizer(name: str) -> Callable[[Bench], Iterator[Any]]:
         model, config = bench.student().eval(), copy.deepcopy(getattr(mtq, name))
         for entry in config["quant_cfg"]:
             if "block_sizes" in entry.get("cfg", {}):
-                entry["cfg"]["block_sizes"][-1] = 32  # as the others; its own is 128
+                entry["cfg"]["block_sizes"][-1] = 32  # as for the other peers; the default is 128
 
         def forward(model: Any) -> None:
             for batch in bench.calibration():
@@ -219,7 +219,7 @@ def _model_optimizer(name: str) -> Callable[[Bench], Iterator[Any]]:
 
 
 def attempt(name: str, bench: Bench) -> Peer:
-    """One attempt in its own process; its outcome is what its last line says, or that the time is up."""
+    """Run one attempt in its own process; the outcome is its last line of output, or that the time is up."""
     folder = _folder(bench.work, bench.num_tokens) / name.replace(",", "").replace(" ", "-")
     if (folder / RECORD).is_file():
         return Peer(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
@@ -240,14 +240,14 @@ def attempt(name: str, bench: Bench) -> Peer:
 
 
 def main() -> None:
-    """Make every attempt that was not made before."""
+    """Make all attempts that were not made before."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="as of the benchmark (default: %(default)s)")
-    parser.add_argument("--search-tokens", type=int, default=SEARCH_TOKENS, help="likewise (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="likewise (default: %(default)s)")
-    parser.add_argument("--only", default="", help="attempts with this in their name (default: all)")
+    parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="as in the benchmark (default: %(default)s)")
+    parser.add_argument("--search-tokens", type=int, default=SEARCH_TOKENS, help="as in the benchmark (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="as in the benchmark (default: %(default)s)")
+    parser.add_argument("--only", default="", help="only attempts with this text in their name (default: all)")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     bench = Bench(options.corpus, options.work, options.tokens, options.search_tokens, options.seeds)

@@ -1,4 +1,4 @@
-"""What a benchmark leaves: one JSON file in ``results/``, all of the same shape, of which ``tables`` makes the docs."""
+"""The result of a benchmark: a JSON file in ``results/``, in one format, from which ``tables`` generates the docs."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def write(
     notes: Iterable[str] = (),
     folder: Path = FOLDER,
 ) -> Path:
-    """Write ``<folder>/<benchmark>.json``, whole or not at all; its date is today's.
+    """Write ``<folder>/<benchmark>.json`` atomically, with today's date.
 
     Args:
         benchmark: name of the script, without ``.py``.
-        command: what a reader types to repeat it; names folders by capitals (``--corpus BOOKS``), never by a path.
-        hardware: of :func:`benchmarks.hardware.describe`.
-        versions: of :func:`benchmarks.hardware.versions`.
-        rows: the figures: text, numbers, None, or what :func:`spread` gives. Rows with different ``"table"`` become
-            tables of their own.
-        notes: sentences below the tables: how it was measured, what failed and what it printed.
-        folder: where to.
+        command: command that repeats the benchmark; folders are in capital letters (``--corpus BOOKS``), never paths.
+        hardware: result of :func:`benchmarks.hardware.describe`.
+        versions: result of :func:`benchmarks.hardware.versions`.
+        rows: the figures: text, numbers, None, or results of :func:`spread`. Rows with different values of ``"table"``
+            become different tables.
+        notes: sentences below the tables: how it was measured, what failed and with which error.
+        folder: folder of the file.
     """
     result = {
         "benchmark": benchmark,
@@ -52,6 +52,6 @@ def write(
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation (None of a single value) and the values themselves."""
+    """Mean, sample standard deviation (None for a single value) and the values."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "std": deviation, "values": list(values)}

@@ -1,8 +1,9 @@
-"""What scoring and surgery cost on a model of about 1B parameters: time against forward passes, peak memory.
+"""The cost of scoring and surgery for a model of about 1B parameters: time relative to forward passes, peak memory.
 
-A Llama of random weights is written in shards. Each criterion scores it on random tokens, in turn with plain passes of
-the kind that it needs, in CPU seconds of one process, round by round; the least disturbed round counts. Then the model
-is cut in width to about half in a fresh process, whose peak memory is read from the system (Linux).
+A Llama with random weights is written in shards. Each criterion scores it on random tokens. The criteria and plain
+passes of the kind that they need take turns in one process; the time is in CPU seconds, and the fastest round is
+reported. Then the model is pruned in width to about half in a new process, whose peak memory is read from the system
+(Linux).
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ PASSES: dict[str, str] = {
     "block_influence": FORWARD,
     "taylor": BACKWARD,
 }
-"""Criterion -> the pass that it cannot do without; backward as far as the activations, with the weights frozen.
-Magnitude and random read no data."""
+"""Criterion -> the pass that it needs. The backward pass is for activations only; the weights are frozen. Magnitude and
+random read no data."""
 PEAK, NOW = "VmHWM:", "VmRSS:"
 
 
 def make_teacher(folder: Path, hidden: int, layers: int) -> None:
-    """A Llama of random bfloat16 weights, in shards of 200 MB."""
+    """Write a Llama with random bfloat16 weights, in shards of 200 MB."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -55,30 +56,31 @@ def make_teacher(folder: Path, hidden: int, layers: int) -> None:
 
 
 def resident(key: str) -> int:
-    """A figure of this process's memory, in bytes."""
+    """A memory figure of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
 def measured(work: Callable[[], Any]) -> tuple[float, int]:
-    """CPU seconds, and the bytes by which memory rose at its peak."""
+    """CPU seconds, and peak memory relative to the memory before, in bytes."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the job before has freed is not this one's to use
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    ctypes.CDLL(None).malloc_trim(0)  # so that memory freed by the previous job is not reused
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, started = resident(NOW), time.process_time()
     work()
     return time.process_time() - started, max(0, resident(PEAK) - before)
 
 
 def score(teacher: Path, sequences: int, length: int, rounds: int) -> list[dict[str, Any]]:
-    """A row a criterion: its time over that of the passes it needs, and how much memory it takes beside a pass."""
+    """One row per criterion: its time relative to the passes that it needs, and its peak memory."""
+    from distill.core.batch import causal_batch
     from distill.models.layouts import layout_for
     from distill.models.load import load_model
     from distill.pruning import CRITERIA
 
     model, layout = load_model(str(teacher), dtype="float32").eval(), layout_for("llama")
     ids = torch.randint(0, 32000, (sequences, length), generator=torch.Generator().manual_seed(0))
-    batches = [{"input_ids": part, "mask": torch.ones_like(part, dtype=torch.bool)} for part in ids.split(1)]
+    batches = [causal_batch(part, torch.ones_like(part, dtype=torch.bool)) for part in ids.split(1)]
 
     def forward() -> None:
         with torch.no_grad():
@@ -98,12 +100,12 @@ def score(teacher: Path, sequences: int, length: int, rounds: int) -> list[dict[
         **{kind: lambda c=criterion: c.score(model, layout, batches) for kind, criterion in criteria.items()},
     }
     for name in (FORWARD, BACKWARD):
-        jobs[name]()  # what the first pass of all takes for good is no criterion's
+        jobs[name]()  # memory that the first pass allocates permanently is not counted
     return score_rows([{name: measured(job) for name, job in jobs.items()} for _ in range(rounds)])
 
 
 def score_rows(rounds: list[dict[str, tuple[float, int]]]) -> list[dict[str, Any]]:
-    """Rows of the result, of (seconds, bytes) of each job in each round; ratios are taken within a round."""
+    """Rows of the result, from (seconds, bytes) of each job in each round; ratios are computed within a round."""
     rows = []
     for kind, needed in PASSES.items():
         ratios = [one[kind][0] / one[needed][0] for one in rounds]
@@ -124,10 +126,10 @@ def score_rows(rounds: list[dict[str, tuple[float, int]]]) -> list[dict[str, Any
 
 
 def cut(teacher: Path, student: Path) -> None:
-    """Cut and write the student; print the figures as JSON."""
+    """Prune and write the student; print the figures as JSON."""
     from distill.models.layouts import layout_for
     from distill.models.load import load_config
-    from distill.models.shards import carve_folder
+    from distill.models.shards import prune_folder
     from distill.pruning.keep import KeepSpec
     from distill.pruning.plan import plan
     from distill.pruning.random import random
@@ -137,7 +139,7 @@ def cut(teacher: Path, student: Path) -> None:
     keep = KeepSpec(hidden_size=sizes["hidden_channels"] * 3 // 4, intermediate_size=sizes["mlp_neurons"] * 5 // 8)
     made = plan(random(sizes, 0), keep, layout, config.to_dict())
     before, started = resident(NOW), time.process_time()
-    model = carve_folder(str(teacher), made, layout, torch.bfloat16)
+    model = prune_folder(str(teacher), made, layout, torch.bfloat16)
     seconds, carved = time.process_time() - started, resident(PEAK) - before
     model.save_pretrained(student)
     figures = {
@@ -151,14 +153,14 @@ def cut(teacher: Path, student: Path) -> None:
 
 
 def surgery(teacher: Path, student: Path) -> Iterator[dict[str, Any]]:
-    """The row of :func:`cut`, in a fresh process."""
+    """The row of :func:`cut`, which runs in a new process."""
     command = [sys.executable, "-m", "benchmarks.scoring", "--cut", str(teacher), str(student)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     yield {"table": "surgery", **json.loads(output.splitlines()[-1])}
 
 
 def main() -> None:
-    """Make the teacher, cut it, score it, and write the result."""
+    """Make the teacher, prune it, score it, and write the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=22)
@@ -186,7 +188,7 @@ def main() -> None:
         rows=rows,
         notes=[
             f"A Llama of {parameters:,} random parameters; scored in float32 on {options.sequences} sequences of "
-            f"{options.length} tokens, one at a time, {options.rounds} rounds; cut in bfloat16.",
+            f"{options.length} tokens, one sequence at a time, {options.rounds} rounds; pruned in bfloat16.",
         ],
     )
     print(tables.table([row for row in rows if row["table"] == "scoring"]))

@@ -1,7 +1,8 @@
-"""Ways to take the same training step, each as its users would: bare loops, distill's trainer, TRL's trainers.
+"""Implementations of the same training step, as their users would write it: plain loops, distill, TRL's trainers.
 
-A contender trains a fresh student for as many optimizer steps as there are batches. Who measures watches the optimizer
-(:func:`torch.optim.optimizer.register_optimizer_step_post_hook`), so every way is timed from step to step alike.
+Each contender trains a new student for one optimizer step per batch. The measurement hooks the optimizer
+(:func:`torch.optim.optimizer.register_optimizer_step_post_hook`), so all contenders are timed in the same way, from
+step to step.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ LOG_EVERY = 5
 
 @dataclass
 class Work:
-    """What is to be done.
+    """The models and batches of a measurement.
 
     Attributes:
-        student: trained as a copy, so that every contender starts alike.
-        teacher: frozen.
-        batches: one an optimizer step.
+        student: student; each contender trains a copy.
+        teacher: frozen teacher.
+        batches: one batch per optimizer step.
         device: "cpu" or "cuda".
     """
 
@@ -52,11 +53,11 @@ class Work:
     device: str
 
     def fresh(self) -> PreTrainedModel:
-        """A student of one's own, in training mode."""
+        """A copy of the student, in training mode."""
         return copy.deepcopy(self.student).to(self.device).train()
 
     def on_device(self) -> Iterator[Batch]:
-        """The batches, where the models are."""
+        """The batches, on the device of the models."""
         for batch in self.batches:
             yield {name: tensor.to(self.device) for name, tensor in batch.items()}
 
@@ -66,7 +67,7 @@ class Work:
 
 
 def plain_loop(work: Work) -> None:
-    """Ten lines of PyTorch: whole logits of both models, KL, clipping, fused AdamW."""
+    """Ten lines of PyTorch: logits of all tokens of both models, KL, clipping, fused AdamW."""
 
     def loss(student: PreTrainedModel, batch: Batch) -> Tensor:
         with torch.no_grad():
@@ -79,13 +80,13 @@ def plain_loop(work: Work) -> None:
 
 
 def chunked_loop(work: Work) -> None:
-    """The same loop with distill's chunked head in place of whole logits."""
+    """The same loop with distill's chunked head, without logits of all tokens."""
 
     def loss(student: PreTrainedModel, batch: Batch) -> Tensor:
         with torch.inference_mode():
             signal = Signal(hidden_states(work.teacher, **model_inputs(batch)), output_head(work.teacher))
         hidden = hidden_states(student, **model_inputs(batch))
-        targets = batch["input_ids"].roll(-1, dims=1)
+        targets = batch["targets"]
         losses = [("forward_kl", ForwardKL())]
         total, _ = head_losses(hidden, output_head(student), signal, targets, batch["mask"], losses)
         return total / batch["mask"].sum()
@@ -106,7 +107,7 @@ def _loop(work: Work, loss: Callable[[PreTrainedModel, Batch], Tensor]) -> None:
 
 
 def distill(work: Work) -> None:
-    """distill's own training: Lightning, its callbacks, metrics to disk."""
+    """distill's training: Lightning, with its callbacks, writing metrics to disk."""
     rows = len(work.batches[0]["mask"])
     optimizer = OptimizerSpec(lr=1e-4, weight_decay=0.0, schedule="constant", warmup_steps=0)
     module = DistillationModule(work.fresh(), [ForwardKL()], work.teacher, optimizer=optimizer)
@@ -146,7 +147,7 @@ def trl_gkd(work: Work) -> None:
 
 
 def trl_distillation(work: Work) -> None:
-    """TRL's DistillationTrainer, its generation replaced by the given texts, forward KL (beta 0)."""
+    """TRL's DistillationTrainer with the given texts instead of generation, forward KL (beta 0)."""
     from trl import DistillationConfig, DistillationTrainer
 
     class OnGivenTexts(DistillationTrainer):  # type: ignore[misc]
@@ -174,7 +175,7 @@ def trl_distillation(work: Work) -> None:
 
 
 def _numbers(work: Work) -> Any:
-    """A dataset of the rows' numbers; the collator takes the rows themselves."""
+    """A dataset of row indices; the collator looks up the rows."""
     from datasets import Dataset
 
     rows = sum(len(batch["mask"]) for batch in work.batches)
@@ -182,7 +183,7 @@ def _numbers(work: Work) -> Any:
 
 
 def _for_trl(work: Work, numbers: list[dict[str, int]]) -> Batch:
-    """The batch that begins with these rows, in TRL's names; rows are filled up at the end, as in ours."""
+    """The batch that begins with these rows, with TRL's names; rows are padded at the end, as in distill."""
     batch = work.batches[numbers[0]["number"] // len(numbers)]
     ids, mask = batch["input_ids"], batch["mask"]
     labels = ids.clone()
@@ -219,7 +220,7 @@ def _trl_settings(work: Work, config: Any, **more: Any) -> Iterator[Any]:
 
 
 def _tokenizer() -> Any:
-    """TRL asks for one; nothing is tokenised."""
+    """TRL asks for one; nothing is tokenized."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

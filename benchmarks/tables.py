@@ -1,8 +1,8 @@
-"""Write docs/benchmarks.md from results/*.json: `python -m benchmarks.tables`.
+"""Generates docs/benchmarks.md from results/*.json: `python -m benchmarks.tables`.
 
-The words stand in ``benchmarks.md.jinja`` (the head of the page) and in ``results/<benchmark>.md.jinja`` beside the
-figures; a benchmark without words of its own gets its tables as they are. In the words all keys of the JSON are at
-hand, and two functions, so that no figure is ever typed:
+The text is in ``benchmarks.md.jinja`` (the head of the page) and in ``results/<benchmark>.md.jinja``; without such a
+file, only the tables of a benchmark are shown. The templates can use all keys of the JSON, and two functions, so that
+no figure has to be typed:
 
     {{ table(rows, where={"vocabulary": 32768}, columns={"loss": "loss", "ratio": "time / limit"}) }}
     {{ value(rows, "ratio", loss="forward_kl", vocabulary=32768) }}
@@ -31,17 +31,20 @@ ORDER = (
     "losses",
     "pruning",
     "quantization",
+    "chat",
     "engines",
     "scoring",
+    "threads",
+    "tokenizing",
     "forecast",
 )
-"""Benchmarks in the order of the page; others follow by name."""
+"""Order of the benchmarks on the page; other benchmarks follow in alphabetical order."""
 
 Row = Mapping[str, Any]
 
 
 def render(folder: Path = FOLDER) -> str:
-    """The page, of all results in ``folder``."""
+    """The page, from all results in ``folder``."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([folder, Path(__file__).parent]),
         undefined=jinja2.StrictUndefined,
@@ -61,7 +64,7 @@ def _rank(benchmark: str) -> int:
 
 
 def _section(environment: jinja2.Environment, folder: Path, result: Mapping[str, Any]) -> str:
-    """One benchmark: its words, or its bare tables, and below them how it was made."""
+    """The section of one benchmark: its text and tables, and below them how it was measured."""
     name = f"{result['benchmark']}.md.jinja"
     if (folder / name).is_file():
         body = environment.get_template(name).render(**result).strip()
@@ -81,7 +84,7 @@ def _origin(result: Mapping[str, Any]) -> str:
 
 
 def _all_tables(rows: Sequence[Row]) -> Iterable[str]:
-    """Every row, a table for each value of ``"table"``."""
+    """All rows, with one table for each value of ``"table"``."""
     for name in dict.fromkeys(row.get("table") for row in rows):
         title = f"**{name}**\n\n" if name is not None else ""
         yield title + table([row for row in rows if row.get("table") == name])
@@ -91,9 +94,9 @@ def table(rows: Sequence[Row], columns: Mapping[str, str] | None = None, where: 
     """A Markdown table.
 
     Args:
-        rows: of a result.
-        columns: key -> heading, in order; unset: every key of the rows but ``"table"`` and lists (single measurements).
-        where: only rows that have these values.
+        rows: rows of a result.
+        columns: key -> heading, in order; None for all keys except ``"table"`` and lists (single measurements).
+        where: values that rows must have to be shown.
     """
     rows = _matching(rows, where or {})
     keys = dict.fromkeys(key for row in rows for key in row if key != "table" and not isinstance(row[key], list))
@@ -108,10 +111,10 @@ def table(rows: Sequence[Row], columns: Mapping[str, str] | None = None, where: 
 
 
 def value(rows: Sequence[Row], key: str, **where: Any) -> str:
-    """The figure ``key`` of the one row that has the values ``where``.
+    """The figure ``key`` of the only row that has the values ``where``.
 
     Raises:
-        LookupError: no row, or several, have them; words must not go on about another figure.
+        LookupError: no row, or several rows, have these values; the text must not refer to another figure.
     """
     found = _matching(rows, where)
     if len(found) != 1:
@@ -120,10 +123,10 @@ def value(rows: Sequence[Row], key: str, **where: Any) -> str:
 
 
 def cell(entry: Any) -> str:
-    """A figure as people read it: three digits that count, thousands apart, and ± its standard deviation."""
+    """A figure as text: three significant digits, thousands separated, and ± its standard deviation."""
     if isinstance(entry, Mapping):
         mean, deviation = entry["mean"], entry["std"]
-        unit = max(abs(mean) / 200, deviation or 0.0)  # a tiny deviation buys no row of digits
+        unit = max(abs(mean) / 200, deviation or 0.0)  # a tiny deviation must not add digits
         return cell(mean) if deviation is None else f"{_rounded(mean, unit)} ± {_rounded(deviation, unit)}"
     if entry is None:
         return "-"
@@ -135,7 +138,7 @@ def cell(entry: Any) -> str:
 
 
 def _rounded(number: float, unit: float) -> str:
-    """``number`` with two of the digits of ``unit``."""
+    """``number`` with as many decimals as two digits of ``unit`` need."""
     decimals = 0
     while decimals < 9 and 0 < abs(unit) * 10**decimals < 10:
         decimals += 1

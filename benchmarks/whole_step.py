@@ -1,16 +1,16 @@
-"""The whole training step, from batch to updated weights: `python -m benchmarks.whole_step`.
+"""A full training step, from the batch to the updated weights: `python -m benchmarks.whole_step`.
 
-distill's trainer against a bare PyTorch loop, the same loop with distill's chunked head, and TRL's two trainers that
-know a teacher (where ``trl`` is installed), on models with random weights. Four tables:
+distill's trainer is compared with a plain PyTorch loop, the same loop with distill's chunked head, and TRL's two
+trainers with a teacher (if ``trl`` is installed), on models with random weights. There are four tables:
 
-    full        rows full of tokens: tokens a second, and the share of the machine's measured GEMM rate that is model
-                FLOPs (2 a weight of the teacher, 6 of the student)
-    memory      of the same rows: the peak of two steps above the loaded models, in a process a contender
-    documents   of log-normal lengths: useful tokens a second, packed and padded
-    overhead    what a trainer costs a step beside the arithmetic: the same number of layers, made tiny
+    full        rows without padding: tokens per second, and model FLOPs (2 per weight of the teacher, 6 per weight of
+                the student) as a fraction of the machine's measured GEMM rate
+    memory      the same rows: peak of two steps relative to the loaded models, in one process per contender
+    documents   documents with log-normal lengths: counted tokens per second, packed and padded
+    overhead    time per step in addition to the arithmetic: models with the same number of layers, but tiny
 
-Time is CPU time on a CPU (other processes do not disturb it much) and wall time on a GPU. All contenders take turns,
-round after round; a figure is the median over the rounds.
+The time is CPU time on a CPU (other processes have little influence) and wall time on a GPU. The contenders take turns,
+and a figure is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import hardware, result
 from benchmarks.step_contenders import CONTENDERS, Batch, Work
-from distill.data.blocks import Blocks
+from distill.core.batch import causal_batch
 from distill.data.loader import order_of
-from distill.data.packing import TokenFile
+from distill.data.micro_batches import MicroBatches
+from distill.data.packed_rows import PackedRows
+from distill.data.packing import store_tokens
 from distill.losses import ForwardKL
-from distill.training.callbacks import flops_per_token
+from distill.training.flops import flops_per_token
 from distill.training.module import DistillationModule
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
 
 VOCABULARY = 32_000
 TABLES = ("full", "memory", "documents", "overhead")
-"""What the names of the tables begin with."""
+"""Prefixes of the names of the tables."""
 SIZES = {
     "11M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
     "42M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
@@ -62,7 +64,7 @@ SIZES = {
 }
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
 DOCUMENT_LENGTHS = (5.0, 1.0)
-"""Mean and deviation of the logarithm of a document's length: half are longer than 148 tokens, one in six than 400."""
+"""Mean and deviation of the log of a document's length: half are longer than 148 tokens, a sixth longer than 400."""
 
 
 def model(size: dict[str, int], vocabulary: int = VOCABULARY) -> PreTrainedModel:
@@ -73,7 +75,7 @@ def model(size: dict[str, int], vocabulary: int = VOCABULARY) -> PreTrainedModel
 
 
 def work(teacher: dict[str, int], student: dict[str, int], batches: list[Batch], device: str, **more: int) -> Work:
-    """A student, a frozen teacher and their batches."""
+    """A student, a frozen teacher and the batches."""
     asked = model(teacher, **more).eval().requires_grad_(False)
     if device == "cuda":
         asked = asked.to(device, torch.bfloat16)  # type: ignore[arg-type]
@@ -81,34 +83,32 @@ def work(teacher: dict[str, int], student: dict[str, int], batches: list[Batch],
 
 
 def full_batches(steps: int, rows: int, length: int, vocabulary: int = VOCABULARY) -> list[Batch]:
-    """Rows of random tokens without filling."""
+    """Batches of random tokens without padding."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (steps, rows, length), generator=generator)
     mask = torch.ones(rows, length, dtype=torch.bool)
     mask[:, -1] = False
-    return [{"input_ids": some, "mask": mask} for some in ids]
+    return [causal_batch(some, mask) for some in ids]
 
 
 def document_batches(packing: Any, steps: int, rows: int, length: int, *, bucketed: bool = True) -> list[Batch]:
-    """The first batches of distill's own order of training over 2,000 documents, in rows by ``packing``."""
+    """The first batches of distill's order of training over 2,000 documents, with this packing."""
     random = np.random.default_rng(0)
     sizes = np.clip(np.exp(random.normal(*DOCUMENT_LENGTHS, 2000)).astype(int), 8, length)
     ids = random.integers(1, VOCABULARY, sizes.sum()).astype(np.uint16)
     ids[np.cumsum(sizes) - 1] = 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.bin"
-        ids.tofile(path)
-        blocks = Blocks(
-            TokenFile(str(path), "uint16", len(ids), len(sizes), 1, int(ids.max()), 0), length, packing=packing
-        )
-        order = order_of(blocks, 0, rows)
+        tokens = store_tokens(path, np.split(ids, np.cumsum(sizes)[:-1]), 0)
+        blocks = PackedRows(tokens, length, packing=packing)
+        order = order_of(blocks, 0, MicroBatches(rows))
         if not bucketed:
             order.lengths = None
         return [blocks[numbers] for numbers in islice(order, steps)]
 
 
 def seconds_a_step(contender: Callable[[Work], None], given: Work) -> float:
-    """From the end of the first optimizer step to the end of the last, a step."""
+    """Seconds per step, from the end of the first optimizer step to the end of the last."""
     stamps: list[float] = []
 
     def stamp(*_: Any) -> None:
@@ -126,7 +126,7 @@ def seconds_a_step(contender: Callable[[Work], None], given: Work) -> float:
 
 
 def gemm_rate(device: str) -> float:
-    """FLOPs a second of a large matrix product, as the models compute theirs."""
+    """FLOPs per second of a large matrix product, in the dtype of the models."""
     size = 8192 if device == "cuda" else 1536
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if device == "cuda" else None) for _ in "ab")
     clock = time.perf_counter if device == "cuda" else time.process_time
@@ -143,7 +143,7 @@ def gemm_rate(device: str) -> float:
 def interleaved(
     jobs: dict[str, tuple[Callable[[Work], None], Work]], rounds: int, device: str
 ) -> tuple[dict[str, list[float]], float]:
-    """Seconds a step of every job in every round, and the median GEMM rate between them."""
+    """Seconds per step of every job in every round, and the median GEMM rate."""
     taken: dict[str, list[float]] = {name: [] for name in jobs}
     rates = []
     for number in range(rounds):
@@ -155,12 +155,12 @@ def interleaved(
 
 
 def available() -> dict[str, Callable[[Work], None]]:
-    """The contenders that can run here."""
+    """The contenders that are installed."""
     return {name: run for name, run in CONTENDERS.items() if not name.startswith("TRL") or find_spec("trl")}
 
 
 def full(pair: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Tokens a second on full rows."""
+    """Tokens per second on rows without padding."""
     given = _pair(pair, full_batches(options.steps, options.rows, options.length), options.device)
     flops = flops_per_token(DistillationModule(given.student, [ForwardKL()], given.teacher))
     taken, rate = interleaved({name: (run, given) for name, run in available().items()}, options.rounds, options.device)
@@ -181,7 +181,7 @@ def full(pair: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def memory(pair: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Peak memory of two steps on full rows, above the loaded models."""
+    """Peak memory of two steps on rows without padding, relative to the loaded models."""
     return [
         {
             "table": f"memory, {pair.replace('-', ' -> ')}, {options.rows} x {options.length} tokens",
@@ -193,7 +193,7 @@ def memory(pair: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def lengths(pair: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Useful tokens a second on documents of many lengths."""
+    """Counted tokens per second on documents of different lengths."""
     make = partial(document_batches, steps=options.steps, length=2 * options.length)
     rows = options.rows  # about two documents in each
     jobs = {
@@ -208,7 +208,7 @@ def lengths(pair: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     title = f"documents of many lengths, {pair.replace('-', ' -> ')}, at most {2 * options.length} tokens a row"
     found = []
     for name, seconds in taken.items():
-        # the first step is not timed, so its tokens do not count
+        # the first step is not timed, so its tokens are not counted
         counted = [batch["mask"] for batch in ready[name][1].batches[1:]]
         useful = sum(int(mask.sum()) for mask in counted)
         found.append(
@@ -224,7 +224,7 @@ def lengths(pair: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Milliseconds a step beside the arithmetic: as many layers as the 110M -> 42M pair has, of next to no size."""
+    """Milliseconds per step in addition to the arithmetic, with tiny models of as many layers as 110M -> 42M."""
     tiny = [TINY | {"num_hidden_layers": SIZES[size]["num_hidden_layers"]} for size in ("110M", "42M")]
     given = work(tiny[0], tiny[1], full_batches(61, 1, 8, 64), options.device, vocabulary=64)
     taken, _ = interleaved(
@@ -244,7 +244,7 @@ def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _measured_before(table: str) -> list[dict[str, Any]]:
-    """Rows of a table that is not measured now."""
+    """Rows of a table that is not measured in this call."""
     file = result.FOLDER / "whole_step.json"
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
     return [row for row in rows if row["table"].startswith(table)]
@@ -256,12 +256,12 @@ def _pair(pair: str, batches: list[Batch], device: str) -> Work:
 
 
 def _ratio(plain: list[float], seconds: list[float]) -> float:
-    """How many times as fast, the median over the rounds."""
+    """Speed relative to the plain loop, as the median over the rounds."""
     return statistics.median(p / s for p, s in zip(plain, seconds, strict=True))
 
 
 def _peak_memory(name: str, pair: str, options: argparse.Namespace) -> float:
-    """MiB above the loaded models, in a process of its own."""
+    """Peak memory in MiB relative to the loaded models, in its own process."""
     sizes = [f"--{key}={getattr(options, key)}" for key in ("rows", "length", "device", "threads")]
     command = [sys.executable, "-m", "benchmarks.whole_step", "--memory-of", name, "--pairs", pair, *sizes]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -276,27 +276,27 @@ def _memory_of(options: argparse.Namespace) -> float:
         CONTENDERS[options.memory_of](given)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     small = TINY | {"num_hidden_layers": 1}
-    # libraries are loaded, and count for nobody
+    # loads the libraries, whose memory is not counted
     CONTENDERS[options.memory_of](work(small, small, full_batches(1, 1, 8, 64), options.device, vocabulary=64))
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is freed and still held would hide as much of the peak
+    ctypes.CDLL(None).malloc_trim(0)  # so that memory that is freed but still held does not hide a part of the peak
     before_kib = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     CONTENDERS[options.memory_of](given)
     marks = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return (int(marks["VmHWM"].split()[0]) - before_kib) / 1024
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pairs", nargs="+", default=["42M-11M", "110M-42M"], help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--pairs", nargs="+", default=["42M-11M", "110M-42M"], help=f"pairs of {', '.join(SIZES)}")
     parser.add_argument(
-        "--tables", nargs="+", choices=TABLES, default=TABLES, help="measured anew, the others stay as they are"
+        "--tables", nargs="+", choices=TABLES, default=TABLES, help="tables to measure; the others are kept"
     )
-    parser.add_argument("--rows", type=int, default=4, help="full rows in a batch (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=256, help="tokens in a row (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps a turn, the first not timed")
+    parser.add_argument("--rows", type=int, default=4, help="rows per batch (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=256, help="tokens per row (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps per turn; the first is not timed")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (default: %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
@@ -325,7 +325,7 @@ def main() -> None:
             rows += [row for pair in options.pairs for row in measure(pair, options)]
     for row in rows:
         print("  ".join(f"{key}={value:.4g}" if isinstance(value, float) else str(value) for key, value in row.items()))
-    notes = [] if find_spec("trl") else ["TRL was not installed (see benchmarks/README.md), so it is not among them."]
+    notes = [] if find_spec("trl") else ["TRL was not installed (see benchmarks/README.md), so it was not measured."]
     file = result.write(
         "whole_step",
         command="python -m benchmarks.whole_step",

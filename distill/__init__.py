@@ -28,5 +28,7 @@ __all__ = ["__version__", *_PUBLIC]
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'distill' has no attribute {name!r}")
+    if name == "run":  # as on the command line; its parts leave the environment of another program as it is
+        import_module("distill.core.threads").choose()
     module = import_module(_PUBLIC[name])
     return module if module.__name__ == f"distill.{name}" else getattr(module, name)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import errno
-import io
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from distill import __version__
-from distill.core.errors import DistillError, RankEnded
+from distill.core import output, stop, threads
+from distill.core.errors import DistillError, InputError, Interrupted, MachineError, RankEnded, Stopped
 from distill.core.quiet import quiet_torchao
 
 app = typer.Typer(
@@ -46,15 +47,16 @@ def run(
     ] = None,
 ) -> None:
     """Run a recipe. The same command again goes on where it was left."""
-    from distill.forecast import describe
-    from distill.recipe import Recipe
-    from distill.recipes import find
+    with unattended():
+        from distill.forecast import describe
+        from distill.recipe import Recipe
+        from distill.recipes import find
 
-    loaded = Recipe.load(find(recipe), set or [])
-    describe(loaded)  # finds what would else be found hours into the run
-    from distill.runner import run as run_recipe
+        loaded = Recipe.load(find(recipe), set or [])
+        describe(loaded)  # finds what would else be found hours into the run
+        from distill.runner import run as run_recipe
 
-    run_recipe(loaded, run_dir, only=only, start=from_, command=shlex.join(["distill", *sys.argv[1:]]))
+        run_recipe(loaded, run_dir, only=only, start=from_, command=shlex.join(["distill", *sys.argv[1:]]))
 
 
 @app.command()
@@ -65,19 +67,21 @@ def resume(
     ] = None,
 ) -> None:
     """Go on with a run; only its compute settings may change."""
-    from distill.compare import load_run
-    from distill.core.errors import InputError
-    from distill.core.run import RECIPE
-    from distill.recipe import Recipe
+    with unattended():
+        from distill.compare import load_run
+        from distill.core.run import RECIPE
+        from distill.recipe import Recipe
 
-    load_run(run_dir)
-    for override in set or []:
-        if not override.startswith("compute."):
-            raise InputError(f"--set {override}: only compute may change on resume; start a new run for anything else")
-    loaded = Recipe.load(run_dir / RECIPE, set or [])
-    from distill.runner import run as run_recipe
+        load_run(run_dir)
+        for override in set or []:
+            if not override.startswith("compute."):
+                raise InputError(
+                    f"--set {override}: only compute may change on resume; start a new run for anything else"
+                )
+        loaded = Recipe.load(run_dir / RECIPE, set or [])
+        from distill.runner import run as run_recipe
 
-    run_recipe(loaded, run_dir)
+        run_recipe(loaded, run_dir)
 
 
 @app.command()
@@ -87,13 +91,67 @@ def check(
     memory: Annotated[
         float | None, typer.Option(metavar="GB", min=0.001, help="Memory of one GPU; unset: what this machine has.")
     ] = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Trace a step of each training stage on fake GPUs; takes minutes.")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="With --trace: H100, H200, B200, L4 or RTX 4090; unset: all of them.")
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="With --trace: GPUs of a machine; unset: compute.devices.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="With --trace: machines; unset: compute.num_nodes.")] = None,
 ) -> None:
-    """Validate a recipe and print its plan; needs no GPU, no download and no torch."""
+    """Validate a recipe and print its plan; needs no GPU, no download and, without --trace, no torch."""
     from distill.forecast import describe
     from distill.recipe import Recipe
     from distill.recipes import find
 
-    print(describe(Recipe.load(find(recipe), set or []), memory))
+    if not trace and (unused := [f"--{k}" for k, v in [("gpu", gpu), ("devices", devices), ("nodes", nodes)] if v]):
+        raise InputError(f"{', '.join(unused)}: only with --trace; add it")
+    loaded = Recipe.load(find(recipe), set or [])
+    if trace:
+        from distill.trace.report import describe_traces
+
+        traces = describe_traces(loaded, gpu, devices, nodes)
+    print(describe(loaded, memory), flush=True)
+    for line in traces if trace else ():
+        print(line, flush=True)
+
+
+@app.command()
+def init(
+    name: Annotated[
+        str, typer.Argument(metavar="[NAME]", help="A recipe that comes with distill; unset: one to start from.")
+    ] = "start",
+    out: Annotated[Path | None, typer.Option(help="File to write; unset: NAME.yaml, or recipe.yaml.")] = None,
+) -> None:
+    """Write a recipe to start from, or a copy of one that comes with distill."""
+    from distill.recipes import START, copy_of
+
+    file = out or Path("recipe.yaml" if name == START else f"{Path(name).name.removesuffix('.yaml')}.yaml")
+    copy_of(name, file)
+    print(f"{file}: written. Edit it, then: distill check {file}, distill run {file}")
+
+
+@app.command()
+def data(
+    recipe: RecipeFile,
+    set: Set = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows to print, the first ones of the training.")] = 3,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the run, where tokens are kept; unset: runs/<name of the recipe>.")
+    ] = None,
+    stage: Annotated[str | None, typer.Option(help="Show the text of this stage; unset: the recipe's.")] = None,
+) -> None:
+    """Print the rows of a recipe as they will be trained, and which of their tokens are learned from."""
+    from distill.recipe import Recipe
+    from distill.recipes import find
+
+    loaded = Recipe.load(find(recipe), set or [])
+    from distill.show_data import show
+
+    show(loaded, run_dir, rows, stage=stage)
 
 
 @app.command("list")
@@ -132,9 +190,8 @@ def compare(
     prompts: Annotated[Path | None, typer.Option(help="File with a text a line.")] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 48,
 ) -> None:
-    """Let every model of a run continue the same texts, side by side."""
+    """Let every model of a run continue the same texts, or answer them where it learned from conversations."""
     from distill.compare import answer_prompts
-    from distill.core.errors import InputError
 
     try:
         lines = prompts.read_text(encoding="utf-8").split("\n") if prompts else []
@@ -147,6 +204,17 @@ def compare(
         print(f"\n> {item['prompt']}")
         for name, answer in item["answers"].items():
             print(f"  {name:<24} {answer['text']!r}")
+
+
+@app.command()
+def watch(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run, of this machine or a mounted one.")],
+    once: Annotated[bool, typer.Option("--once", help="Print it once and end.")] = False,
+) -> None:
+    """Show a run while it works: stages, losses, time left, processors and GPUs; Ctrl-C ends the view alone."""
+    from distill.watch import watch as show
+
+    show(run_dir, once=once)
 
 
 @app.command()
@@ -209,6 +277,22 @@ def _options(
     pass
 
 
+@contextmanager
+def unattended() -> Iterator[None]:
+    """A run stops between two units of its work, and goes on when nobody reads what it prints.
+
+    Raises:
+        MachineError: another pipe has broken; typer would take that for a reader that has left, and end silently.
+    """
+    with stop.patient(), output.unread():
+        try:
+            yield
+        except BrokenPipeError as error:
+            raise MachineError(
+                f"a process that this one talks to is gone ({error}); the same command goes on"
+            ) from error
+
+
 def main() -> NoReturn:
     """Entry point."""
     exit_with(lambda: app(standalone_mode=False))
@@ -216,37 +300,41 @@ def main() -> NoReturn:
 
 def exit_with(work: Callable[[], Any]) -> NoReturn:
     """Work, then exit: an error of the user's or the machine's is one clear line and a code, never a traceback."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log is read while the run goes on, and after a kill
     quiet_torchao()
+    threads.choose()
+    with output.guarded():
+        code, line = _outcome(work)
+        if line:
+            print(line, file=sys.stderr)
+        stop.leave(code)
+
+
+def _outcome(work: Callable[[], Any]) -> tuple[int, str | None]:
+    """The exit code of some work, and the line that says why it is not 0."""
     try:
-        code = work()
-        if code == 130:  # typer swallows Ctrl-C and returns this
-            raise KeyboardInterrupt
+        with stop.listening():
+            stop.check()
+            if work() == 130:  # typer swallows Ctrl-C and returns this
+                raise KeyboardInterrupt
     except typer.Exit as exit_:
-        sys.exit(exit_.exit_code)
-    except DistillError as error:
-        if not (isinstance(error, RankEnded) and error.is_told):
-            print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        return exit_.exit_code, None
+    except SystemExit as exit_:
+        return int(exit_.code or 0), None
+    except (DistillError, Stopped) as error:
+        return error.exit_code, None if isinstance(error, RankEnded) and error.is_told else str(error)
     except (KeyboardInterrupt, typer.Abort):
-        print("stopped; the same command goes on where this one was left", file=sys.stderr)
-        sys.exit(130)
+        return Interrupted.exit_code, "stopped; the same command goes on where this one was left"
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(
-            f"the disk is full ({error.filename or 'while writing'}); make room, then the same command goes on",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        where = error.filename or "while writing"
+        return 1, f"the disk is full ({where}); make room, then the same command goes on"
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
         said = str(error.format_message())  # a mistake in the arguments, found by typer, which carries its own click
-        if "\n" not in said:  # else it is the help, which answers a command without arguments
-            command = getattr(getattr(error, "ctx", None), "command_path", "distill")
-            said = f"{command}: {said} (see {command} --help)"
-        print(said, file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
+        if "\n" in said:  # it is the help, which answers a command without arguments
+            return 2, said
+        command = getattr(getattr(error, "ctx", None), "command_path", "distill")
+        return 2, f"{command}: {said} (see {command} --help)"
+    return 0, None

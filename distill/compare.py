@@ -9,8 +9,11 @@ from typing import Any
 from distill.core.errors import InputError
 from distill.core.run import RECIPE, Run
 from distill.recipe import Recipe
-from distill.stages.evaluate import ROWS
-from distill.tracking.tradeoff import Row, from_json
+from distill.reporting.task_scores import TaskScores, merged
+from distill.reporting.tradeoff import Row
+from distill.stages.chat import prompts_of, template_of
+from distill.stages.evaluate.rows import measured_text, rows_of, scores_of
+from distill.stages.text import spoken
 
 
 def report_runs(folders: list[Path], out: Path) -> tuple[str, Path]:
@@ -26,25 +29,33 @@ def report_runs(folders: list[Path], out: Path) -> tuple[str, Path]:
     Raises:
         InputError: a folder is no run, or has measured nothing yet.
     """
-    from distill.stages.report_page.write import RunFacts, write_report
-    from distill.tracking.tables import markdown_table
+    from distill.reporting.tables import markdown_table
+    from distill.reporting.write import RunFacts, write_report
+    from distill.stages.report.left import Left, loss_curves
 
     recipes = _comparable(folders)
     rows: list[Row] = []
     curves: dict[str, Any] = {}
+    scores: list[TaskScores] = []
+    notes: list[str] = []
     for prefix, folder, recipe in zip(_prefixes(folders), folders, recipes, strict=True):
         found = _rows(folder, recipe)
         known = {row.name for row in found if row.role != "teacher"}
         rows += [_renamed(row, prefix, known) for row in found if row.role != "teacher" or not rows]
-        curves |= {prefix + name: series for name, series in _curves(folder, recipe).items()}
+        scores.append(scores_of(Run(folder), recipe.stages).renamed({name: prefix + name for name in known}))
+        left = Left(Run(folder))
+        curves |= {prefix + name: series for name, series in loss_curves(left, recipe.stages).items()}
+        notes += left.notes
     facts = RunFacts(
         name=" and ".join(folder.name for folder in folders),
         recipe="\n---\n".join(recipe.dump() for recipe in recipes),
         command=f"distill report {' '.join(str(folder) for folder in folders)}",
         device=", ".join(dict.fromkeys(row.device for row in rows if row.device)),
         engine=", ".join(dict.fromkeys(row.engine for row in rows if row.engine)),
+        notes=notes,
     )
-    return markdown_table(rows), write_report(rows, curves, [], facts, out)
+    page = write_report(rows, curves, [], facts, out, scores=merged(scores))
+    return "\n".join([markdown_table(rows), *notes]), page
 
 
 def _comparable(folders: list[Path]) -> list[Recipe]:
@@ -57,13 +68,28 @@ def _comparable(folders: list[Path]) -> list[Recipe]:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise InputError("report: a run folder is given twice; name each once")
     for folder, recipe in zip(folders[1:], recipes[1:], strict=True):
-        for what in ("teacher", "data"):
-            if getattr(recipe, what) != getattr(recipes[0], what):
+        texts = [measured_text(one.stages, one.data) for one in (recipe, recipes[0])]
+        for what, differ in (("teacher", recipe.teacher != recipes[0].teacher), ("data", texts[0] != texts[1])):
+            if differ:
                 raise InputError(
                     f"report: {folder} and {folders[0]} differ in {what}, so their figures cannot be compared; "
                     "report each on its own"
                 )
+        if other := _other_tasks(recipes[0], recipe):
+            raise InputError(
+                f"report: {folder} and {folders[0]} call different tasks {other[0]}, so their scores cannot be "
+                "compared; report each on its own"
+            )
     return recipes
+
+
+def _other_tasks(one: Recipe, other: Recipe) -> list[str]:
+    """Names under which two recipes ask different things."""
+    ours, theirs = (
+        {name: task for stage in recipe.stages.values() for name, task in getattr(stage, "tasks", {}).items()}
+        for recipe in (one, other)
+    )
+    return [name for name in ours if name in theirs and ours[name] != theirs[name]]
 
 
 def _prefixes(folders: list[Path]) -> list[str]:
@@ -82,21 +108,27 @@ def answer_prompts(folder: Path, prompts: list[str], *, new_tokens: int) -> list
     """
     from distill.evaluation.side_by_side import side_by_side
     from distill.models.load import load_config, locate, low_bit_scheme
-    from distill.training.trainer import resolve_device
+    from distill.training.trainer import dtype_on, resolve_device
 
     recipe, run = load_run(folder), Run(folder)
     models = {"teacher": locate(recipe.teacher)} if recipe.teacher else {}
-    models |= {n: run.model(n).location for n, stage in recipe.stages.items() if stage.makes_model and run.done(n)}
+    for name, stage in recipe.stages.items():
+        if stage.makes_model and (done := run.done(name)) is not None:
+            run.check(name, str(stage.result(done.figures)))
+            models[name] = run.model(name).location
     if not models:
         raise InputError(f"{folder}: no model is finished in this run; run it first")
     device = resolve_device(recipe.compute)
+    text = spoken(recipe.stages, recipe.data)
+    template = template_of(text, recipe.stages, lambda name: locate(str(recipe.teacher) if name == "teacher" else name))
     return side_by_side(
         models,
         prompts,
         new_tokens=new_tokens,
         device=device,
-        dtype="auto" if device == "cuda" else "float32",
+        dtype=dtype_on(device),
         simulated=[name for name, location in models.items() if low_bit_scheme(load_config(location))],
+        encode=prompts_of(text, template),
     )
 
 
@@ -112,22 +144,14 @@ def load_run(folder: Path) -> Recipe:
 
 
 def _rows(folder: Path, recipe: Recipe) -> list[Row]:
-    found: dict[str, Row] = {}
-    for name, stage in recipe.stages.items():
-        file = folder / name / ROWS
-        if stage.kind == "evaluate" and file.is_file():
-            found |= {row.name: row for row in from_json(file.read_text())}
+    found = rows_of(Run(folder), recipe.stages)
     if not found:
         raise InputError(f"{folder}: nothing is measured in this run yet; it needs a finished evaluate stage")
-    return list(found.values())
+    return found
 
 
 def _renamed(row: Row, prefix: str, known: set[str]) -> Row:
-    parent = prefix + row.parent if row.parent in known else row.parent
-    return replace(row, name=prefix + row.name if row.name in known else row.name, parent=parent)
+    def of_run(name: str | None) -> str | None:
+        return prefix + name if name is not None and name in known else name
 
-
-def _curves(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    from distill.stages.report import loss_curves
-
-    return loss_curves(Run(folder), recipe.stages)
+    return replace(row, name=str(of_run(row.name)), parent=of_run(row.parent), baseline=of_run(row.baseline))

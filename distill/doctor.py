@@ -7,6 +7,7 @@ import platform
 import shutil
 import socket
 
+from distill.core import threads
 from distill.core.versions import versions
 
 
@@ -25,9 +26,11 @@ def examine() -> str:
             lines.append(f"GPU {index}: {properties.name}, {properties.total_memory / 1e9:.0f} GB")
     else:
         lines.append("no GPU: fine for the quickstart")
+    lines.append(threads.described(torch.get_num_threads()))
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(os.getcwd())
     lines.append(
-        f"{os.cpu_count()} CPU cores, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB memory free, "
+        f"{threads.available()} of {os.cpu_count()} CPUs usable, "
+        f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB memory free, "
         f"{disk.free / 1e9:.0f} GB disk free here"
     )
     reachable = _reachable("huggingface.co")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from distill.core.errors import InputError, Interrupted, Preempted, RankEnded
+from distill.core import stop, threads
+from distill.core.errors import InputError, Interrupted, NotReached, Preempted, RankEnded
 from distill.core.world import ADDRESS, PORT, World
 from distill.training.spec import ComputeSpec
 
@@ -22,9 +24,8 @@ LOGS = "logs"
 GRACE_S = 15.0
 """Seconds that the others have to end by themselves after one has ended badly."""
 STOP_S = 120.0
-"""The same when all were asked to stop, which the first may have to tell W&B."""
+"""The same when one was asked to stop, which it has told the others."""
 STOPPED = (Interrupted.exit_code, Preempted.exit_code)
-ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def launch(num_processes: int, order: dict[str, Any], folder: Path) -> None:
@@ -49,8 +50,8 @@ def launch(num_processes: int, order: dict[str, Any], folder: Path) -> None:
         for rank in range(num_processes):
             with _voice(rank, logs) as out:
                 workers.append(_start(rank, num_processes, store.port, out))
-            _hand_over(workers[-1], order)
-        with _passing_on(workers):
+            _tell(workers[-1], order)
+        with stop.patient(math.inf, held=True):  # each worker has bounds of its own
             failed = _first_that_fails(workers)
     finally:
         _end(workers)
@@ -59,10 +60,9 @@ def launch(num_processes: int, order: dict[str, Any], folder: Path) -> None:
 
 
 def _start(rank: int, size: int, port: int, out: IO[str] | None) -> subprocess.Popen[str]:
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size))}
     return subprocess.Popen(
         [sys.executable, "-m", "distill.worker"],
-        env=threads | dict(os.environ) | place_of(rank, size, port),
+        env=dict(os.environ) | threads.shared(size) | place_of(rank, size, port),
         stdin=subprocess.PIPE,
         stdout=out,
         stderr=out,
@@ -100,8 +100,11 @@ def log_of(logs: Path, rank: int) -> Path:
     return logs / f"rank-{rank}.log"
 
 
-def _hand_over(worker: subprocess.Popen[str], order: dict[str, Any]) -> None:
-    """The pipe stays open: a worker that finds it closed knows that we are gone."""
+def _tell(worker: subprocess.Popen[str], order: dict[str, Any] | int) -> None:
+    """What to do, or later the number of a signal that asks to stop: a pipe loses none, even while Python is starting.
+
+    The pipe stays open: a worker that finds it closed knows that we are gone.
+    """
     assert worker.stdin is not None
     try:
         worker.stdin.write(json.dumps(order) + "\n")
@@ -110,25 +113,9 @@ def _hand_over(worker: subprocess.Popen[str], order: dict[str, Any]) -> None:
         pass  # it has ended already, and will be found to have
 
 
-@contextmanager
-def _passing_on(workers: list[subprocess.Popen[str]]) -> Iterator[None]:
-    """Within the block the signals that ask for a stop go to every worker."""
-
-    def pass_on(number: int, frame: Any) -> None:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in ASKED}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _first_that_fails(workers: list[subprocess.Popen[str]]) -> int | None:
-    """The rank that ended badly first; None when all end well."""
+    """The rank that ended badly first; None when all end well. A signal that asks to stop is passed on once."""
+    is_told = False
     while True:
         codes = [worker.poll() for worker in workers]
         failed = [rank for rank, code in enumerate(codes) if code]
@@ -136,17 +123,21 @@ def _first_that_fails(workers: list[subprocess.Popen[str]]) -> int | None:
             return min(failed, key=lambda rank: (codes[rank] or 0, rank))
         if all(code == 0 for code in codes):
             return None
+        if stop.asked() and not is_told:
+            is_told = True
+            for worker in workers:
+                _tell(worker, stop.asked())
         time.sleep(0.05)
 
 
 def _end(workers: list[subprocess.Popen[str]]) -> None:
     """Wait a little for those that still run, then kill them."""
-    stopped = any(worker.returncode in STOPPED for worker in workers)
+    stopped = next((worker.returncode for worker in workers if worker.returncode in STOPPED), None)
     grace_s = 0.0 if _is_mistake(workers) else STOP_S if stopped else GRACE_S
     until = time.monotonic() + grace_s
     for worker in workers:
-        if stopped and worker.poll() is None:
-            worker.terminate()  # the signal may have reached one alone
+        if stopped and worker.poll() is None:  # the signal may have reached one alone
+            _tell(worker, signal.SIGINT if stopped == Interrupted.exit_code else signal.SIGTERM)
     for worker in workers:
         try:
             worker.wait(max(0.0, until - time.monotonic()))
@@ -167,6 +158,9 @@ def _ended(workers: list[subprocess.Popen[str]], rank: int, logs: Path) -> RankE
     code = workers[rank].returncode
     if _is_mistake(workers):
         return RankEnded("the recipe or the arguments are wrong (see above)", InputError.exit_code, is_told=True)
+    if workers[0].returncode == NotReached.exit_code:
+        missed = "a figure that the recipe requires was not reached (see above)"
+        return RankEnded(missed, NotReached.exit_code, is_told=True)
     if code in STOPPED:
         is_told = workers[0].returncode in STOPPED
         return RankEnded("stopped; the same command goes on where this one was left", code, is_told=is_told)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import textwrap
+import types
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,29 +15,39 @@ from pydantic_core import PydanticUndefined
 
 from distill.core.errors import InputError
 from distill.core.source import suggest
-from distill.core.spec import Spec
+from distill.core.spec import Family, Spec
+from distill.data.augment_spec import AugmentSpec, ReplaceWords
+from distill.data.chat_spec import ChatSpec
+from distill.data.clean_spec import CleanSpec
+from distill.data.order_spec import OrderSpec
 from distill.data.spec import DataSpec, TrainTokenizer
 from distill.losses.schedule import Schedule
 from distill.models.lora import LoraSpec
+from distill.models.new import NewModel
 from distill.pruning.budget import SizeBudget
 from distill.pruning.keep import KeepSpec
 from distill.pruning.reconstruct import ReconstructSpec
 from distill.recipe import FAMILIES, Recipe
 from distill.recipes import shipped
 from distill.stages import STAGES
-from distill.stages.evaluate import SpeedSpec
-from distill.stages.finetune import NewModel
-from distill.stages.mixed import MixedSpec
-from distill.stages.quantize import LayerGrid
-from distill.stages.search.spec import SearchSpec, ShortTraining
-from distill.tracking.spec import LoggingSpec
+from distill.stages.ask_every import AskEvery
+from distill.stages.evaluate.spec import SpeedSpec
+from distill.stages.prune.search.spec import SearchSpec, ShortTraining
+from distill.stages.quantize.spec import LayerGrid, MixedSpec
+from distill.tracking.spec import LoggingSpec, Price
 from distill.training.spec import AlarmSpec, ComputeSpec, OnPolicySpec, OptimizerSpec
 
 SECTIONS: dict[str, type[Spec]] = {
     "data": DataSpec,
+    "chat": ChatSpec,
+    "clean": CleanSpec,
+    "augment": AugmentSpec,
+    "replace_words": ReplaceWords,
+    "order": OrderSpec,
     "tokenizer": TrainTokenizer,
     "compute": ComputeSpec,
     "logging": LoggingSpec,
+    "price": Price,
     "alarms": AlarmSpec,
     "keep": KeepSpec,
     "search": SearchSpec,
@@ -48,6 +62,7 @@ SECTIONS: dict[str, type[Spec]] = {
     "mixed": MixedSpec,
     "model": NewModel,
     "speed": SpeedSpec,
+    "evaluate_every": AskEvery,
 }
 """Keys of a recipe and of its stages that hold keys of their own, by the name that they have there; a loss's settings
 that may be a schedule by that word."""
@@ -64,14 +79,16 @@ def listing(wanted: str | None = None) -> str:
         raise InputError(f"list {wanted}: no such name (expected one of {', '.join(names)}){suggest(wanted, names)}")
     blocks = []
     if wanted in (None, "recipes"):
-        rows = [f"  {name:<28} {_command(file.read_text())}" for name, file in shipped().items()]
+        rows = [
+            line for name, file in shipped().items() for line in _wrapped(f"  {name:<28} ", _command(file.read_text()))
+        ]
         blocks.append("\n".join(["recipes", *rows]))
     for plural, family in FAMILIES.items():
         if wanted in (None, plural):
-            blocks.append("\n".join([plural, *(line for _, spec in family.items() for line in _member(spec))]))
+            blocks.append("\n".join([plural, *_family(family)]))
     for key, section in SECTIONS.items():
         if wanted in (None, key):
-            blocks.append("\n".join([f"{key}: {_first_line(section)}", *_fields(section)]))
+            blocks.append("\n".join([*_wrapped(f"{key}: ", _first_line(section)), *_fields(section)]))
     return "\n\n".join(blocks)
 
 
@@ -81,22 +98,63 @@ def _command(text: str) -> str:
     return comments[1] if len(comments) > 1 else ""
 
 
-def _member(spec: type[Spec]) -> list[str]:
-    kind = spec.model_fields["kind"].default
-    return [f"  {kind:<20} {_first_line(spec)}", *_fields(spec)]
+def _family(family: Family) -> list[str]:
+    """Each member with its fields; fields that all members have alike stand once, at the end."""
+    specs = [spec for _, spec in family.items()]
+    alike = {name for name in specs[0].model_fields if len({_line_of(spec, name) for spec in specs}) == 1}
+    alike = alike if len(specs) > 1 else set()
+    lines = []
+    for kind, spec in family.items():
+        lines += [*_wrapped(f"  {kind:<20} ", _first_line(spec)), *_fields(spec, without=alike)]
+    if common := [line for name in specs[0].model_fields if name in alike for line in _field(specs[0], name)]:
+        lines += [f"  each of these {family.noun} entries also takes", *common]
+    return lines
+
+
+def _line_of(spec: type[Spec], name: str) -> str | None:
+    return "\n".join(_field(spec, name)) if name in spec.model_fields and name != "kind" else repr(spec)
 
 
 def _first_line(spec: type[Spec]) -> str:
     return (spec.__doc__ or "").strip().splitlines()[0]
 
 
-def _fields(spec: type[Spec]) -> list[str]:
-    lines = []
-    for name, field in spec.model_fields.items():
-        if name != "kind":
-            default = "required" if field.is_required() else _shown(field)
-            lines.append(f"      {name:<24} {default:<14} {' '.join((field.description or '').split())}")
-    return lines
+def _fields(spec: type[Spec], without: Iterable[str] = ()) -> list[str]:
+    return [line for name in spec.model_fields if name not in {*without, "kind"} for line in _field(spec, name)]
+
+
+def _field(spec: type[Spec], name: str) -> list[str]:
+    """Name, default, choices and meaning of a field, wrapped to the terminal."""
+    field = spec.model_fields[name]
+    default, meaning = default_of(field), " ".join((field.description or "").split())
+    if choices := choices_of(field):
+        meaning = f"{meaning} Choices: {', '.join(choices)}.".strip()
+    return _wrapped(f"      {name:<24} {default:<14} ", meaning)
+
+
+def default_of(field: Any) -> str:
+    """A field's default in a few characters."""
+    return "required" if field.is_required() else _shown(field)
+
+
+def choices_of(field: Any) -> list[str]:
+    """The words that a field takes, where it takes only some."""
+    return _choices(field.annotation)
+
+
+def _choices(annotation: Any) -> list[str]:
+    if typing.get_origin(annotation) is typing.Literal:
+        return [str(choice) for choice in typing.get_args(annotation)]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        return [choice for option in typing.get_args(annotation) for choice in _choices(option)]
+    return []
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    """``text`` behind ``head``, in lines that fit the terminal and begin below each other."""
+    width = max(shutil.get_terminal_size((120, 24)).columns, len(head) + 30)
+    lines = textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
+    return lines or [head.rstrip()]
 
 
 def _shown(field: Any) -> str:
@@ -105,6 +163,8 @@ def _shown(field: Any) -> str:
         return ""
     if isinstance(value, Spec):
         return str(getattr(value, "kind", "{...}"))
+    if isinstance(value, float):
+        return f"{value:g}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(str(getattr(item, "kind", item)) for item in value) + "]"
     return "unset" if value is None else str(value).replace("True", "true").replace("False", "false")

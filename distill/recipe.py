@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import json
 import re
-import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from distill.core.errors import RecipeError
 from distill.core.mistakes import blamed, mistakes_of
+from distill.core.outside import is_folder
 from distill.core.secrets import secrets_in
 from distill.core.source import KeyPath, Source, parse, read, suggest
 from distill.core.spec import NAME, Family, Spec
-from distill.data import SOURCES
-from distill.data.spec import DataSpec
+from distill.data.chat_spec import ChatSpec
+from distill.data.spec import TEXTS, DataSpec
 from distill.data.teacher_cache import CODECS
+from distill.evaluation.tasks import TASKS, TaskSpec
 from distill.exporters import EXPORTERS
 from distill.losses import LOSSES
 from distill.pruning import CRITERIA
 from distill.quantization import ACTIVATIONS, QUANTIZERS
+from distill.reporting.require import OF_TASK, figure_name, parsed, split_key
 from distill.stages import STAGES, StageSpec
-from distill.stages.cache_teacher import NO_STREAM, CacheTeacher
+from distill.stages.chat import first_student
+from distill.stages.text import ReadsText, data_of, with_inherited
 from distill.tracking.spec import LoggingSpec
-from distill.training.spec import ComputeSpec, DistillSpec, OnPolicySpec
+from distill.training.spec import BudgetSpec, ComputeSpec
 
 FAMILIES: dict[str, Family] = {
     "stages": STAGES,
@@ -35,14 +38,19 @@ FAMILIES: dict[str, Family] = {
     "criteria": CRITERIA,
     "quantizers": QUANTIZERS,
     "activations": ACTIVATIONS,
-    "sources": SOURCES,
+    "sources": TEXTS,
     "codecs": CODECS,
     "exporters": EXPORTERS,
+    "tasks": TASKS,
 }
 """Every family, by the plural that ``distill list`` takes."""
 
 RESERVED = {"teacher", "self", "data", "scores", "wandb", "comparison"}
 """What a stage cannot be called: a model's reference, and folders of a run that are no stage's."""
+
+
+WHAT_IS_SAID = ("train", "validation", "held_out", "chat", "clean", "augment")
+"""Keys of a text that decide which tokens there are; how they are cut into rows does not matter to a cache."""
 
 
 class Recipe(Spec):
@@ -60,8 +68,19 @@ class Recipe(Spec):
     """The machine; nothing here changes what a run means."""
     logging: LoggingSpec = LoggingSpec()
     """Where the figures go besides the run folder."""
+    require: dict[str, str] = Field({})
+    """What the run must reach, else it ends with exit code 3 when all is saved: a figure of the report or a task, and
+    its bound, such as arc_easy: ">= 0.97 of teacher"; of the last student, or of the model before a slash
+    (int4/perplexity)."""
     stages: dict[str, Annotated[StageSpec, STAGES]] = Field(min_length=1)
     """The steps, in order; a stage's name is its address and its kind defaults to the name."""
+
+    @field_validator("require")
+    @classmethod
+    def _bounds(cls, require: dict[str, str]) -> dict[str, str]:
+        for expression in require.values():
+            parsed(expression)
+        return require
 
     @model_validator(mode="before")
     @classmethod
@@ -71,6 +90,9 @@ class Recipe(Spec):
                 name: {"kind": name, **(stage or {})} if isinstance(stage, dict | None) else stage
                 for name, stage in value["stages"].items()
             }
+            for name, stage in stages.items():
+                if isinstance(stage, dict) and "data" in stage:
+                    stages[name] = {**stage, "data": with_inherited(stage["data"], value.get("data"))}
             return {**value, "stages": stages}
         return value
 
@@ -85,26 +107,26 @@ class Recipe(Spec):
         Raises:
             RecipeError: with every mistake, as ``file:line: key: what``.
         """
-        return cls._read(lambda overrides: read(file, overrides), list(set))
+        return cls._read(read(file), list(set))
 
     @classmethod
     def from_text(cls, text: str, name: str = "recipe", set: Iterable[str] = ()) -> Recipe:
         """As :meth:`load`, for text in memory."""
-        return cls._read(lambda overrides: parse(text, name, overrides), list(set))
+        return cls._read(parse(text, name), list(set))
 
     @classmethod
-    def _read(cls, source: Callable[[list[str]], Source], overrides: list[str]) -> Recipe:
-        """Read, override and check."""
+    def _read(cls, source: Source, overrides: list[str]) -> Recipe:
+        """Override and check."""
 
         def mistakes(some: list[str]) -> list[str]:
             try:
-                cls.from_source(source(some))
+                cls.from_source(source.overridden(some))
             except RecipeError as error:
                 return error.mistakes
             return []
 
         try:
-            return cls.from_source(source(overrides))
+            return cls.from_source(source.overridden(overrides))
         except RecipeError as error:
             raise RecipeError(blamed(error.mistakes, overrides, mistakes)) from None
 
@@ -114,9 +136,7 @@ class Recipe(Spec):
         try:
             recipe = cls.model_validate(source.data)
         except ValidationError as error:
-            kinds = {family.noun: list(family) for family in FAMILIES.values()}
-            fields = lambda path: _fields_at(source.data, path)  # noqa: E731
-            raise RecipeError(mistakes_of(error, source, fields, kinds)) from None
+            raise RecipeError(mistakes_of(error, source, cls, list(FAMILIES.values()))) from None
         if mistakes := list(recipe._mistakes(source)):
             raise RecipeError(mistakes)
         return recipe
@@ -135,20 +155,22 @@ class Recipe(Spec):
         earlier: list[str] = []
         for name, stage in self.stages.items():
             path: KeyPath = ("stages", name)
-            if name in RESERVED or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            if name in RESERVED or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name):
                 yield (
                     f"{source.at(path)}: {name!r} cannot be the name of a stage "
-                    "(letters, digits, _ and -; " + ", ".join(sorted(RESERVED)) + " are taken)"
+                    "(at most 100 letters, digits, _ and -; " + ", ".join(sorted(RESERVED)) + " are taken)"
                 )
-            if isinstance(stage, CacheTeacher) and self.data.train.is_stream():
-                yield f"{source.at(path)}: {NO_STREAM}"
             for key, reference in stage.references():
                 yield from self._reference_mistakes(source, (*path, *key), reference, earlier)
-            if isinstance(stage, DistillSpec) and stage.on_policy is not None:
-                yield from self._own_sequence_mistakes(source, (*path, "on_policy"), stage.on_policy)
+            yield from self._text_mistakes(source, name, earlier)
+            for key, what in stage.mistakes(data_of(self.stages, self.data, name)):
+                yield f"{source.at((*path, *key))}: {what}"
             earlier.append(name)
         if self.teacher is not None and not _may_be_model(self.teacher):
             yield f"{source.at(('teacher',))}: no folder {self.teacher!r} here, and a Hub id is <who>/<model>"
+        yield from self._chat_mistakes(source)
+        yield from self._augment_mistakes(source, self.data, ("data",))
+        yield from self._require_mistakes(source)
         if self.data.tokenizer == "teacher" and self.teacher is None:
             yield (
                 f"{source.at(('data', 'tokenizer'))}: there is no teacher to take it from; name a model or write "
@@ -161,16 +183,130 @@ class Recipe(Spec):
         ):
             yield f"{source.at(('teacher',))}: no stage uses it; remove it"
 
+    def _text_mistakes(self, source: Source, name: str, earlier: list[str]) -> Iterable[str]:
+        """A stage's own text that is nobody's, or does not fit the run."""
+        stage = self.stages[name]
+        own, at = getattr(stage, "data", None), source.at(("stages", name, "data"))
+        if isinstance(own, str) and own not in earlier:
+            readers = [one for one in earlier if isinstance(self.stages[one], ReadsText)]
+            yield (
+                f"{at}: no earlier stage {own!r} whose text it could read"
+                + (f" (there are {', '.join(readers)})" if readers else "")
+                + suggest(own, readers)
+            )
+        elif isinstance(own, str) and not isinstance(self.stages[own], ReadsText):
+            yield f"{at}: {own!r} is of kind {self.stages[own].kind}, which reads no text of its own"
+        elif isinstance(own, DataSpec):
+            if own.tokenizer != self.data.tokenizer:
+                yield f"{at}: a run has one tokenizer; remove tokenizer here, or set data.tokenizer"
+            yield from self._chat_mistakes(source, own, ("stages", name, "data"))
+            yield from self._augment_mistakes(source, own, ("stages", name, "data"))
+        order = data_of(self.stages, self.data, name).order
+        is_trained = isinstance(stage, BudgetSpec) and bool(stage.num_tokens or stage.num_steps)
+        if order is not None and order.by == "teacher_loss" and is_trained and getattr(stage, "teacher", None) is None:
+            yield (
+                f"{source.at(('stages', name))}: data.order by teacher_loss needs a teacher, which this stage of kind "
+                f"{stage.kind} has not; give it a data section of its own, or order by length"
+            )
+        teacher = stage.teacher_named()
+        if teacher in earlier and self.stages[teacher].makes_signal:
+            ours, theirs = (data_of(self.stages, self.data, one) for one in (name, teacher))
+            if differing := [key for key in WHAT_IS_SAID if getattr(ours, key) != getattr(theirs, key)]:
+                yield (
+                    f"{at}: {teacher!r} holds what the teacher says of another text (it differs in "
+                    f"{', '.join(differing)}); set data: {teacher} here"
+                )
+
+    def _chat_mistakes(self, source: Source, data: DataSpec | None = None, path: KeyPath = ("data",)) -> Iterable[str]:
+        """A chat template that nobody has, and prompts that would be no prompts."""
+        data = data or self.data
+        if not data.holds_conversations:
+            return
+        chat = data.chat or ChatSpec()
+        whose = "teacher" if chat.template == "teacher" else first_student(self.stages)
+        if chat.template in ("teacher", "student") and whose == "teacher" and self.teacher is None:
+            yield (
+                f"{source.at((*path, 'chat', 'template'))}: there is no teacher to take it from; set "
+                "template: student where a training starts from a model of your own, or name a .jinja file"
+            )
+
+    def _augment_mistakes(self, source: Source, data: DataSpec, path: KeyPath) -> Iterable[str]:
+        """A model for `data.augment` that nobody has."""
+        if data.augment is None:
+            return
+        model, at = data.augment.replace_words.model, source.at((*path, "augment", "replace_words", "model"))
+        if model == "teacher":
+            if self.teacher is None:
+                yield f"{at}: there is no teacher to take embeddings from; name a folder or a Hub id"
+        elif model in self.stages or not _may_be_model(model):
+            yield f"{at}: no folder or Hub id {model!r} (a text is made before any stage runs)"
+
+    def _require_mistakes(self, source: Source) -> Iterable[str]:
+        """Figures that nothing measures, and models that the run does not have."""
+        measured = list(dict.fromkeys(name for stage in self.stages.values() for name in stage.measures()))
+        models, earlier = list[str](), list[str]()
+        for name, stage in self.stages.items():
+            models += [one for one in stage.measured_models(earlier) if one not in models]
+            earlier += [name] if stage.makes_model or stage.makes_file else []
+        models = [one for one in models if one != "teacher" or self.teacher is not None]
+        yield from self._task_mistakes(source)
+        for key, expression in self.require.items():
+            at = f"{source.at(('require', key))}: "
+            if not measured:
+                yield at + "no stage measures anything; add an evaluate stage"
+                return
+            model, name = split_key(key)
+            if figure_name(name, measured) is None:
+                more = f"; of a task also {', '.join(f'TASK.{what}' for what in OF_TASK)}"
+                yield (
+                    at + f"nothing measures {name!r} (measured: {', '.join(measured)}{more})" + suggest(name, measured)
+                )
+            if model in self.stages and not self.stages[model].makes_model and self._asked_by(name) == "lm_eval":
+                yield at + f"{model} is an export, and lm-evaluation-harness asks models in transformers only"
+            of = parsed(expression).of
+            if of is not None and name.endswith(".recovery"):
+                yield at + "recovery is of the teacher already; write the number alone, such as '>= 0.9'"
+            for one in (model, of):
+                if one is not None and one not in models:
+                    yield (
+                        at
+                        + f"no model {one!r} is measured in this recipe (measured are {', '.join(models)})"
+                        + suggest(one, models)
+                    )
+
+    def _asked_by(self, name: str) -> str | None:
+        """Kind of the task whose figure this is; None for any other figure."""
+        tasks = {key: spec for stage in self.stages.values() for key, spec in stage.asks().items()}
+        found = figure_name(name, list(tasks))
+        return None if found is None else tasks[found].kind
+
+    def _task_mistakes(self, source: Source) -> Iterable[str]:
+        """Two different tasks with one name: their scores would be compared as if the questions were the same."""
+        first: dict[str, tuple[str, TaskSpec]] = {}
+        for name, stage in self.stages.items():
+            for task, spec in stage.asks().items():
+                other, known = first.setdefault(task, (name, spec))
+                if known != spec:
+                    yield (
+                        f"{source.at(('stages', name, 'tasks', task))}: stage {other} asks other questions by "
+                        "this name; call one of the two otherwise"
+                    )
+
     def _reference_mistakes(self, source: Source, path: KeyPath, reference: str, earlier: list[str]) -> Iterable[str]:
         at = f"{source.at(path)}: "
         if reference == "teacher":
             if self.teacher is None:
                 yield at + "the recipe names no teacher; add teacher: <Hub id or folder>"
         elif reference in self.stages:
-            if reference not in earlier:
-                yield at + f"{reference!r} must stand before this stage"
+            if reference == path[1]:
+                yield at + f"a stage cannot read what it makes itself; name an earlier stage, or {path[-1]}: teacher"
+            elif reference not in earlier:
+                yield at + f"{reference!r} must stand before this stage; move it up"
             elif self.stages[reference].makes_signal and path[-1] == "teacher":
-                yield from self._signal_mistakes(path, reference, at)
+                if (why := self.stages[reference].refuses(reference, self.stages[str(path[1])])) is not None:
+                    yield at + why
+            elif self.stages[reference].makes_file and self.stages[str(path[1])].reads_files and "models" in path[2:]:
+                pass
             elif not self.stages[reference].makes_model:
                 yield at + f"{reference!r} is of kind {self.stages[reference].kind}, which makes no model"
         elif not _may_be_model(reference):
@@ -181,71 +317,7 @@ class Recipe(Spec):
                 + suggest(reference, models)
             )
 
-    def _own_sequence_mistakes(self, source: Source, path: KeyPath, policy: OnPolicySpec) -> Iterable[str]:
-        """Own sequences that are longer than the text's blocks, for which memory and positions are meant."""
-        if (wanted := policy.num_tokens()) > self.data.sequence_length:
-            yield (
-                f"{source.at(path)}: prompt_tokens ({policy.prompt_tokens}) + max_new_tokens "
-                f"({policy.max_new_tokens}) = {wanted} must fit a block of data.sequence_length "
-                f"({self.data.sequence_length}); lower one of them or raise it"
-            )
-
-    def _signal_mistakes(self, path: KeyPath, reference: str, at: str) -> Iterable[str]:
-        """What a stage asks of a cached teacher and cannot have."""
-        cache, stage = self.stages[reference], self.stages[str(path[1])]
-        if isinstance(cache, CacheTeacher):
-            if stage.makes_signal:
-                yield at + f"{reference!r} is a cache already; name its teacher"
-            elif why := cache.refuses(getattr(stage, "losses", [])):
-                yield at + why
-            elif getattr(stage, "on_policy", None) is not None:
-                yield (
-                    at + f"{reference!r} holds what its teacher says of the text, and on_policy asks about sequences "
-                    "that do not exist yet; name its teacher here, or remove on_policy"
-                )
-
 
 def _may_be_model(reference: str) -> bool:
     """Whether it can be looked for: a folder, a path, a Hub id or a builtin."""
-    return "/" in reference or ":" in reference or Path(reference).is_dir()
-
-
-def _fields_at(data: Any, path: KeyPath) -> list[str]:
-    """Keys that are legal at a path of the recipe, following kinds as they were written."""
-    spec: Any = Recipe
-    for part in path:
-        annotation: Any = None
-        if isinstance(spec, type) and issubclass(spec, Spec):
-            if part not in spec.model_fields:
-                return []
-            field = spec.model_fields[str(part)]
-            families = [item for item in field.metadata if isinstance(item, Family)]
-            annotation = families[0] if families else field.annotation
-        else:
-            annotation = spec
-            spec = None
-        data = _item(data, part)
-        spec = _narrow(annotation, data, part)
-    return list(spec.model_fields) if isinstance(spec, type) and issubclass(spec, Spec) else []
-
-
-def _item(data: Any, part: str | int) -> Any:
-    if isinstance(data, dict):
-        return data.get(part)
-    return data[part] if isinstance(data, list) and isinstance(part, int) and part < len(data) else None
-
-
-def _narrow(annotation: Any, data: Any, part: str | int) -> Any:
-    """From an annotation to the Spec that the value at hand is checked against, or to the annotation of its items."""
-    if isinstance(annotation, Family):
-        kind = data.get("kind", part) if isinstance(data, dict) else None
-        return annotation[kind] if kind in list(annotation) else None
-    if isinstance(annotation, type) and issubclass(annotation, Spec):
-        return annotation
-    if typing.get_origin(annotation) is Annotated:
-        families = [item for item in typing.get_args(annotation)[1:] if isinstance(item, Family)]
-        return _narrow(families[0] if families else typing.get_args(annotation)[0], data, part)
-    if typing.get_origin(annotation) in (dict, list, tuple):
-        return typing.get_args(annotation)[-1]
-    options = [_narrow(option, data, part) for option in typing.get_args(annotation) if option is not type(None)]
-    return next((option for option in options if option is not None and not isinstance(option, str)), None)
+    return "/" in reference or ":" in reference or is_folder(reference)

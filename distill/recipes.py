@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from pathlib import Path
 
+from distill.core.artifact import write_text
 from distill.core.errors import InputError
 from distill.core.source import suggest
 
@@ -18,6 +20,24 @@ def shipped() -> dict[str, Path]:
     return {}
 
 
+START = "start"
+"""The recipe that ``distill init`` writes when none is named."""
+
+
+def copy_of(name: str, file: Path) -> None:
+    """Write a shipped recipe to a file of the user's, to be edited.
+
+    Raises:
+        InputError: there is no recipe of that name, or the file is there already.
+    """
+    source = find(name)
+    if file.exists():
+        raise InputError(f"{file}: is there already; name another with --out, or remove it")
+    first, *rest = source.read_text(encoding="utf-8").splitlines(keepends=True)
+    # the first line is the command that runs the recipe
+    write_text(file, "".join([f"# distill run {file}\n" if first.startswith("# distill run") else first, *rest]))
+
+
 def find(recipe: str) -> Path:
     """A recipe's file: the path itself if it exists, else the shipped recipe of that name.
 
@@ -25,7 +45,7 @@ def find(recipe: str) -> Path:
         InputError: neither.
     """
     path, names = Path(recipe), shipped()
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     name = path.name.removesuffix(".yaml")
     if name in names and (recipe == name or path.parts[:-1] == ("recipes",)):

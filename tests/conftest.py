@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 def _the_same_numbers() -> None:
     """torch seeds every process anew; a test that draws without a generator would pass on some days only."""
     torch.manual_seed(7919)  # as no generator of a test, or two draws would be the same numbers
+
+
+@pytest.fixture
+def as_on_a_terminal() -> Iterator[None]:
+    """Hear the signals that a process which was started in the background ignores, as distill would too."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import yaml
 
 from benchmarks import (
     books,
+    chat_templates,
     faults,
     losses,
     matrix,
@@ -23,6 +24,7 @@ from benchmarks import (
     result,
     scoring,
     tables,
+    threads,
 )
 from benchmarks.quantization_grids import GRIDS, METHODS
 from distill.core.artifact import write_text
@@ -32,8 +34,8 @@ from distill.models.layouts import layout_for
 from distill.pruning import CRITERIA
 from distill.pruning.select import target_sizes
 from distill.recipe import Recipe
+from distill.reporting.tradeoff import Row, to_json
 from distill.stages.quantize import Quantize
-from distill.tracking.tradeoff import Row, to_json
 
 RESULTS = sorted(result.FOLDER.glob("*.json"))
 each = pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
@@ -46,6 +48,13 @@ def test_the_page_is_made_of_the_results() -> None:
 def test_the_page_of_faults_is_made_of_its_result() -> None:
     found = json.loads(faults.RESULT.read_text(encoding="utf-8"))
     assert faults.PAGE.read_text(encoding="utf-8") == faults.render(found), "run `python -m benchmarks.faults --page`"
+
+
+def test_the_table_of_chat_templates_is_made_of_its_result() -> None:
+    found = json.loads((result.FOLDER / "chat_templates.json").read_text(encoding="utf-8"))["rows"]
+    assert chat_templates.table(found) in chat_templates.PAGE.read_text(encoding="utf-8")
+    assert len({row["template"].partition(",")[0] for row in found}) >= 40
+    assert all(row["as_by_hand"] for row in found)
 
 
 @each
@@ -261,6 +270,16 @@ def test_scoring_is_held_against_the_passes_of_its_own_round() -> None:
     assert rows["activation"]["each_round"] == pytest.approx([1.1, 1.1])
     assert rows["taylor"]["each_round"] == pytest.approx([0.44, 0.5])
     assert rows["activation"]["peak_mb"] == 8e-6
+
+
+def test_threads_are_compared_inside_a_round() -> None:
+    speeds = {("alone", "PyTorch's default"): (100.0, 10.0, 1000.0), ("alone", "distill's"): (50.0, 20.0, 800.0)}
+    machines = [(machine, choice) for machine in threads.MACHINES for choice in threads.CHOICES]
+    measured = [(*one, speeds.get(one, (1.0, 1.0, 1.0))[i]) for i in range(3) for one in machines]
+    rows = {(row["machine"], row["threads"]): row for row in threads._rows(measured)}
+    assert rows.keys() == set(machines)
+    ours = rows["alone", "distill's"]
+    assert (ours["tokens_per_s"], ours["to_default"], ours["each_round"]) == (50, 0.8, [50, 20, 800])
 
 
 def test_every_grid_is_rounded_and_trained_by_a_recipe_that_is_valid(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -129,7 +130,7 @@ def test_what_is_quick_imports_nothing_heavy(recipe: Path, tmp_path: Path) -> No
         "    sys.argv = ['distill', *command]\n"
         "    try: main()\n"
         "    except SystemExit as exit_: codes.append(exit_.code)\n"
-        "heavy = 'torch transformers datasets pytorch_lightning peft wandb numpy matplotlib'.split()\n"
+        "heavy = 'torch transformers datasets pytorch_lightning peft wandb matplotlib'.split()\n"
         "print(json.dumps([codes, [name for name in heavy if name in sys.modules]]))"
     )
     done = subprocess.run(
@@ -165,15 +166,44 @@ def test_list_shows_the_keys_of_a_section(distill: Distill) -> None:
     for section, key in (("keep", "head_choice"), ("optimizer", "betas"), ("lora", "alpha"), ("data", "packing")):
         first, *keys = distill("list", section).out.splitlines()
         assert first.startswith(f"{section}: ")
-        assert all(len(line.split()) > 2 for line in keys), "a default and a word about it"
-        assert key in [line.split()[0] for line in keys]
+        heads = [line for line in keys if line.startswith("      ") and line[6] != " "]
+        assert all(len(line.split()) > 2 for line in heads), "a default and a word about it"
+        assert key in [line.split()[0] for line in heads]
     assert "smallest_share" in distill("list").out
+
+
+def test_list_shows_choices_and_fits_the_terminal(distill: Distill, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "110")
+    assert max(map(len, distill("list").out.splitlines())) <= 110
+    assert "Choices: cosine, linear, constant." in " ".join(distill("list", "optimizer").out.split())
+    losses = distill("list", "losses").out
+    assert losses.count(" weight ") == 1  # every loss has it, so it stands once
+    assert losses.index("each of these loss entries also takes") < losses.index(" weight ")
+
+
+def test_init_writes_a_recipe_that_checks(distill: Distill, tmp_path: Path) -> None:
+    assert (
+        distill("init").out
+        == "recipe.yaml: written. Edit it, then: distill check recipe.yaml, distill run recipe.yaml\n"
+    )
+    assert (tmp_path / "recipe.yaml").read_text().startswith("# distill run recipe.yaml\n")
+    assert distill("check", "recipe.yaml").code == 0
+    assert distill("init", "quickstart", "--out", "mine/q.yaml").code == 0
+    assert distill("check", "mine/q.yaml").code == 0
+    before = (tmp_path / "recipe.yaml").read_text()
+    again = distill("init")
+    assert (again.code, again.err) == (2, "recipe.yaml: is there already; name another with --out, or remove it\n")
+    assert (tmp_path / "recipe.yaml").read_text() == before
+    wrong = distill("init", "quickstrat")
+    assert wrong.code == 2
+    assert "did you mean 'quickstart'?" in wrong.err
 
 
 def test_list_recipes_says_what_each_makes(distill: Distill) -> None:
     lines = distill("list", "recipes").out.splitlines()[1:]
-    assert len(lines) >= 8
-    assert all(line.endswith(".") for line in lines)
+    starts = [i for i, line in enumerate(lines) if line[2] != " "]
+    assert len(starts) >= 8
+    assert all(lines[i - 1].endswith(".") for i in [*starts[1:], len(lines)])
 
 
 def test_schema_to_a_file_is_what_is_printed(distill: Distill, tmp_path: Path) -> None:
@@ -187,6 +217,15 @@ def test_check_prints_the_plan(distill: Distill, recipe: Path) -> None:
     assert "[2/3] distill: reads prune, teacher; 224 tokens = 7 steps of 2 x 16;" in result.out
     assert "keeps intermediate_size 32" in result.out
     assert "5% held out, at most 100 tokens of it to validate on" in result.out
+
+
+def test_check_downloads_nothing(distill: Distill, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    assert distill("check", "smollm2-1.7b-to-1b", "--set", "teacher=nobody/has-this-model").code == 0
 
 
 def test_check_finds_a_size_that_the_teacher_does_not_have(distill: Distill, recipe: Path) -> None:
@@ -210,7 +249,7 @@ def test_no_such_recipe(distill: Distill) -> None:
     ("old", "new", "line", "message"),
     [
         ("num_steps: 1", "num_stps: 1", 13, "stages.distill.num_stps: unknown key; did you mean 'num_steps'?"),
-        ("num_steps: 1", "num_steps: one", 13, "stages.distill.num_steps: input should be a valid integer"),
+        ("num_steps: 1", "num_steps: one", 13, "stages.distill.num_steps: must be a whole number (got 'one')"),
         ("num_steps: 1", "num_steps: 1\n    num_steps: 2", 14, "stages.distill.num_steps: written twice"),
         ("num_steps: 1", "num_steps: 1\n    num_tokens: 2", 11, "stages.distill: give the budget once"),
         ("student: prune", "student: purne", 12, "no earlier stage, folder or Hub id 'purne'"),
@@ -222,7 +261,12 @@ def test_no_such_recipe(distill: Distill) -> None:
             9,
             "stages.prune.half: 'prune.half' cannot be the name of a stage",
         ),
-        ("{intermediate_size: 32}", "32", 10, "stages.prune.keep: needs a mapping of keys to values (got 32)"),
+        (
+            "{intermediate_size: 32}",
+            "32",
+            10,
+            "or keep: {hidden_size: ...} (got 32)",
+        ),
         ("name: tiny", "name: !!python/name:os.system x", 1, "not valid YAML"),
     ],
 )
@@ -257,13 +301,19 @@ def test_arguments_that_do_not_exist(distill: Distill, recipe: Path) -> None:
     [
         (
             ["compute.devices=0"],
-            ["--set compute.devices: input should be 'auto' or greater than or equal to 1 (got 0)"],
+            ["--set compute.devices: must be 'auto' or at least 1 (got 0)"],
         ),
         (
             ["compute.teacher_device=gpu1"],
             ["--set compute.teacher_device: expected auto, cpu, cuda or one GPU, such as cuda:1 (got 'gpu1')"],
         ),
-        (["stages.prune.keep=3"], ["--set stages.prune.keep: needs a mapping of keys to values (got 3)"]),
+        (
+            ["stages.prune.keep=3"],
+            [
+                "--set stages.prune.keep: needs a mapping of keys to values, such as keep: {} for its defaults, or "
+                "keep: {hidden_size: ...} (got 3)"
+            ],
+        ),
         (
             ["stages.distill.num_tokens=9", "seed=3"],
             [
@@ -273,7 +323,7 @@ def test_arguments_that_do_not_exist(distill: Distill, recipe: Path) -> None:
         ),
         (
             ["seed=3", "stages.distill.student=quantize"],
-            ["--set stages.distill.student: 'quantize' must stand before this stage"],
+            ["--set stages.distill.student: 'quantize' must stand before this stage; move it up"],
         ),
         (
             ["stages.prune.model=a/b", "stages.distill.teacher=a/b", "seed=3", "data.tokenizer=a/b"],
@@ -288,7 +338,7 @@ def test_a_mistake_of_set_is_blamed_on_set(
     distill: Distill, recipe: Path, changes: list[str], lines: list[str]
 ) -> None:
     result = distill("check", recipe, *(part for each in changes for part in ("--set", each)))
-    assert (result.code, result.err.splitlines()) == (2, [line.format(file=recipe) for line in lines])
+    assert (result.code, result.err.splitlines()) == (2, [line.replace("{file}", str(recipe)) for line in lines])
 
 
 def test_a_mistake_of_the_file_is_not_blamed_on_set(distill: Distill, recipe: Path) -> None:
@@ -325,7 +375,7 @@ def test_only_needs_what_stands_before(distill: Distill, recipe: Path) -> None:
     [
         ("teacher=./no/such/folder", "./no/such/folder: no such folder"),
         ("teacher=.", "not a model folder (no config.json in it)"),
-        ("teacher=builtin:quickstrat-teacher", "no such builtin model"),
+        ("teacher=builtin:quickstrat-teacher", "no such built-in model"),
         ("data.train.path=missing.jsonl", "missing.jsonl: no such file or folder"),
         ("data.train.path=empty.jsonl", "empty corpus"),
         ("data.train.text=body", "no column 'body'"),
@@ -369,7 +419,9 @@ def test_a_model_that_is_not_on_the_hub_moves_nothing(
     (tmp_path / "runs/tiny/prune/INPUT").write_text("an earlier one\n")
     result = distill("run", recipe, "--set", "teacher=who/none")
     assert (result.code, result.out) == (2, "")
-    assert result.err.startswith("who/none: no folder here, and the Hub cannot be reached; give a folder, or ")
+    assert result.err.startswith(
+        "who/none: no such folder, and the Hub cannot be reached; check the name and the network, or "
+    )
     assert result.err.count("\n") == 1
     assert sorted(path.name for path in (tmp_path / "runs/tiny").iterdir() if path.name != ".lock") == ["prune"]
 
@@ -378,8 +430,8 @@ def test_teacher_and_student_of_two_vocabularies(distill: Distill, recipe: Path,
     stranger = make_model(tmp_path / "stranger", "wholly other letters: zyx wvu tsr qpo")
     result = distill("run", recipe, "--set", f"stages.distill.teacher={stranger}")
     assert result.code == 2
-    assert "vocabulary: student has " in result.err
-    assert "the first that differs is " in result.err
+    assert f"stages.distill.teacher: {stranger} has 270 tokens" in result.err
+    assert "take models of one tokenizer" in result.err
 
 
 def test_a_run_folder_in_use(distill: Distill, recipe: Path, tmp_path: Path) -> None:
@@ -405,13 +457,17 @@ def test_run_then_run_again_then_parts_of_it(distill: Distill, recipe: Path, tmp
         "scores",
     ]
 
+    assert (folder / "distill" / "metrics.csv").read_text().startswith("step,tokens,")
+
     assert distill("run", recipe).out.count("finished before") == 3
     assert distill("run", recipe, "--from", "distill").out.count("finished before") == 1
     assert distill("run", recipe, "--only", "distill").out.count("finished before") == 0
     # the quantized model was made from a student that is no longer there, so it is made anew, once
     assert distill("resume", folder).out.count("finished before") == 2
     assert distill("resume", folder).out.count("finished before") == 3
-    assert distill("resume", folder, "--set", "compute.num_workers=0").code == 0
+    machine = ["compute.num_workers=1", "compute.checkpoint_every_steps=7", "compute.micro_batch_size=1"]
+    resumed = distill("resume", folder, *(word for setting in machine for word in ("--set", setting)))
+    assert resumed.out.count("finished before") == 3, "no result depends on the machine's settings"
 
     changed = distill("run", recipe, "--set", "stages.distill.num_steps=2")
     assert changed.out.count("finished before") == 1
@@ -445,9 +501,39 @@ def new_model(tmp_path: Path) -> Path:
     return tmp_path / "new.yaml"
 
 
+def test_data_prints_the_rows_of_any_text(distill: Distill, recipe: Path, tmp_path: Path) -> None:
+    done = distill("data", recipe, "--rows", "2")
+    assert done.code == 0, done.err
+    assert done.out.count(" of the text that a ") == 2
+    assert done.out.count("\nrow ") == 2
+    assert list((tmp_path / "runs" / "tiny" / "data").glob("train-*.bin"))
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text('{"prompt": "row?", "response": "text"}\n' * 30)
+    done = distill("data", recipe, "--set", f"data.train={{kind: chat, path: {chat}}}")
+    assert done.code == 2
+    assert done.out == ""
+    assert "data.chat.template: the teacher (" in done.err
+    assert ") has no chat template; take the student's, if it has one, or name a .jinja file\n" in done.err
+    assert done.err.count("\n") == 1
+
+
 def test_a_run_without_a_teacher(distill: Distill, new_model: Path) -> None:
     result = distill("run", new_model)
     assert result.code == 0, result.err
+
+
+def test_a_budget_of_nothing_writes_the_model_untrained(distill: Distill, new_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from distill.models.load import load_config
+    from distill.models.load import new_model as drawn
+
+    edited(new_model, ("num_steps: 1", "num_tokens: 0"), ("    batch_size: 2\n", ""))
+    assert distill("run", new_model).code == 0
+    folder = tmp_path / "runs" / "new" / "finetune" / "model"
+    expected = drawn(load_config(str(folder)), seed=0).state_dict()
+    written = load_file(folder / "model.safetensors")
+    assert all((written[name] == expected[name]).all() for name in written)
 
 
 @pytest.mark.parametrize(
@@ -456,7 +542,7 @@ def test_a_run_without_a_teacher(distill: Distill, new_model: Path) -> None:
         ("hidden_sise=3", "llama has no key 'hidden_sise'; did you mean 'hidden_size'?"),
         ("model_type=lama", "no model_type 'lama'; did you mean 'llama'?"),
         ("num_attention_heads=3", "not a multiple of the number of attention heads"),
-        ("hidden_size=wide", "expected int, got str"),
+        ("hidden_size=wide", "hidden_size is 'wide', expected a whole number"),
         ("vocab_size=100", "less than the tokenizer's 270 tokens"),
     ],
 )
@@ -488,10 +574,46 @@ def test_report_and_compare_of_what_is_no_run(distill: Distill, tmp_path: Path) 
         assert len(result.err.strip().splitlines()) == 1
 
 
-def test_doctor(distill: Distill) -> None:
+def test_report_and_compare_of_runs(distill: Distill, recipe: Path, tmp_path: Path) -> None:
+    edited(recipe, ("    num_tokens: 0\n", "    num_tokens: 0\n  evaluate: {speed: null}\n"))
+    assert distill("run", recipe, "--run-dir", "a").code == 0
+    assert distill("run", recipe, "--run-dir", "b", "--set", "stages.distill.num_steps=2").code == 0
+    result = distill("report", "a", "b")
+    assert result.code == 0
+    assert result.out.endswith(f"report: {Path('a', 'comparison', 'index.html')}\n")
+    page = (tmp_path / "a" / "comparison" / "index.html").read_text(encoding="utf-8")
+    names = ["teacher", *(f"{run}/{stage}" for run in "ab" for stage in ("prune", "distill", "quantize"))]
+    for text in (result.out, page):
+        assert [name for name in names if name not in text] == []
+    for run in "ab":
+        for row in json.loads(Path(run, "evaluate", "rows.json").read_text()):
+            assert f"{row['perplexity']:.3g}"[:4] in result.out, row["name"]
+
+    Path("prompts.txt").write_text("row 7 of\n\nthe small model\n")
+    result = distill("compare", "a", "--prompts", "prompts.txt", "--new-tokens", "3")
+    assert result.code == 0
+    assert [line for line in result.out.splitlines() if line.startswith("> ")] == ["> row 7 of", "> the small model"]
+    answered = [line.split()[0] for line in result.out.splitlines() if line.startswith("  ")]
+    assert answered == ["teacher", "prune", "distill", "quantize"] * 2
+
+
+def test_doctor(distill: Distill, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr("distill.doctor._reachable", lambda host: False)
     result = distill("doctor")
     assert result.code == 0
     assert f"distill {__version__}" in result.out
+    for said in (
+        f"torch {torch.__version__}",
+        "CPU threads: ",
+        " GB memory free",
+        " GB disk free",
+        "W&B with wandb: auto",
+    ):
+        assert said in result.out
+    assert ("no GPU" in result.out) is not torch.cuda.is_available()
+    assert "Hugging Face Hub: not reachable" in result.out
 
 
 def test_cache_info_and_verify(distill: Distill, recipe: Path, tmp_path: Path) -> None:
@@ -504,6 +626,8 @@ def test_cache_info_and_verify(distill: Distill, recipe: Path, tmp_path: Path) -
     assert result.code == 0
     assert "hidden" in result.out
     assert "read as wrapped rows of 16 tokens" in result.out
+    assert " bytes per token" in result.out
+    assert re.search(r"when it was begun: .*KL", result.out)
     assert distill("cache", "verify", tmp_path / "cache").code == 0
     file = next((tmp_path / "cache" / "train").glob("shard-*"))
     data = bytearray(file.read_bytes())

@@ -8,12 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
 
 from benchmarks import forecast
 from distill.core.errors import RecipeError
-from distill.forecast import describe, room
-from distill.forecast.memory import Job
-from distill.forecast.models import candidates, config_of, count
+from distill.forecast import describe, memory_limit
+from distill.forecast.memory import MemoryModel
+from distill.models.configs import config_of, count
 from distill.models.lora import LoraSpec
 from distill.recipe import Recipe
 from distill.recipes import find
@@ -33,20 +36,20 @@ compute: {{accelerator: gpu{compute}}}
 
 
 @pytest.fixture
-def plain() -> Job:
-    return forecast.job_of("tiny", rows=2, length=64, on_cpu=True)
+def plain() -> MemoryModel:
+    return forecast.memory_model_of("tiny", rows=2, length=64, on_cpu=True)
 
 
 @pytest.mark.parametrize("way", ["two micro-batches", "gradient checkpointing", "bf16-mixed"])
-def test_as_much_as_is_measured(plain: Job, way: str) -> None:
-    job = replace(plain, **forecast.WAYS[way])
-    memory, peak = job.memory(), forecast.measured(job, "cpu")
+def test_as_much_as_is_measured(plain: MemoryModel, way: str) -> None:
+    model = replace(plain, **forecast.WAYS[way])
+    memory, peak = model.memory(), forecast.measured(model, "cpu")
     assert memory.total == pytest.approx(peak, rel=0.03)
     fixed = memory.student + memory.gradients + memory.optimizer + memory.teacher
     assert memory.total - fixed == pytest.approx(peak - fixed, rel=0.04)
 
 
-def test_what_is_shared_out_and_what_is_not(plain: Job) -> None:
+def test_what_is_shared_out_and_what_is_not(plain: MemoryModel) -> None:
     alone, shared = plain.memory(), replace(plain, num_processes=4, sharded=True).memory()
     for name in ("student", "gradients", "optimizer", "teacher"):
         assert getattr(shared, name) == getattr(alone, name) / 4
@@ -126,7 +129,7 @@ def test_what_is_not_known_is_said(large: tuple[Path, Path], monkeypatch: pytest
     assert "+ the teacher, whose config is not on this machine" in plan
     assert "compute.devices: auto is counted as one GPU a machine" in plan
     alone = Recipe.from_text(RECIPE.format(teacher=large[0], text=large[1], more="", compute=", strategy: fsdp"))
-    monkeypatch.setattr(room, "_gpus", lambda: [80e9] * 4)
+    monkeypatch.setattr(memory_limit, "_gpus", lambda: [80e9] * 4)
     shared = next(line for line in describe(alone).splitlines() if "memory of a GPU: " in line)
     assert "student 6.7 GB" in shared
     assert "the first process reads the models into 40.4 GB of its machine's own memory" in describe(alone)
@@ -157,7 +160,7 @@ def room_for(plan: str) -> float:
     return float(found[1].replace(",", ""))
 
 
-def test_adapters_are_counted_where_they_are(plain: Job) -> None:
+def test_adapters_are_counted_where_they_are(plain: MemoryModel) -> None:
     def trained(targets: str | tuple[str, ...]) -> int:
         return replace(plain, lora=LoraSpec(r=4, target_modules=targets)).trained()
 
@@ -192,7 +195,7 @@ def test_what_follows_a_search_is_told_of_the_largest_that_it_may_be(large: tupl
     config, prune = config_of(str(teacher)), recipe.stages["prune"]
     assert config is not None
     assert isinstance(prune, Prune)
-    layers = [found.sizes["layers"] for found in candidates(prune, config, 1024)]
+    layers = [found.sizes["layers"] for found in prune.candidates(config, 1024)]
     cut = [count({**config, "num_hidden_layers": number, "intermediate_size": 1024}) or 0 for number in layers]
     (told,) = re.findall(r"keeps intermediate_size 1024; makes at most ([\d.]+)B", describe(recipe))
     assert told == f"{max(cut) / 1e9:.2f}" != f"{cut[0] / 1e9:.2f}"
@@ -270,3 +273,87 @@ def test_the_short_trainings_of_a_search_are_forecast_as_those_of_one_process() 
     assert not any("fsdp" in line for line in memory(*only_shared) if line.startswith(of))
     with pytest.raises(RecipeError, match=r"stages\.prune: batch_size \(8\) must be a multiple of compute\.micro"):
         describe(Recipe.load(find("budget-search"), ["compute.micro_batch_size=3"]))
+
+
+@pytest.mark.parametrize(("batch_size", "micro"), [(1_000_000_000, 20), (2**31 - 1, 1), (2**30, 16)])
+def test_a_batch_of_any_size_is_split(large: tuple[Path, Path], batch_size: int, micro: int) -> None:
+    """Not by trying every number below it; the second is a prime."""
+    text = RECIPE.format(teacher=large[0], text=large[1], more="", compute="")
+    plan = describe(Recipe.from_text(text, set=[f"stages.distill.batch_size={batch_size}"]), memory_gb=300)
+    assert f"does not fit into 300.0 GB: compute.micro_batch_size: {micro} would need" in plan
+
+
+def test_the_ways_to_split_a_batch() -> None:
+    for number in range(1, 200):
+        assert memory_limit._divisors(number) == [size for size in range(number, 0, -1) if number % size == 0]
+
+
+@pytest.mark.parametrize("batch_size", ["2147483648", "0x" + "f" * 60, "1e400", "1" + "0" * 400])
+def test_a_batch_of_no_size_is_refused(large: tuple[Path, Path], batch_size: str) -> None:
+    text = RECIPE.format(teacher=large[0], text=large[1], more="", compute="")
+    line = r"stages.distill.batch_size: .*(at most 2147483647|2\*\*63|finite|whole number of 401 digits)"
+    with pytest.raises(RecipeError, match=line):
+        Recipe.from_text(text, set=[f"stages.distill.batch_size={batch_size}"])
+
+
+NEW = """\
+name: new
+data:
+  train: {kind: jsonl, path: TEXT}
+  sequence_length: 16
+  tokenizer: TOKENIZER
+stages:
+  new: {kind: finetune, num_steps: 2, model: {config: {model_type: llama, hidden_size: 64, intermediate_size: 128,
+    num_hidden_layers: 4, num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 32}}}
+  prune: {model: new, CUT}
+  distill: {student: prune, teacher: new, num_steps: 2}
+"""
+
+
+@pytest.mark.parametrize("cut", ["keep: {intermediate_size: 32}", "search: {budget: {parameters: 70%}}"])
+@pytest.mark.parametrize(
+    ("tokenizer", "makes"),
+    [
+        ("{vocab_size: 300}", "0.19M parameters"),  # 148,032 and two tables of 300 x 64
+        ("builtin:quickstart-teacher", "0.41M parameters"),
+        ("some/model", None),
+    ],
+)
+def test_a_new_model_gets_its_vocabulary_from_the_tokenizer(
+    large: tuple[Path, Path], cut: str, tokenizer: str, makes: str | None
+) -> None:
+    """At most so many tokens as that can have; where nobody knows, its size is not known either."""
+    text = NEW.replace("TEXT", str(large[1])).replace("TOKENIZER", tokenizer).replace("CUT", cut)
+    lines = describe(Recipe.from_text(text)).splitlines()
+    made = [line for line in lines if "; makes " in line]
+    assert len(made) == 3
+    if makes is None:
+        assert all("makes a model of unknown size" in line for line in made)
+    else:
+        assert made[0].endswith(f"makes at most {makes}")
+        assert all("makes at most " in line for line in made)
+    assert "search" not in cut or "(the model's tokens are not counted yet)" in made[1]
+    longer = text.replace("sequence_length: 16", "sequence_length: 64")
+    with pytest.raises(RecipeError, match="is longer than the model's 32 positions"):
+        describe(Recipe.from_text(longer))
+
+
+def test_check_names_what_rows_begin_with_and_texts_that_look_like_chats(large: tuple[Path, Path]) -> None:
+    folder, text = large
+    backend = Tokenizer(WordLevel({"a": 0, "<bos>": 1, "<pad>": 2}, unk_token="a"))
+    backend.add_special_tokens(["<bos>", "<pad>"])
+    backend.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    backend.save(str(folder / "tokenizer.json"))
+    rows = ["plain", "a <pad> in it", "<|im_start|>user\nHello<|im_end|>", *["more"] * 600]
+    text.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    recipe = RECIPE.format(teacher=folder, text=text, more="", compute="")
+    said = describe(Recipe.from_text(recipe), 1000)
+    assert "    each row begins with '<bos>', which the tokenizer puts before a text" in said
+    found = [line for line in said.splitlines() if "data.train: 1 documents" in line]
+    assert len(found) == 2
+    assert all(line.endswith("looked at the first 500") for line in found)
+    assert f"written out, read as plain text: they end and mark nothing (first {text}:2)" in said
+    assert f"if they are, use kind: chat (first {text}:3)" in said
+    of_its_own = recipe.replace("tokenizer: teacher", "tokenizer: {vocab_size: 300}")
+    # the run makes that one, and it puts nothing there
+    assert "row begins with" not in describe(Recipe.from_text(of_its_own), 1000)

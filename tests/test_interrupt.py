@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +19,7 @@ from distill.compare import report_runs
 from distill.core.errors import InputError
 from distill.recipe import Recipe
 from distill.runner import run
+from tests.faults.chaos import as_on_a_terminal
 
 RECIPE = """\
 name: tiny
@@ -57,19 +61,30 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The weights of a run that nothing happened to."""
-    return weights(run(Recipe.load(recipe), tmp_path_factory.mktemp("undisturbed") / "run").folder)
+def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to."""
+    return run(Recipe.load(recipe), tmp_path_factory.mktemp("undisturbed") / "run").folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished: Path) -> bytes:
+    """Its weights."""
+    return weights(finished)
 
 
 def weights(folder: Path) -> bytes:
     return (folder / "second" / "model" / "model.safetensors").read_bytes()
 
 
+def started(recipe: Path, folder: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "distill", "run", str(recipe), "--run-dir", str(folder), *options]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, preexec_fn=as_on_a_terminal, **pipes)
+
+
 def disturbed(recipe: Path, folder: Path, number: signal.Signals) -> subprocess.CompletedProcess[str]:
     """Run the command and send it a signal as soon as its second stage has a checkpoint."""
-    command = [sys.executable, "-m", "distill", "run", str(recipe), "--run-dir", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = started(recipe, folder)
     until = time.monotonic() + 120
     while not any((folder / "second" / "checkpoints").glob("step=*.ckpt")):
         assert process.poll() is None, process.communicate()
@@ -77,7 +92,7 @@ def disturbed(recipe: Path, folder: Path, number: signal.Signals) -> subprocess.
         time.sleep(0.001)
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def finish(recipe: Path, folder: Path) -> list[str]:
@@ -115,7 +130,7 @@ def test_goes_on_to_the_same_weights(
 
     said = finish(recipe, folder)
     assert [line for line in said if "first" in line and "finished before" in line]
-    going_on = next(line for line in said if "going on from step" in line)
+    going_on = next(line for line in said if "resuming from step" in line)
     assert 0 < int(going_on.split("step ")[1].split()[0]) < STEPS
     assert weights(folder) == undisturbed
 
@@ -155,30 +170,80 @@ def test_another_recipe_is_not_gone_on_with(recipe: Path, tmp_path: Path, stoppe
     assert any((folder / "second" / "checkpoints").glob("step=*.ckpt"))
 
 
-def test_ctrl_c_outside_of_training_is_no_success(recipe: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "distill", "run", str(recipe), "--run-dir", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_the_same_text_elsewhere_is_gone_on_with_and_another_one_is_not(
+    recipe: Path, undisturbed: bytes, tmp_path: Path, stopped: Path
+) -> None:
+    folder, there = shutil.copytree(stopped, tmp_path / "run"), tmp_path / "another machine" / "data"
+    there.mkdir(parents=True)
+    shutil.copy(recipe.parent / "text.jsonl", there / "rows.jsonl")
+    moved = [f"data.train.path={there}/rows.jsonl"]
+    said: list[str] = []
+    run(Recipe.load(recipe, moved), shutil.copytree(folder, tmp_path / "moved"), say=said.append)
+    assert [line for line in said if "resuming from step" in line]
+    assert [line for line in said if f"data.train.path: {recipe.parent}/text.jsonl -> {there}/rows.jsonl" in line]
+    assert weights(tmp_path / "moved") == undisturbed
+    with (there / "rows.jsonl").open("a") as stream:
+        stream.write('{"text": "one more row"}\n')
+    with pytest.raises(InputError, match=r"what it reads \(its keys, the text or a model\) has changed"):
+        run(Recipe.load(recipe, moved), folder, say=said.append)
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "code"),
+    [("first/INPUT", signal.SIGINT, 130), ("wandb-id", signal.SIGTERM, 75)],
+    ids=["the heavy imports come next", "wandb is imported and opened next"],
+)
+def test_a_signal_outside_of_training_is_no_success(
+    moment: str, number: signal.Signals, code: int, recipe: Path, tmp_path: Path
+) -> None:
+    process = started(recipe, tmp_path / "run", "--set", "logging.wandb=offline")
     until = time.monotonic() + 120
-    while not (tmp_path / "run" / "first" / "INPUT").exists():  # the heavy imports come next
+    while not (tmp_path / "run" / moment).exists():
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "the same command goes on" in err
     assert "Traceback" not in err
+    assert not (tmp_path / "run" / "second" / "DONE").exists()
 
 
-def test_a_model_that_is_gone_is_made_again(recipe: Path, undisturbed: bytes, tmp_path: Path) -> None:
-    finish(recipe, tmp_path / "run")
-    (tmp_path / "run" / "second" / "model" / "model.safetensors").write_bytes(b"cut short")
-    said = finish(recipe, tmp_path / "run")
-    assert any("second" in line and "made again" in line for line in said)
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(recipe: Path, undisturbed: bytes, tmp_path: Path) -> None:
+    process = started(recipe, tmp_path / "run")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == f"tiny: 2 stages into {tmp_path / 'run'}\n"
+    process.stdout.close()
+    assert process.stderr.read() == "nobody reads standard output any more; the run goes on without it\n"
+    assert process.wait(120) == 0
     assert weights(tmp_path / "run") == undisturbed
 
 
-def test_a_refused_command_leaves_the_runs_recipe_alone(recipe: Path, tmp_path: Path) -> None:
-    finish(recipe, tmp_path / "run")
+def test_another_command_ends_with_its_reader() -> None:
+    command = [sys.executable, "-m", "distill", "schema"]
+    ours, theirs = os.pipe()
+    fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 4096)  # else all of it may fit into the pipe
+    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE) as process:
+        os.close(theirs)
+        os.read(ours, 1)
+        os.close(ours)
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_a_model_that_is_gone_is_made_again(recipe: Path, finished: Path, undisturbed: bytes, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "second" / "model" / "model.safetensors").write_bytes(b"cut short")
+    said = finish(recipe, tmp_path / "run")
+    assert any("second" in line and "is now second.old-1" in line for line in said), said
+    assert weights(tmp_path / "run") == undisturbed
+
+
+def test_a_refused_command_leaves_the_runs_recipe_alone(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
     before = (tmp_path / "run" / "recipe.yaml").read_text()
     other = Recipe.load(recipe, ["stages.first.num_steps=3"])
     with pytest.raises(InputError, match="is not finished"):

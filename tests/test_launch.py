@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from distill import launch as launching
+from distill.core import stop
 from distill.core.errors import InputError, RankEnded
 from distill.core.world import World
 from distill.launch import check_world, launch, log_of, place_of, wanted_processes
@@ -73,9 +74,8 @@ def test_the_first_that_fails_ends_all(played: Any, tmp_path: Path, code: str, l
 
 
 def test_a_signal_reaches_every_worker(played: Any, tmp_path: Path) -> None:
-    played(
-        "signal.signal(signal.SIGTERM, lambda *a: sys.exit(75)); open(f\"{order['to']}/{rank}\", 'w'); time.sleep(60)"
-    )
+    """Through the pipe by which it got its order, so that one which is only starting does not miss it."""
+    played("open(f\"{order['to']}/{rank}\", 'w'); sys.exit(75 if int(input()) == signal.SIGTERM else 1)")
 
     def send() -> None:
         until = time.monotonic() + 30
@@ -85,7 +85,7 @@ def test_a_signal_reaches_every_worker(played: Any, tmp_path: Path) -> None:
 
     before = signal.getsignal(signal.SIGTERM)
     threading.Thread(target=send).start()
-    with pytest.raises(RankEnded) as ended:
+    with pytest.raises(RankEnded) as ended, stop.listening():
         launch(2, {"to": str(tmp_path)}, tmp_path)
     assert ended.value.exit_code == 75
     assert signal.getsignal(signal.SIGTERM) is before
@@ -94,21 +94,18 @@ def test_a_signal_reaches_every_worker(played: Any, tmp_path: Path) -> None:
 def test_a_stop_of_one_is_passed_on(played: Any, tmp_path: Path) -> None:
     """By the scheduler, say, to the last process alone, while the others are at work that asks nobody."""
     played("""there = order['to'] + '/0'
-def stop(*_):
-    open(there, 'a').write(' stopped')
-    sys.exit(75)
 if rank == 1:
     while not os.path.exists(there):
         time.sleep(0.01)
     sys.exit(75)
-signal.signal(signal.SIGTERM, stop)
 open(there, 'w').write('ready')
-time.sleep(60)
+open(there, 'a').write(f' and told {input()}')
+sys.exit(75)
 """)
     with pytest.raises(RankEnded) as ended:
         launch(2, {"to": str(tmp_path)}, tmp_path)
     assert ended.value.exit_code == 75
-    assert (tmp_path / "0").read_text() == "ready stopped"
+    assert (tmp_path / "0").read_text() == f"ready and told {signal.SIGTERM:d}"
 
 
 def test_how_many_processes_a_recipe_wants(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "distill"
 LAYERS = (
     {"core"},
+    {"numerics"},
     {"losses", "pruning", "quantization"},
+    {"pretrained"},
     {"models", "data"},
     {"training", "evaluation", "exporters", "tracking"},
+    {"reporting"},
     {"stages"},
-    {"recipe", "recipes", "launch"},
-    {"runner", "listing", "forecast", "doctor", "compare"},
+    {"recipe", "recipes", "launch", "finished", "required"},
+    {"runner", "listing", "forecast", "doctor", "compare", "show_data"},
+    {"watch", "trace"},
     {"cli"},
     {"__main__", "worker"},
-    {"testing"},
 )
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
 TOP = {"__version__"}
@@ -55,6 +59,46 @@ def test_imports_only_from_below(file: Path) -> None:
     assert wrong == []
 
 
+def _module(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+BENCHMARKS = PACKAGE.with_name("benchmarks")
+FOLDERS = [*sorted({folder for folder in PACKAGE.iterdir() if any(folder.glob("*.py"))}), BENCHMARKS]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_no_circle_of_files(folder: Path) -> None:
+    """Imports inside functions and for annotations count too: who reads one file of a circle must read them all."""
+    files = {_module(file): file for file in folder.rglob("*.py")}
+    graph: dict[str, set[str]] = {}
+    for module, file in files.items():
+        names = {name for _, name in _imports(file)}
+        graph[module] = {name if name in files else name.rpartition(".")[0] for name in names} & {*files} - {module}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+MOST_LATE_IMPORTS = 200
+
+
+def test_imports_stand_at_the_top() -> None:
+    """Late ones are for what specs and the command line must not wait for, and for packages that may be missing."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    late = {
+        (file, statement.lineno)
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, functions)
+        for statement in ast.walk(node)
+        if isinstance(statement, ast.Import | ast.ImportFrom)
+    }
+    assert 0 < len(late) <= MOST_LATE_IMPORTS
+
+
 def test_only_one_file_imports_wandb() -> None:
     users = {file for file in FILES for _, name in _imports(file) if name.split(".")[0] == "wandb"}
     assert users == {PACKAGE / "tracking" / "wandb.py"}
@@ -68,7 +112,7 @@ def test_core_needs_nothing_heavy() -> None:
     assert found & (HEAVY | {"numpy"}) == set()
 
 
-@pytest.mark.parametrize("room", sorted(LAYERS[1]))
+@pytest.mark.parametrize("room", sorted(LAYERS[1] | LAYERS[2]))
 def test_maths_needs_torch_alone(room: str) -> None:
     found = {name.split(".")[0] for file in FILES if _room(file) == room for _, name in _imports(file)}
     assert found & HEAVY <= {"torch"}

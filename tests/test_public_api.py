@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import distill
+from distill.core.batch import causal_batch
 
 
 def test_the_public_names_are_there() -> None:
@@ -29,7 +30,7 @@ def test_importing_costs_nothing() -> None:
     """Settings of every training part can be read and checked without torch."""
     code = (
         "import sys, distill, distill.losses, distill.pruning, distill.quantization, distill.training.spec, "
-        "distill.models.lora, distill.recipe\n"
+        "distill.models.lora, distill.recipe, distill.forecast, distill.listing, distill.compare, distill.cli\n"
         "heavy = {'torch', 'transformers', 'pytorch_lightning', 'datasets', 'numpy', 'matplotlib', 'peft'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -46,7 +47,7 @@ def test_the_module_trains_in_a_plain_trainer() -> None:
     random = torch.Generator().manual_seed(0)
     mask = torch.ones(4, 8, dtype=torch.bool)
     mask[:, -1] = False
-    batches = [{"input_ids": torch.randint(0, 32, (4, 8), generator=random), "mask": mask} for _ in range(20)]
+    batches = [causal_batch(torch.randint(0, 32, (4, 8), generator=random), mask) for _ in range(20)]
     module = distill.DistillationModule(
         student=model(0, 1), teacher=model(1, 2), losses=[distill.losses.ForwardKL(temperature=2.0)]
     )

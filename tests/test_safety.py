@@ -7,6 +7,7 @@ import json
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,22 @@ import yaml
 from distill.core.artifact import Artifact
 from distill.core.errors import DistillError, InputError, RecipeError
 from distill.core.run import Run
+from distill.core.seal import marks_of
 from distill.core.source import parse
-from distill.data.blocks import Blocks
-from distill.data.packing import TokenFile, read_tokens
+from distill.core.stored import write_checked
+from distill.data.packed_rows import PackedRows
+from distill.data.packing import VERSION, read_tokens, store_tokens
 from distill.data.teacher_cache import CODECS
 from distill.data.teacher_cache import write as writing
 from distill.data.teacher_cache.base import CodecSpec
-from distill.data.teacher_cache.cache import CachedBlocks, Place
+from distill.data.teacher_cache.cache import CachedRows, Place
 from distill.data.teacher_cache.identity import Identity
 from distill.data.teacher_cache.verify import describe, verify
 from distill.data.teacher_cache.write import Live, fill
 from distill.models.load import load_model
 from distill.pruning.origin import Origin
 from distill.recipe import Recipe
-from distill.stages.search.found import Found
+from distill.stages.prune.search.measurement_cache import MeasurementCache
 from distill.training.checkpoint import AtomicCheckpointIO, checkpoint_path, newest_valid
 from distill.training.metrics import read_rows
 
@@ -121,18 +124,17 @@ def test_any_value_in_any_place_of_a_recipe() -> None:
     assert [line for line in mistakes if not line.startswith(("recipe:", "--set "))] == []
 
 
-def blocks_of(file: Path) -> Blocks:
+def train_rows_of(file: Path) -> PackedRows:
     file.parent.mkdir(parents=True, exist_ok=True)
     ids = np.random.default_rng(0).integers(0, 40, 19 * 16 + 7).astype(np.uint16)
-    ids.tofile(file)
-    return Blocks(TokenFile(str(file), "uint16", len(ids), 1, 1, 39, 0), 16)
+    return PackedRows(store_tokens(file, [ids], 0), 16)
 
 
 @pytest.mark.parametrize("kind", CODECS)
 def test_a_damaged_cache(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "_SHARD_BYTES", 800)
     codec: CodecSpec = CODECS[kind]()  # type: ignore[assignment]
-    blocks, width = blocks_of(tmp_path / "train.bin"), 8 if codec.reads == "hidden" else 40
+    blocks, width = train_rows_of(tmp_path / "train.bin"), 8 if codec.reads == "hidden" else 40
     place = Place(tmp_path / "cache" / "train", Identity.of("t", "k", blocks, codec), codec, width, 40)
     table = torch.randn(40, 8)
     live = Live(lambda batch: table[batch["input_ids"]], lambda rows: rows @ table.T, torch.device("cpu"))
@@ -143,7 +145,7 @@ def test_a_damaged_cache(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         for what in (
             lambda: describe(Place.there(place.folder)),
             lambda: verify(place.folder),
-            lambda: CachedBlocks(blocks, place)[list(range(20))],
+            lambda: CachedRows(blocks, place)[list(range(20))],
         ):
             try:
                 what()
@@ -156,11 +158,13 @@ def test_a_damaged_cache(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_damaged_tokens(tmp_path: Path) -> None:
-    blocks = blocks_of(tmp_path / "run" / "data" / "validation.bin")
+    blocks = train_rows_of(tmp_path / "run" / "data" / "validation.bin")
     file = Path(blocks.tokens.path)
     file.with_suffix(".bytes").write_bytes(bytes(4 * blocks.tokens.num_tokens))
-    header = {key: value for key, value in vars(blocks.tokens).items() if key != "path"}
-    file.with_suffix(".json").write_text(json.dumps(header))
+    header = {key: value for key, value in asdict(blocks.tokens).items() if key != "path"} | {"version": VERSION}
+    marks = marks_of(file.parent, [file.with_suffix(suffix).name for suffix in (".bin", ".bytes", ".bounds")])
+    header["files"] = {name: asdict(mark) for name, mark in marks.items()}
+    write_checked(file.with_suffix(".json"), header)
 
     anew: list[bool] = []
 
@@ -169,10 +173,11 @@ def test_damaged_tokens(tmp_path: Path) -> None:
         anew.append(tokens is None)
         if tokens is not None:
             tokens.bytes_of_tokens().sum()
-            both = Blocks(tokens, 16)
-            both[list(range(len(both)))]
+            for packing in ("wrapped", "best_fit"):
+                rows = PackedRows(tokens, 16, packing=packing)  # type: ignore[arg-type]
+                rows[list(range(len(rows)))]
 
-    attack([file.with_suffix(suffix) for suffix in (".json", ".bin", ".bytes")], read, 60)
+    attack([file.with_suffix(suffix) for suffix in (".json", ".bin", ".bytes", ".bounds")], read, 80)
     assert anew.count(True) > 10, anew  # what is cut short, or says another size, is not taken for the text
     assert anew[0] is False
 
@@ -201,7 +206,6 @@ def test_damaged_notes_of_a_run(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     lineage = dict.fromkeys(("stage", "kind", "parent", "teacher", "base_model", "licence", "input_hash"), "x")
     texts = {
-        "DONE": json.dumps({"input_hash": "x", "seconds": 1.0, "figures": {}}),
         "distill.json": json.dumps(lineage),
         "plan.json": json.dumps({"layers": [0, 1], "hidden_channels": [0, 2, 3]}),
         "search.json": json.dumps({"cut whole": {"kl": 1.0}}),
@@ -209,16 +213,19 @@ def test_damaged_notes_of_a_run(tmp_path: Path) -> None:
     }
     for name, text in texts.items():
         (folder / name).write_text(text)
+    Run(folder.parent).finish("stage", "x", 1.0, {})
     refused: dict[str, int] = {}
     for name, read in (
         ("DONE", lambda: Run(folder.parent).done("stage")),
         ("distill.json", lambda: Artifact("x", str(folder)).lineage()),
         ("plan.json", lambda: Origin.read(folder / "plan.json")),
-        ("search.json", lambda: Found(folder / "search.json")),
+        ("search.json", lambda: MeasurementCache(folder / "search.json")),
         ("metrics.jsonl", lambda: [row["step"] for row in read_rows(folder)]),
     ):
         refused[name] = attack([folder / name], read, 40)
-    assert refused["plan.json"] > 20, refused  # the others are made again, or read as far as they go
+    # the others are made again, or read as far as they go
+    assert refused["plan.json"] > 20, refused
+    assert refused["DONE"] > 20, refused
 
 
 def test_a_damaged_model(tiny_folders: list[Path], tmp_path: Path) -> None:

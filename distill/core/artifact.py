@@ -10,9 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from distill.core import stop
+from distill.core.digest import digests
 from distill.core.errors import InputError, MachineError
+from distill.core.model_folder import check_folder
+from distill.core.outside import is_folder, read
 
 LINEAGE = "distill.json"
 
@@ -33,6 +39,8 @@ class Lineage:
         mask: in words, what of its weights was set to zero and is held there; None when nothing was.
         num_tokens: size of its vocabulary, where that was cut; None when it was not.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
     stage: str
     kind: str
@@ -56,18 +64,22 @@ class Artifact:
     @property
     def folder(self) -> Path | None:
         """The folder, or None when the model lives on the Hub."""
-        return Path(self.location) if Path(self.location).is_dir() else None
+        return Path(self.location) if is_folder(self.location) else None
 
     def lineage(self) -> Lineage | None:
-        """The lineage that a stage wrote, or None for a model from outside."""
+        """The lineage that a stage wrote, or None for a model from outside.
+
+        Raises:
+            InputError: the file is damaged, or not what this version of distill writes.
+        """
         file = Path(self.location) / LINEAGE
-        if not file.is_file():
+        if not (self.folder and file.is_file()):
             return None
         try:
-            return Lineage(**read_json(file))
-        except TypeError:
+            return TypeAdapter(Lineage).validate_json(read(file), strict=True)
+        except ValidationError:
             raise InputError(
-                f"{file}: not the lineage that this version of distill writes; make the model anew"
+                f"{file}: damaged, or not the lineage that this version of distill writes; make the model anew"
             ) from None
 
 
@@ -99,6 +111,7 @@ def replacing(folder: Path) -> Iterator[Path]:
                 file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
                 sync(file)
         sync(temporary)
+        stop.confirm()
         if folder.exists():
             os.replace(folder, aside)
         os.replace(temporary, folder)
@@ -126,25 +139,9 @@ def _disk_trouble(error: BaseException) -> str | None:
     return str(error) if "(os error " in str(error) else None
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file that something else may have written, or damaged.
-
-    Raises:
-        InputError: it holds none, or cannot be read.
-    """
-    try:
-        found = json.loads(file.read_bytes().decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        why = " ".join(str(error).split())
-        raise InputError(f"{file}: cannot be read as JSON ({why}); it is damaged, fetch or make it anew") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{file}: holds {type(found).__name__}, expected a JSON object; fetch or make it anew")
-    return found
-
-
 def write_text(file: Path, text: str) -> None:
-    """Write a small text file whole or not at all; see :func:`write_bytes`."""
-    write_bytes(file, text.encode("utf-8"))
+    """Write a small text file whole or not at all; see :func:`write_bytes`. What is no text in it is escaped."""
+    write_bytes(file, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(file: Path, content: bytes) -> None:
@@ -160,12 +157,15 @@ def write_bytes(file: Path, content: bytes) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         sync(temporary)
+        stop.confirm()
         os.replace(temporary, file)
         sync(file.parent)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
-            temporary.unlink()
-        raise MachineError(f"{file}: cannot be written ({error.strerror or error})") from error
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise MachineError(f"{file}: cannot be written ({error.strerror or error})") from error
+        raise
 
 
 def sync(path: Path) -> None:
@@ -183,35 +183,17 @@ def hash_of(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-SAMPLES, SAMPLE_BYTES = 256, 1 << 18
-CONTENT = {".json", ".safetensors", ".model", ".txt", ".jinja"}
-
-
 def fingerprint(location: str) -> str:
-    """What identifies a model's or tokenizer's content: names, sizes, and bytes spread evenly over each file.
-
-    Files up to 64 MiB are read whole, of larger ones 256 pieces of 256 KiB from head to tail: training or merging
-    changes weights everywhere. A Hub id is its own fingerprint.
+    """What identifies a model's or tokenizer's content: the names and all bytes of its files. A Hub id is its own.
 
     Raises:
-        InputError: a folder with neither ``config.json`` nor a tokenizer.
+        InputError: a folder with neither ``config.json`` nor a tokenizer, or with a file that cannot be read.
+        MachineError: a file is being written.
     """
     folder = Path(location)
-    if not folder.is_dir():
+    if not is_folder(folder):
         return location
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in CONTENT and file.name != LINEAGE]
+    files = [file for file in check_folder(folder) if file.name != LINEAGE]
     if not {"config.json", "tokenizer.json", "tokenizer_config.json"} & {file.name for file in files}:
         raise InputError(f"{location}: not a model folder (no config.json in it)")
-    return hash_of(*((file.name, file.stat().st_size, _digest(file)) for file in files))
-
-
-def _digest(file: Path) -> str:
-    size, digest = file.stat().st_size, hashlib.sha256()
-    with file.open("rb") as stream:
-        if size <= SAMPLES * SAMPLE_BYTES:
-            digest.update(stream.read())
-        else:
-            for sample in range(SAMPLES):
-                stream.seek(sample * (size - SAMPLE_BYTES) // (SAMPLES - 1))
-                digest.update(stream.read(SAMPLE_BYTES))
-    return digest.hexdigest()
+    return hash_of(*zip((file.name for file in files), digests(files), strict=True))

@@ -1,19 +1,44 @@
-"""What of a batch a model reads. Everything else in it (masks, a teacher's cached output) is for us."""
+"""What a batch holds, and what of it a model reads.
+
+A batch is a dict of tensors [batch, sequence], made once, by :func:`distill.data.packed_rows.batch_of`:
+
+    input_ids      int64  the tokens that the model reads
+    targets        int64  what the model shall predict at each position: the token that follows
+    mask           bool   whether the prediction at a position counts; ``targets`` means nothing where it is False
+    position_ids   int64  only where documents share a row and must not see each other: starts anew with each of them
+
+    kept           int64  [tokens] only in training, positions of the flattened batch that count; computed on the CPU,
+                   because nonzero() on a GPU makes the CPU wait
+
+Nothing after it shifts tokens or guesses where a document ends.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+KEPT = "kept"
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+def causal_batch(input_ids: Any, mask: Any, **more: Any) -> dict[str, Any]:
+    """A batch in which each position predicts the token that follows it.
+
+    Args:
+        input_ids: int64 [batch, sequence].
+        mask: bool [batch, sequence]; False at least at the last position of each row, which nothing follows.
+        more: further tensors of the batch, such as ``position_ids``.
+    """
+    targets = input_ids.roll(-1, dims=-1)  # the last position gets the row's first token, which never counts
+    return {"input_ids": input_ids, "targets": targets, "mask": mask, **more}
 
 
 def model_inputs(batch: Mapping[str, Any], device: Any = None) -> dict[str, Any]:
     """The arguments of a model's forward.
 
     Args:
-        batch: tensors by name: ``input_ids`` [batch, sequence], and ``position_ids`` [batch, sequence] that start anew
-            with each document of a row when these must not see each other.
+        batch: tensors by name, see above; an ``attention_mask`` [batch, sequence] is handed on too.
         device: where the model is; None leaves them where they are.
     """
     inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}

@@ -11,12 +11,18 @@ class DistillError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        """The line, without secrets: it may quote a library, an address or the environment."""
-        return redacted(super().__str__())
+        """The line, without secrets: it may quote a library, an address or the environment.
+
+        A loader's worker process wraps it in its traceback, which is taken off again.
+        """
+        line = super().__str__()
+        if line.startswith("Caught "):
+            line = line.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2].rstrip()
+        return redacted(line)
 
 
 class InputError(DistillError):
-    """The user's files, models or arguments are wrong: say what, where, what was expected and the mend."""
+    """The user's files, models or arguments are wrong: say what, where, what was expected and how to fix it."""
 
     exit_code = 2
 
@@ -33,18 +39,35 @@ class RecipeError(InputError):
         super().__init__("\n".join(mistakes))
 
 
+class GivenUp(Exception):
+    """Raised when a stop signal interrupts work that need not be finished; the caller then saves."""
+
+
+class NotReached(DistillError):
+    """The run is done and saved, and what the recipe requires of its figures was not reached; a line for each miss."""
+
+    exit_code = 3
+
+
 class MachineError(DistillError):
     """The machine, not the user, is at fault: a full disk, no memory, a device that is not there."""
 
 
-class Interrupted(DistillError):
-    """The user asked to stop; what was done is saved and the same command goes on."""
+class Stopped(BaseException):
+    """A signal has asked the program to stop (see :mod:`distill.core.stop`); what was done is saved, and the same
+    command goes on. Not an ``Exception``: a library that catches those would turn the stop into something else."""
+
+    exit_code = 1
+
+
+class Interrupted(Stopped):
+    """The user asked to stop, by Ctrl-C (SIGINT)."""
 
     exit_code = 130
 
 
-class Preempted(DistillError):
-    """The machine is wanted for something else (SIGTERM, SIGUSR1); what was done is saved, the same command goes on."""
+class Preempted(Stopped):
+    """The machine is wanted for something else (SIGTERM, SIGUSR1), or the terminal is gone (SIGHUP)."""
 
     exit_code = 75
 

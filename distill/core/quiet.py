@@ -1,4 +1,4 @@
-"""What torchao says as it is imported, which transformers does wherever it is installed; users can mend none of it."""
+"""What torchao says as it is imported, which transformers does wherever it is installed; users cannot fix it."""
 
 from __future__ import annotations
 

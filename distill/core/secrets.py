@@ -10,6 +10,12 @@ from typing import Any
 HIDDEN = "***"
 IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 """What stands before the host of a URL: a user's name and password, or a token."""
+IN_QUERY = re.compile(
+    r"(?<=[?&])((?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId|sig|"
+    r"(?:access[_-]?)?token|api[_-]?key|key|password)=)[^&\s'\"]+",
+    re.IGNORECASE,
+)
+"""What a signed URL holds in its query, and who has it may read the file."""
 NAMES = re.compile(r"(TOKEN|KEY|PASSWORD|PASSWD|SECRET)S?$", re.IGNORECASE)
 """Environment variables whose values are nobody's business."""
 SHORTEST = 8
@@ -17,7 +23,7 @@ SHORTEST = 8
 
 def redacted(text: str) -> str:
     """A text without the credentials of URLs in it and without the secrets of this process' environment."""
-    text = IN_URL.sub(HIDDEN, text)
+    text = IN_QUERY.sub(rf"\1{HIDDEN}", IN_URL.sub(HIDDEN, text))
     for name, value in os.environ.items():
         if len(value) >= SHORTEST and NAMES.search(name):
             text = text.replace(value, HIDDEN)

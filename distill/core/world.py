@@ -47,7 +47,7 @@ class World:
         return None
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 """The world of a process that trains by itself."""
 
 

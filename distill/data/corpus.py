@@ -1,9 +1,11 @@
-"""The text of a run, opened once: tokens on disk, blocks of them, and loaders."""
+"""The text of a run, opened once: tokens on disk, rows of them, and loaders."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +13,29 @@ import numpy as np
 
 from distill.core.artifact import hash_of
 from distill.core.errors import InputError
+from distill.core.seal import is_sealed, seal
 from distill.data import loader
-from distill.data.blocks import Blocks
-from distill.data.encoder import Encoder
-from distill.data.packing import TokenFile, alone, read_tokens, token_too_large, write_tokens
-from distill.data.spec import FULL, DataSpec
-from distill.data.split import Split
+from distill.data.chat_encoder import ChatEncoder
+from distill.data.chat_spec import ChatSpec
+from distill.data.clean import Cleaner
+from distill.data.curriculum import longest_documents
+from distill.data.describe import described, lines_of_sources
+from distill.data.encoder import TextEncoder
+from distill.data.first_tokens import described as described_start
+from distill.data.joined import join_tokens
+from distill.data.micro_batches import MicroBatches
+from distill.data.mixture import Mixture
+from distill.data.mixture_order import as_whole, passes, tokens_per_row
+from distill.data.mixture_split import OneText, texts_of
+from distill.data.order_spec import OrderSpec
+from distill.data.packed_rows import PackedRows
+from distill.data.packing import Part, TokenFile, file_lock, read_tokens, write_tokens
+from distill.data.replace_words import Candidates, WordReplacer
+from distill.data.spec import FULL, DataSpec, TrainTokenizer
+from distill.data.split import RULE, Split
 from distill.data.stream import Stream
+from distill.data.token_encoder import TokenEncoder
+from distill.data.token_writer import token_too_large
 from distill.data.tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
 
 if TYPE_CHECKING:
@@ -28,104 +46,155 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and validation text as blocks of token ids. Make it with :meth:`open`.
+    """Training and validation text as rows of token ids. Make it with :meth:`open`.
 
     Attributes:
-        train: training blocks: a finite set, or a stream whose source is read as it comes.
-        validation: validation blocks, at most the tokens that the recipe asks for, spread over the validation text.
+        train: training rows: a finite set, or a stream whose source is read as it comes.
+        validation: validation rows, at most the tokens that the recipe asks for, spread over the validation text.
         seed: decides the order of training.
-        calibration_sequences: blocks for calibration.
-        hash: stands for the text, the split, the tokenizer and the blocks; equal hash and seed, equal order.
+        calibration_sequences: rows for calibration.
+        hash: stands for the text, the split, the tokenizer and the rows; equal hash and seed, equal order but
+            for ``order``.
+        stops: ids that end a turn of the assistant, where the text is conversations; else none.
+        start: the tokens that the tokenizer puts before a text, which each row begins with.
+        order: which rows a training reads first; None: as the seed decides.
     """
 
-    train: Blocks | Stream
-    validation: Blocks
+    train: PackedRows | Stream
+    validation: PackedRows
     seed: int
     calibration_sequences: int
     hash: str
+    stops: tuple[int, ...] = ()
+    start: tuple[str, ...] = ()
+    order: OrderSpec | None = None
 
     @classmethod
     def open(
-        cls, data: DataSpec, tokenizer: PreTrainedTokenizerFast, folder: str | Path, seed: int, vocabulary_size: int
+        cls,
+        data: DataSpec,
+        tokenizer: PreTrainedTokenizerFast,
+        folder: str | Path,
+        seed: int,
+        vocabulary_size: int,
+        candidates: Candidates | None = None,
     ) -> Corpus:
-        """Tokenise what is not tokenised yet, and open it.
+        """Tokenize what is not tokenized yet, and open it.
 
         Processes that open the same folder at once wait for the one that came first and use its work.
 
         Args:
             data: the recipe's ``data`` section.
-            tokenizer: text to ids.
+            tokenizer: text to ids; conversations become text by its chat template.
             folder: where tokens are kept, such as ``<run>/data``.
             seed: decides the order of training.
             vocabulary_size: rows of the smallest model head that will see the ids.
+            candidates: where the words come from that ``data.augment`` puts in place of others; needed with it alone.
 
         Raises:
-            InputError: no text, too little text, or ids that the models have no rows for.
+            InputError: no text, too little text, ids that the models have no rows for, a chat template that cannot be
+                resolved, or more rows that cannot be used than the recipe allows.
             MachineError: the folder cannot be written.
         """
-        folder, encoder, split = Path(folder), Encoder(tokenizer), Split(data)
-        key = _key(data, encoder, tokenizer)
-        with alone(folder):
-            tokens = {
-                name: read_tokens(folder / f"{name}-{key}.bin")
-                or _tokenise(folder / f"{name}-{key}.bin", name, data, split, encoder, vocabulary_size)
-                for name in (["validation"] if data.train.is_stream() else ["train", "validation"])
-            }
-        _check(tokens, data, vocabulary_size)
-        everything = Blocks(tokens["validation"], data.sequence_length, packing=data.packing)
+        folder, encoder = Path(folder), _encoder(data, tokenizer)
+        with file_lock(folder):
+            key, tokens = _opened(folder, data, encoder, tokenizer, vocabulary_size, candidates)
+        everything = PackedRows(tokens["validation"], data.sequence_length, packing=data.packing)
         validation = everything.only(_spread(everything, data))
-        train: Blocks | Stream
+        train: PackedRows | Stream
         if data.train.is_stream():
-            train = Stream(split, encoder, data.sequence_length, vocabulary_size, data.packing == "documents")
+            split = Split(data)
+            train = Stream(
+                split, encoder, data.sequence_length, vocabulary_size, data.packing == "documents", data.max_dropped
+            )
             train.first(1)  # an empty stream is found now, not in the middle of a run
         else:
-            train = Blocks(tokens["train"], data.sequence_length, packing=data.packing)
-        identity = hash_of(key, data.sequence_length, data.packing, data.validation_tokens)
-        return cls(train, validation, seed, data.calibration_sequences, identity)
+            train = PackedRows(tokens["train"], data.sequence_length, packing=data.packing)
+        weights = [part.weight for part in tokens["train"].parts] if "train" in tokens else []
+        identity = hash_of(key, data.sequence_length, data.packing, data.validation_tokens, *weights)
+        stops = encoder.stops if isinstance(encoder, ChatEncoder) else ()
+        begins = tuple(encoder.start_tokens)
+        corpus = cls(train, validation, seed, data.calibration_sequences, identity, stops, begins, data.order)
+        corpus._check_validation("data.validation", tokens["validation"])
+        given = data.train.validation if isinstance(data.train, Mixture) else {}
+        for part, one in zip(tokens["validation"].parts, corpus.by_source().values(), strict=True):
+            held_out = f"data.train.sources.{part.name}, what is held out of it"
+            one._check_validation(f"data.train.validation.{part.name}" if part.name in given else held_out, part.tokens)
+        return corpus
+
+    def by_source(self) -> dict[str, Corpus]:
+        """Of a mixture: name of each source -> the same with its validation rows alone. Of any other text none."""
+        source, parts = self.validation.source_of_rows(), self.validation.tokens.parts
+        return {
+            part.name: replace(self, validation=self.validation.only(np.flatnonzero(source == number)))
+            for number, part in enumerate(parts)
+        }
+
+    def _check_validation(self, key: str, tokens: TokenFile) -> None:
+        """Refuse a validation text on which nothing can be measured.
+
+        Raises:
+            InputError: no token of it is predicted from another one.
+        """
+        if self.validation_bytes == 0:
+            raise InputError(
+                f"{key}: nothing to measure on: no token of text is predicted from another in "
+                f"{tokens.num_tokens} tokens of {tokens.num_documents} documents; give more text"
+            )
 
     def train_loader(
-        self,
-        micro_batch_size: int,
-        consumed_sequences: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        end_sequences: int | None = None,
+        self, taken: MicroBatches, num_workers: int = 0, num_sequences: int = 0, losses: np.ndarray | None = None
     ) -> Batches:
-        """Micro-batches for training from a position on.
+        """Micro-batches for training, endlessly.
 
         Args:
-            micro_batch_size: blocks in a batch.
-            consumed_sequences: blocks that all ranks together have trained on: the position to go on from.
-            rank: this process.
-            world_size: processes that train together.
+            taken: the positions that this process takes.
             num_workers: processes that read ahead; a stream uses one at most. Changes nothing in the order.
-            end_sequences: stop at this position (the loader then has a length, unless it streams); None is endless.
+            num_sequences: rows of the whole training, of which ``order`` sorts a share.
+            losses: of the teacher on each row, where ``order`` sorts by them. [rows]
         """
-        where = (micro_batch_size, consumed_sequences, rank, world_size)
         if isinstance(self.train, Stream):
-            return loader.stream_batches(self.train, *where, num_workers, end_sequences)
-        return loader.train_batches(self.train, self.seed, *where, num_workers, end_sequences)
+            return loader.stream_batches(self.train, taken, num_workers)
+        count = self.num_sorted(num_sequences)
+        hardness = losses if self.order is not None and self.order.by == "teacher_loss" else None
+        if count and hardness is None:
+            if self.order is not None and self.order.by == "teacher_loss":
+                raise ValueError("data.order by teacher_loss needs the losses")
+            hardness = longest_documents(self.train)
+        return loader.train_batches(self.train, self.seed, taken, num_workers, count, hardness)
 
-    def validation_loader(self, batch_size: int, num_workers: int = 0, num_sequences: int | None = None) -> Batches:
-        """Every validation block, or so many evenly spread over the text, once, in a fixed order."""
-        return loader.validation_batches(self.validation, batch_size, num_workers, num_sequences)
+    def num_sorted(self, num_sequences: int) -> int:
+        """Of so many training rows, how many at first stand from easy to hard."""
+        return 0 if self.order is None else round(self.order.until * num_sequences)
+
+    def validation_loader(self, batch_size: int, num_sequences: int | None = None) -> Batches:
+        """Every validation row, or so many evenly spread over the text, once, in a fixed order."""
+        return loader.validation_batches(self.validation, batch_size, num_sequences)
 
     def calibration_loader(self, num_sequences: int | None = None, batch_size: int = 8) -> Batches:
-        """Training blocks for calibration, the same each time; ``num_sequences`` None takes what the recipe says.
+        """Training rows for calibration, the same each time; ``num_sequences`` None takes what the recipe says.
 
-        The seed chooses them; of a stream they are the first ones. All blocks when there are fewer.
+        The seed chooses them; of a stream they are the first ones. All rows if there are fewer. Copies that
+        ``data.augment`` added are not among them.
         """
-        return loader.calibration_batches(
-            self.train, self.seed, num_sequences or self.calibration_sequences, batch_size
-        )
+        rows = self.train if isinstance(self.train, Stream) else self.train.originals()
+        return loader.calibration_batches(rows, self.seed, num_sequences or self.calibration_sequences, batch_size)
 
     @cached_property
     def tokens_per_sequence(self) -> float:
-        """Tokens of text in a training block, on average."""
+        """Tokens of text in a training row, on average."""
+        if isinstance(self.train, PackedRows) and self.train.tokens.parts:
+            return tokens_per_row(loader.rows_of_sources(self.train))
         if isinstance(self.train, Stream) or self.train.packing in FULL:
             return self.train.sequence_length  # but for the last one
         return float(self.train.lengths().mean())
+
+    def passes(self, num_sequences: float) -> dict[str, float]:
+        """Of a mixture: how often each source is read in so many training rows. Of any other text nothing."""
+        if not isinstance(self.train, PackedRows) or not self.train.tokens.parts:
+            return {}
+        times = passes(loader.rows_of_sources(self.train), num_sequences)
+        return {part.name: often for part, often in zip(self.train.tokens.parts, times, strict=True)}
 
     @cached_property
     def validation_bytes(self) -> int:
@@ -133,99 +202,205 @@ class Corpus:
 
         Bits per byte = summed loss in nats / ln 2 / this. The end of a document is predicted but stands for no bytes.
         """
-        return int(self.validation.block_bytes().sum())
+        return int(self.validation.bytes_of_rows().sum())
 
     def summary(self) -> str:
-        """One line for people."""
+        """For people: a line, and further ones where rows were left out or there is more to know of them."""
         validation = self.validation
-        return (
-            f"{_described(self.train)}; validation {len(validation):,} blocks, {validation.num_predictions():,} "
+        line = (
+            f"{described(self.train)}; validation {len(validation):,} rows, {validation.num_predictions():,} "
             f"predictions, {self.validation_bytes:,} bytes"
         )
+        alone = {name: one.validation for name, one in self.by_source().items()}
+        return "\n".join([line, *lines_of_sources(self.train, alone), *self.notes()])
+
+    def notes(self) -> list[str]:
+        """What rows begin with, what was left out of the text and why, and what else was found in it; a line each."""
+        files = {"data.validation": self.validation.tokens}
+        if isinstance(self.train, PackedRows):
+            files = {"data.train": self.train.tokens, **files}
+        lines = []
+        for key, file in files.items():
+            alone = {f"{key}, {part.name}": part.tokens for part in file.parts} or {key: file}
+            lines += [line for where, one in alone.items() for line in one.tally.lines(where)]
+        return [described_start(self.start), *lines] if self.start else lines
 
 
-def _described(train: Blocks | Stream) -> str:
-    if isinstance(train, Stream):
-        return f"train: a stream in blocks of {train.sequence_length}"
-    tokens = train.tokens
-    line = (
-        f"train {tokens.num_documents:,} documents, {tokens.num_tokens:,} tokens "
-        f"({tokens.num_bytes / tokens.num_tokens:.2f} bytes each), {len(train):,} blocks of {train.sequence_length}"
-    )
-    if train.packing not in FULL:
-        line += f" at most, {train.lengths().mean():.0f} tokens of text in each"
-    repeated = tokens.num_repeated
-    return line + (f", {repeated:,} documents left out as validation has them" if repeated else "")
-
-
-def open_tokenizer(data: DataSpec, teacher: str, folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer that a recipe names; one that is to be trained is kept in ``folder`` and trained once.
+def trained_tokenizer(data: DataSpec, spec: TrainTokenizer, folder: str | Path) -> PreTrainedTokenizerFast:
+    """A tokenizer of the run's own, trained once on its text and kept in ``folder``.
 
     Args:
         data: the recipe's ``data`` section.
-        teacher: where the teacher is: folder or Hub id.
-        folder: where a trained tokenizer goes, such as ``<run>/data``.
+        spec: how large it is.
+        folder: where it goes, such as ``<run>/data``.
 
     Raises:
-        InputError: it cannot be loaded, or there is no text to train it on.
+        InputError: there is no text to train it on.
         MachineError: the folder cannot be written.
     """
-    if isinstance(data.tokenizer, str):
-        return load_tokenizer(teacher if data.tokenizer == "teacher" else data.tokenizer)
-    held_out = data.held_out if data.validation is None else data.validation.fingerprint()
-    key = hash_of(data.train.fingerprint(), held_out, data.tokenizer.vocab_size)
+    held_out = data.held_out if data.validation is None else data.validation.identity()
+    key = hash_of(data.train.identity(), held_out, spec.vocab_size, RULE)
     place = Path(folder) / f"tokenizer-{key}"
-    with alone(Path(folder)):
-        if not (place / "tokenizer.json").is_file():
-            texts = (document.text for document in Split(data).training())
-            train_tokenizer(texts, data.tokenizer.vocab_size, place)
+    with file_lock(Path(folder)):
+        if not is_sealed(place):
+            if place.exists():
+                print(f"{place.name}: not what was written; the tokenizer is trained again", file=sys.stderr)
+            train_tokenizer(chain.from_iterable(one.split.texts() for one in texts_of(data)), spec.vocab_size, place)
+            seal(place)
     return load_tokenizer(place)
 
 
-def _key(data: DataSpec, encoder: Encoder, tokenizer: PreTrainedTokenizerFast) -> str:
+def _encoder(data: DataSpec, tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
+    """What makes tokens of documents, and of conversations where there are some."""
+    if data.holds_ids:
+        return TokenEncoder(tokenizer)
+    if not data.holds_conversations:
+        return TextEncoder(tokenizer)
+    return ChatEncoder(tokenizer, data.chat or ChatSpec(), data.sequence_length)
+
+
+def _key(data: DataSpec, encoder: TextEncoder, tokenizer: PreTrainedTokenizerFast) -> str:
     """Stands for all that decides which ids are in the token files."""
     validation = data.validation or data.train
     return hash_of(
-        data.train.fingerprint(),
-        data.validation.fingerprint() if data.validation else data.held_out,
+        data.train.identity(),
+        data.validation.identity() if data.validation else data.held_out,
         data.validation_tokens if validation.is_stream() else None,
         tokenizer_hash(tokenizer),
-        encoder.start,
+        *encoder.identity(),
+        RULE,
     )
 
 
-def _tokenise(path: Path, name: str, data: DataSpec, split: Split, encoder: Encoder, vocabulary_size: int) -> TokenFile:
-    if name == "validation":
-        total = data.validation.num_bytes() if data.validation else None
+def _opened(
+    folder: Path,
+    data: DataSpec,
+    encoder: TextEncoder,
+    tokenizer: PreTrainedTokenizerFast,
+    vocabulary_size: int,
+    candidates: Candidates | None,
+) -> tuple[str, dict[str, TokenFile]]:
+    """What stands for the tokens of a text, and the token file of each side; of a mixture that of all sources."""
+    texts, sides = texts_of(data), ("validation",) if data.train.is_stream() else ("train", "validation")
+    cleaner = None if data.clean is None else Cleaner(data.clean, texts)
+    replacer = _replacer(data, candidates, folder)
+    more = [*(cleaner.identity() if cleaner else ()), *(replacer.identity() if replacer else ())]
+    made: dict[str, tuple[str, dict[str, TokenFile]]] = {}
+    for text in texts:
+        key = _key(text.data, encoder, tokenizer)
+        key = key if text.others is None else hash_of(key, text.others)
+        keys = {"validation": key, "train": hash_of(key, *more) if more else key}  # validation rows stay as they are
+        files = {side: folder / f"{text.key(side)}-{keys[side]}.bin" for side in sides}
+        key = keys["train"]
+        tokens = {
+            side: read_tokens(file) or _tokenize(file, side, text, encoder, vocabulary_size, cleaner, replacer)
+            for side, file in files.items()
+        }
+        _check(tokens, text, vocabulary_size)
+        _check_split(tokens, text)
+        made[text.name] = (key, tokens)
+    if not isinstance(data.train, Mixture):
+        return made[""]
+    key = hash_of({name: one for name, (one, _) in made.items()})
+    shares = data.train.shares({name: tokens["train"].num_tokens for name, (_, tokens) in made.items()})
+    weights = dict(zip(shares, as_whole(list(shares.values())), strict=True))
+    joined = {}
+    for side in sides:
+        parts = [Part(name, weights[name], tokens[side]) for name, (_, tokens) in made.items()]
+        joined[side] = join_tokens(folder / f"{side}-{key}.bin", parts)
+    return key, joined
+
+
+def _replacer(data: DataSpec, candidates: Candidates | None, folder: Path) -> WordReplacer | None:
+    """What adds copies of documents; None where the recipe asks for none."""
+    if data.augment is None:
+        return None
+    if candidates is None:
+        raise ValueError("data.augment.replace_words needs candidates")
+    return WordReplacer(data.augment.replace_words, candidates, folder)
+
+
+def _tokenize(
+    path: Path,
+    side: str,
+    text: OneText,
+    encoder: TextEncoder,
+    vocabulary_size: int,
+    cleaner: Cleaner | None,
+    replacer: WordReplacer | None,
+) -> TokenFile:
+    data, split = text.data, text.split
+    if side == "validation":
+        total, encoder = data.validation.num_bytes() if data.validation else None, encoder.for_validation()
         return write_tokens(path, split.validation(), encoder, vocabulary_size, with_bytes=True, total_bytes=total)
+    items, total = split.training() if cleaner is None else cleaner.training(text), data.train.num_bytes()
+    if replacer is not None:
+        items = replacer.with_copies(items)
+        total = None if total is None else total * (1 + replacer.spec.copies)
     return write_tokens(
         path,
-        split.training(),
+        items,
         encoder,
         vocabulary_size,
-        total_bytes=data.train.num_bytes(),
+        total_bytes=total,
         num_repeated=lambda: split.num_repeated,
     )
 
 
-def _check(tokens: dict[str, TokenFile], data: DataSpec, vocabulary_size: int) -> None:
-    """Refuse ids without a row in the model, and too little text."""
-    for name, file in tokens.items():
+def _check(tokens: dict[str, TokenFile], text: OneText, vocabulary_size: int) -> None:
+    """Refuse ids without a row in the model, too many rows that cannot be used, and too little text."""
+    data = text.data
+    for side, file in tokens.items():
+        name = text.key(side)
+        file.tally.check(f"data.{name}", data.max_dropped)
         # Said here too, as the file may have been written for a larger model.
         if file.largest >= vocabulary_size:
             raise InputError(token_too_large(f"data.{name}", file.largest, vocabulary_size))
-        cut = name == "train" and data.packing in FULL
+        if side == "train" and data.augment is not None and not data.holds_conversations and not file.tally.copies:
+            raise InputError(
+                f"data.{name}: data.augment could replace no word of it: no word is a single token of its model; name "
+                "another model, set candidates: embeddings, or remove data.augment"
+            )
+        cut = side == "train" and data.packing in FULL
         needed = data.sequence_length if cut else 2
         if file.num_tokens < needed:
             raise InputError(
                 f"data.{name}: empty corpus: {file.num_tokens} tokens in {file.num_documents} documents, expected at "
-                f"least {needed}; give more text" + (f" or shorter blocks (sequence_length {needed})" * cut)
+                f"least {needed}; give more text"
+                + (f" or shorter rows (sequence_length {needed})" * cut)
+                + (f"; data.clean left out {file.tally.num_removed:,} rows" if file.tally.num_removed else "")
             )
 
 
-def _spread(blocks: Blocks, data: DataSpec) -> np.ndarray:
-    """Numbers of the validation blocks to use: evenly over all, so that one end of the text does not stand for it."""
-    full = data.packing in FULL
-    tokens = data.sequence_length if full else float(blocks.lengths().mean())
-    wanted = min(len(blocks), max(1, int(data.validation_tokens // tokens)))
-    return np.arange(wanted) * len(blocks) // wanted
+def _check_split(tokens: dict[str, TokenFile], text: OneText) -> None:
+    """Refuse a split of conversations that open alike: all of those are on one side, so that no prompt is on both.
+
+    Raises:
+        InputError: far more than asked for are held out.
+    """
+    data = text.data
+    if data.validation is not None or not data.holds_conversations:
+        return
+    train, held_out = (tokens[name].tally.num_read for name in ("train", "validation"))
+    if held_out > 50 and held_out > (3 * data.held_out + 0.05) * (train + held_out):
+        raise InputError(
+            f"{text.split.key}: {held_out:,} of {train + held_out:,} conversations would be held out, not "
+            f"{data.held_out:.0%}, as many open with the same words and these are not split; name a validation source"
+        )
+
+
+def _spread(packed: PackedRows, data: DataSpec) -> np.ndarray:
+    """Numbers of the validation rows to use: evenly over all, so that one end of the text does not stand for it.
+
+    Those of a mixture are shared among the sources as they are in training, a row of each at least.
+    """
+    parts, source, lengths = packed.tokens.parts, packed.source_of_rows(), packed.lengths()
+    weights = [part.weight for part in parts] or [1]
+    chosen = []
+    for number, weight in enumerate(weights):
+        rows = np.flatnonzero(source == number)
+        if len(rows):
+            tokens = data.sequence_length if data.packing in FULL else float(lengths[rows].mean())
+            wanted = min(len(rows), max(1, int(data.validation_tokens * weight / sum(weights) // tokens)))
+            chosen.append(rows[np.arange(wanted) * len(rows) // wanted])
+    return np.concatenate(chosen) if chosen else np.zeros(0, np.int64)

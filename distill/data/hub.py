@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from distill.core.artifact import hash_of
 from distill.core.errors import InputError
+from distill.core.outside import is_folder
 from distill.data import files
-from distill.data.base import Document, SourceSpec
+from distill.data.columns import ColumnsSpec, Numbered
 
 _DATA_SUFFIXES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".txt")
 
 
-class Hub(SourceSpec):
+class Hub(ColumnsSpec):
     """A data set of the Hugging Face Hub or a local folder of parquet files; code in the data set is never run."""
 
     kind: Literal["hub"] = "hub"
@@ -24,28 +25,35 @@ class Hub(SourceSpec):
     """The configuration, such as `20231101.en`; null for the default one."""
     split: str = "train"
     """The split; slices such as `train[:1%]` work when not streaming."""
-    text: str = "text"
-    """The column that holds the text."""
     revision: str | None = None
     """Commit, tag or branch on the Hub; null for the newest. A commit makes the run repeatable."""
     streaming: bool = False
-    """Read the rows as they are needed and store nothing; false downloads and tokenises all of it first."""
+    """Read the rows as they are needed and store nothing; false downloads and tokenizes all of it first."""
 
-    def documents(self) -> Iterator[Document]:
-        """One document a row, in the data set's order; rows with an empty text are passed over."""
-        for number, row in enumerate(self._rows()):
-            text = row[self.text]
-            if not isinstance(text, str):
-                raise InputError(
-                    f"{self._where()}: column {self.text!r} must hold strings (row {number}: {type(text).__name__})"
-                )
-            if text.strip():
-                yield Document(f"{self.path}:{number}", text)
+    def rows(self, columns: frozenset[str] | None) -> Iterator[Numbered]:
+        """Every row, in the data set's order."""
+        self._check_place()
+        found, names = load_rows(
+            self._where(), self.path, self.name, self.split, revision=self.revision, streaming=self.streaming
+        )
+        if (why := self.missing(names)) is not None:
+            raise InputError(f"{self._where()}: {why}")
+        if columns is not None:
+            found = found.select_columns([name for name in names if name in columns])
+        return numbered(self._where(), self.path, found)
 
     def fingerprint(self) -> str:
-        """A hash of path, name, split and revision; for a local folder also of its files' bytes."""
-        local = files.fingerprint(files.find(self.path, _DATA_SUFFIXES)) if Path(self.path).is_dir() else None
-        return hash_of(self.path, self.name, self.split, self.text, self.revision, local)
+        """A hash of Hub id, name, split and revision; of a local folder in place of the id the names in it and all
+        bytes."""
+        place = self.path
+        if is_folder(self.path):
+            root = Path(self.path).expanduser()
+            place = files.fingerprint(files.find(self.path, _DATA_SUFFIXES), root)
+        return hash_of(place, self.name, self.split, self.text, self.revision)
+
+    def is_at_hand(self) -> bool:
+        """Never, as the Hub may be asked for it."""
+        return False
 
     def is_stream(self) -> bool:
         """As the recipe says."""
@@ -54,24 +62,56 @@ class Hub(SourceSpec):
     def _where(self) -> str:
         return f"{self.path} ({', '.join(filter(None, (self.name, self.split)))})"
 
-    def _rows(self) -> Any:
-        """The data set, with the text column alone.
+    def _check_place(self) -> None:
+        """Refuse files and folders that other sources read."""
+        if (kind := OF_FILES.get(files.unpacked(self.path).rpartition(".")[2])) and Path(self.path).is_file():
+            raise InputError(f"{self.path}: is a file and no data set; use kind: {kind}")
+        if any((Path(self.path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            raise InputError(f"{self.path}: was written by save_to_disk; use kind: saved")
 
-        Raises:
-            InputError: it cannot be had, or lacks the column.
-        """
-        import datasets
 
-        try:
-            rows = datasets.load_dataset(
-                self.path, name=self.name, split=self.split, revision=self.revision, streaming=self.streaming
-            )
-            columns = rows.column_names or list(next(iter(rows), {}))
-        except Exception as error:  # the library raises its own, the network's and the file system's
-            why = " ".join(str(error).split())[:300] or type(error).__name__
-            raise InputError(f"{self._where()}: this data set cannot be loaded ({why})") from None
-        if self.text not in columns:
-            raise InputError(
-                f"{self._where()}: no column {self.text!r} (it has {', '.join(columns)}); set text: COLUMN"
-            )
-        return rows.select_columns([self.text])
+OF_FILES = {"parquet": "parquet", "csv": "csv", "tsv": "csv", "jsonl": "jsonl", "txt": "text_files", "md": "text_files"}
+"""End of a file's name -> the kind of source that reads it."""
+
+
+def numbered(where: str, name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """The rows of a data set, each with what a message calls it.
+
+    Args:
+        where: what a message calls the data set.
+        name: its Hub id or folder.
+        rows: of it.
+
+    Raises:
+        InputError: one cannot be read, as the connection is broken or a file damaged.
+    """
+    number = -1
+    try:
+        for number, row in enumerate(rows):
+            yield f"{name}:{number}", row
+    except Exception as error:  # the library raises its own, the network's and the file system's
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{where}: row {number + 1} cannot be read ({why}); fetch the data set again") from None
+
+
+def load_rows(where: str, path: str, name: str | None, split: str, **how: Any) -> tuple[Any, list[str]]:
+    """A data set and the names of its columns.
+
+    Args:
+        where: what a message calls it.
+        path: Hub id or local folder.
+        name: the configuration, or None.
+        split: the split.
+        how: further arguments of ``datasets.load_dataset``.
+
+    Raises:
+        InputError: it cannot be had.
+    """
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(path, name=name, split=split, **how)
+        return rows, rows.column_names or list(next(iter(rows), {}))
+    except Exception as error:  # the library raises its own, the network's and the file system's
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"{where}: this data set cannot be loaded ({why})") from None

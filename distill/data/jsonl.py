@@ -1,63 +1,50 @@
-"""Rows of JSON, one a line, with the text in one column: one document a row."""
+"""Rows of JSON, one per line: one document per row."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
-from distill.core.errors import InputError
 from distill.data import files
-from distill.data.base import Document, SourceSpec
+from distill.data.columns import ColumnsSpec, Numbered
+from distill.data.file_source import FileSource
+from distill.data.files import File
+from distill.data.message import Unusable
 
 
-class Jsonl(SourceSpec):
-    """JSON Lines files (`.jsonl`, `.jsonl.gz`); a row is a document."""
+class Jsonl(FileSource, ColumnsSpec):
+    """JSON Lines files (`.jsonl`); a row is a document."""
 
     kind: Literal["jsonl"] = "jsonl"
     path: str | list[str]
-    """A file, a folder or a glob, or a list of these; relative to the current directory."""
-    text: str = "text"
-    """The column that holds the text."""
+    """A file, a folder or a glob, or a list of these; `.gz` and `.zst`, `s3://`, `gs://` and `https://` too."""
 
-    def documents(self) -> Iterator[Document]:
-        """One document a row, in the order of the files and lines; rows with an empty text are passed over."""
+    def rows(self, columns: frozenset[str] | None) -> Iterator[Numbered]:
+        """Every row, in the order of the files and lines; empty lines are skipped."""
         for file in self._files():
-            with files.opened(file) as stream:
-                # A binary file ends its lines at "\n" alone; text mode would also cut strings at "\r" and U+2028.
-                for number, line in enumerate(stream, start=1):
-                    text = self._text(line, f"{file}:{number}") if line.strip() else ""
-                    if text.strip():
-                        yield Document(f"{file.as_posix()}:{number}", text)
+            yield from json_rows(file)
 
-    def fingerprint(self) -> str:
-        """A hash of the names and bytes of the files."""
-        return files.fingerprint(self._files())
-
-    def num_bytes(self) -> int | None:
-        """The size of the files: a little more than that of the text."""
-        return files.num_bytes(self._files())
-
-    def _files(self) -> list[Path]:
+    def _files(self) -> list[File]:
         return files.find(self.path, [".jsonl"])
 
-    def _text(self, line: bytes, place: str) -> str:
-        try:
-            row: Any = json.loads(line)
-        except ValueError as error:  # also a line that is not UTF-8
-            raise InputError(f"{place}: not a row of JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{place}: a row must be a JSON object (got {type(row).__name__})")
-        if self.text not in row:
-            raise InputError(f"{place}: no column {self.text!r} (it has {', '.join(map(repr, row))}); set text: COLUMN")
-        text = row[self.text]
-        if not isinstance(text, str):
-            raise InputError(f"{place}: column {self.text!r} must hold a string (got {type(text).__name__})")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InputError(
-                f"{place}: column {self.text!r} holds half of a surrogate pair, which is no text"
-            ) from None
-        return text
+
+def json_rows(file: File) -> Iterator[Numbered]:
+    """The rows of a JSON Lines file, numbered by their lines.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    with files.opened(file) as stream:
+        # A binary file ends its lines at "\n" alone; text mode would also cut strings at "\r" and U+2028.
+        for number, line in enumerate(files.lines(stream, file), start=1):
+            if line.strip():
+                yield f"{file.as_posix()}:{number}", json_of(line)
+
+
+def json_of(text: bytes) -> Any:
+    """What a line or a file of JSON holds, or why it holds nothing."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also a line that is not UTF-8
+        return Unusable("not JSON", f"not a row of JSON ({' '.join(str(error).split())})")

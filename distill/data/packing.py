@@ -1,32 +1,46 @@
 """Documents to token ids, once: a flat file of ids on disk that is memory-mapped ever after.
 
-``<name>-<hash>.bin`` holds the ids of all documents end to end; ``.bytes`` beside it, for validation text only, how
-many UTF-8 bytes each token stands for; ``.json`` is written last and says that both are whole.
+Of ``<name>-<hash>``, each file a flat array:
+
+    .bin        uint16 or uint32 [tokens]    the ids of all documents, end to end
+    .bounds     int64 [documents + 1]        where each document begins in it, and at last where the last one ends
+    .learned    uint8 [tokens]               1 where a token is learned from; absent when all of them are
+    .bytes      uint32 [tokens]              UTF-8 bytes that each token stands for; validation text only
+    .json                                    written last: it says that the others are whole
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from distill.core.artifact import read_json, sync, write_text
+from distill.core import stop
+from distill.core.artifact import sync
 from distill.core.errors import InputError, MachineError
-from distill.data.base import Document
-from distill.data.encoder import Encoder
+from distill.core.outside import read_json
+from distill.core.seal import Mark, changes, marks_of
+from distill.core.stop import stoppable
+from distill.core.stored import read_checked, write_checked
+from distill.data.base import Item
+from distill.data.encoder import TextEncoder
 from distill.data.progress import Progress
+from distill.data.tally import Tally
+from distill.data.token_workers import chunks
+from distill.data.token_writer import TokenWriter
 
-if TYPE_CHECKING:
-    import numpy as np
-
+VERSION = 2
+"""Of the form of token files. Files of another version are written anew."""
+_HEADER: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 _BATCH_DOCUMENTS = 512
-_BATCH_CHARACTERS = 2_000_000
+_BATCH_CHARACTERS = 500_000
 
 
 @dataclass(frozen=True)
@@ -37,11 +51,15 @@ class TokenFile:
         path: the ``.bin`` file.
         dtype: ``uint16`` or ``uint32``.
         num_tokens: ids in it, begins and ends among them.
-        num_documents: documents in it.
+        num_documents: documents in it, or rows of conversations.
         num_bytes: UTF-8 bytes of their text.
         largest: the largest id.
-        end: id that ends each document.
+        filling: id that fills rows up; it is the tokenizer's end of text.
         num_repeated: documents left out as the validation source has them too.
+        num_learned: tokens that are learned from; None when all of them are.
+        tally: of the source's rows: what of conversations is left out, and what was found in those that are used.
+        parts: of a mixture, whose tokens stand end to end in this file; rows are cut from each part for itself.
+        start: ids that the tokenizer puts before a text; each row begins with them.
     """
 
     path: str
@@ -50,51 +68,101 @@ class TokenFile:
     num_documents: int
     num_bytes: int
     largest: int
-    end: int
+    filling: int
     num_repeated: int = 0
+    num_learned: int | None = None
+    tally: Tally = field(default_factory=Tally)
+    parts: tuple[Part, ...] = ()
+    start: tuple[int, ...] = ()
+
+    def end_of_originals(self) -> int:
+        """Number of tokens before the copies that ``data.augment`` added, which stand at the end."""
+        copies = self.tally.copies.get("num", 0)
+        return int(self.bounds()[self.num_documents - copies]) if copies else self.num_tokens
 
     def ids(self) -> np.ndarray:
         """All ids, memory-mapped. [num_tokens]"""
-        import numpy as np
-
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.num_tokens,))
+
+    def bounds(self) -> np.ndarray:
+        """First token of each document, and the end of the last one, memory-mapped. int64 [num_documents + 1]"""
+        return np.memmap(Path(self.path).with_suffix(".bounds"), np.int64, mode="r", shape=(self.num_documents + 1,))
+
+    def learned(self) -> np.ndarray | None:
+        """Whether each token is learned from, memory-mapped; None when all are. bool [num_tokens]"""
+        if self.num_learned is None:
+            return None
+        return np.memmap(Path(self.path).with_suffix(".learned"), np.bool_, mode="r", shape=(self.num_tokens,))
 
     def bytes_of_tokens(self) -> np.ndarray:
         """UTF-8 bytes that each token stands for, memory-mapped; validation text only. uint32 [num_tokens]"""
-        import numpy as np
-
         return np.memmap(Path(self.path).with_suffix(".bytes"), dtype=np.uint32, mode="r", shape=(self.num_tokens,))
+
+    def is_whole(self) -> bool:
+        """Whether every file is there and as long as it must be, and the bounds ascend."""
+        width = {"uint16": 2, "uint32": 4}.get(self.dtype, 0)
+        sizes = {".bin": self.num_tokens * width, ".bounds": (self.num_documents + 1) * 8}
+        if self.num_learned is not None:
+            sizes[".learned"] = self.num_tokens
+        if (beside := Path(self.path).with_suffix(".bytes")).is_file():
+            sizes[beside.suffix] = self.num_tokens * 4
+        files = {Path(self.path).with_suffix(suffix): size for suffix, size in sizes.items()}
+        if width == 0 or not all(file.is_file() and file.stat().st_size == size for file, size in files.items()):
+            return False
+        bounds = self.bounds()
+        return bool(bounds[0] == 0 and bounds[-1] == self.num_tokens and (bounds[1:] > bounds[:-1]).all())
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a mixture.
+
+    Attributes:
+        name: of the source.
+        weight: its share of the training tokens, as a whole number; see :func:`distill.data.mixture_order.as_whole`.
+        tokens: of the source alone.
+    """
+
+    name: str
+    weight: int
+    tokens: TokenFile
 
 
 def read_tokens(path: Path) -> TokenFile | None:
-    """The finished token file at ``path``, or None when there is none."""
-    header = path.with_suffix(".json")
-    if not (header.is_file() and path.is_file()):
+    """The finished token file at ``path``, or None where there is none or it must be written again."""
+    file = path.with_suffix(".json")
+    if not file.is_file():
         return None
     try:
-        tokens = TypeAdapter(TokenFile).validate_python({**read_json(header), "path": str(path)})
-    except (InputError, ValidationError):
-        return None  # it is written anew
-    width, beside = {"uint16": 2, "uint32": 4}.get(tokens.dtype), path.with_suffix(".bytes")
-    whole = width is not None and path.stat().st_size == tokens.num_tokens * width
-    return tokens if whole and (not beside.is_file() or beside.stat().st_size == tokens.num_tokens * 4) else None
+        if read_json(file).get("version", 1) != VERSION:
+            print(f"{path.name}: of an earlier version of distill; the text is tokenized again", file=sys.stderr)
+            return None
+        header = read_checked(file, _HEADER, "")
+        marks = TypeAdapter(dict[str, Mark]).validate_python(header.pop("files"))
+        tokens = TypeAdapter(TokenFile).validate_python({**header, "path": str(path)})
+        whole = not changes(path.parent, marks, read=False) and tokens.is_whole()
+    except (InputError, ValidationError, KeyError):
+        whole = False
+    if not whole:
+        print(f"{path.name}: not what was written; the text is tokenized again", file=sys.stderr)
+    return tokens if whole else None
 
 
 def write_tokens(
     path: Path,
-    documents: Iterable[Document],
-    encoder: Encoder,
+    documents: Iterable[Item],
+    encoder: TextEncoder,
     vocabulary_size: int,
     *,
     with_bytes: bool = False,
     total_bytes: int | None = None,
     num_repeated: Callable[[], int] = lambda: 0,
 ) -> TokenFile:
-    """Tokenise documents into ``path``; whole or not at all.
+    """Tokenize documents or conversations into ``path``; whole or not at all.
 
     Args:
         path: the ``.bin`` file to write.
-        documents: in the order in which they shall stand.
+        documents: in the order in which they shall stand; those that cannot be used are counted.
         encoder: text to ids.
         vocabulary_size: every id must be below it.
         with_bytes: also write the bytes of each token.
@@ -102,79 +170,93 @@ def write_tokens(
         num_repeated: asked at the end how many documents were left out, for the header.
 
     Raises:
-        InputError: an id that the model has no row for.
+        InputError: an id that the model has no row for, or many rows in a row of which none can be used.
         MachineError: the disk is full or not writable.
     """
     dtype = "uint16" if vocabulary_size <= 1 << 16 else "uint32"
-    files = [path, path.with_suffix(".bytes")] if with_bytes else [path]
-    temporaries = [file.with_name(f".{file.name}.writing") for file in files]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            streams = [stack.enter_context(file.open("wb")) for file in temporaries]
-            name = path.name.split("-")[0]
-            progress = stack.enter_context(Progress(f"tokenising {name}", total_bytes))
-            counts = _write(documents, encoder, vocabulary_size, dtype, streams, progress)
-        for temporary, file in zip(temporaries, files, strict=True):
-            sync(temporary)
-            temporary.replace(file)
-        header = counts | {"dtype": dtype, "end": encoder.end, "num_repeated": num_repeated()}
-        write_text(path.with_suffix(".json"), json.dumps(header, indent=2) + "\n")
-    except OSError as error:
-        raise MachineError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        for temporary in temporaries:
-            temporary.unlink(missing_ok=True)
+    kinds = [".bin", ".bounds", *[".learned"] * encoder.marks_learned, *[".bytes"] * with_bytes]
+    with writing(path, kinds) as (streams, header):
+        name = path.name.rpartition("-")[0]
+        writer = TokenWriter(name, streams, dtype, vocabulary_size)
+        with (
+            Progress(f"tokenizing {name}", total_bytes) as progress,
+            closing(chunks(batches(documents), encoder, with_bytes=with_bytes)) as made,
+        ):
+            for chunk in made:
+                writer.add(chunk)
+                progress.advance(chunk.num_bytes)
+        header |= {**writer.counts, "dtype": dtype, "filling": encoder.end, "start": encoder.start}
+        header |= {"num_repeated": num_repeated(), "tally": asdict(writer.tally)}
     tokens = read_tokens(path)
     assert tokens is not None
     return tokens
 
 
-def _write(
-    documents: Iterable[Document],
-    encoder: Encoder,
-    vocabulary_size: int,
-    dtype: str,
-    streams: Sequence[IO[bytes]],
-    progress: Progress,
-) -> dict[str, int]:
-    import numpy as np
+@contextmanager
+def writing(path: Path, kinds: Sequence[str]) -> Iterator[tuple[dict[str, IO[bytes]], dict[str, Any]]]:
+    """Write the files of a token file and their header; whole or not at all.
 
-    counts = {"num_tokens": 0, "num_documents": 0, "num_bytes": 0, "largest": 0}
-    for batch in batches(documents):
-        texts = [document.text for document in batch]
-        if len(streams) == 2:
-            ids, sizes = encoder.encode_with_bytes(texts)
-            streams[1].write(np.concatenate(sizes).tobytes())
-        else:
-            ids = encoder.encode(texts)
-        for document, row in zip(batch, ids, strict=True):
-            largest = max(row)
-            if largest >= vocabulary_size:
-                raise InputError(token_too_large(document.id, largest, vocabulary_size))
-            counts["largest"] = max(counts["largest"], largest)
-            counts["num_tokens"] += len(row)
-            streams[0].write(np.asarray(row, dtype).tobytes())
-        num_bytes = sum(len(text.encode("utf-8")) for text in texts)
-        counts["num_bytes"] += num_bytes
-        counts["num_documents"] += len(batch)
-        progress.advance(num_bytes)
-    return counts
+    Args:
+        path: the ``.bin`` file.
+        kinds: suffixes of the files.
 
+    Yields:
+        Suffix -> open file, and the header, to be filled with the fields of :class:`TokenFile`.
 
-def token_too_large(where: str, token: int, vocabulary_size: int) -> str:
-    """The line for an id that the model has no row for."""
-    return (
-        f"{where}: token id {token}, but the model's vocabulary has {vocabulary_size} rows; "
-        "the tokenizer belongs to another model"
-    )
+    Raises:
+        MachineError: the disk is full or not writable.
+    """
+    files = [path.with_suffix(suffix) for suffix in kinds]
+    temporaries = [file.with_name(f".{file.name}.writing") for file in files]
+    header: dict[str, Any] = {"version": VERSION}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            yield dict(zip(kinds, [stack.enter_context(file.open("wb")) for file in temporaries], strict=True)), header
+        stop.confirm()
+        for temporary, file in zip(temporaries, files, strict=True):
+            sync(temporary)
+            temporary.replace(file)
+        marks = marks_of(path.parent, [file.name for file in files])
+        write_checked(path.with_suffix(".json"), header | {"files": {name: asdict(one) for name, one in marks.items()}})
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
 
 
-def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def store_tokens(
+    path: Path,
+    documents: Sequence[np.ndarray],
+    filling: int,
+    learned: Sequence[np.ndarray] | None = None,
+    start: Sequence[int] = (),
+) -> TokenFile:
+    """Write token ids that stand in memory.
+
+    Args:
+        path: the ``.bin`` file to write.
+        documents: ids of each, uint16 or uint32 [tokens], one type for all.
+        filling: see :class:`TokenFile`.
+        learned: of each, which tokens are learned from, bool [tokens]; None: all.
+        start: see :class:`TokenFile`; documents hold it themselves.
+    """
+    ids = np.concatenate(documents)
+    ids.tofile(path)
+    np.cumsum([0, *map(len, documents)], dtype=np.int64).tofile(path.with_suffix(".bounds"))
+    if learned is not None:
+        np.concatenate(learned).astype(np.bool_).tofile(path.with_suffix(".learned"))
+    num_learned = None if learned is None else int(sum(some.sum() for some in learned))
+    counts = (len(ids), len(documents), 1, int(ids.max()))
+    return TokenFile(str(path), ids.dtype.name, *counts, filling, num_learned=num_learned, start=tuple(start))
+
+
+def batches(documents: Iterable[Item]) -> Iterator[list[Item]]:
     """Documents in groups that are worth a call of the tokenizer and fit in memory."""
-    batch: list[Document] = []
+    batch: list[Item] = []
     size = 0
-    for document in documents:
+    for document in stoppable(documents):
         batch.append(document)
         size += len(document.text)
         if len(batch) >= _BATCH_DOCUMENTS or size >= _BATCH_CHARACTERS:
@@ -185,8 +267,8 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold the folder against other processes, so that one tokenises and the others find its work done.
+def file_lock(folder: Path) -> Iterator[None]:
+    """Hold the folder against other processes, so that one tokenizes and the others find its work done.
 
     Raises:
         MachineError: the folder cannot be written.

@@ -1,10 +1,13 @@
-"""How far a long reading is: a bar on a terminal, a line now and then in a log, nothing when it is over at once."""
+"""Progress of reading a text: a bar on a terminal, a line every 30 seconds in a log, nothing for the first two."""
 
 from __future__ import annotations
 
 import sys
 import time
 from types import TracebackType
+
+import rich.progress as rp
+from rich.console import Console
 
 _QUIET_S = 2.0
 _LINE_EVERY_S = 30.0
@@ -14,8 +17,8 @@ class Progress:
     """Counts bytes of text towards a total that may be unknown; writes to standard error.
 
     Args:
-        what: what is being done, such as ``"tokenising train"``.
-        total_bytes: how much there is to do; None when nobody knows.
+        what: what is being done, such as ``"tokenizing train"``.
+        total_bytes: how much there is to do; None where it is not known.
     """
 
     def __init__(self, what: str, total_bytes: int | None):
@@ -48,9 +51,6 @@ class Progress:
         return f"{done} of {self.total_bytes / 1e6:.1f} MB, {left_s:.0f} s left"
 
     def _draw(self) -> None:
-        import rich.progress as rp
-        from rich.console import Console
-
         if self._bar is None:
             columns = (rp.TextColumn(self.what), rp.BarColumn(), rp.DownloadColumn(), rp.TimeRemainingColumn())
             self._bar = rp.Progress(*columns, console=Console(stderr=True), transient=True)

@@ -18,7 +18,7 @@ from typing import Literal
 from pydantic import Field
 
 from distill.core.errors import InputError
-from distill.data.base import Document, SourceSpec, digest
+from distill.data.base import Conversation, Document, SourceSpec, digest, normalised
 
 # Not text, not ours to teach, or made on this very machine.
 _SKIPPED_FOLDERS = re.compile(
@@ -48,10 +48,13 @@ class PythonDocs(SourceSpec):
     """Use whole documents of about so many bytes, those that are held out among them; null uses all."""
 
     def documents(self) -> Iterator[Document]:
-        """One document a help topic and one a module, sorted by name; a text that came before is left out."""
+        """One document a help topic and one a module, sorted by name; a text that came before is left out.
+
+        Texts are compared as :func:`~distill.data.base.normalised`: names decide the split, and would part them.
+        """
         seen: set[bytes] = set()
         for document in self._chosen():
-            key = digest(document.text)
+            key = digest(normalised(document.text))
             if key not in seen and document.text.strip():
                 seen.add(key)
                 yield document
@@ -67,7 +70,7 @@ class PythonDocs(SourceSpec):
         """The size of the text."""
         return sum(len(document.text.encode("utf-8")) for document in self.documents())
 
-    def split_key(self, document: Document) -> str:
+    def split_key(self, document: Document | Conversation) -> str:
         """The name: a module stays on its side of the split when a new Python changes a line of it."""
         return document.id
 
@@ -141,4 +144,4 @@ def _source(file: Path) -> str:
         with tokenize.open(file) as stream:  # heeds the coding line
             return stream.read()
     except (SyntaxError, UnicodeDecodeError, OSError):
-        return ""  # no text: passed over
+        return ""  # no text: skipped

@@ -5,6 +5,9 @@
     best_fit    whole documents side by side, as many as fit; only one that is longer than a row is cut
     padded      one document a row (a longer one is cut), in batches of like length, filled up to the longest
 
+Where the tokenizer puts tokens before a text, a piece that does not begin with its document gets them in front, and
+holds as many tokens less; see :mod:`distill.data.first_tokens`.
+
 Best fit, decreasing: the longest piece first, each into the fullest row that still takes it. It loses less of a
 sentence than cutting and, unlike padding, next to no room. Source: Ding et al. 2024, arXiv 2404.10830.
 """
@@ -12,12 +15,14 @@ sentence than cutting and, unlike padding, next to no room. Source: Ding et al. 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from distill.data.first_tokens import room_of
 from distill.data.spec import FULL
 
 if TYPE_CHECKING:
@@ -29,18 +34,20 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowPieces:
     """The pieces of every row. Row ``r`` holds the pieces ``bounds[r]`` up to ``bounds[r + 1]``.
 
     Attributes:
         starts: int64 [pieces], the first token of each in the file.
         sizes: int64 [pieces], at least two tokens.
         bounds: int64 [rows + 1].
+        leads: int64 [pieces], how many of the tokenizer's first tokens are put in front of each.
     """
 
     starts: np.ndarray
     sizes: np.ndarray
     bounds: np.ndarray
+    leads: np.ndarray
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -50,36 +57,62 @@ class Rows:
         some = slice(self.bounds[row], self.bounds[row + 1])
         return list(zip(self.starts[some].tolist(), self.sizes[some].tolist(), strict=True))
 
+    def leads_in(self, row: int) -> list[int]:
+        """First tokens put in front of each piece of a row."""
+        leads: list[int] = self.leads[self.bounds[row] : self.bounds[row + 1]].tolist()
+        return leads
+
     def lengths(self) -> np.ndarray:
-        """Tokens in each row. int64 [rows]"""
-        return np.add.reduceat(self.sizes, self.bounds[:-1]) if len(self) else self.sizes
+        """Tokens in each row, those that are put in front among them. int64 [rows]"""
+        return np.add.reduceat(self.sizes + self.leads, self.bounds[:-1]) if len(self) else self.sizes
 
 
-def rows_of(tokens: TokenFile, sequence_length: int, packing: Packing) -> Rows:
+def cut_into_rows(tokens: TokenFile, sequence_length: int, packing: Packing) -> RowPieces:
     """Cut a file into rows of at most ``sequence_length`` tokens.
 
-    A token alone in its piece is left out: there is nothing before it that could predict it.
+    A token alone in its piece is left out: there is nothing before it that could predict it. A row of a mixture
+    holds text of one source.
+
+    Raises:
+        InputError: ``sequence_length`` is too short for the tokenizer's first tokens.
     """
+    if tokens.parts:
+        return _of_parts([(part.tokens, cut_into_rows(part.tokens, sequence_length, packing)) for part in tokens.parts])
+    room = room_of(sequence_length, tokens.start)
     if packing in FULL:
-        starts = np.arange(0, tokens.num_tokens - 1, sequence_length)
-        sizes = np.minimum(tokens.num_tokens - starts, sequence_length)
+        # every row advances by as much, so that one that begins with a document has room left
+        starts = np.arange(0, tokens.num_tokens - 1, room)  # [rows], a piece each
+        sizes = np.minimum(tokens.num_tokens - starts, room)
     else:
-        starts, sizes = _cut(tokens, sequence_length)
+        starts, sizes = _cut(tokens, sequence_length, room)
+    leads = leads_of(tokens.start, tokens.bounds(), starts)
     if packing != "best_fit":
-        return Rows(starts, sizes, np.arange(len(starts) + 1))
-    row_of = best_fit(sizes, sequence_length)
+        return RowPieces(starts, sizes, np.arange(len(starts) + 1), leads)
+    row_of = best_fit(sizes + leads, sequence_length)  # [pieces]
     order = np.argsort(row_of, kind="stable")
-    return Rows(starts[order], sizes[order], np.searchsorted(row_of[order], np.arange(row_of.max(initial=-1) + 2)))
+    bounds = np.searchsorted(row_of[order], np.arange(row_of.max(initial=-1) + 2))
+    return RowPieces(starts[order], sizes[order], bounds, leads[order])
 
 
-def _cut(tokens: TokenFile, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and sizes of all documents, those that are longer than a row in pieces."""
-    ends = np.flatnonzero(tokens.ids() == tokens.end) + 1
-    firsts = np.concatenate([[0], ends[:-1]])
-    pieces = -(-(ends - firsts) // length)
+def _of_parts(parts: list[tuple[TokenFile, RowPieces]]) -> RowPieces:
+    """The rows of all parts of a file; each counts from its own first token."""
+    first, starts, bounds = 0, [], [np.zeros(1, np.int64)]
+    for tokens, rows in parts:
+        starts.append(rows.starts + first)
+        bounds.append(rows.bounds[1:] + bounds[-1][-1])
+        first += tokens.num_tokens
+    sizes, leads = (np.concatenate([getattr(rows, name) for _, rows in parts]) for name in ("sizes", "leads"))
+    return RowPieces(np.concatenate(starts), sizes, np.concatenate(bounds), leads)
+
+
+def _cut(tokens: TokenFile, length: int, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and sizes of all documents, those that are longer than a row in pieces: ``length``, then ``room`` each."""
+    bounds = np.asarray(tokens.bounds())  # [documents + 1]
+    firsts, ends = bounds[:-1], bounds[1:]
+    pieces = 1 + np.maximum(-(-(ends - firsts - length) // room), 0)
     number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    starts = np.repeat(firsts, pieces) + number * length
-    sizes = np.minimum(np.repeat(ends, pieces) - starts, length)
+    starts = np.repeat(firsts, pieces) + np.where(number, length + (number - 1) * room, 0)
+    sizes = np.minimum(np.repeat(ends, pieces) - starts, np.where(number, room, length))
     return starts[sizes > 1], sizes[sizes > 1]
 
 
@@ -112,7 +145,50 @@ def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
     return np.argsort(np.argsort(first_seen))[row_of]
 
 
-def document_spans(ids: np.ndarray, end: int, start: int = 0) -> list[Span]:
-    """The documents, or parts of them, in a stretch of the file that begins at token ``start``. ids: [tokens]"""
-    bounds = [0, *(np.flatnonzero(ids[:-1] == end) + 1).tolist(), len(ids)]
-    return [(start + first, last - first) for first, last in pairwise(bounds)]
+def document_spans(bounds: np.ndarray, start: int, size: int) -> list[Span]:
+    """The documents, or parts of them, in the ``size`` tokens from ``start`` on.
+
+    Args:
+        bounds: first token of each document, rising; what lies outside of the stretch is skipped. int64 [documents]
+        start: first token of the stretch.
+        size: tokens in it, at least one.
+    """
+    first, last = np.searchsorted(bounds, start, "right"), np.searchsorted(bounds, start + size, "left")
+    return [(begin, end - begin) for begin, end in pairwise([start, *bounds[first:last].tolist(), start + size])]
+
+
+def leads_of(start: Sequence[int], bounds: np.ndarray, pieces: np.ndarray) -> np.ndarray:
+    """How many tokens are put in front of each piece: those of ``start`` that its document has before it.
+
+    Args:
+        start: ids before a text.
+        bounds: first token of each document, rising. int64 [documents + 1]
+        pieces: first token of each piece. int64 [pieces]
+
+    Returns:
+        int64 [pieces]; none where a document begins, as it has them itself.
+    """
+    if not start:
+        return np.zeros(len(pieces), np.int64)
+    return np.minimum(_within(bounds, pieces), len(start))
+
+
+def belongs_to_start(start: Sequence[int], bounds: np.ndarray, ids: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Which tokens of a file stand there because the tokenizer puts them before each document. bool [places]
+
+    Args:
+        start: ids before a text.
+        bounds: as of :func:`leads_of`.
+        ids: of the whole file. [tokens]
+        places: which tokens are asked for. int64 [places]
+    """
+    if not start:
+        return np.zeros(len(places), bool)
+    within = _within(bounds, places)
+    expected = np.asarray(start)[np.minimum(within, len(start) - 1)]
+    return np.asarray((within < len(start)) & (ids[places] == expected))
+
+
+def _within(bounds: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Of tokens of a file, how many of their document stand before each. int64 [places]"""
+    return np.asarray(places - bounds[np.searchsorted(bounds, places, "right") - 1])

@@ -1,21 +1,32 @@
-"""The `data` section of a recipe: which text, how it is split, in which tokens and blocks."""
+"""The `data` section of a recipe: which text, how it is split, in which tokens and rows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from distill.core.spec import Spec
+from distill.core.spec import Family, Spec
 from distill.data import SOURCES
+from distill.data.augment_spec import AugmentSpec
 from distill.data.base import SourceSpec
+from distill.data.chat_spec import ChatSpec
+from distill.data.clean_spec import CleanSpec
+from distill.data.mixture import Mixture
+from distill.data.order_spec import OrderSpec
 
+TEXTS = Family("source", *(spec for _, spec in SOURCES.items()), Mixture)
+"""What a run can train on: a source, or several of them."""
 HELD_OUT = 0.05
+MAX_DROPPED = 0.01
 
 Packing = Literal["wrapped", "documents", "best_fit", "padded"]
 """How documents become rows; see :mod:`distill.data.rows`."""
 APART: tuple[Packing, ...] = ("documents", "best_fit")
 """Those with documents in a row that must not see each other."""
+OF_CONVERSATIONS = ("chat", "python_questions")
+"""Kinds of sources that yield conversations; their rows are packed by ``best_fit`` where the recipe says nothing."""
 FULL: tuple[Packing, ...] = ("wrapped", "documents")
 """Those whose rows are full, but for the last one."""
 
@@ -44,34 +55,153 @@ TokenizerChoice = Annotated[
 ]
 
 
+def kinds_of(source: Any) -> Iterator[Any]:
+    """The kinds of a source, or of those of a mixture, as they were written."""
+    if isinstance(source, Mixture):
+        yield from (one.kind for one in source.sources.values())
+    elif isinstance(source, dict) and isinstance(source.get("sources"), dict):
+        for one in source["sources"].values():
+            yield from kinds_of(one)
+    else:
+        yield source.get("kind") if isinstance(source, dict) else getattr(source, "kind", source)
+
+
+def of_conversations(kind: Any) -> bool:
+    """Whether a source of that kind yields conversations."""
+    return kind in OF_CONVERSATIONS
+
+
 class DataSpec(Spec):
     """The text of a run."""
 
-    train: Annotated[SourceSpec, SOURCES]
-    """The source of the training text."""
+    train: Annotated[SourceSpec, TEXTS]
+    """The source of the training text, or a mixture of several."""
     validation: Annotated[SourceSpec, SOURCES] | None = None
-    """The source of the validation text; null holds a part of the training text out."""
+    """The source of the validation text; null holds a part of the training text out. Sources of a mixture have theirs
+    in it."""
     held_out: float = Field(HELD_OUT, gt=0, lt=1)
     """Share of the training source's documents held out for validation; only when there is no validation source."""
     sequence_length: int = Field(ge=2)
-    """Tokens in a block, at most."""
+    """Tokens in a row, at most."""
     packing: Packing = "wrapped"
-    """How documents share a block. wrapped: end to end, each token sees all before it; documents: the same blocks, each
-    token sees its own document alone; best_fit: whole documents side by side; padded: one a block, filled up."""
+    """How documents share a row. wrapped: end to end, each token sees all before it; documents: the same rows, each
+    token sees its own document alone; best_fit (the default for conversations): whole documents side by side; padded:
+    one a row, filled up."""
+    chat: ChatSpec | None = None
+    """How conversations become rows; null: by the teacher's chat template. No effect without a source of them."""
+    max_dropped: float = Field(MAX_DROPPED, ge=0, le=1)
+    """Share of the rows that may be left out as they cannot be used (not JSON, a missing column, ...); above it the run
+    stops. Of sources with columns, of tokens and of conversations."""
+    clean: CleanSpec | None = None
+    """Training rows to leave out although they could be used: those that repeat others, and those that hold rows of a
+    test set; null: none."""
+    augment: AugmentSpec | None = None
+    """Training documents to add, made from those that are there; null: none. Validation rows are never changed."""
+    order: OrderSpec | None = None
+    """Which rows each training reads first; null: every pass is shuffled, from its beginning."""
     validation_tokens: int = Field(100_000, ge=1)
     """Validate on about so many tokens at most, spread over the whole validation text."""
     calibration_sequences: int = Field(128, ge=1)
-    """Training blocks that calibration and importance scores see; all of them when there are fewer."""
+    """Training rows that calibration and importance scores see; all of them when there are fewer."""
     tokenizer: TokenizerChoice = "teacher"
     """`teacher`, a folder, a Hub id, or `{vocab_size: 2048}` to train one on the training text."""
+
+    @property
+    def holds_conversations(self) -> bool:
+        """Whether some of it is conversations."""
+        return any(source is not None and source.holds_conversations() for source in (self.train, self.validation))
+
+    def sources(self) -> Iterator[tuple[str, SourceSpec]]:
+        """Every source with its key in the recipe; of a mixture those in it."""
+        if isinstance(self.train, Mixture):
+            yield from ((f"data.train.sources.{name}", source) for name, source in self.train.sources.items())
+            yield from ((f"data.train.validation.{name}", source) for name, source in self.train.validation.items())
+        else:
+            yield "data.train", self.train
+        if self.validation is not None:
+            yield "data.validation", self.validation
+
+    def tests(self) -> Iterator[tuple[str, SourceSpec]]:
+        """Sources that no model reads, whose rows are kept out of the training text; each with its key."""
+        yield from self.clean.tests() if self.clean is not None else ()
+
+    @property
+    def holds_ids(self) -> bool:
+        """Whether some of it is token ids already."""
+        return any(source is not None and source.holds_ids() for source in (self.train, self.validation))
+
+    @property
+    def drops_rows(self) -> bool:
+        """Whether some of it may hold rows that cannot be used."""
+        return any(source is not None and source.drops_rows() for source in (self.train, self.validation))
 
     @property
     def keeps_apart(self) -> bool:
         """Whether a row can hold several documents that must not see each other."""
         return self.packing in APART
 
+    @model_validator(mode="before")
+    @classmethod
+    def _conversations_stay_whole(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "packing" in value:
+            return value
+        is_whole = any(of_conversations(kind) for kind in kinds_of(value.get("train")))
+        return {**value, "packing": "best_fit"} if is_whole else value
+
+    @model_validator(mode="after")
+    def _chat_is_for_conversations(self) -> DataSpec:
+        if self.holds_conversations and self.packing in FULL:
+            raise ValueError(
+                f"packing: {self.packing} cuts conversations where a row is full; use best_fit or padded, which keep "
+                "them whole"
+            )
+        if not self.holds_conversations and self.chat is not None:
+            raise ValueError("chat has no effect without conversations; use a source of kind: chat, or remove it")
+        if not self.drops_rows and self.max_dropped != MAX_DROPPED:
+            raise ValueError(f"max_dropped has no effect on {self.train.kind}, which has no rows; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _the_text_can_be_cleaned_and_augmented(self) -> DataSpec:
+        trained = self.train.sources.values() if isinstance(self.train, Mixture) else [self.train]
+        text: dict[str, bool] = {
+            "holds_ids": self.holds_ids,
+            "is_stream": any(source.is_stream() for source in trained),
+            "is_all_conversations": all(source.holds_conversations() for source in trained),
+        }
+        for section in (self.clean, self.augment):
+            for mistake in section.mistakes(**text) if section is not None else ():
+                raise ValueError(mistake)
+        return self
+
+    @model_validator(mode="after")
+    def _rows_can_be_ordered(self) -> DataSpec:
+        if self.order is None:
+            return self
+        if self.train.is_stream():
+            raise ValueError("order: a stream is read as it comes; set streaming: false, or remove order")
+        if self.order.by == "length" and self.packing in FULL:
+            raise ValueError(
+                f"order: by length has no effect with packing: {self.packing}, whose rows are all as long; use "
+                "best_fit or padded, or by: teacher_loss"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ids_have_a_tokenizer(self) -> DataSpec:
+        if self.holds_ids and isinstance(self.tokenizer, TrainTokenizer):
+            raise ValueError("tokens are ids of a tokenizer that exists, so none is trained; name it in tokenizer")
+        if self.holds_ids and self.holds_conversations:
+            raise ValueError("tokens and conversations cannot stand beside each other; take one of the two for both")
+        return self
+
     @model_validator(mode="after")
     def _one_way_to_validate(self) -> DataSpec:
+        if self.validation is not None and isinstance(self.train, Mixture):
+            raise ValueError(
+                "validation has no effect beside a mixture, of which each source is measured for itself; name "
+                "validation sources in train.validation: {NAME: {kind: ...}}, or remove it"
+            )
         # A resolved recipe writes defaults out, so the default itself is no mistake.
         if self.validation is not None and self.held_out != HELD_OUT:
             raise ValueError("held_out has no effect beside a validation source; remove one of the two")

@@ -6,42 +6,58 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from distill.core.errors import InputError
-from distill.data.base import Document, digest
+from distill.core.stop import stoppable
+from distill.data.base import Conversation, Document, Item, Rejected, digest, normalised
 from distill.data.spec import DataSpec
 
 _STREAM_BYTES_PER_TOKEN = 8  # twice what a token of English is: enough text for the validation tokens asked for
 
 
+RULE = "texts are equal when their normalised forms are"
+"""The rule of the split; token files that were made by another rule are written again."""
+
+
 class Split:
-    """The two sides of a run's text. Equal texts are never on both.
+    """The two sides of a run's text. Texts that are equal as :func:`~distill.data.base.normalised` are never on both.
+
+    Rows that cannot be used are yielded with the side that their source stands for: training, where one is split.
 
     Without a validation source a document is held out when the hash of its key, read as a number in [0, 1), is below
     ``held_out``. With one, training leaves out every document whose text is also in the validation source.
 
     Attributes:
         num_repeated: training documents that the latest whole reading left out because the validation source has them.
+        key: of the training source in the recipe.
     """
 
-    def __init__(self, data: DataSpec):
-        self.data = data
+    def __init__(self, data: DataSpec, key: str = "data.train"):
+        self.data, self.key = data, key
         self.num_repeated = 0
 
-    def training(self) -> Iterator[Document]:
+    def training(self) -> Iterator[Item]:
         """The documents to train on, in the source's order; each call begins again."""
         if self.data.validation is not None:
             yield from self._unseen()
             return
         threshold = self._threshold
-        for document in self.data.train.documents():
-            if self._place(document) >= threshold:
+        for document in stoppable(self.data.train.documents()):
+            if isinstance(document, Rejected) or self._place(document) >= threshold:
                 yield document
 
-    def validation(self) -> Iterator[Document]:
+    def texts(self) -> Iterator[str]:
+        """The text of :meth:`training`."""
+        return (document.text for document in self.training() if not isinstance(document, Rejected))
+
+    def validation(self) -> Iterator[Item]:
         """The documents to validate on. Of a stream, as many as the validation tokens asked for need."""
         source = self.data.validation or self.data.train
         threshold = self._threshold if self.data.validation is None else float("inf")
         budget = self.data.validation_tokens * _STREAM_BYTES_PER_TOKEN if source.is_stream() else float("inf")
-        for document in source.documents():
+        for document in stoppable(source.documents()):
+            if isinstance(document, Rejected):
+                if self.data.validation is not None:
+                    yield document
+                continue
             if self._place(document) >= threshold:
                 continue
             yield document
@@ -49,37 +65,45 @@ class Split:
             if budget <= 0:
                 return
 
-    def _unseen(self) -> Iterator[Document]:
+    def _unseen(self) -> Iterator[Item]:
         repeated = 0
-        for document in self.data.train.documents():
-            if digest(document.text) in self._validation_digests:
+        for document in stoppable(self.data.train.documents()):
+            if not isinstance(document, Rejected) and digest(normalised(document.text)) in self.validation_digests:
                 repeated += 1
             else:
                 yield document
         self.num_repeated = repeated
 
     @cached_property
-    def _validation_digests(self) -> set[bytes]:
-        return {digest(document.text) for document in self.validation()}
+    def validation_digests(self) -> set[bytes]:
+        """Of the normalised texts of :meth:`validation`."""
+        seen = (document for document in self.validation() if not isinstance(document, Rejected))
+        return {digest(normalised(document.text)) for document in seen}
 
-    def _place(self, document: Document) -> float:
+    def _place(self, document: Document | Conversation) -> float:
         return int.from_bytes(digest(self.data.train.split_key(document))[:8], "big") / 2**64
 
     @cached_property
     def _threshold(self) -> float:
-        """``held_out``; or, when so small a share of so few documents is none, just above the lowest of them.
+        """``held_out``; where that share of the documents would be empty, just above the lowest hash.
 
         Raises:
             InputError: there is nothing to split.
         """
         lowest: list[float] = []
-        for document in self.data.train.documents():
+        rejected: Rejected | None = None
+        for document in stoppable(self.data.train.documents()):
+            if isinstance(document, Rejected):
+                rejected = rejected or document
+                continue
             place = self._place(document)
             if place < self.data.held_out:
                 return self.data.held_out
             lowest = sorted({*lowest, place})[:2]
+        if not lowest and rejected is not None:
+            raise InputError(f"{self.key}: no row can be used (first {rejected.id}: {rejected.detail})")
         if not lowest:
-            raise InputError("data.train: empty corpus: no document with text in it")
+            raise InputError(f"{self.key}: empty corpus: no document with text in it")
         if len(lowest) == 1:
-            raise InputError("data.train: one document cannot be split; name a validation source, or give more files")
+            raise InputError(f"{self.key}: one document cannot be split; name a validation source, or give more files")
         return lowest[1]

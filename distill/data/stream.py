@@ -1,7 +1,8 @@
-"""Text that is tokenised and packed as it is read, with a position to go on from."""
+"""Text that is tokenized and packed as it is read, with a position to go on from."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
@@ -11,111 +12,142 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from distill.core.errors import InputError
-from distill.data.blocks import batch_of
-from distill.data.encoder import Encoder
-from distill.data.packing import batches, token_too_large
+from distill.data.base import Item, Rejected
+from distill.data.encoder import TextEncoder
+from distill.data.first_tokens import room_of
+from distill.data.micro_batches import MicroBatches
+from distill.data.packed_rows import batch_of
+from distill.data.packing import batches
 from distill.data.rows import document_spans
 from distill.data.split import Split
+from distill.data.tally import Tally
+from distill.data.token_writer import token_too_large
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+TOKEN = np.dtype([("id", np.int64), ("place", np.int64)])
+"""A token of a stream: its id, and its position in its document."""
+ENOUGH = 200
+"""Rows after which the share of those that cannot be used counts before the pass is over."""
+
+
 @dataclass(frozen=True)
 class Stream:
-    """The training side of a streamed source: an endless list of blocks in the source's own order, pass after pass.
+    """The training side of a streamed source: an endless list of rows in the source's own order, pass after pass.
 
     The list depends on nothing but the text and the tokenizer. The end of a pass runs on into the next one, so every
-    block is full. To start at a position is exact, and costs reading and tokenising the text before it again.
+    row is full. To start at a position is exact, and costs reading and tokenizing the text before it again.
 
     Attributes:
         split: which documents train.
         encoder: text to ids.
-        sequence_length: tokens in a block.
+        sequence_length: tokens in a row.
         vocabulary_size: every id must be below it.
-        apart: whether documents in a block must not see each other.
+        apart: whether documents in a row must not see each other.
+        max_dropped: share of the rows of a pass that may be left out as they cannot be used.
     """
 
     split: Split
-    encoder: Encoder
+    encoder: TextEncoder
     sequence_length: int
     vocabulary_size: int
     apart: bool = False
+    max_dropped: float = 0.0
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Blocks from the first one on. int64 [sequence]
+        """Rows from the first one on, each an array of :data:`TOKEN` [sequence], or of as many as fit in a row behind
+        the tokens that the tokenizer puts before a text.
 
         Raises:
-            InputError: a pass over the source holds less than one block, or an id that the model has no row for.
+            InputError: a pass over the source holds less than one row, or an id that the model has no row for.
         """
-        left = np.zeros(0, np.int64)
+        left, room = np.zeros(0, TOKEN), room_of(self.sequence_length, self.encoder.start)
         for number in count():
             num_tokens = 0
             for ids in self._ids():
                 num_tokens += len(ids)
-                tokens = np.concatenate([left, ids])
-                whole = len(tokens) // self.sequence_length * self.sequence_length
-                yield from tokens[:whole].reshape(-1, self.sequence_length)
+                tokens = np.concatenate([left, ids])  # TOKEN [tokens]
+                whole = len(tokens) // room * room
+                yield from tokens[:whole].reshape(-1, room)
                 left = tokens[whole:]
             if number == 0 and num_tokens < self.sequence_length:
                 raise InputError(
-                    f"data.train: empty corpus: {num_tokens} tokens, expected at least one block "
-                    f"(sequence_length {self.sequence_length}); give more text or shorter blocks"
+                    f"data.train: empty corpus: {num_tokens} tokens, expected at least one row "
+                    f"(sequence_length {self.sequence_length}); give more text or shorter rows"
                 )
 
     def _ids(self) -> Iterator[np.ndarray]:
-        for batch in batches(self.split.training()):
+        tally = Tally()
+        for batch in batches(self._usable(tally)):
             for document, row in zip(batch, self.encoder.encode([each.text for each in batch]), strict=True):
-                if max(row) >= self.vocabulary_size:
-                    raise InputError(token_too_large(document.id, max(row), self.vocabulary_size))
-                yield np.asarray(row, np.int64)
+                if (largest := int(row.max())) >= self.vocabulary_size:
+                    raise InputError(token_too_large(document.id, largest, self.vocabulary_size))
+                tokens = np.zeros(len(row), TOKEN)
+                tokens["id"], tokens["place"] = row, np.arange(len(row))
+                yield tokens
 
-    def first(self, num_blocks: int) -> np.ndarray:
-        """The first blocks of the list. int64 [num_blocks, sequence]"""
-        return np.stack(list(islice(self, num_blocks)))
+        tally.check("data.train", self.max_dropped)
 
-    def batch(self, blocks: np.ndarray) -> dict[str, Tensor]:
-        """A batch of blocks; see :func:`distill.data.blocks.batch_of`. blocks: int64 [batch, sequence]"""
-        whole = [[(0, blocks.shape[1])]] * len(blocks)
-        pieces = [document_spans(row, self.encoder.end) for row in blocks] if self.apart else whole
-        return batch_of(blocks, pieces, apart=self.apart)
+    def _usable(self, tally: Tally) -> Iterator[Item]:
+        """The documents of a pass. Rows that cannot be used are counted, and the first of each reason is printed.
+
+        Raises:
+            InputError: more of them than the recipe allows, as soon as that is sure.
+        """
+        for item in self.split.training():
+            if not isinstance(item, Rejected):
+                tally.note({})
+                yield item
+                continue
+            if item.reason not in tally.dropped:
+                print(f"data.train: left out {item.id} and its like: {item.detail}", file=sys.stderr, flush=True)
+            tally.drop(item)
+            if tally.num_read >= ENOUGH:
+                tally.check("data.train", self.max_dropped)
+
+    def first(self, num_rows: int) -> np.ndarray:
+        """The first rows of the list. :data:`TOKEN` [num_rows, tokens]"""
+        return np.stack(list(islice(self, num_rows)))
+
+    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """A batch of rows; see :func:`distill.data.packed_rows.batch_of`. rows: :data:`TOKEN` [batch, tokens]
+
+        A row in the middle of a document gets the tokenizer's first tokens in front; one that begins with a document
+        has them, and as much filling at its end.
+        """
+        size, start = rows.shape[1], self.encoder.start
+        ids = np.full((len(rows), size + len(start)), self.encoder.end, np.int64)  # [batch, sequence]
+        counted = np.zeros(ids.shape, bool)
+        pieces, leads = [], []
+        for number, row in enumerate(rows):
+            lead = min(int(row["place"][0]), len(start))
+            ids[number, :lead], ids[number, lead : lead + size] = start[:lead], row["id"]
+            counted[number, lead : lead + size] = row["place"] >= len(start)
+            firsts = np.flatnonzero(row["place"] == 0) if self.apart else np.zeros(0, np.int64)
+            pieces.append(document_spans(firsts, 0, size))
+            leads.append([lead] + [0] * (len(pieces[-1]) - 1))
+        return batch_of(ids, pieces, counted, apart=self.apart, leads=leads)
 
 
 class StreamBatches(IterableDataset[dict[str, "Tensor"]]):
-    """Micro-batches of one rank from a stream; the positions are those of :class:`distill.data.loader.GlobalOrder`.
+    """Micro-batches of one rank from a stream, endlessly.
 
     Every rank reads the whole stream and takes its part. One worker at most may serve it, as two would each read all.
 
     Args:
-        stream: the blocks.
-        micro_batch_size: blocks for a rank in a micro-step.
-        consumed_sequences: blocks that all ranks together have taken already.
-        rank: this process.
-        world_size: processes that share the stream.
-        end_sequences: stop when so many are taken; None never stops.
+        stream: the rows.
+        taken: the positions that the rank takes.
     """
 
-    def __init__(
-        self,
-        stream: Stream,
-        micro_batch_size: int,
-        consumed_sequences: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        end_sequences: int | None = None,
-    ):
-        self.stream = stream
-        self.micro_batch_size = micro_batch_size
-        self.consumed_sequences = consumed_sequences
-        self.rank = rank
-        self.world_size = world_size
-        self.end_sequences = end_sequences
+    def __init__(self, stream: Stream, taken: MicroBatches):
+        self.stream, self.taken = stream, taken
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        step, position = self.micro_batch_size * self.world_size, self.consumed_sequences
-        blocks = islice(self.stream, position, None)
-        while self.end_sequences is None or position < self.end_sequences:
-            everyone = list(islice(blocks, step))
-            mine = everyone[self.rank * self.micro_batch_size : (self.rank + 1) * self.micro_batch_size]
+        rows, read = iter(self.stream), 0
+        for positions in self.taken:
+            # the rows before are those of other ranks, or were consumed
+            mine = list(islice(rows, positions.start - read, positions.stop - read))
+            read = positions.stop
             yield self.stream.batch(np.stack(mine))
-            position += step

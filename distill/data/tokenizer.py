@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
-from distill.core.artifact import replacing
-from distill.core.errors import InputError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from distill.core.artifact import hash_of, replacing
+from distill.core.errors import DistillError, InputError
+from distill.core.stop import stoppable
+from distill.data.first_tokens import around
+from distill.pretrained import tokenizer_from
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -36,9 +39,6 @@ def train_tokenizer(
         InputError: no text at all, or a vocabulary too small for the bytes.
         MachineError: the folder cannot be written.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     special, alphabet = [END_OF_TEXT, PAD], sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(special) + len(alphabet):
         raise InputError(f"tokenizer: vocab_size ({vocab_size}) must be at least {len(special) + len(alphabet)}")
@@ -65,17 +65,35 @@ def train_tokenizer(
 
 
 class _Limited:
-    """Texts until so many bytes have gone by."""
+    """Texts, up to a number of bytes."""
 
     def __init__(self, texts: Iterable[str], max_bytes: int):
         self.texts, self.max_bytes, self.num_bytes = texts, max_bytes, 0
 
     def __iter__(self) -> Iterator[str]:
-        for text in self.texts:
+        for text in stoppable(self.texts):
             self.num_bytes += len(text.encode("utf-8"))
-            yield text
+            yield from _without_endless_words(text)
             if self.num_bytes >= self.max_bytes:
                 return
+
+
+_ENDLESS = re.compile(r"\S{1000}|\s{1000}")
+_MOST_ENDLESS = 100
+
+
+def _without_endless_words(text: str) -> Iterator[str]:
+    """A text, cut after each thousand characters without a gap, of which only the first hundred thousand are given.
+
+    The time to learn merges from a word grows with the square of its length, and there is little in it to learn.
+    """
+    start, left = 0, _MOST_ENDLESS
+    for found in _ENDLESS.finditer(text):
+        end = found.end() if left else found.start()
+        if end > start:
+            yield text[start:end]
+        start, left = found.end(), max(0, left - 1)
+    yield text[start:]
 
 
 def load_tokenizer(location: str | Path) -> PreTrainedTokenizerFast:
@@ -84,13 +102,7 @@ def load_tokenizer(location: str | Path) -> PreTrainedTokenizerFast:
     Raises:
         InputError: it is not there, has no fast version, or marks no end of text.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(location), trust_remote_code=False)
-    except Exception as error:  # the library's errors are of many kinds and many lines
-        why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"{location}: the tokenizer cannot be loaded ({why})") from None
+    tokenizer = tokenizer_from(str(location))
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(
             f"{location}: this tokenizer ({type(tokenizer).__name__}) has no fast version (tokenizer.json)"
@@ -104,24 +116,15 @@ def load_tokenizer(location: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def check_same_vocabulary(
-    student: PreTrainedTokenizerFast,
-    teacher: PreTrainedTokenizerFast,
-    student_vocabulary_size: int | None = None,
-    teacher_vocabulary_size: int | None = None,
-) -> None:
+def check_same_vocabulary(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast) -> None:
     """Refuse a student and a teacher that mean different things by the same token id.
-
-    The heads of the models may be larger than the vocabulary, and differently so, as rows are often padded.
 
     Args:
         student: the student's tokenizer.
         teacher: the teacher's.
-        student_vocabulary_size: rows of the student's head; None leaves that check out.
-        teacher_vocabulary_size: rows of the teacher's head; None leaves that check out.
 
     Raises:
-        InputError: the vocabularies or the ways to cut text differ, or a head has too few rows.
+        InputError: the vocabularies or the ways to cut text differ.
     """
     ours, theirs = (
         {index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in (student, teacher)
@@ -132,13 +135,23 @@ def check_same_vocabulary(
             f"vocabulary: student has {len(ours)} tokens, teacher {len(theirs)}; the first that differs is {first}: "
             f"{ours.get(first)!r} for the student, {theirs.get(first)!r} for the teacher; use models of one tokenizer"
         )
-    if student(_MERGES_PROBE)["input_ids"] != teacher(_MERGES_PROBE)["input_ids"]:
+    ways = [tokenizer(_MERGES_PROBE, add_special_tokens=False)["input_ids"] for tokenizer in (student, teacher)]
+    if ways[0] != ways[1]:
         raise InputError(
             "vocabulary: student and teacher have the same tokens but cut text differently; use one tokenizer"
         )
-    for who, size in (("student", student_vocabulary_size), ("teacher", teacher_vocabulary_size)):
-        if size is not None and size <= max(ours):
-            raise InputError(f"vocabulary: the {who}'s head has {size} rows, its tokenizer needs {max(ours) + 1}")
+    around = [_around(tokenizer) for tokenizer in (student, teacher)]
+    if around[0] != around[1]:
+        raise InputError(
+            "vocabulary: student and teacher have the same tokens, but around a text the student's tokenizer puts "
+            f"{around[0]} and the teacher's {around[1]}; use one tokenizer, or give both one post_processor"
+        )
+
+
+def _around(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The tokens that a tokenizer puts before and after a text, in words."""
+    ends = [tokenizer.convert_ids_to_tokens(ids) for ids in around(tokenizer)]
+    return " and ".join(repr(token) for tokens in ends for token in tokens) or "nothing"
 
 
 def check_read_back(tokenizer: PreTrainedTokenizerFast, model_type: str) -> None:
@@ -158,8 +171,7 @@ def check_read_back(tokenizer: PreTrainedTokenizerFast, model_type: str) -> None
         tokenizer.save_pretrained(folder)
         (Path(folder) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
         again = load_tokenizer(folder)
-    text = (_MERGES_PROBE, f" {_MERGES_PROBE}")
-    if again.get_vocab() != tokenizer.get_vocab() or again(text)["input_ids"] != tokenizer(text)["input_ids"]:
+    if _difference(tokenizer, again):
         raise InputError(
             f"config.model_type: transformers reads the tokenizer of any {model_type} model as a "
             f"{type(again).__name__}, which cuts text otherwise than the run's; set data.tokenizer to one made for "
@@ -167,10 +179,35 @@ def check_read_back(tokenizer: PreTrainedTokenizerFast, model_type: str) -> None
         )
 
 
+def check_written(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Compare a tokenizer with what it is read back as from the model folder that it was written to.
+
+    Raises:
+        DistillError: it does not load, or cuts a text otherwise.
+    """
+    try:
+        again = load_tokenizer(folder)
+    except InputError as error:
+        raise DistillError(f"{error}, right after it was written") from error
+    if other := _difference(tokenizer, again):
+        raise DistillError(
+            f"{folder}: the tokenizer that was written is read back with another {other}; set data.tokenizer to one "
+            "that was made for this architecture"
+        )
+
+
+def _difference(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> str | None:
+    """In what two tokenizers differ, in words; None for nothing that is seen."""
+    text = (_MERGES_PROBE, f" {_MERGES_PROBE}")
+    if one.get_vocab() != other.get_vocab():
+        return "vocabulary"
+    if one(text)["input_ids"] != other(text)["input_ids"]:
+        return "way to cut text"
+    return None if one.eos_token_id == other.eos_token_id else "end-of-text token"
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """A hash of all that decides how text becomes ids."""
-    from distill.core.artifact import hash_of
-
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["truncation"] = backend["padding"] = None  # set by callers, undone before we encode
     return hash_of(backend, tokenizer.eos_token_id)

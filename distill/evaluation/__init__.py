@@ -1,1 +1,1 @@
-"""What a model is worth and what it costs: quality, size, speed and memory, and answers side by side."""
+"""Measures models: quality, size, speed and memory, accuracy on tasks, and answers to the same prompts."""

@@ -1,10 +1,16 @@
-"""How well a student predicts, and how close it is to its teacher: token-exact sums over a whole validation set."""
+"""How well a student predicts, and how close it is to its teacher: token-exact sums over a whole validation set.
+
+The output heads are called for a chunk of the counted tokens at a time, so that tokens x vocabulary never exists.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +18,24 @@ from torchmetrics import Metric
 
 from distill.core.batch import model_inputs
 from distill.core.errors import InputError
+from distill.core.stop import stoppable
+from distill.models.head import check_head, hidden_states, output_head
+from distill.numerics.kl import kl_of_logits
+from distill.numerics.term import LossTerm
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What :func:`measure_quality` found.
+    """The result of :func:`measure_quality`.
 
     Attributes:
         perplexity: ``exp(loss_nats)``.
-        loss_nats: mean negative log-likelihood of the next token, nats per token.
-        bits_per_byte: the same in bits per byte of text, so that tokenizers compare; None without a byte count.
-        kl_to_teacher: KL(teacher || student) at temperature 1, nats per token; None without a teacher.
-        top1_agreement: share of positions, 0 to 1, where both find the same token likeliest; None without a teacher.
-        tokens: number of predictions that counted.
+        loss_nats: mean negative log-likelihood of the next token, in nats per token.
+        bits_per_byte: the loss in bits per byte of text, so that tokenizers can be compared; None without a byte count.
+        kl_to_teacher: KL(teacher || student) at temperature 1, in nats per token; None without a teacher.
+        top1_agreement: fraction of positions at which both models have the same most likely token; None without a
+            teacher.
+        tokens: number of counted tokens.
     """
 
     perplexity: float
@@ -36,10 +47,10 @@ class Quality:
 
 
 class TokenSum(Metric):
-    """Sum and number of per-token values, exact over micro-batches and ranks; whoever reads it divides.
+    """Sum and number of per-token values, exact over micro-batches and ranks: :class:`LossTerm` as a metric.
 
-    The mean of batch means is wrong as soon as masks are uneven, and torchmetrics' ``Perplexity`` takes the logarithm
-    of a softmax in the logits' own type (an unlikely token underflows to infinity) and sums in float32. Hence this one.
+    A mean of batch means is wrong if the batches have different numbers of tokens. torchmetrics' ``Perplexity`` takes
+    the logarithm of a softmax in the dtype of the logits (so unlikely tokens underflow) and sums in float32.
     """
 
     full_state_update = False
@@ -52,13 +63,19 @@ class TokenSum(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, values: Tensor) -> None:
-        """Add values of any shape, one a token."""
+        """Add values of any shape: one value per token."""
         self.total += values.sum(dtype=torch.float64)
         self.count += values.numel()
 
     def compute(self) -> Tensor:
         """``[total, count]``, float64."""
         return torch.stack([self.total, self.count])
+
+
+Chunk = Callable[[slice], Tensor]
+"""Places among the counted tokens of a batch -> their logits, float32 [tokens, vocabulary]."""
+Predictions = Callable[[dict[str, Tensor]], Chunk]
+"""A batch -> its counted predictions."""
 
 
 @torch.no_grad()
@@ -72,85 +89,119 @@ def measure_quality(
 ) -> Quality:
     """Measure a causal language model on held-out text.
 
-    With vocabularies padded to different widths the two models are compared over the tokens that both know, each
-    renormalised over those; perplexity always uses the model's own full width.
+    If the vocabularies are padded to different widths, the two models are compared over the vocabulary that both have,
+    and both distributions are renormalised over it. The perplexity always uses the model's whole vocabulary.
 
     Args:
-        model: Hugging Face style causal language model; its forward returns an object with ``logits`` [batch, sequence,
-            vocabulary]. Left in the mode (training or evaluation) in which it came.
+        model: causal language model of transformers. Left in the mode (training or evaluation) in which it came.
         teacher: the same, or None: then there is nothing to agree with.
-        batches: ``{"input_ids": int64 [batch, sequence], "mask": bool [batch, sequence]}``, optionally
-            ``attention_mask`` and ``position_ids``; ``mask[b, t]`` says that the prediction of token t+1 counts.
+        batches: ``input_ids``, ``targets`` and ``mask``, each [batch, sequence], optionally ``attention_mask`` and
+            ``position_ids``; see :mod:`distill.core.batch`.
         validation_bytes: UTF-8 bytes of all the text whose tokens count; None: bits per byte are not measured.
-        chunk_tokens: tokens whose float32 log-probabilities exist at once.
+        chunk_tokens: tokens whose logits exist at once.
 
     Raises:
-        InputError: no token counts, a token lies outside the vocabulary, or the byte count is not positive.
+        InputError: no token is counted, a token is not in the vocabulary, or the byte count is not positive.
     """
-    if validation_bytes is not None and validation_bytes <= 0:
-        raise InputError(f"validation_bytes: got {validation_bytes}, expected the size of the validation text in bytes")
-    device = next(model.parameters()).device
-    loss, kl, agreement = TokenSum().to(device), TokenSum().to(device), TokenSum().to(device)
     modes = [(m, m.training) for m in (model, teacher) if m is not None]
     try:
         for module, _ in modes:
             module.eval()
-        for batch in batches:
-            student_logits, targets = _predictions(model, batch)
-            teacher_logits = None if teacher is None else _predictions(teacher, batch)[0]
-            for own, other, target in _chunks(student_logits, teacher_logits, targets, chunk_tokens):
-                loss.update(-own.log_softmax(-1).gather(-1, target[:, None]))
-                if other is not None:
-                    shared = min(own.size(-1), other.size(-1))
-                    own, other = own[:, :shared], other[:, :shared]
-                    kl.update(kl_divergence(own, other))
-                    agreement.update((own.argmax(-1) == other.argmax(-1)).double())
+        theirs = None if teacher is None else predictions_of(teacher)
+        return compare_predictions(predictions_of(model), theirs, batches, validation_bytes, chunk_tokens=chunk_tokens)
     finally:
         for module, training in modes:
             module.train(training)
+
+
+@torch.no_grad()
+def compare_predictions(
+    own: Predictions,
+    teacher: Predictions | None,
+    batches: Iterable[dict[str, Tensor]],
+    validation_bytes: int | None = None,
+    *,
+    chunk_tokens: int = 1024,
+) -> Quality:
+    """Measure whatever makes logits, such as an engine; see :func:`measure_quality`.
+
+    Args:
+        own: of what is measured.
+        teacher: of its teacher, or None.
+        batches: as in :func:`measure_quality`.
+        validation_bytes: as there.
+        chunk_tokens: as there.
+
+    Raises:
+        InputError: as there.
+    """
+    if validation_bytes is not None and validation_bytes <= 0:
+        raise InputError(f"validation_bytes: got {validation_bytes}, expected the size of the validation text in bytes")
+    loss, kl, agreement = TokenSum(), TokenSum(), TokenSum()
+    for batch in stoppable(batches):
+        targets = batch["targets"][batch["mask"]]  # [tokens]
+        ours, theirs = own(batch), None if teacher is None else teacher(batch)
+        for start in range(0, len(targets), chunk_tokens):
+            piece = slice(start, min(start + chunk_tokens, len(targets)))
+            student = ours(piece)  # [chunk, vocabulary]
+            target = targets[piece].to(student.device)
+            if int(target.max()) >= student.size(-1):
+                raise InputError(
+                    f"validation data: token {int(target.max())} lies outside the model's vocabulary of "
+                    f"{student.size(-1)}; use the tokenizer that the model was trained with"
+                )
+            loss.update(-student.log_softmax(-1).gather(-1, target[:, None]).cpu())
+            if theirs is not None:
+                other = theirs(piece).to(student.device)
+                shared = min(student.size(-1), other.size(-1))
+                student, other = student[:, :shared], other[:, :shared]
+                kl.update(kl_of_logits(other, student).cpu())
+                agreement.update((student.argmax(-1) == other.argmax(-1)).double().cpu())
     return _quality(loss, kl if teacher is not None else None, agreement, validation_bytes)
 
 
-def kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(teacher || student) of each token, [tokens], from float32 logits [tokens, vocabulary] of equal width.
+def predictions_of(model: Any) -> Predictions:
+    """Those of a model of transformers, through its output head.
 
-    A token that the teacher rules out (logit of minus infinity) contributes nothing, whatever the student thinks of it.
+    A model with an operation between its last hidden states and its logits has no head to call; its own forward then
+    computes the logits of whole rows, one row at a time.
     """
-    log_p, log_q = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
-    difference = (log_p - log_q).masked_fill_(log_p == -torch.inf, 0.0)
-    return (log_p.exp_() * difference).sum(-1)
-
-
-def _predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits of the positions that count [tokens, vocabulary], in the model's type, and their targets [tokens]."""
     device = next(model.parameters()).device
-    inputs = model_inputs(batch, device)
-    mask = batch["mask"].to(device)
-    targets = inputs["input_ids"].roll(-1, dims=1)[mask]
-    logits = model(**inputs, use_cache=False).logits
-    if targets.numel() and int(targets.max()) >= logits.size(-1):
-        raise InputError(
-            f"validation data: token {int(targets.max())} lies outside the model's vocabulary of {logits.size(-1)}; "
-            "use the tokenizer that the model was trained with"
-        )
-    return logits[mask], targets
+    try:
+        check_head(model)
+    except InputError:
+        return partial(_by_row, model, device)
+    head = output_head(model)
+
+    def predictions(batch: dict[str, Tensor]) -> Chunk:
+        inputs = model_inputs(batch, device)
+        hidden = hidden_states(model, inputs.pop("input_ids"), **inputs)[batch["mask"].to(device)]  # [tokens, hidden]
+        return lambda piece: head.logits(hidden[piece]).float()
+
+    return predictions
 
 
-def _chunks(
-    student: Tensor, teacher: Tensor | None, targets: Tensor, size: int
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """Float32 pieces of ``size`` tokens, the teacher's on the student's device."""
-    for start in range(0, max(1, len(targets)), size):  # an empty batch counts as asked, too
-        piece = slice(start, start + size)
-        other = None if teacher is None else teacher[piece].to(student.device).float()
-        yield student[piece].float(), other, targets[piece]
+def _by_row(model: Any, device: torch.device, batch: dict[str, Tensor]) -> Chunk:
+    counts = [0, *batch["mask"].sum(-1).cumsum(0).tolist()]  # of tokens before each row, and of all
+
+    def chunk(piece: slice) -> Tensor:
+        found = []
+        for row, (begin, end) in enumerate(pairwise(counts)):
+            part = slice(max(piece.start, begin) - begin, min(piece.stop, end) - begin)
+            if part.start < part.stop:
+                one = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+                logits = model(**model_inputs(one, device), use_cache=False).logits  # [1, sequence, vocabulary]
+                found.append(logits[one["mask"].to(device)][part].float())
+        return torch.cat(found)
+
+    return chunk
 
 
 def _quality(loss: TokenSum, kl: TokenSum | None, agreement: TokenSum, validation_bytes: int | None) -> Quality:
     total, count = loss.compute().tolist()
     if not count:
-        raise InputError("validation data: no token counts (the mask is False everywhere); give it longer texts")
-    nats = total / count
+        raise InputError("validation data: no token is counted (the mask is False everywhere); use longer texts")
+    nats = _mean(loss)
     return Quality(
         perplexity=math.exp(nats) if nats < 700 else math.inf if nats > 0 else nats,
         loss_nats=nats,
@@ -162,5 +213,4 @@ def _quality(loss: TokenSum, kl: TokenSum | None, agreement: TokenSum, validatio
 
 
 def _mean(metric: TokenSum) -> float:
-    total, count = metric.compute().tolist()
-    return total / count
+    return LossTerm(*metric.compute()).per_token().item()

@@ -1,9 +1,9 @@
-"""The same prompts to several models, answered greedily, with the first token that differs marked."""
+"""Greedy answers of several models to the same prompts, with the first different token marked."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,26 @@ from typing import Any
 import torch
 
 from distill.core.errors import InputError
+from distill.core.stop import stoppable
+from distill.evaluation.engine_process import EngineProcess
+from distill.evaluation.greedy import greedy
+from distill.models.load import load_model, locate
+from distill.pretrained import tokenizer_from
 
 Prompt = str | list[dict[str, str]]
-"""Text to go on with, or chat messages for the tokenizer's own template."""
+"""Text to continue, or chat messages for the tokenizer's chat template."""
+Encode = Callable[[Any, Prompt], list[int]]
+"""(tokenizer, prompt) -> input ids."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One model's answer to one prompt.
+    """The answer of one model to one prompt.
 
     Attributes:
-        text: the answer without special tokens.
-        ends: characters of ``text`` that each token completes, cumulative.
-        seconds: wall-clock time of the whole generation.
+        text: answer without special tokens.
+        ends: for each token, the number of characters of ``text`` up to the end of this token.
+        seconds: wall-clock time of the generation.
     """
 
     text: str
@@ -39,45 +46,97 @@ def side_by_side(
     device: str = "cpu",
     dtype: str = "auto",
     simulated: Sequence[str] = (),
+    encode: Encode | None = None,
 ) -> list[dict[str, Any]]:
-    """Let each model answer each prompt; only one model is in memory at a time.
+    """Generate the answer of each model to each prompt. Only one model is in memory at a time.
 
     Args:
-        models: name -> folder (with tokenizer) or Hub id; the first is the one that the others are held against.
+        models: name -> folder (with tokenizer) or Hub id. The other models are compared with the first.
         prompts: texts to continue, or lists of chat messages.
-        new_tokens: most tokens of an answer.
+        new_tokens: largest number of tokens of an answer.
         device: torch device.
-        dtype: "auto" (as stored) or a torch type's name.
-        simulated: names of models whose low-bit arithmetic is simulated here; their seconds are left out.
+        dtype: "auto" (as stored) or the name of a torch dtype.
+        simulated: names of models whose low-bit arithmetic is simulated; their seconds are None in the result.
+        encode: function that encodes prompts; None for the model's own tokenizer and template.
 
     Returns:
-        a dict a prompt: ``{"prompt": str, "answers": {name: {"text", "tokens", "seconds", "mark"}}}``. ``mark`` is
-        ``[start, end]`` in characters of the first token that differs from the first model's answer, ``[n, n]`` where
-        the answer stops early, and None where nothing differs.
+        a dict a prompt: ``{"prompt": str, "answers": {name: {"text", "tokens", "words", "seconds", "mark"}}}``.
+        ``mark`` is ``[start, end]`` in characters of the first token that differs from the first model's answer,
+        ``[n, n]`` where the answer stops early, and None where nothing differs.
 
     Raises:
         InputError: a model cannot be loaded, or a prompt is empty.
     """
-    from transformers import AutoTokenizer
+    given = {
+        name: answers_of(location, prompts, new_tokens=new_tokens, device=device, dtype=dtype, encode=encode)
+        for name, location in stoppable(models.items())
+    }
+    return align(prompts, given, simulated)
 
-    from distill.models.load import load_model
 
-    answers: dict[str, list[Answer]] = {}
-    for name, location in models.items():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(location)
-        except (OSError, ValueError, ImportError) as error:
-            raise InputError(f"{name}: {location} cannot be loaded: {str(error).splitlines()[0]}") from None
-        model = load_model(str(location), dtype=dtype, device=device)
-        answers[name] = [answer(model, tokenizer, prompt, new_tokens) for prompt in prompts]
-        del model
-    return align(prompts, answers, simulated)
+def answers_of(
+    location: str | Path,
+    prompts: Sequence[Prompt],
+    *,
+    new_tokens: int,
+    device: str = "cpu",
+    dtype: str = "auto",
+    encode: Encode | None = None,
+) -> list[Answer]:
+    """One model's answers; see :func:`side_by_side`. The model is not in memory any more when they are there."""
+    tokenizer = tokenizer_from(locate(str(location)))
+    model = load_model(str(location), dtype=dtype, device=device)
+    return [answer(model, tokenizer, prompt, new_tokens, encode or _encode) for prompt in stoppable(prompts)]
+
+
+def answers_in_engine(
+    process: EngineProcess,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    new_tokens: int,
+    ends: Sequence[int],
+    encode: Encode | None = None,
+) -> list[Answer]:
+    """Greedy answers of a model in its engine.
+
+    Args:
+        process: of the engine.
+        tokenizer: of the model.
+        prompts: as in :func:`side_by_side`.
+        new_tokens: most tokens of an answer.
+        ends: ids that end an answer.
+        encode: as in :func:`side_by_side`.
+
+    Raises:
+        InputError: a prompt is empty.
+    """
+    found = []
+    for prompt in stoppable(prompts):
+        ids = (encode or _encode)(tokenizer, prompt)
+        if not ids:
+            raise _empty(prompt)
+        started = time.perf_counter()
+        written = process.write(ids, new_tokens, lambda so_far: so_far[-1] in ends)
+        found.append(_answer(tokenizer, written, time.perf_counter() - started))
+    return found
+
+
+def _empty(prompt: Prompt) -> InputError:
+    return InputError(f"prompts: {prompt!r} has no tokens; give a text of at least one token")
+
+
+def _answer(tokenizer: Any, new: list[int], seconds: float) -> Answer:
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    pieces = [tokenizer.decode(new[: k + 1], skip_special_tokens=True) for k in range(len(new))]
+    # A token may hold half a character: only what has its final form in the text counts as completed.
+    return Answer(text, [_common(text, piece) for piece in pieces], seconds)
 
 
 def align(
     prompts: Sequence[Prompt], answers: Mapping[str, Sequence[Answer]], simulated: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """Put answers of several models beside each other; see :func:`side_by_side` for the result."""
+    """Combine the answers of several models; see :func:`side_by_side` for the result."""
     rows = []
     for i, prompt in enumerate(prompts):
         first = next(iter(answers.values()))[i]
@@ -85,6 +144,7 @@ def align(
             name: {
                 "text": given[i].text,
                 "tokens": len(given[i].ends),
+                "words": len(given[i].text.split()),
                 "seconds": None if name in simulated else given[i].seconds,
                 "mark": first_difference(first.text, given[i]),
             }
@@ -95,7 +155,7 @@ def align(
 
 
 def first_difference(reference: str, given: Answer) -> list[int] | None:
-    """Characters [start, end) of the first token of ``given`` that departs from ``reference``; None if none does."""
+    """Characters [start, end) of the first token of ``given`` that differs from ``reference``; None if none differs."""
     if given.text == reference:
         return None
     same = _common(reference, given.text)
@@ -106,50 +166,33 @@ def first_difference(reference: str, given: Answer) -> list[int] | None:
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, prompt: Prompt, new_tokens: int = 64) -> Answer:
-    """A transformers model's greedy answer; its folder's own sampling settings are put aside, so that models compare.
+def answer(model: Any, tokenizer: Any, prompt: Prompt, new_tokens: int, encode: Encode) -> Answer:
+    """The greedy answer of a transformers model. Its own generation settings are not used.
 
     Raises:
-        InputError: the prompt has no tokens, or chat messages meet a tokenizer without a template.
+        InputError: the prompt has no tokens, or the tokenizer has no template for chat messages.
     """
-    from transformers import GenerationConfig
-
-    ids = _encode(tokenizer, prompt).to(model.device)
+    ids = torch.tensor([encode(tokenizer, prompt)], dtype=torch.int64, device=model.device)
+    if ids.numel() == 0:
+        raise _empty(prompt)
     eos = getattr(model.generation_config, "eos_token_id", None)
     ends = eos if isinstance(eos, list) else [eos]
-    settings = GenerationConfig(
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        eos_token_id=eos,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] or 0),
-    )
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] or 0)
+    settings = greedy(new_tokens, eos, padding)
     started = time.perf_counter()
     output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     new = output[0, ids.size(1) :].tolist()
-    seconds = time.perf_counter() - started
-    text = tokenizer.decode(new, skip_special_tokens=True)
-    pieces = [tokenizer.decode(new[: k + 1], skip_special_tokens=True) for k in range(len(new))]
-    # A token may hold half a character: only what has its final form in the text counts as completed.
-    return Answer(text, [_common(text, piece) for piece in pieces], seconds)
+    return _answer(tokenizer, new, time.perf_counter() - started)
 
 
 def _common(one: str, other: str) -> int:
-    """Characters that two texts have in common from their start."""
+    """Length of the common prefix of two texts, in characters."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _encode(tokenizer: Any, prompt: Prompt) -> torch.Tensor:
+def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-    elif tokenizer.chat_template is None:
+        return list(tokenizer(prompt)["input_ids"])
+    if tokenizer.chat_template is None:
         raise InputError("prompts: chat messages were given, but the tokenizer has no chat template; give plain texts")
-    else:
-        ids = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).input_ids
-    if ids.numel() == 0:
-        raise InputError(f"prompts: {prompt!r} has no tokens; give a text of at least one token")
-    return ids
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])

@@ -1,26 +1,37 @@
-"""How fast a model answers and how much memory it takes, each model in a process of its own.
-
-A process's peak memory never falls, so two models in one process would share the larger one's peak. The processes are
-forked from a server that has torch and transformers loaded already: a start costs milliseconds instead of seconds.
-"""
+"""How fast a model answers and what it takes of the machine, in its engine, each model in a process of its own."""
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 from distill.core.errors import InputError, MachineError
-from distill.evaluation.speed_settings import SpeedSettings, Weights
+from distill.evaluation.child import Child, say
+from distill.evaluation.engine import TRANSFORMERS, Opening, Weights
+from distill.evaluation.meter import Counters
+from distill.evaluation.speed_child import measure
+from distill.evaluation.speed_settings import SpeedSettings
+from distill.evaluation.transformers_engine import name
 
 Kernel = Literal["real", "simulated"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Speed at one batch size and length of the prompt; as in :class:`Speed`."""
+
+    batch: int
+    prompt_tokens: int
+    prefill_ms_p50: float
+    prefill_ms_p90: float
+    prefill_tokens_per_s: float
+    peak_memory_bytes: int | None = None
+    decode_tokens_per_s_p50: float | None = None
+    decode_tokens_per_s_p90: float | None = None
 
 
 @dataclass(frozen=True)
@@ -32,10 +43,14 @@ class Speed:
         prefill_ms_p50: median time of the prompt's forward pass, milliseconds; p90 is the slow end.
         prefill_tokens_per_s: prompt tokens per second at the median, over the whole batch.
         decode_tokens_per_s_p50: new tokens per second at the median step; p90: at the slow 90th percentile of steps.
-        peak_memory_bytes: CUDA: most memory allocated on the device; CPU: peak resident memory of the whole process.
+            None where the engine keeps no keys and values.
+        peak_memory_bytes: of the device where the model is on one, else peak resident memory of the whole process.
         memory_above_start_bytes: the same peak less what the process held before it loaded the model.
+        prefill_joules_per_1000, decode_joules_per_1000: energy per 1,000 tokens by counters; None: there is none.
+        cpu_load, gpu_load: percent of all processors that the process used, and of the GPUs, while it decoded.
+        points: the same at each batch size and length of the prompt.
         engine: what ran the model, with version.
-        dtype: type of the arithmetic.
+        dtype: type of the arithmetic, or of the weights.
         device: the device's name.
         threads: CPU threads in use.
         settings: as they were asked for.
@@ -54,6 +69,11 @@ class Speed:
     decode_tokens_per_s_p90: float | None = None
     peak_memory_bytes: int | None = None
     memory_above_start_bytes: int | None = None
+    prefill_joules_per_1000: float | None = None
+    decode_joules_per_1000: float | None = None
+    cpu_load: float | None = None
+    gpu_load: float | None = None
+    points: tuple[Point, ...] = ()
 
 
 def measure_speed(
@@ -69,16 +89,21 @@ def measure_speed(
     threads: int | None = None,
     timeout_s: float = 600.0,
     weights: Weights = "stored",
+    grid: Sequence[tuple[int, int]] = (),
+    module: str = TRANSFORMERS,
+    kv_cache: str | None = None,
+    counters: Callable[[], Counters] | None = None,
+    energy_s: float = SpeedSettings.energy_s,
 ) -> Speed:
-    """Measure one model folder in a process of its own; call it for one model after another.
+    """Measure one model in a process of its own; call it for one model after another.
 
     The prompt is random tokens: the time of a dense model does not depend on which ones.
 
     Args:
-        folder: Hugging Face layout, or a Hub id.
+        folder: the model's, in the layout of its engine; or a Hub id for transformers.
         kernel: "simulated" for fake-quantized weights and for low-bit files that transformers unpacks to run; nothing
             is measured then.
-        prompt_tokens: see :class:`SpeedSettings`, as for all that follow.
+        prompt_tokens: see :class:`SpeedSettings`, as for all that follow but the last five.
         new_tokens: at least 1.
         repeats: at least 1.
         batch: at least 1.
@@ -87,109 +112,71 @@ def measure_speed(
         threads: CPU threads or None.
         timeout_s: seconds.
         weights: "stored" or "random".
+        grid: further (batch, prompt_tokens), each at least 1.
+        module: of the engine; see :class:`~distill.evaluation.engine.Opening`.
+        kv_cache: see there.
+        counters: makes what reads the machine, in the measuring process; None: no energy is measured.
+        energy_s: seconds.
 
     Raises:
         InputError: a setting makes no sense.
         MachineError: the model cannot be loaded or run here, with the process's own reason in one line.
     """
-    settings = SpeedSettings(prompt_tokens, new_tokens, repeats, batch, device, dtype, threads, timeout_s, weights)
+    lengths = (prompt_tokens, new_tokens, repeats, batch)
+    settings = SpeedSettings(*lengths, device, dtype, threads, timeout_s, tuple(grid), energy_s)
     _check(settings)
+    opening = Opening(str(folder), module, device, dtype, threads, kv_cache, weights)
     if kernel == "simulated":
-        return Speed("simulated", _engine(), settings, device)
-    context = _context()
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, str(folder), asdict(settings)), daemon=True)
-    with _without_main():
-        process.start()
-    sender.close()
-    state: str
-    result: Any
-    try:
-        state, result = receiver.recv() if receiver.poll(timeout_s) else ("error", f"no answer in {timeout_s:g} s")
-    except EOFError:
-        process.join(10)
-        state, result = "error", _death(process.exitcode)
-    finally:
-        receiver.close()
-        process.join(1)
-        if process.is_alive():
-            process.kill()
-            process.join()
-    if state == "error":
-        raise MachineError(f"{folder}: speed cannot be measured: {result}")
-    return Speed("real", _engine(), settings, **result)
+        return Speed("simulated", name(), settings, device)
+    with Child(_measure, opening, settings, counters, what=str(folder), module=module) as child:
+        try:
+            found = child.receive(timeout_s)
+        except MachineError as error:
+            raise MachineError(str(error).replace(str(folder), f"{folder}: speed cannot be measured", 1)) from None
+    points = tuple(Point(**point) for point in found.pop("points"))
+    return Speed("real", settings=settings, points=points, **found)
 
 
 def quietest(speeds: Sequence[Speed]) -> Speed:
-    """One model's rounds as one: of each time the round that was disturbed least, of memory the median.
+    """One model's rounds as one: of each time the round that was disturbed least, of memory and energy the median.
 
     Other work on a machine only ever makes a program slower, so the fastest round says most about the program.
     """
-    best: dict[str, Callable[[list[Any]], Any]] = {
-        "prefill_ms_p50": min,
-        "prefill_ms_p90": min,
-        "prefill_tokens_per_s": max,
-        "decode_tokens_per_s_p50": max,
-        "decode_tokens_per_s_p90": max,
-        "peak_memory_bytes": statistics.median_low,
-        "memory_above_start_bytes": statistics.median_low,
-    }
-    found = {name: [v for speed in speeds if (v := getattr(speed, name)) is not None] for name in best}
-    return replace(speeds[0], **{name: best[name](values) for name, values in found.items() if values})
+    points = zip(*(speed.points for speed in speeds), strict=True)
+    return replace(_best(speeds), points=tuple(_best(rounds) for rounds in points))
+
+
+BEST: dict[str, Callable[[list[Any]], Any]] = {
+    "prefill_ms_p50": min,
+    "prefill_ms_p90": min,
+    "prefill_tokens_per_s": max,
+    "decode_tokens_per_s_p50": max,
+    "decode_tokens_per_s_p90": max,
+    "peak_memory_bytes": statistics.median_low,
+    "memory_above_start_bytes": statistics.median_low,
+    "prefill_joules_per_1000": statistics.median_low,
+    "decode_joules_per_1000": statistics.median_low,
+    "cpu_load": statistics.median_low,
+    "gpu_load": statistics.median_low,
+}
+
+
+def _best(rounds: Sequence[Any]) -> Any:
+    found = {name: [v for one in rounds if (v := getattr(one, name, None)) is not None] for name in BEST}
+    return replace(rounds[0], **{name: BEST[name](values) for name, values in found.items() if values})
 
 
 def _check(settings: SpeedSettings) -> None:
-    for name in ("prompt_tokens", "new_tokens", "repeats", "batch"):
-        if getattr(settings, name) < 1:
-            raise InputError(f"{name}: got {getattr(settings, name)}, expected 1 or more")
+    for key in ("prompt_tokens", "new_tokens", "repeats", "batch"):
+        if getattr(settings, key) < 1:
+            raise InputError(f"{key}: got {getattr(settings, key)}, expected 1 or more")
+    if wrong := [point for point in settings.grid if min(point) < 1]:
+        raise InputError(f"grid: got {wrong[0]}, expected 1 or more")
     if settings.dtype not in {"auto", "float32", "bfloat16", "float16"}:
         raise InputError(f"dtype: got {settings.dtype!r}, expected auto, float32, bfloat16 or float16")
 
 
-def _engine() -> str:
-    from importlib.metadata import version
-
-    return f"transformers {version('transformers')}, torch {version('torch')}"
-
-
-def _context() -> Any:
-    """The fork server's context, with the child's imports done beforehand; ``spawn`` where the system cannot fork."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distill.evaluation.speed_child"])
-    return context
-
-
-@contextmanager
-def _without_main() -> Iterator[None]:
-    """Hide the caller's script while a process starts: it would be imported, and so run, a second time in there."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-def _child(sender: Connection, folder: str, settings: dict[str, Any]) -> None:
-    """The process's whole life: measure, send figures or one line of excuse."""
-    import warnings
-
-    warnings.simplefilter("ignore")
-    try:
-        from distill.evaluation.speed_child import measure
-
-        sender.send(("done", measure(folder, SpeedSettings(**settings))))
-    except BaseException as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        with suppress(OSError):  # nobody may be listening any more
-            sender.send(("error", f"{type(error).__name__}: {first}" if first else type(error).__name__))
-    finally:
-        sender.close()
-
-
-def _death(exit_code: int | None) -> str:
-    if exit_code == -9:
-        return "the process was killed (most often: out of memory)"
-    return f"the process died (exit code {exit_code})"
+def _measure(
+    connection: Connection, opening: Opening, settings: SpeedSettings, counters: Callable[[], Counters] | None
+) -> None:
+    say(connection, measure(opening, settings, counters))

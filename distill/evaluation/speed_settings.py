@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-Weights = Literal["stored", "random"]
+from distill.evaluation.meter import ENERGY_S
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,8 @@ class SpeedSettings:
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         threads: CPU threads; None: torch's own choice.
         timeout_s: seconds after which the measurement is given up.
-        weights: "random" measures what a folder's config describes; it needs no weights.
+        grid: further (batch, prompt_tokens) at which the same is measured.
+        energy_s: seconds of prefill, and of decoding, over which energy is measured where there is a counter.
     """
 
     prompt_tokens: int = 128
@@ -32,4 +32,9 @@ class SpeedSettings:
     dtype: str = "auto"
     threads: int | None = None
     timeout_s: float = 600.0
-    weights: Weights = "stored"
+    grid: tuple[tuple[int, int], ...] = ()
+    energy_s: float = ENERGY_S
+
+    def points(self) -> list[tuple[int, int]]:
+        """Every (batch, prompt_tokens), the one of fewest tokens first, so that a peak of memory is its own."""
+        return sorted({(self.batch, self.prompt_tokens), *self.grid}, key=lambda point: (point[0] * point[1], point))

@@ -1,12 +1,16 @@
-"""Deliverables: a model written for one engine and held against the trained model in that engine."""
+"""Exporters: each writes a model in the format of one engine and compares it with the trained model in that engine.
+
+To add an exporter, write one file in this folder and import its class here.
+"""
 
 from distill.core.spec import Family
 from distill.exporters.base import CardFacts, ExporterSpec, VerifyResult
-from distill.exporters.gguf import Gguf
+
+# `distill list` shows them in this order
+# isort: off
 from distill.exporters.huggingface import HuggingFace
+from distill.exporters.gguf import Gguf
 from distill.exporters.onnx import Onnx
 from distill.exporters.torchao import Torchao
 
-EXPORTERS = Family("exporter", HuggingFace, Gguf, Onnx, Torchao)
-
-__all__ = ["EXPORTERS", "CardFacts", "ExporterSpec", "Gguf", "HuggingFace", "Onnx", "Torchao", "VerifyResult"]
+EXPORTERS = Family.among("exporter", globals(), ExporterSpec)

@@ -1,4 +1,4 @@
-"""Two models' logits on the same tokens, as figures."""
+"""Comparison of the logits of two models on the same tokens."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from distill.core.errors import DistillError, InputError
+from distill.core.stop import stoppable
 from distill.exporters.base import VerifyResult
 from distill.models.size import weight_bytes
+from distill.numerics.kl import kl_of_logits
+from distill.numerics.term import LossTerm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,33 +33,35 @@ def compare(
     folder: Path,
     num_bytes: int | None = None,
 ) -> VerifyResult:
-    """Run both on every batch and compare where ``mask`` is True.
+    """Run both models on every batch and compare their logits where ``mask`` is True.
 
-    Log-probabilities are taken in fp64: in fp32 their own rounding is of the size of the bounds that are set here.
+    Log-probabilities are computed in fp64, because rounding errors in fp32 are as large as the bounds of the exporters.
 
     Args:
         source: batch -> logits [batch, sequence, vocabulary] of the trained model.
-        exported: the same for the exported one.
+        exported: the same for the exported model.
         batches: ``input_ids`` and ``mask``, [batch, sequence].
-        folder: the exported model's, for messages.
-        num_bytes: size of its weight files; None for the safetensors of the folder.
+        folder: of the exported model, for messages.
+        num_bytes: size of its weight files; None: the size of the folder's safetensors.
 
     Raises:
-        InputError: there is no token to compare.
-        DistillError: the vocabularies differ.
+        InputError: the masks select no token.
+        DistillError: the shapes of the logits differ.
     """
     parts = [
-        part for batch in batches for part in _compare_batch(source(batch), exported(batch), batch["mask"], folder)
+        part
+        for batch in stoppable(batches)
+        for part in _compare_batch(source(batch), exported(batch), batch["mask"], folder)
     ]
     if not parts:
-        raise InputError("verify: no token to compare; give at least one batch whose mask has a True")
+        raise InputError("verify: the masks select 0 tokens to compare, expected 1 or more; use more validation data")
     largest, absolute, kl, agree = (torch.cat(column) for column in zip(*parts, strict=True))
     return VerifyResult(
         tokens=len(kl),
-        # torch's max and mean hand a NaN on, and so must these figures
+        # torch's max and mean propagate NaN, so a NaN in the logits fails the comparison
         max_abs_logit=largest.max().item(),
         mean_abs_logit=absolute.mean().item(),
-        kl=kl.mean().item(),
+        kl=LossTerm(kl.sum(), torch.tensor(len(kl))).per_token().item(),
         worst_kl=kl.max().item(),
         top1_agreement=agree.mean().item(),
         weight_bytes=weight_bytes(folder) if num_bytes is None else num_bytes,
@@ -65,8 +70,10 @@ def compare(
 
 @contextmanager
 def plain_logits(model: PreTrainedModel) -> Iterator[Logits]:
-    """The trained model's logits of ``input_ids`` alone, as an engine computes them that knows neither padding nor
-    documents that share a row; in evaluation mode for as long as the block lasts."""
+    """A function for the trained model's logits from ``input_ids`` only, without padding or packed documents.
+
+    This is what engines compute. The model is in evaluation mode inside the context.
+    """
     training = model.training
     model.eval()
     try:
@@ -76,10 +83,12 @@ def plain_logits(model: PreTrainedModel) -> Iterator[Logits]:
 
 
 def _compare_batch(source: Tensor, exported: Tensor, mask: Tensor, folder: Path) -> list[tuple[Tensor, ...]]:
-    """Per token: largest and mean absolute difference, KL, agreement; in chunks, for vocabularies are wide."""
+    """Largest and mean absolute difference, KL and agreement of each token, in chunks of tokens to limit the memory."""
     if source.shape != exported.shape:
         raise DistillError(
-            f"{folder}: logits have shape {list(exported.shape)}, the trained model's {list(source.shape)}"
+            f"{folder}: the exported model's logits have shape {list(exported.shape)}, expected "
+            f"{list(source.shape)} as "
+            "in the trained model; export it again"
         )
     where = mask.to(source.device)
     pairs = zip(source[where].split(CHUNK_TOKENS), exported[where].split(CHUNK_TOKENS), strict=True)
@@ -87,9 +96,9 @@ def _compare_batch(source: Tensor, exported: Tensor, mask: Tensor, folder: Path)
 
 
 def _compare_tokens(source: Tensor, exported: Tensor) -> tuple[Tensor, ...]:
+    # source, exported: [tokens, vocabulary]
     difference = (source - exported).abs()
-    log_p, log_q = source.log_softmax(-1), exported.log_softmax(-1)
-    # rounding can leave a KL of -1e-16, which is none
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
+    # rounding errors can make the KL of equal distributions -1e-16
+    kl = kl_of_logits(source, exported).clamp(min=0)
     agree = (source.argmax(-1) == exported.argmax(-1)).double()
     return tuple(column.cpu() for column in (difference.amax(-1), difference.mean(-1), kl, agree))

@@ -1,4 +1,4 @@
-"""How llama.cpp names and expects the parts of an architecture that it computes as transformers does."""
+"""The architectures that llama.cpp computes in the same way as transformers: header keys, tensor names, row order."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import gguf
+import torch
+from gguf import RopeScalingType
+from torch import Tensor
+from transformers import PretrainedConfig
 
 from distill.core.errors import InputError
 from distill.core.source import suggest
 from distill.quantization.base import Codes
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,9 @@ class Architecture:
 
     Attributes:
         name: ``general.architecture`` of the file.
-        interleaved: whether its rotary embedding turns neighbouring rows of a head, so that query and key rows have to
-            be put in that order; transformers turns row i with row i + head_dim / 2.
-        biases: linear layers, by the last part of their names, that may have a bias.
+        interleaved: whether the rotary embedding rotates pairs of neighbouring rows of a head, so that query and key
+            rows must be permuted; transformers rotates row i with row i + head_dim / 2.
+        biases: linear layers that may have a bias, by the last part of their names.
     """
 
     name: str
@@ -45,10 +47,10 @@ ROPES = ("default", "linear", "llama3")
 
 
 def architecture_of(folder: Path, config: PretrainedConfig) -> Architecture:
-    """The architecture that a model is written as.
+    """The llama.cpp architecture of a model.
 
     Raises:
-        InputError: llama.cpp, or this writer, would compute something else than transformers does.
+        InputError: llama.cpp would not compute the same as transformers, or the exporter does not support it.
     """
     kind = config.model_type
     if kind not in ARCHITECTURES:
@@ -66,8 +68,8 @@ def architecture_of(folder: Path, config: PretrainedConfig) -> Architecture:
         (rope.get("partial_rotary_factor", 1.0) != 1.0, "partial_rotary_factor, expected 1.0"),
         (
             kind == "qwen2" and heads * head_dim != config.hidden_size,
-            f"{heads} heads of {head_dim}, expected a product of hidden_size ({config.hidden_size}), as llama.cpp's "
-            "qwen2 has no other; keep all heads",
+            f"num_attention_heads {heads} x head_dim {head_dim} = {heads * head_dim}, expected hidden_size "
+            f"({config.hidden_size}), as llama.cpp requires for qwen2; do not prune heads",
         ),
     ]
     for is_wrong, what in wrong:
@@ -77,7 +79,7 @@ def architecture_of(folder: Path, config: PretrainedConfig) -> Architecture:
 
 
 def head_dim_of(config: PretrainedConfig) -> int:
-    """Rows of one head."""
+    """Size of one head: ``head_dim``, or hidden size / heads if the config has none."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -87,7 +89,7 @@ def rope_of(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def add_model(writer: Any, config: PretrainedConfig) -> None:
-    """Write the shape of the model into the file's header."""
+    """Write the sizes of the model into the file's header."""
     head_dim, rope = head_dim_of(config), rope_of(config)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -102,14 +104,12 @@ def add_model(writer: Any, config: PretrainedConfig) -> None:
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
-        from gguf import RopeScalingType
-
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
 
 
 def rope_factors(config: PretrainedConfig) -> list[float] | None:
-    """What each frequency of a llama3 rotary embedding is divided by, [head_dim / 2]; None for another embedding."""
+    """The divisors of the frequencies of a llama3 rotary embedding, [head_dim / 2]; None for other types."""
     rope, head_dim = rope_of(config), head_dim_of(config)
     if rope["rope_type"] != "llama3":
         return None
@@ -117,7 +117,7 @@ def rope_factors(config: PretrainedConfig) -> list[float] | None:
     factors = []
     for i in range(0, head_dim, 2):
         wavelength = 2 * math.pi * rope["rope_theta"] ** (i / head_dim)
-        # 1 for waves that turn `high` times or more in the original context, `factor` for `low` or less
+        # 1 for `high` or more periods in the original context, `factor` for `low` or fewer, interpolated between
         smooth = (rope["original_max_position_embeddings"] / wavelength - low) / (high - low)
         smooth = min(max(smooth, 0.0), 1.0)
         factors.append(1 / ((1 - smooth) / factor + smooth))
@@ -125,9 +125,7 @@ def rope_factors(config: PretrainedConfig) -> list[float] | None:
 
 
 def tensor_names(architecture: Architecture, config: PretrainedConfig) -> Callable[[str], str]:
-    """A function from a transformers weight's name to llama.cpp's; InputError for one that llama.cpp does not have."""
-    import gguf
-
+    """A function that maps a weight's name in transformers to llama.cpp's; it raises InputError for unknown weights."""
     kinds = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(kinds[architecture.name], config.num_hidden_layers)
 
@@ -135,21 +133,22 @@ def tensor_names(architecture: Architecture, config: PretrainedConfig) -> Callab
         layer, _, leaf = key.rpartition(".")
         found = table.get_name(key, try_suffixes=(".weight", ".bias"))
         if found is None or (leaf == "bias" and layer.rpartition(".")[2] not in architecture.biases):
-            raise InputError(f"{key}: llama.cpp's {architecture.name} has no such weight; it cannot be written as GGUF")
+            raise InputError(
+                f"{key}: llama.cpp's {architecture.name} has no such weight; choose another target than gguf"
+            )
         return found
 
     return name_of
 
 
 def in_order(key: str, weight: Tensor | Codes, architecture: Architecture, config: PretrainedConfig) -> Tensor | Codes:
-    """The weight with its rows in llama.cpp's order; only queries and keys are put in another."""
-    import torch
-
+    """The weight with its rows in llama.cpp's order; only query and key projections are permuted."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     part = key.rpartition(".")[0].rpartition(".")[2]
     if not architecture.interleaved or part not in heads:
         return weight
     half = head_dim_of(config) // 2
+    # per head, (first half, second half) -> interleaved pairs; indices [heads * head_dim]
     rows = torch.arange(heads[part] * 2 * half).view(heads[part], 2, half).transpose(1, 2).flatten()
     if isinstance(weight, Codes):
         return replace(weight, values=weight.values[rows], scale=weight.scale[rows])

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer as llama.cpp keeps it: tokens, merges, special ids and the name of its way to cut text."""
+"""A byte-level BPE tokenizer in GGUF: tokens, merges, special token ids and the name of its pre-tokenizer pattern."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distill.core.errors import InputError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-# llama.cpp has the patterns in its source and a file names one; these are the ones that a tokenizer.json spells out.
+# A GGUF file has the name of a pattern that is built into llama.cpp. These are the patterns as in tokenizer.json.
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _TEKKEN = (
@@ -32,20 +32,16 @@ def add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerFast, config: Pret
     """Write the tokenizer, its special tokens and its chat template into the file's header.
 
     Raises:
-        InputError: it is no byte-level BPE, cuts text in a way that llama.cpp does not know, or has more tokens than
-            the model has embeddings.
+        InputError: it is not a byte-level BPE tokenizer, llama.cpp does not have its pre-tokenizer pattern, or it has
+            more tokens than the model has embeddings.
     """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state = _state(tokenizer)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer_name(state))
     tokens, types = _tokens(state, config.vocab_size)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    # older files write a merge as one string, newer ones as a pair
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in state["model"]["merges"]]
-    if not merges:
-        raise _refusal("it has no merges, and llama.cpp loads no BPE without any")
-    writer.add_token_merges(merges)
+    writer.add_token_merges(_merges(state))
     for name in ("bos", "eos", "pad"):
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None:
@@ -55,6 +51,32 @@ def add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerFast, config: Pret
     writer.add_add_eos_token(ends)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Check that :func:`add_vocabulary` can write a tokenizer, without a model.
+
+    Raises:
+        InputError: see :func:`add_vocabulary`.
+    """
+    state = _state(tokenizer)
+    pre_tokenizer_name(state)
+    _tokens(state)
+    _merges(state)
+    _added(tokenizer)
+
+
+def _state(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return state
+
+
+def _merges(state: dict[str, Any]) -> list[str]:
+    """Older files write a merge as one string, newer ones as a pair."""
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in state["model"]["merges"]]
+    if not merges:
+        raise _refusal("it has no merges, and llama.cpp loads no BPE without any")
+    return merges
 
 
 def pre_tokenizer_name(state: dict[str, Any]) -> str:
@@ -68,13 +90,13 @@ def pre_tokenizer_name(state: dict[str, Any]) -> str:
         raise _refusal(f"it is {model['type']}{' with byte fallback' * bool(model.get('byte_fallback'))}")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or model.get("dropout"):
         raise _refusal("its merges have a prefix, a suffix or dropout")
-    # NFC is left out there, as it is for the published files of these models: text is nearly always in it
+    # llama.cpp does not apply NFC, also for the published files of these models; most text is in NFC already
     if (state["normalizer"] or {"type": "NFC"})["type"] != "NFC":
         raise _refusal(f"it normalizes text ({state['normalizer']['type']})")
     steps = state["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
     if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
-        raise _refusal("it is not byte-level, or puts a space before the text")
+        raise _refusal("it is not byte-level, or adds a space before the text")
     if steps[-1].get("use_regex", True):
         digits = [step for step in steps[:-1] if step.get("type") == "Digits" and step.get("individual_digits")]
         if len(digits) == len(steps) - 1 <= 1:
@@ -83,35 +105,36 @@ def pre_tokenizer_name(state: dict[str, Any]) -> str:
         name = PATTERNS.get(steps[0]["pattern"].get("Regex", ""))
         if name and steps[0]["behavior"] == "Isolated":
             return name
-    raise _refusal("llama.cpp has no name for its pattern of words")
+    raise _refusal("llama.cpp does not have its pre-tokenizer pattern")
 
 
-def _tokens(state: dict[str, Any], num_rows: int) -> tuple[list[str], list[int]]:
-    """Every token by its id, and its type; rows of the embedding beyond the vocabulary are unused tokens."""
+def _tokens(state: dict[str, Any], num_rows: int | None = None) -> tuple[list[str], list[int]]:
+    """The tokens in the order of their ids, and their types; extra rows of the embedding become unused tokens."""
     tokens = {index: (token, NORMAL) for token, index in state["model"]["vocab"].items()}
     for added in state["added_tokens"]:
         if added["single_word"] or added["lstrip"] or added["rstrip"]:
-            raise _refusal(f"token {added['content']!r} takes in the spaces around it, or only whole words")
+            raise _refusal(f"token {added['content']!r} has single_word, lstrip or rstrip set")
         tokens[added["id"]] = (added["content"], CONTROL if added["special"] else USER_DEFINED)
+    num_rows = num_rows or max(tokens) + 1
     if max(tokens) >= num_rows:
-        raise _refusal(f"it has a token {max(tokens)}, and the model {num_rows} embeddings")
+        raise _refusal(f"it has a token with the id {max(tokens)}, but the model has only {num_rows} embeddings")
     listed = [tokens.get(index, (f"[unused {index}]", UNUSED)) for index in range(num_rows)]
     return [token for token, _ in listed], [kind for _, kind in listed]
 
 
 def _added(tokenizer: PreTrainedTokenizerFast) -> tuple[bool, bool]:
-    """Whether a text's ids begin with the begin-of-text token, and end with the end-of-text token."""
+    """Whether the tokenizer adds the begin-of-text token, and the end-of-text token."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for begin in ([], [tokenizer.bos_token_id]):
         for end in ([], [tokenizer.eos_token_id]):
             if whole == begin + plain + end:
                 return bool(begin), bool(end)
-    raise _refusal("it puts more around a text than a begin-of-text and an end-of-text token")
+    raise _refusal("it adds other tokens to a text than begin-of-text and end-of-text")
 
 
 def _refusal(why: str) -> InputError:
     return InputError(
-        f"tokenizer: cannot be written as GGUF: {why} (expected a byte-level BPE cut like GPT-2, SmolLM, Llama 3, "
-        "Qwen 2 or Mistral's Tekken)"
+        f"tokenizer: cannot be written as GGUF: {why} (expected a byte-level BPE tokenizer like that of GPT-2, SmolLM, "
+        "Llama 3, Qwen 2 or Mistral's Tekken)"
     )

@@ -1,35 +1,74 @@
-"""llama.cpp as an engine to compare with: logits of every position, and its own tokenizer."""
+"""A GGUF file in llama.cpp: logits of every position, and the file's tokenizer, for the comparison."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache as once
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from distill.core.errors import DistillError
+from distill.exporters.base import VerifyResult
+from distill.exporters.compare import compare, plain_logits
+from distill.models.kv_cache import cache_type
+from distill.quantization.kv_cache import CacheType
 
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerFast
+REINSTALL = "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --force-reinstall --no-cache-dir llama-cpp-python"
+_TRY = "import sys, llama_cpp; llama_cpp.Llama(sys.argv[1], n_ctx=32, n_threads=1, verbose=False).eval([0])"
 
-    from distill.quantization.kv_cache import CacheType
+
+@once
+def check_engine(file: Path) -> None:
+    """Let a child process load a file in llama.cpp and read one token, before this process does.
+
+    A llama.cpp that was compiled for another processor ends the process that calls it ("Illegal instruction"), which no
+    ``except`` catches: on virtual machines a native build (the default of its package) often uses instructions that the
+    processor does not have.
+
+    Raises:
+        DistillError: the child was ended by a signal. Errors that llama.cpp reports itself are left to the caller.
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    child = subprocess.run(
+        [sys.executable, "-c", _TRY, str(file)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    if child.returncode >= 0:
+        return
+    name = signal.Signals(-child.returncode).name
+    why = {
+        "SIGILL": f"it was compiled for another processor; install it again: {REINSTALL}",
+        "SIGKILL": "this machine has probably too little memory for it",
+    }.get(name, f"its build does not work on this machine; install it again: {REINSTALL}")
+    raise DistillError(f"{file}: llama.cpp crashed when it loaded the file ({name}): {why}")
 
 
 class LlamaCpp:
-    """A GGUF file that is open in llama.cpp, with its defaults; a context manager.
+    """A GGUF file opened in llama.cpp with default settings; a context manager.
 
     Args:
         file: the model.
-        context_tokens: the longest sequence.
-        cache: type of the cache of keys and values, which a low-bit one has under flash attention only; None: fp16.
+        context_tokens: length of the longest sequence.
+        cache: type of a low-bit KV cache, which also enables flash attention; None: fp16.
 
     Raises:
-        DistillError: llama.cpp does not load it.
+        DistillError: llama.cpp cannot load the file, or crashes.
     """
 
     def __init__(self, file: Path, context_tokens: int, cache: CacheType | None = None):
+        check_engine(file)
         import llama_cpp
-        import torch
 
         self.file = file
         threads = torch.get_num_threads()
@@ -48,7 +87,7 @@ class LlamaCpp:
                 verbose=False,
             )
         except (ValueError, RuntimeError, AssertionError) as error:
-            raise DistillError(f"{file}: llama.cpp does not load it ({error or type(error).__name__})") from error
+            raise DistillError(f"{file}: llama.cpp cannot load the file ({error or type(error).__name__})") from error
 
     def __enter__(self) -> LlamaCpp:
         return self
@@ -57,23 +96,19 @@ class LlamaCpp:
         self._llama.close()
 
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """[batch, sequence, vocabulary], fp32, of ``input_ids`` [batch, sequence]."""
-        import torch
-
+        """Logits, fp32 [batch, sequence, vocabulary], for ``input_ids`` [batch, sequence]."""
         return torch.stack([self._row(row) for row in batch["input_ids"].tolist()])
 
     def _row(self, ids: list[int]) -> Tensor:
-        import torch
-
         self._llama.reset()
         self._llama.eval(ids)
         return torch.from_numpy(self._llama.scores[: len(ids)].copy())
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast, rows: Iterable[Sequence[int]]) -> None:
-        """Cut the text of some rows of ids with the file's tokenizer and with the trained model's.
+        """Compare the file's tokenizer with the trained model's on the text of some rows of ids.
 
         Raises:
-            DistillError: they cut a text differently.
+            DistillError: they produce different ids.
         """
         for row in rows:
             text = str(tokenizer.decode(list(row)))
@@ -83,6 +118,27 @@ class LlamaCpp:
                 pairs = enumerate(zip(ours, theirs, strict=False))
                 at = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
                 raise DistillError(
-                    f"{self.file}: llama.cpp cuts text otherwise than the trained model's tokenizer, first after "
-                    f"{tokenizer.decode(ours[max(0, at - 4) : at])!r}: {ours[at : at + 4]} became {theirs[at : at + 4]}"
+                    f"{self.file}: llama.cpp's tokenizer differs from the trained model's, first after "
+                    f"{tokenizer.decode(ours[max(0, at - 4) : at])!r}: got {theirs[at : at + 4]}, expected "
+                    f"{ours[at : at + 4]}; use a tokenizer that llama.cpp supports, or another target"
                 )
+
+
+def compared(
+    source_model: PreTrainedModel,
+    file: Path,
+    batches: Iterable[Mapping[str, Tensor]],
+    tokenizer: PreTrainedTokenizerFast | None,
+) -> VerifyResult:
+    """Compare a file in llama.cpp with the trained model; see :meth:`~distill.exporters.base.ExporterSpec.verify`.
+
+    Raises:
+        DistillError: the file does not load, or its tokenizer produces different ids.
+    """
+    batches = list(batches)
+    longest = max((batch["input_ids"].shape[-1] for batch in batches), default=1)
+    with LlamaCpp(file, context_tokens=longest, cache=cache_type(source_model.config)) as engine:
+        if tokenizer is not None:
+            engine.check_tokenizer(tokenizer, [row for batch in batches for row in batch["input_ids"].tolist()])
+        with plain_logits(source_model) as source:
+            return compare(source, engine.logits, batches, file.parent, file.stat().st_size)

@@ -1,4 +1,4 @@
-"""A model traced into an ONNX graph of any batch and length, and its linear layers rounded by ONNX Runtime."""
+"""Export of a model to an ONNX graph with dynamic batch and sequence length, and its quantization by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -6,34 +6,28 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from distill.core.errors import DistillError, InputError
+from distill.exporters.onnx_names import DATA, PAST, PRESENT, inputs_of
+from distill.quantization.fake_quant import unquantized
 
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
-FILE, DATA = "model.onnx", "model.onnx.data"
-PAST, PRESENT = "past_key_values.", "present."
-"""What names of a cache's tensors begin with, as it goes in and as it comes out: those that other tools look for."""
-# a protobuf holds no more than 2 GB; larger weights lie in a file beside it
+# a protobuf file is limited to 2 GB; larger weights are stored in a second file
 EXTERNAL_ABOVE_BYTES = 1_500_000_000
 
 
-def inputs_of(config: Any) -> list[str]:
-    """What a graph reads, each int64 [batch, sequence]: encoders of pairs of texts also which of the two it is."""
-    segments = ["token_type_ids"] if getattr(config, "type_vocab_size", 0) > 1 else []
-    return ["input_ids", "attention_mask", *segments]
-
-
 def write_graph(model: PreTrainedModel, file: Path) -> None:
-    """Trace a model into a graph of any batch and sequence length.
+    """Export a model with dynamic batch and sequence length, from tokens to logits.
 
     Raises:
-        InputError: torch cannot.
+        InputError: torch cannot export it.
     """
-    import torch
 
     class Logits(torch.nn.Module):
         def __init__(self) -> None:
@@ -44,7 +38,7 @@ def write_graph(model: PreTrainedModel, file: Path) -> None:
             more = {"use_cache": False} if token_type_ids is None else {"token_type_ids": token_type_ids}
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **more).logits
 
-    # neither one row nor one token, which a trace would take for constants
+    # more than one row and token, because the tracer specialises dimensions of size 1
     ids = torch.arange(24).remainder(model.config.get_text_config().vocab_size).view(2, 12)
     names = inputs_of(model.config)
     inputs = dict(zip(names, (ids, torch.ones_like(ids), torch.zeros_like(ids)), strict=False))
@@ -53,17 +47,15 @@ def write_graph(model: PreTrainedModel, file: Path) -> None:
 
 
 def write_decoder(model: PreTrainedModel, file: Path) -> None:
-    """Trace a decoder that goes on from the keys and values of earlier tokens, of which there may be none.
+    """Export a decoder whose KV cache is an input and output; the cache may be empty.
 
-    Inputs are ``input_ids`` [batch, sequence], ``attention_mask`` [batch, past + sequence] and, for each layer,
-    ``past_key_values.N.key`` and ``.value``, [batch, kv_heads, past, head_dim]; outputs are ``logits`` and the same
-    with the new tokens, ``present.N.key`` and ``.value``.
+    Inputs are ``input_ids`` [batch, sequence], ``attention_mask`` [batch, past + sequence] and, per layer,
+    ``past_key_values.N.key`` and ``.value``, [batch, kv_heads, past, head_dim]. Outputs are ``logits`` and, per layer,
+    ``present.N.key`` and ``.value``, [batch, kv_heads, past + sequence, head_dim].
 
     Raises:
-        InputError: torch cannot, or the model keeps something else than keys and values.
+        InputError: torch cannot export it, or the model's cache is not a KV cache.
     """
-    import torch
-    from transformers import DynamicCache
 
     class Step(torch.nn.Module):
         def __init__(self) -> None:
@@ -82,7 +74,7 @@ def write_decoder(model: PreTrainedModel, file: Path) -> None:
             )
             return made.logits, [(layer.keys, layer.values) for layer in made.past_key_values.layers]
 
-    rows, num_past, num_new = 2, 7, 5  # none alike, and none of them 1: see above
+    rows, num_past, num_new = 2, 7, 5  # all different and none of them 1, as above
     ids = torch.arange(rows * num_new).remainder(model.config.get_text_config().vocab_size).view(rows, num_new)
     past = _past(model, rows, num_past)
     inputs = {"input_ids": ids, "attention_mask": ids.new_ones(rows, num_past + num_new), "past": past}
@@ -95,23 +87,21 @@ def write_decoder(model: PreTrainedModel, file: Path) -> None:
 
 
 def _past(model: PreTrainedModel, rows: int, num_tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer, as the model itself makes them.
+    """Keys and values of each layer for ``num_tokens`` tokens, [batch, kv_heads, past, head_dim] each.
 
     Raises:
-        InputError: it makes something else.
+        InputError: the model's cache is not a KV cache.
     """
-    import torch
-    from transformers import DynamicCache
-
     ids = torch.zeros(rows, num_tokens, dtype=torch.long, device=model.device)
-    with torch.no_grad():  # in a cache that is not told of the config, so that it cuts no window
+    with torch.no_grad():  # DynamicCache() without the config, so that it is not limited to a sliding window
         made: Any = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
     layers = getattr(getattr(made, "past_key_values", None), "layers", [])
     kept: list[Any] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     if not kept or any(key is None or value is None for key, value in kept):
         raise InputError(
-            f"{model.config.model_type}: keeps something else than keys and values from token to token; set "
-            "keys_and_values: recomputed"
+            f"{model.config.model_type}: the model's cache has other tensors than keys and values; set "
+            "keys_and_values: "
+            "recomputed"
         )
     return kept
 
@@ -119,13 +109,9 @@ def _past(model: PreTrainedModel, rows: int, num_tokens: int) -> list[tuple[Tens
 def _trace(
     model: PreTrainedModel, wrapped: Any, inputs: Any, shapes: Any, names: list[str], outputs: list[str], file: Path
 ) -> None:
-    """Write what ``wrapped`` computes of ``inputs``, with ``shapes`` of any size."""
-    import torch
-
-    from distill.quantization.fake_quant import unquantized
-
+    """Export ``wrapped`` with example ``inputs`` and dynamic ``shapes`` to ``file``."""
     try:
-        with unquantized(model):  # ONNX Runtime keeps keys and values as they are
+        with unquantized(model):  # ONNX Runtime does not quantize keys and values
             program = torch.onnx.export(
                 wrapped.eval(),
                 (),
@@ -139,7 +125,7 @@ def _trace(
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
         raise InputError(
-            f"{model.config.model_type}: torch cannot write this model as ONNX ({_root(error)}); choose another target"
+            f"{model.config.model_type}: torch cannot export this model to ONNX ({_root(error)}); choose another target"
         ) from error
     assert program is not None
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
@@ -147,46 +133,43 @@ def _trace(
 
 
 def _root(error: BaseException) -> str:
-    """What went wrong first, in a line: torch wraps it in the steps of its exporter and advice for its developers."""
+    """First line of the original error, which torch wraps in errors of its exporter's steps."""
     while error.__cause__ is not None:
         error = error.__cause__
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def num_layers(model: PreTrainedModel) -> int:
-    """Linear layers, GPT-2's among them, without the last one, which makes the logits."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
+    """Number of linear layers (including GPT-2's Conv1D) without the output head."""
     return sum(isinstance(module, torch.nn.Linear | Conv1D) for module in model.modules()) - 1
 
 
 def quantize_graph(plain: Path, file: Path, num_layers: int) -> None:
-    """Round every linear layer but the last, which a tied model shares with its embeddings.
+    """Round every linear layer except the output head, which may be tied to the embeddings, and no lookup.
 
     Raises:
-        DistillError: ONNX Runtime did not find all of them.
+        DistillError: ONNX Runtime did not round all of them.
     """
-    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    last = _last_product(onnx.load(str(plain), load_external_data=False).graph)
+    graph = onnx.load(str(plain), load_external_data=False).graph
+    last, lookups = _last_product(graph), [node.name for node in graph.node if node.op_type == "Gather"]
     quantize_dynamic(
         plain,
         file,
         per_channel=True,
         weight_type=QuantType.QInt8,
-        nodes_to_exclude=[last, f"{last}_MatMul"],  # as it takes a Gemm apart
+        nodes_to_exclude=[*lookups, last, f"{last}_MatMul"],  # ONNX Runtime splits a Gemm into MatMul and Add
         use_external_data_format=plain.with_name(DATA).is_file(),
     )
     rounded = onnx.load(str(file), load_external_data=False).graph
     found = sum(node.op_type == "MatMulInteger" for node in rounded.node)
     if found != num_layers:
-        raise DistillError(f"{file}: ONNX Runtime rounded {found} linear layers of {num_layers}; set weights: float32")
+        raise DistillError(f"{file}: ONNX Runtime rounded {found} of {num_layers} linear layers; set weights: float32")
 
 
 def _last_product(graph: Any) -> str:
-    """The name of the multiplication behind the logits; a bias may be added to it."""
+    """Name of the matrix multiplication that computes the logits, before a bias or scaling."""
     makers = {output: node for node in graph.node for output in node.output}
     node = makers["logits"]
     while node.op_type not in ("MatMul", "Gemm"):
@@ -196,7 +179,7 @@ def _last_product(graph: Any) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Warnings of the exporters (of operators and steps that are not used) stay out of our progress; errors raise."""
+    """Inside the context, suppress warnings of the exporters, which concern unused operators; errors are raised."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,52 +1,50 @@
-"""ONNX Runtime as an engine to compare with: logits of every position, of whole texts or of a text in two parts."""
+"""A graph in ONNX Runtime: logits of every position, with or without a KV cache, for the comparison."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from distill.core.errors import DistillError
-from distill.exporters.onnx_graph import PAST, PRESENT, inputs_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
+from distill.exporters.onnx_names import PAST, PRESENT, inputs_of
+from distill.models.load import task_of
 
 
 class OnnxRuntime:
-    """A graph that is open in ONNX Runtime, on the CPU.
+    """A graph opened in ONNX Runtime on the CPU.
 
     Args:
         file: the graph.
 
     Raises:
-        DistillError: it does not load.
+        DistillError: ONNX Runtime cannot load it.
     """
 
     def __init__(self, file: Path):
         import onnxruntime
-        import torch
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         try:
             self._session: Any = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its errors have no base of their own
+        except Exception as error:  # onnxruntime's errors have no common base class
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise DistillError(f"{file}: ONNX Runtime does not load it ({first.strip()})") from error
+            raise DistillError(f"{file}: ONNX Runtime cannot load the graph ({first.strip()})") from error
         self._inputs = {asked.name: asked.shape for asked in self._session.get_inputs()}
         self.caches = any(name.startswith(PAST) for name in self._inputs)
 
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """[batch, sequence, vocabulary] or, for classes, [batch, 1, classes]; fp32.
+        """Logits, fp32 [batch, sequence, vocabulary], or [batch, 1, classes] for a classifier.
 
         Args:
-            batch: ``input_ids`` int64 [batch, sequence]; ``attention_mask`` and ``token_type_ids``, if they are not all
-                1 and 0.
+            batch: ``input_ids`` int64 [batch, sequence]; optionally ``attention_mask`` (default: ones) and
+                ``token_type_ids`` (default: zeros).
         """
-        import torch
-
         ids = batch["input_ids"]
         every = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids), **batch}
         if self.caches:
@@ -55,9 +53,7 @@ class OnnxRuntime:
         return by_position(self._run({name: every[name].cpu() for name in names})["logits"])
 
     def _in_two(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The second half on the keys and values that the first one has left, as texts are written."""
-        import torch
-
+        """Logits in two calls: the first half fills the KV cache that the second half reads."""
         half = (ids.shape[-1] + 1) // 2
         empty = {
             name: torch.zeros(len(ids), shape[1], 0, shape[3])
@@ -72,20 +68,16 @@ class OnnxRuntime:
         return torch.cat([first["logits"], second["logits"]], 1)
 
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        import torch
-
         names = [made.name for made in self._session.get_outputs()]
         made = self._session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
         return {name: torch.from_numpy(array) for name, array in zip(names, made, strict=True)}
 
 
 def padded(batch: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """A batch for an encoder, whose last text ends half way, and is a second text from its third token on where there
-    are such: what is not attended to would show everywhere, as an encoder reads all of a text at once."""
-    import torch
+    """A batch for an encoder whose last row is padded from the middle on, and has token type 1 from its third token on.
 
-    from distill.models.load import task_of
-
+    An encoder attends in both directions, so a wrong padding mask or token type would change the logits everywhere.
+    """
     ids = batch["input_ids"].to(model.device)
     attended, second = torch.ones_like(ids), torch.zeros_like(ids)
     attended[-1, (ids.shape[-1] + 1) // 2 :] = 0
@@ -97,10 +89,10 @@ def padded(batch: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Ten
 
 
 def encoder_logits(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """The trained encoder's, in the shape of :meth:`OnnxRuntime.logits`."""
+    """Logits of the trained encoder, in the shape of :meth:`OnnxRuntime.logits`."""
     return by_position(model(**{name: batch[name] for name in inputs_of(model.config)}).logits.float())
 
 
 def by_position(logits: Tensor) -> Tensor:
-    """A class is predicted for a text, not for each of its tokens: [batch, classes] -> [batch, 1, classes]."""
+    """Add a sequence dimension to the logits of a classifier: [batch, classes] -> [batch, 1, classes]."""
     return logits if logits.ndim > 2 else logits.unsqueeze(1)

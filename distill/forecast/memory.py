@@ -12,11 +12,11 @@
     workspace    = the larger of what the losses need when all activations are there, and what a block's gradient does
 
 With gradient checkpointing ``activations = t L hidden`` and a whole block is in the workspace. Under fsdp student,
-teacher, gradients and optimizer are shared out among the processes; a block and both heads are whole, and before that
+teacher, gradients and optimizer are sharded over the processes; a block and both heads are whole, and before that
 the first process holds what it reads whole in its machine's own memory. Beside it stand the libraries and, on a GPU,
 its context and what the allocator cannot use (a GB or two).
 
-For blocks of Llama's build it is within a few percent (``benchmarks/forecast.py`` holds it against measured bytes) and
+For blocks of Llama's build it is within a few percent (``benchmarks/forecast.py`` compares it with measured bytes) and
 near for others; losses on inner states, sequences that the student writes itself, attention masks, adapters' own
 activations and a compiler's plan are not counted.
 
@@ -62,7 +62,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Job:
+class MemoryModel:
     """What decides the memory of a training stage.
 
     Attributes:
@@ -73,7 +73,8 @@ class Job:
         is_cached: whether it is in a cache.
         lora: adapters that are trained in place of the weights, or None.
         quantized: whether the student computes with fake-quantized weights.
-        lone_forward_kl: whether its one loss is the forward KL at T = 1, which needs the least room.
+        rounds_head: whether the student's output head is fake-quantized too.
+        lone_forward_kl: whether its one loss on logits is the forward KL at T = 1, which needs the least memory.
         precision: of the student's arithmetic.
         micro_batch_size: sequences at once.
         accumulates: whether a step has several micro-batches.
@@ -82,8 +83,9 @@ class Job:
         on_cpu: where it runs.
         num_processes: that train together.
         sharded: whether they share the models out.
-        alone: whether no other process may ever take part.
+        is_single_process: whether no other process may ever take part.
         lacks_teacher: whether there is a teacher besides, of unknown size.
+        is_own_teacher: whether the student, as it starts, is its own teacher.
         writes_behind: whether training goes on from a copy of what a checkpoint holds.
     """
 
@@ -102,10 +104,17 @@ class Job:
     on_cpu: bool
     num_processes: int = 1
     sharded: bool = False
-    alone: bool = False
+    is_single_process: bool = False
     is_cached: bool = False
+    rounds_head: bool = False
     lacks_teacher: bool = False
+    is_own_teacher: bool = False
     writes_behind: bool = False
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether there is a teacher of any kind."""
+        return self.teacher is not None or self.is_cached or self.is_own_teacher or self.lacks_teacher
 
     def trained(self) -> int:
         """Parameters that are trained."""
@@ -118,7 +127,7 @@ class Job:
         return 3 * self.weight_bytes * self.trained()
 
     def read_bytes(self) -> int:
-        """Of both models as they are read, before anything of them is shared out."""
+        """Of both models as they are read, before anything of them is sharded."""
         return FP32 * Shape(self.student).parameters + self._teacher()
 
     @property
@@ -136,19 +145,22 @@ class Job:
         # shards are gathered in half precision as they are, so autocast copies nothing
         multiplied_as_copies = self.quantized or (self.precision == "bf16-mixed" and not self.sharded)
         copies = (2.0 if half else FP32) * of.body_weights if multiplied_as_copies else 0.0
-        stream = FP32 if self.precision == "bf16-mixed" else width
-        block = tokens * of.block_bytes(self.precision, self.sequence_length)
-        kept = tokens * (stream * of.hidden + of.last_norm_bytes(self.precision))
+        # shards are gathered in half precision, the embeddings among them, so the residual stream is in it as well
+        is_half_stream = self.sharded and self.precision == "bf16-mixed" and not self.quantized
+        activations: Precision = "bf16-true" if is_half_stream else self.precision
+        stream = 2 if activations == "bf16-true" else FP32
+        block = tokens * of.block_bytes(activations, self.sequence_length)
+        kept = tokens * (stream * of.hidden + of.last_norm_bytes(activations))
         kept += of.layers * (tokens * stream * of.hidden if self.checkpointing else block)
         losses = self._losses(of, tokens)
         backward: float = tokens * ((2 if half else FP32) * of.neurons + FP32 * of.hidden)
         if self.checkpointing:
             backward += block - tokens * stream * of.hidden  # its input is among what is kept
             copies, backward = 0.0, backward + copies / of.layers
-        if not self.accumulates and self.num_processes == 1:
-            backward -= gradients  # those of the step before are freed by then
+        if not self.accumulates and (self.num_processes == 1 or self.sharded):
+            backward -= gradients  # those of the step before are freed by then, and not before its losses
         if self.sharded:
-            losses += 2 * FP32 * of.head_weights
+            losses += (2 if self.lora is None else 1) * FP32 * of.head_weights
             backward += 2 * FP32 * of.body_weights / of.layers
         return Memory(
             student=width * of.parameters / shares,
@@ -172,11 +184,16 @@ class Job:
         chunk = tokens_at_once(max(of.vocabulary, of.hidden), tokens, on_cpu=self.on_cpu)
         logits, half = chunk * of.vocabulary, self.precision != "32-true"
         rows = min(logits, numbers_at_once(1, on_cpu=self.on_cpu))
-        need = FP32 * logits + FP32 * rows * (1 if self.lone_forward_kl else 6) + tokens * self.weight_bytes * of.hidden
+        tiles = 1 if self.lone_forward_kl else 6 if self.is_taught else 2  # distributions and gradients of a tile
+        need = FP32 * (logits + tiles * rows) + tokens * self.weight_bytes * of.hidden
+        if self.rounds_head:
+            need += self.weight_bytes * of.head_weights  # as it is multiplied
         if half:
             need += 2 * logits + 2 * of.head_weights * (1 if self.lora else 2)
         if self.teacher is not None:
             need += FP32 * logits + 2 * tokens * self.teacher_bytes * Shape(self.teacher).hidden
+        elif self.is_own_teacher:
+            need += FP32 * logits + 2 * tokens * (2 if half else FP32) * of.hidden
         return need + self._gradients_of_losses(of, tokens)
 
     def _gradients_of_losses(self, of: Shape, tokens: int) -> float:

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import prod
+from collections.abc import Iterator
 
 from distill.core.errors import InputError, RecipeError
-from distill.data.spec import FULL
-from distill.forecast.checks import fitting, missing_text
-from distill.forecast.models import (
-    Config,
-    Known,
-    candidates,
-    config_of,
-    configs_after,
-    count,
-    known_or_found,
-    largest,
-    size,
-    source_of,
-    stored_dtype,
-)
-from distill.forecast.room import Room, amount, job_of, lines, training_of
-from distill.models.layouts import layout_for
-from distill.pruning.keep import KeepSpec
-from distill.pruning.layout import shape
+from distill.data.hub import Hub
+from distill.data.mixture import Mixture
+from distill.data.remote import check_reader
+from distill.data.spec import DataSpec
+from distill.forecast import text as texts
+from distill.forecast.chat import about_chat
+from distill.forecast.costs import StageCost, closing_lines, cost_of, speed_of
+from distill.forecast.look import look
+from distill.forecast.memory import MemoryModel
+from distill.forecast.memory_limit import MemoryLimit, amount, lines, memory_model_of
+from distill.forecast.mixture import about_mixture, often_read
+from distill.forecast.reading import about_reading
+from distill.forecast.tokens import other_vocabularies
+from distill.models.configs import config_of, count, largest, size
 from distill.recipe import Recipe
-from distill.stages.base import StageSpec
-from distill.stages.cache_teacher import CacheTeacher
-from distill.stages.evaluate import Evaluate
-from distill.stages.export import Export
-from distill.stages.prune import Prune
-from distill.training.spec import BudgetSpec, DistillSpec
+from distill.stages.base import StageSpec, View
+from distill.stages.forecast import Forecast, Training
+from distill.stages.text import data_of, own_texts
 
 
 def describe(recipe: Recipe, memory_gb: float | None = None) -> str:
@@ -45,45 +36,49 @@ def describe(recipe: Recipe, memory_gb: float | None = None) -> str:
         RecipeError: a stage asks of a model what its config cannot give.
     """
     said = [f"{recipe.name}: {len(recipe.stages)} stages, seed {recipe.seed}"]
-    known: Known = {}
-    possible: dict[str, list[Config]] = {}
-    unsettled: set[str] = set()  # stages whose model's size shows when they run
-    mistakes, room = list(missing_text(recipe)), Room.of(recipe.compute, memory_gb)
+    mistakes, limit = list(missing_text(recipe)), MemoryLimit.of(recipe.compute, memory_gb)
+    known: dict[str, Forecast] = {}
     if recipe.teacher is not None:
         try:
-            known["teacher"] = config_of(recipe.teacher)
+            config = config_of(recipe.teacher)
         except InputError as error:
-            known["teacher"] = None
+            config = None
             mistakes.append(f"{recipe.name}: teacher: {error}")
-        possible["teacher"] = [config for config in [known["teacher"]] if config is not None]
-        said.append(f"  teacher {recipe.teacher}: {size(known['teacher'])}")
-    said.append(
-        f"  data {recipe.data.train.kind}, blocks of {recipe.data.sequence_length} tokens ({recipe.data.packing}), "
-        + (
-            f"validation from {recipe.data.validation.kind}"
-            if recipe.data.validation
-            else f"{recipe.data.held_out:.0%} held out"
-        )
-        + f", at most {recipe.data.validation_tokens:,} tokens of it to validate on"
-    )
+        known["teacher"] = Forecast(makes=() if config is None else (config,))
+        said.append(f"  teacher {recipe.teacher}: {size(config)}")
+    said.append(_text(recipe))
+    found: list[tuple[DataSpec, texts.TextForecast]] = []
+    for key, section in own_texts(recipe.stages, recipe.data).items():
+        one, text = recipe.model_copy(update={"data": section}), texts.TextForecast(None, None)
+        if key != "data":
+            said.append(f"  {key}:{_text(one).removeprefix('  data')}")
+        try:
+            if not mistakes:
+                looks = {name: look(source) for name, source in section.sources()}
+                text = texts.text_of(one, looks)
+                about = (*lines_of_text(text, section), *about_reading(one, looks), *about_chat(one))
+                said += [f"    {line}" for line in about]
+        except InputError as error:
+            mistakes.append(f"{recipe.name}: {error}")
+        found.append((section, text))
+    if not mistakes:  # a model that is not there has been named
+        try:
+            mistakes += [f"{recipe.name}: {line}" for line in other_vocabularies(recipe)]
+        except InputError as error:
+            mistakes.append(f"{recipe.name}: {error}")
+    costs: list[StageCost] = []
     for number, (name, stage) in enumerate(recipe.stages.items(), 1):
         try:
-            possible[name] = made = configs_after(stage, possible, recipe.data.sequence_length)
-            known[name] = largest(made)  # what later stages are held against even where this one is refused
-            possible[name], refused = fitting(name, stage, recipe, known, made)
-            known[name] = largest(possible[name])
-            if len(made) > 1 or _is_open(stage) or source_of(stage) in unsettled:
-                unsettled.add(name)
-            said.append(f"  [{number}/{len(recipe.stages)}] " + _line(name, stage, recipe, known, name in unsettled))
-            if refused:
-                said.append(f"      ends here for {len(refused)} of the {len(made)} models that may come: {refused[0]}")
-            if (job := job_of(name, stage, recipe, known, room)) is not None and (budget := training_of(stage)):
-                of = "of a short training: " if job.alone else ""
-                said += [f"      {of}{line}" for line in lines(job, budget.batch_size, recipe.compute, room)]
+            view, forecast = _forecast(recipe, name, known)
+            data = view.data
+            of_stage = next((text for section, text in found if section == data), texts.TextForecast(None, None))
+            said.append(f"  [{number}/{len(recipe.stages)}] {_line(name, stage, forecast)}")
+            model = memory_model_of(forecast, view, limit)
+            said += [f"      {line}" for line in _details(forecast, view, limit, model, of_stage)]
+            costs.append(cost_of(forecast, model, recipe.compute, data.sequence_length, of_stage))
         except InputError as error:
             mistakes.append(f"{recipe.name}: stages.{name}: {error}")
-            known.setdefault(name, None)
-            possible.setdefault(name, [])
+            known.setdefault(name, Forecast())
     if mistakes:
         raise RecipeError(mistakes)
     compute = recipe.compute
@@ -92,115 +87,134 @@ def describe(recipe: Recipe, memory_gb: float | None = None) -> str:
         f"  compute: {together}accelerator {compute.accelerator}, precision {compute.precision}; "
         f"W&B: {recipe.logging.wandb}"
     )
+    speed = speed_of(limit, is_here=memory_gb is None)
+    processes = limit.processes(compute) if limit.on_gpu else 1
+    said += [f"  {line}" for line in closing_lines(costs, speed, processes, [text for _, text in found])]
+    said += [f"  requires {key} {bound}, else exit code 3" for key, bound in recipe.require.items()]
     missing = ((name, stage.missing()) for name, stage in recipe.stages.items())
     said += [f"  before this runs here: stages.{name}: {what}" for name, what in missing if what is not None]
     return "\n".join(said)
 
 
-def _line(name: str, stage: StageSpec, recipe: Recipe, known: Known, is_unsettled: bool) -> str:
+def _forecast(recipe: Recipe, name: str, known: dict[str, Forecast]) -> tuple[View, Forecast]:
+    """What a stage sees and says; it is added to what is known.
+
+    Raises:
+        InputError: the stage cannot do its work.
+    """
+    data = data_of(recipe.stages, recipe.data, name)
+    view = View(name, recipe.stages, data, recipe.compute, dict(known), recipe.teacher)
+    forecast = known[name] = recipe.stages[name].forecast(view)
+    if forecast.is_refused:
+        raise forecast.refused[0]
+    return view, forecast
+
+
+def trainings(recipe: Recipe, limit: MemoryLimit) -> Iterator[tuple[str, Training, MemoryModel | None, DataSpec]]:
+    """(name, training, how much memory it takes, text) of each stage that trains.
+
+    Args:
+        recipe: that :func:`describe` accepts.
+        limit: where its processes live.
+
+    Raises:
+        InputError: a stage cannot do its work.
+    """
+    known: dict[str, Forecast] = {}
+    if recipe.teacher is not None:
+        config = config_of(recipe.teacher)
+        known["teacher"] = Forecast(makes=() if config is None else (config,))
+    for name in recipe.stages:
+        view, forecast = _forecast(recipe, name, known)
+        training = forecast.training
+        if training is not None and training.budget.steps(view.data.sequence_length):
+            yield name, training, memory_model_of(forecast, view, limit), view.data
+
+
+def missing_text(recipe: Recipe) -> Iterator[str]:
+    """A line for each source whose files are not there; what lives on the Hub or elsewhere is not looked for."""
+    for where, section in own_texts(recipe.stages, recipe.data).items():
+        for key, source in (*section.sources(), *section.tests()):
+            try:
+                if source.is_remote():
+                    check_reader(source.paths())
+                elif not isinstance(source, Hub):
+                    source.num_bytes()
+            except InputError as error:
+                yield f"{recipe.name}: {where}{key.removeprefix('data')}: {error}"
+
+
+def _text(recipe: Recipe) -> str:
+    data = recipe.data
+    if isinstance(data.train, Mixture):
+        return (
+            f"  data a mixture of {len(data.train.sources)} sources, rows of {data.sequence_length} tokens "
+            f"({data.packing}), at most {data.validation_tokens:,} tokens to validate on"
+        )
+    validation = f"validation from {data.validation.kind}" if data.validation else f"{data.held_out:.0%} held out"
+    return (
+        f"  data {data.train.kind}, rows of {data.sequence_length} tokens ({data.packing}), {validation}, at most "
+        f"{data.validation_tokens:,} tokens of it to validate on"
+    )
+
+
+def _line(name: str, stage: StageSpec, forecast: Forecast) -> str:
+    """What a stage reads, does and makes."""
     title = name if stage.kind == name else f"{name} ({stage.kind})"
-    parts = [f"{title}:"] if stage.kind != "report" else [f"{title}: reads what was measured;"]
-    read = [reference for _, reference in stage.references()]
-    if isinstance(stage, Evaluate) and not stage.models:
-        parts.append("measures every model before it;")
-    elif read:
-        parts.append("reads " + ", ".join(dict.fromkeys(read)) + ";")
-    if isinstance(stage, Prune):
-        parts.append(f"keeps {_kept(stage.keep)};" if stage.keep else f"{_searched(stage, recipe, known)};")
-    if isinstance(stage, Export):
-        unverified = stage.target.missing_engine()
-        parts.append(stage.target.kind + (f", {unverified}" if unverified and not stage.missing() else ""))
-    if isinstance(stage, CacheTeacher):
-        parts.append(_cached(name, stage, recipe))
-    if isinstance(stage, BudgetSpec):
-        parts.append(_budget(stage, recipe))
-    if isinstance(stage, DistillSpec) and stage.steps(recipe.data.sequence_length):
-        parts.append(_learns(stage))
+    parts = [forecast.reads] if forecast.reads else []
+    parts += forecast.does
     if stage.makes_model:
-        parts.append(f"makes {'at most ' if is_unsettled else ''}{size(known[name])}")
-    if isinstance(stage, Prune) and (memory := _cut_memory(stage, known[name], known)):
-        parts.append(f"({memory})")
-    return " ".join(parts).rstrip(";")
+        need = f" ({amount(forecast.need.num_bytes)} {forecast.need.why})" if forecast.need is not None else ""
+        made = largest(forecast.makes)
+        at_most = "at most " if forecast.is_open and count(made) is not None else ""
+        parts.append(f"makes {at_most}{size(made)}{need}")
+    return f"{title}: {'; '.join(parts)}"
 
 
-def _is_open(stage: StageSpec) -> bool:
-    """Whether the size of what a stage makes shows when it runs."""
-    return isinstance(stage, Prune) and (stage.keep is None or stage.keep.vocabulary == "used")
+def _details(
+    forecast: Forecast, view: View, limit: MemoryLimit, model: MemoryModel | None, text: texts.TextForecast
+) -> Iterator[str]:
+    """For which models a stage ends a run, how often it reads the text, and the memory of what it trains."""
+    if forecast.refused:
+        num_models = len(forecast.refused) + len(forecast.makes)
+        yield f"ends here for {len(forecast.refused)} of the {num_models} models that may come: {forecast.refused[0]}"
+    training = forecast.training
+    if training is not None:
+        if model is not None:
+            of = "of a short training: " if model.is_single_process else ""
+            yield from (of + line for line in lines(model, training.budget.batch_size, view.compute, limit))
+        if not training.is_trial and (line := _passes(training, view, text)) is not None:
+            yield line
+        order = view.data.order
+        if order is not None and order.by == "teacher_loss":
+            part = f"the first {order.until:.0%} of its rows"
+            yield f"before it starts, its teacher reads {part}, to sort them (data.order)"
+        if view.data.augment is not None and (
+            silent := [loss.kind for loss in training.losses if not loss.needs_teacher]
+        ):
+            yield (
+                f"{', '.join(silent)} takes the words that data.augment puts in for what somebody has written; such "
+                "copies suit losses on a teacher's output, so give this stage a text without augment"
+            )
+    yield from forecast.notes
 
 
-def _kept(keep: KeepSpec) -> str:
-    sizes = keep.model_dump(exclude_none=True, exclude_defaults=True)
-    return ", ".join(f"{key} {value}" for key, value in sizes.items()) or "everything"
+def lines_of_text(text: texts.TextForecast, data: DataSpec) -> Iterator[str]:
+    """How much text there is; of a mixture source by source."""
+    if isinstance(data.train, Mixture):
+        yield from about_mixture(data.train, data, text)
+    yield from texts.lines(text, data)
 
 
-def _searched(stage: Prune, recipe: Recipe, known: Known) -> str:
-    """The space of a search, how many candidates there are, and what becomes of them."""
-    search = stage.search
-    assert search is not None
-    asked = f"{search.budget.measure} at most {getattr(search.budget, search.budget.measure)}"
-    if (config := known_or_found(stage.model, known)) is None:
-        return f"searches {', '.join(search.axes)} for {asked} (the model's config is not on this machine)"
-    space = search.space(layout_for(str(config.get("model_type"))), config)
-    grid = ", ".join(f"{key} {_range(sizes)}" for key, sizes in space.grid.items())
-    if search.budget.is_time:
-        return f"searches {grid} for {asked}, measured on this machine"
-    num = len(candidates(stage, config, recipe.data.sequence_length))
-    rounds = [f"measures {min(num, search.num_measured)} of them"]
-    if search.train is not None:
-        rounds.append(f"trains {min(num, search.train.num_candidates)} on {_budget(search.train, recipe)}".rstrip(";"))
-    return f"searches {grid}; {num:,} candidates with {asked}; {', '.join(rounds)}"
+def _passes(training: Training, view: View, text: texts.TextForecast) -> str | None:
+    """How often a training reads the text, or sources of it, where that is worth a line."""
+    tokens = _tokens_read(training, view)
+    if isinstance(view.data.train, Mixture):
+        return often_read(view.data.train, tokens, text)
+    return texts.passes(tokens, text)
 
 
-def _range(sizes: Sequence[int]) -> str:
-    return f"{sizes[0]} to {sizes[-1]} ({len(sizes)} sizes)" if len(sizes) > 1 else f"{sizes[0]} alone"
-
-
-def _cached(name: str, stage: CacheTeacher, recipe: Recipe) -> str:
-    """What is written down, and for whom it may not be enough (the text may hold fewer sequences than are taken)."""
-    length, kept = recipe.data.sequence_length, stage.num_sequences
-    if kept is None:
-        return f"{stage.codec.kind} of all sequences that later stages take;"
-    taken: dict[str, int] = {}
-    for user, other in recipe.stages.items():
-        if isinstance(other, DistillSpec) and getattr(other, "teacher", "") == name:
-            taken[user] = other.steps(length) * other.batch_size
-    few = ", ".join(f"{user} takes {count:,}" for user, count in taken.items() if count > kept)
-    warning = f" - too few if the text has more: {few}; raise num_sequences or leave it unset" if few else ""
-    return f"{stage.codec.kind} of {kept:,} sequences{warning};"
-
-
-def _learns(stage: DistillSpec) -> str:
-    losses = " + ".join(loss.kind for loss in stage.losses)
-    if stage.on_policy is None:
-        return f"{losses};"
-    share = stage.on_policy.share
-    return f"{losses}, " + (f"{share:.0%} of steps" if isinstance(share, float) else "a share of steps") + " on-policy;"
-
-
-def _budget(stage: BudgetSpec, recipe: Recipe) -> str:
-    length = recipe.data.sequence_length
-    steps = stage.steps(length)
-    if steps == 0:
-        return "no training;"
-    tokens = steps * stage.batch_size * length
-    if recipe.data.packing not in FULL:  # how full rows are is known when the text is read
-        if stage.num_tokens is None:
-            return f"at most {tokens:,} tokens = {steps:,} steps of {stage.batch_size} x {length};"
-        return f"{stage.num_tokens:,} tokens = at least {steps:,} steps of {stage.batch_size} x {length};"
-    return f"{tokens:,} tokens = {steps:,} steps of {stage.batch_size} x {length};"
-
-
-def _cut_memory(stage: Prune, after: Config | None, known: Known) -> str | None:
-    """Bytes while the weights are cut: the student, and the largest weight of the model as stored and as cut; or, where
-    projections are solved anew, the student in float32 beside the whole model."""
-    before = known_or_found(stage.model, known)
-    student = count(after)
-    if before is None or student is None or count(before) is None:
-        return None
-    if stage.reconstruct is not None:
-        return f"{amount(4 * (student + (count(before) or 0)))} to cut and reconstruct on a CPU, after scoring"
-    layout = layout_for(str(before["model_type"]))
-    sizes = layout.sizes(before)
-    largest = max(prod(shape(parameter, sizes)) for parameter in layout.parameters if parameter.exists(before))
-    size = 2 if stored_dtype(stage, before) in ("bfloat16", "float16") else 4
-    return f"{amount((student + 2 * largest) * size)} to cut, after scoring"
+def _tokens_read(training: Training, view: View) -> float:
+    """Tokens that a training reads, where rows are full."""
+    budget, length = training.budget, view.data.sequence_length
+    return budget.num_tokens if budget.num_tokens is not None else budget.steps(length) * budget.batch_size * length

@@ -1,19 +1,19 @@
-"""Relations of MiniLMv2: which tokens the student's queries, keys and values find alike is as in the teacher.
+"""Attention relations of MiniLMv2: the student learns the similarities between the tokens' queries, keys and values.
 
     R_i = softmax_j(a_i . a_j / sqrt(d)),  j <= i;    loss = KL(R_i of the teacher || R_i of the student)
 
-of each token i, where a are the queries of all heads side by side, cut anew into ``num_relation_heads`` vectors of d
-channels; likewise the keys and the values, and the loss is the mean over relation heads and over the three. In place of
-states only their mutual likeness is compared, so neither widths nor numbers of heads need to agree and nothing is
-projected. Prefer it where student and teacher are of different widths or families; a student cut out of its teacher can
-be told more, and at less cost, by :mod:`hidden_mse <distill.losses.hidden_mse>`.
+per token i, where a are the concatenated queries of all heads, split again into ``num_relation_heads`` vectors of d
+channels. The same is computed for keys and values, and the loss is the mean over relation heads and over the three.
+Similarities between tokens are compared and not the states themselves, so student and teacher may differ in width and
+number of heads, and no projection is needed. Prefer it if they differ in width or architecture. A student that was
+pruned from its teacher learns more, at less cost, from :mod:`hidden_mse <distill.losses.hidden_mse>`.
 
-As j runs over what a decoder may see, the rows are causal; tokens that do not count are left out on both sides. The
-vectors are those of the linear projections, before rotary positions. Memory is O(chunk of rows x tokens): rows are
-computed again in the backward pass.
+The sum over j is over the tokens to which a decoder attends, so the relations are causal. Tokens that are not counted
+are excluded both as i and as j. The vectors are the outputs of the linear projections, before rotary position
+embeddings. The memory is O(tokens per chunk x tokens), because the relations are recomputed in the backward pass.
 
-Source: Wang et al. 2020, arXiv 2012.15828 (which adds the three up, in encoders, from one layer: the last, or one above
-the middle of a large teacher); the values' relation first in arXiv 2002.10957.
+Source: Wang et al. 2020, arXiv 2012.15828 (for encoders, with the sum over the three, from one layer: the last layer,
+or one above the middle of a large teacher); the relation of values is from arXiv 2002.10957.
 """
 
 from __future__ import annotations
@@ -24,32 +24,35 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from distill.core.errors import InputError
-from distill.losses.base import LossTerm, kl, masked_sum
+from distill.losses.base import masked_sum
 from distill.losses.states import Layers, Shape, StateLossSpec
+from distill.numerics.kl import kl
+from distill.numerics.term import LossTerm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class AttentionRelation(StateLossSpec):
-    """KL between relations among tokens of queries, keys and values (MiniLMv2); beside a loss on the logits."""
+    """KL between attention relations (MiniLMv2), layer by layer; used in addition to a loss on logits."""
 
     parts: ClassVar[tuple[str, ...]] = ("queries", "keys", "values")
 
     kind: Literal["attention_relation"] = "attention_relation"
     layers: Layers = "last"
-    """Which of the student's layers learn from which of the teacher's, from 0: last only the last (the paper's), auto
-    every one (the pruning's own map, else evenly), [[5, 20]] is by hand."""
+    """Pairs of a student layer and a teacher layer that are compared, counted from 0. last: only the last layers, as in
+    the paper; auto: all layers of the student, paired with the teacher layers from which pruning copied them, or else
+    evenly; [[5, 20]]: these pairs."""
     num_relation_heads: int | None = Field(None, ge=1)
-    """Vectors that the heads of one token are cut into; unset: as many as divide both models' numbers of heads (for
-    keys and values of KV heads)."""
+    """Number of vectors into which the heads of a token are split; unset: the greatest common divisor of the numbers of
+    heads of both models (of KV heads for keys and values)."""
 
     def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor, documents: Tensor | None = None) -> LossTerm:
         heads = self.num_relation_heads or 1
         return attention_relation(student, teacher, mask, documents, num_relation_heads=heads)
 
     def between(self, student: Shape, teacher: Shape) -> Self:
-        """This loss with its number of relation heads settled.
+        """A copy of this loss with its number of relation heads resolved.
 
         Raises:
             InputError: the number does not divide a width.
@@ -59,7 +62,8 @@ class AttentionRelation(StateLossSpec):
             if heads * channels % found:
                 raise InputError(
                     f"{self.kind}.num_relation_heads ({found}) must divide the {who}'s {heads * channels} channels "
-                    f"({heads} heads of {channels}); leave it unset for the most that fit both models' heads"
+                    f"({heads} heads of {channels}); leave it unset to "
+                    "use the largest number that divides both models' heads"
                 )
         return self.model_copy(update={"num_relation_heads": found})
 
@@ -73,49 +77,67 @@ def attention_relation(
     num_relation_heads: int,
     chunk_entries: int = 1 << 23,
 ) -> LossTerm:
-    """KL(teacher || student) of the tokens' causal relations, mean over relation heads, summed over tokens, in nats.
+    """KL(teacher || student) of causal relations, averaged over relation heads and summed over tokens, in nats.
 
     Args:
-        student: vectors of all heads side by side, [batch, sequence, student width].
-        teacher: the same, [batch, sequence, teacher width].
-        mask: [batch, sequence]; False neither has a row nor stands in another's.
-        documents: [batch, sequence], number of each token's document, whose tokens alone it sees; None is one a row.
-        num_relation_heads: vectors that a width is cut into; divides both.
-        chunk_entries: entries of a relation that exist at once, but at least one row of every sequence.
+        student: concatenated vectors of all heads, [batch, sequence, student width].
+        teacher: concatenated vectors of all heads, [batch, sequence, teacher width].
+        mask: [batch, sequence], False for tokens that are excluded from all relations.
+        documents: [batch, sequence], index of each token's document, to which its relations are limited; None if each
+            row is one document.
+        num_relation_heads: number of vectors into which a width is split; it must divide both widths.
+        chunk_entries: number of entries of the relations that exist at once; at least one token per sequence is
+            computed.
     """
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    def apart(vectors: Tensor) -> Tensor:
+    def split(vectors: Tensor) -> Tensor:
+        """[batch, sequence, width] -> [batch, relation heads, sequence, channels]."""
         return vectors.float().unflatten(-1, (num_relation_heads, -1)).transpose(1, 2)
 
     batch, length = mask.shape
-    rows = max(1, chunk_entries // (batch * num_relation_heads * length))
-    ours, theirs = apart(student), apart(teacher)
-    with torch.autocast(student.device.type, enabled=False):  # half precision is too coarse for what is exponentiated
-        values = [
-            checkpoint(_rows, ours, theirs, mask, documents, start, min(start + rows, length), **_ONCE_MORE)
-            for start in range(0, length, rows)
+    tokens = max(1, chunk_entries // (batch * num_relation_heads * length))
+    ours, theirs = split(student), split(teacher)
+    with torch.autocast(student.device.type, enabled=False):  # half precision is too coarse for exponents
+        values = [  # [batch, tokens of a chunk] each
+            checkpoint(_relation_kl, ours, theirs, mask, documents, start, min(start + tokens, length), **_RECOMPUTED)
+            for start in range(0, length, tokens)
         ]
     return masked_sum(torch.cat(values, 1), mask)
 
 
-_ONCE_MORE: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-"""How rows are computed again in the backward pass: nothing in them is random."""
+_RECOMPUTED: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+"""Arguments of :func:`torch.utils.checkpoint.checkpoint`: the relations contain nothing random."""
 
 
-def _rows(student: Tensor, teacher: Tensor, mask: Tensor, documents: Tensor | None, start: int, end: int) -> Tensor:
-    """KL of the rows ``start`` to ``end``, mean over heads: [batch, heads, sequence, channels] -> [batch, rows]."""
+def _relation_kl(
+    student: Tensor, teacher: Tensor, mask: Tensor, documents: Tensor | None, start: int, end: int
+) -> Tensor:
+    """KL of the relations of tokens ``start`` to ``end``, averaged over relation heads.
+
+    Args:
+        student: [batch, relation heads, sequence, channels].
+        teacher: [batch, relation heads, sequence, channels].
+        mask: [batch, sequence].
+        documents: [batch, sequence] or None.
+        start: index of the first token.
+        end: index after the last token.
+
+    Returns:
+        [batch, end - start], nats.
+    """
     import torch
 
-    at = torch.arange(end, device=mask.device)
-    row = at[start:].unsqueeze(1)
-    seen = (at < row) & mask[:, :end].unsqueeze(1)
+    at = torch.arange(end, device=mask.device)  # [end]
+    row = at[start:].unsqueeze(1)  # [tokens, 1]
+    seen = (at < row) & mask[:, :end].unsqueeze(1)  # [batch, tokens, end]
     if documents is not None:
         seen = seen & (documents[:, :end].unsqueeze(1) == documents[:, start:end].unsqueeze(2))
-    unseen = ~(seen | (at == row)).unsqueeze(1)  # a token always sees itself, so that no row is empty
+    unseen = ~(seen | (at == row)).unsqueeze(1)  # [batch, 1, tokens, end]; a token always attends to itself
 
     def relation(vectors: Tensor) -> Tensor:
+        """Log-softmax of the similarities, [batch, relation heads, tokens, end]."""
         scores = vectors[:, :, start:end] @ vectors[:, :, :end].transpose(2, 3) / sqrt(vectors.shape[-1])
         return scores.masked_fill(unseen, -1e30).log_softmax(-1)  # finite, so that 0 * log 0 is 0
 

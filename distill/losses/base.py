@@ -1,122 +1,112 @@
-"""The contract of a loss: sums over tokens and their count, in fp32 log-space, never a mean."""
+"""The contract of a loss: it returns the sum over tokens and their number, in fp32 log-space, and never a mean."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from distill.core.spec import Spec
 from distill.losses.schedule import Schedule, Weight
+from distill.numerics.term import LossTerm
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from distill.losses.rows import Rows
-
-
-@dataclass(frozen=True)
-class LossTerm:
-    """A loss summed over the tokens that count, and how many they are.
-
-    Sums add up over chunks, micro-batches and ranks; means do not. So every loss returns this, and only
-    :meth:`per_token` divides.
-
-    Attributes:
-        sum: scalar, fp32; nats where the loss compares distributions.
-        count: scalar, number of tokens in the sum.
-    """
-
-    sum: Tensor
-    count: Tensor
-
-    def __add__(self, other: LossTerm) -> LossTerm:
-        return LossTerm(self.sum + other.sum, self.count + other.count)
-
-    def detach(self) -> LossTerm:
-        """The same term without a graph, to be logged."""
-        return LossTerm(self.sum.detach(), self.count.detach())
-
-    def to(self, device: torch.device) -> LossTerm:
-        """The same term elsewhere."""
-        return LossTerm(self.sum.to(device), self.count.to(device))
-
-    def per_token(self) -> Tensor:
-        """The loss per token; 0 when no token counts. The one line in the project that divides a loss."""
-        return self.sum / self.count.clamp(min=1)
+    from distill.losses.tile import InPlace, LogitTile
 
 
 class AnyLossSpec(Spec):
-    """What every loss has: a kind and a weight. A loss is on when it is named.
+    """Base class of all losses. A loss is used if the recipe names it.
 
-    Every number among its settings may follow a :class:`~distill.losses.schedule.Schedule`; such a loss is called only
-    after :meth:`at`.
+    Each numeric setting may be a :class:`~distill.losses.schedule.Schedule`. Such a loss must not be
+    called itself: call the copy that :meth:`at` returns.
     """
 
     needs_teacher: ClassVar[bool] = True
     needs_text: ClassVar[bool] = False
-    """Whether it looks at the text's next token, which a sequence of the student's own does not have."""
+    """Whether the loss reads the next token of the text. On-policy samples have no such token."""
 
     kind: str
     weight: Weight = 1.0
-    """Factor of this loss in the sum that is trained on; every loss is logged unweighted. May follow a schedule, as all
-    numbers of a loss: {kind: linear, start: 1, end: 0.3} (or cosine; share: 0.5 ends it half-way)."""
+    """Factor of this loss in the weighted sum that is minimised; the logged values are unweighted. Like every number of
+    a loss, it may follow a schedule: {kind: linear, start: 1, end: 0.3} (or cosine; with share: 0.5 it reaches the end
+    value half-way)."""
 
     def schedules(self) -> dict[str, Schedule]:
         """The settings that change during the run, by name."""
         return {name: value for name, value in self if isinstance(value, Schedule)}
 
     def at(self, step: int, num_steps: int) -> Self:
-        """This loss as it is at optimizer step ``step`` (from 0) of ``num_steps``: numbers only."""
+        """A copy of this loss with the value of each schedule at optimizer step ``step`` (from 0) of ``num_steps``."""
         now = {name: schedule.at(step, num_steps) for name, schedule in self.schedules().items()}
         return self.model_copy(update=now) if now else self
 
 
 class LossSpec(AnyLossSpec):
-    """A loss on what the models predict; the other kind is :class:`~distill.losses.states.StateLossSpec`."""
+    """A loss on logits. The losses on hidden states are :class:`~distill.losses.states.StateLossSpec`."""
 
     def __call__(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor
     ) -> LossTerm:
-        """The loss of one batch or chunk.
+        """Compute the loss of a batch or of a chunk of tokens.
 
         Args:
             student_logits: [..., student vocabulary].
             teacher_logits: [..., teacher vocabulary], or None for a loss that needs no teacher.
-            targets: [...], the next tokens.
-            mask: [...], True where a prediction counts.
+            targets: [...], ids of the next tokens.
+            mask: [...], True for the positions that are counted.
         """
         raise NotImplementedError
 
-    def value_and_gradient(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """The same loss summed over a block of tokens, and its gradient in the student's logits: what training runs.
+    def value_and_gradient(self, tile: LogitTile) -> tuple[Tensor, Tensor]:
+        """Compute the loss of a tile of tokens and its gradient with respect to the student's logits.
 
-        A loss may override this with the closed form of its gradient, which takes a fraction of the time; the contract
-        tests hold the two against each other. Without it autograd differentiates the loss through the logits.
+        Training calls this method and not :meth:`__call__`. The default implementation differentiates the loss with
+        autograd. A loss may override it with the closed form of its gradient, which takes a fraction of the time; the
+        contract tests compare the two.
+
+        The method may read all tensors of the tile. It may overwrite only memory that it has taken from the tile (see
+        the top of :mod:`distill.losses.tile`).
 
         Returns:
-            the sum, a scalar, and a new tensor [rows, vocabulary]: the student's, or the narrower one that both have.
+            The sum over the tokens (scalar), and the gradient [tokens, vocabulary], where vocabulary is that of the
+            student or the part that both models have. The gradient stays valid until the next tile.
         """
         import torch
 
-        # copies, as autograd saves no tensor that was made under inference_mode
+        # copies, because autograd cannot save tensors that were created in inference mode
         with torch.inference_mode(False), torch.enable_grad():
-            student = rows.student.clone().requires_grad_()
-            teacher = None if rows.teacher is None else rows.teacher.clone()
-            on = torch.ones_like(rows.targets, dtype=torch.bool)
-            value = self(student, teacher, rows.targets.clone(), on).sum
+            student = tile.student.clone().requires_grad_()  # [tokens, student vocabulary]
+            teacher = None if tile.teacher is None else tile.teacher.clone()  # [tokens, teacher vocabulary]
+            on = torch.ones_like(tile.targets, dtype=torch.bool)  # [tokens]
+            value = self(student, teacher, tile.targets.clone(), on).sum
             return value.detach(), torch.autograd.grad(value, student)[0]
+
+    def in_place(self, tile: LogitTile) -> InPlace | None:
+        """Compute the same loss, and overwrite the student's logits with its gradient.
+
+        This is called if the step has only one loss, because it is faster. It overwrites both logits of the tile: the
+        student's, over the vocabulary that both models have, with the gradient. So the tile cannot be read afterwards.
+
+        Returns:
+            None if the loss has no such form, or not for its settings; the tile is unchanged then.
+        """
+        return None
 
 
 def shared_log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities in fp32 over the tokens that both heads have.
+    """Log-probabilities in fp32 over the vocabulary that both heads have.
 
-    Heads of one tokenizer may be padded to different widths; the padding carries no token, so it is cut off, not
-    filled with zeros (a zero logit is a real probability).
+    Heads of models with the same tokenizer may be padded to different widths. The padding is cut off, and not filled
+    with zeros, because a zero logit is a real probability.
+
+    Args:
+        student_logits: [..., student vocabulary].
+        teacher_logits: [..., teacher vocabulary].
+        temperature: divisor of both logits.
 
     Returns:
-        student and teacher log-probabilities, [..., shared vocabulary].
+        The student's and the teacher's log-probabilities, [..., shared vocabulary].
     """
     shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
     student = (student_logits[..., :shared].float() / temperature).log_softmax(-1)
@@ -124,16 +114,11 @@ def shared_log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature
     return student, teacher
 
 
-def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) of each token: [..., vocabulary] twice -> [...], nats."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
 def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
-    """log(share * p + (1 - share) * q), without leaving log-space; 0 < share < 1."""
+    """log(share * p + (1 - share) * q) without leaving log-space, [..., vocabulary]; 0 < share < 1."""
     return (log_p + math.log(share)).logaddexp(log_q + math.log1p(-share))
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> LossTerm:
-    """Sum ``values`` [...] where ``mask`` [...] is True; still joined to the graph when nothing is."""
+    """Sum ``values`` [...] where ``mask`` [...] is True; the sum has a graph even if no element is True."""
     return LossTerm(values.masked_fill(~mask, 0.0).sum(), mask.sum())

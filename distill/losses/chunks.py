@@ -1,25 +1,22 @@
-"""How many tokens have logits at once: known without torch, so that a forecast counts as the losses do."""
+"""Sizes of chunks and tiles of tokens. They are computed without torch, so that ``distill check`` can use them."""
 
 from __future__ import annotations
 
-import math
-
 
 def tokens_at_once(vocabulary: int, num_tokens: int, *, on_cpu: bool) -> int:
-    """Tokens of a chunk: enough to keep the products efficient, few enough to keep its two buffers of logits small.
+    """Number of tokens per chunk: large enough for efficient matrix products, small enough for two buffers of logits.
 
-    On a CPU products of less than 128 rows lose a third of their speed and those of more than 256 gain little. The
-    chunks of a batch are of one size, so that none is left over with few tokens.
-
+    On a CPU, matrix products of fewer than 128 rows lose a third of their speed, and more than 256 rows gain little.
+    All chunks of a batch have about the same size, so that no small chunk remains at the end.
     Args:
-        vocabulary: rows of the head.
-        num_tokens: of the batch.
+        vocabulary: number of rows of the head's weight.
+        num_tokens: number of tokens of the batch.
         on_cpu: whether the head is on a CPU.
     """
     most = min(256, max(128, 3 * 2**23 // vocabulary)) if on_cpu else max(256, 2**26 // vocabulary)
-    return math.ceil(num_tokens / math.ceil(num_tokens / most)) if num_tokens else 1
+    return -(-num_tokens // -(-num_tokens // most)) if num_tokens else 1
 
 
 def numbers_at_once(num_threads: int, *, on_cpu: bool) -> int:
-    """Logits whose losses are taken together: what a core's cache holds several tensors of, or a GPU is busy with."""
+    """Number of logits per tile: on a CPU several such tensors fit in a core's cache; a GPU is kept busy by one."""
     return 2**16 * num_threads if on_cpu else 2**25

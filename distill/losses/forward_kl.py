@@ -1,26 +1,32 @@
-"""Forward KL: the student covers all that the teacher thinks possible.
+"""Forward KL: the student learns to cover everything to which the teacher gives probability.
 
     loss = T^2 * sum_v p_v (log p_v - log q_v),   p = softmax(teacher / T),  q = softmax(student / T)
     d loss / d student = T * (q - p)
 
-The default, and the only loss of Minitron's recipes. It spreads the student over the teacher's modes; a student much
-too small to do so may read better with :mod:`reverse_kl <distill.losses.reverse_kl>`.
+This is the default, and the only loss of Minitron's recipes. It is mode-covering: the student spreads its probability
+over all modes of the teacher. A student that is too small for this may generate better text with :mod:`reverse_kl
+<distill.losses.reverse_kl>`.
 
-Source: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2 (with T^2, so that the gradient keeps its size when T
-changes); Muralidharan et al. 2024, arXiv 2407.14679 (Minitron).
+If it is the only loss and the temperature is 1, training calls :func:`distill.numerics.kl.kl_and_gradient_`.
+
+Source: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2 (the factor T^2 keeps the size of the gradient
+independent of T); Muralidharan et al. 2024, arXiv 2407.14679 (Minitron).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from distill.losses.base import LossSpec, LossTerm, kl, masked_sum, shared_log_probs
+from distill.losses.base import LossSpec, masked_sum, shared_log_probs
 from distill.losses.schedule import Positive, number
+from distill.losses.tile import InPlace
+from distill.numerics.kl import kl, kl_and_gradient_
+from distill.numerics.term import LossTerm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distill.losses.rows import Rows
+    from distill.losses.tile import LogitTile
 
 
 class ForwardKL(LossSpec):
@@ -28,7 +34,7 @@ class ForwardKL(LossSpec):
 
     kind: Literal["forward_kl"] = "forward_kl"
     temperature: Positive = 1.0
-    """Softens both distributions; 1 is off. The gradient is scaled by its square."""
+    """Softmax temperature of both models; 1 is off. The loss is multiplied by its square."""
 
     def __call__(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor
@@ -36,22 +42,31 @@ class ForwardKL(LossSpec):
         assert teacher_logits is not None
         return forward_kl(student_logits, teacher_logits, mask, temperature=number(self.temperature))
 
-    def value_and_gradient(self, rows: Rows) -> tuple[Tensor, Tensor]:
+    def value_and_gradient(self, tile: LogitTile) -> tuple[Tensor, Tensor]:
+        """See :class:`LossSpec`. It only reads the tensors of the tile."""
         temperature = number(self.temperature)
-        if rows.alone and temperature == 1.0:
-            return rows.forward_kl_in_place()
-        pair = rows.pair(temperature)
-        return temperature**2 * rows.forward_kl(temperature).sum(), rows.difference(pair.q, pair.p).mul_(temperature)
+        pair = tile.pair(temperature)
+        value = temperature**2 * tile.forward_kl(temperature).sum()
+        return value, tile.difference(pair.q, pair.p).mul_(temperature)
+
+    def in_place(self, tile: LogitTile) -> InPlace | None:
+        """At temperature 1. It overwrites the student's logits with the gradient, and the teacher's logits too."""
+        if number(self.temperature) != 1.0:
+            return None
+        student, teacher = tile.shared()
+        with tile.borrow(student) as scratch:
+            value = kl_and_gradient_(teacher, student, scratch).sum()
+        return InPlace(value, value)
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, temperature: float = 1.0) -> LossTerm:
-    """KL(teacher || student) summed over the masked-in tokens, in nats, times temperature squared.
+    """KL(teacher || student) times temperature squared, summed over the counted tokens, in nats.
 
     Args:
         student_logits: [..., student vocabulary].
-        teacher_logits: [..., teacher vocabulary]; compared over the tokens that both have.
-        mask: [...], True where a prediction counts.
-        temperature: divides both logits; 1 is off.
+        teacher_logits: [..., teacher vocabulary]; the models are compared over the vocabulary that both have.
+        mask: [...], True for the positions that are counted.
+        temperature: divisor of both logits; 1 is off.
     """
     log_q, log_p = shared_log_probs(student_logits, teacher_logits, temperature)
     return masked_sum(temperature**2 * kl(log_p, log_q), mask)

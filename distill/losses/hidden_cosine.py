@@ -1,11 +1,12 @@
-"""Cosine between hidden states: the student's state points where the teacher's does, at whatever length.
+"""Cosine distance between hidden states: the student's state gets the direction of the teacher's, at any length.
 
     loss = 1 - h . t / (|h| |t|)
 
-of each token, where h is the student's hidden state after a layer (projected where it is narrower) and t the teacher's.
-From 0 (the same direction) to 2. Prefer it where the student's states cannot have the teacher's length: it asks for
-less than :mod:`hidden_mse <distill.losses.hidden_mse>`. But what a layer adds to the stream of states is measured
-against that length, so a student cut out of its teacher learns more exactly from hidden_mse.
+per token, where h is the student's hidden state after a layer (projected if the widths differ) and t the teacher's. It
+is between 0 (the same direction) and 2. Prefer it if the student's states cannot have the same length as the teacher's,
+because it is less strict than :mod:`hidden_mse <distill.losses.hidden_mse>`. But the effect of what a layer adds to the
+residual stream depends on the length of the state. So a student that was pruned from its teacher learns more from
+hidden_mse.
 
 Source: Sanh et al. 2019, arXiv 1910.01108 (DistilBERT).
 """
@@ -14,15 +15,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from distill.losses.base import LossTerm, masked_sum
+from distill.losses.base import masked_sum
 from distill.losses.states import HiddenLossSpec
+from distill.numerics.term import LossTerm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class HiddenCosine(HiddenLossSpec):
-    """One minus the cosine of hidden states, layer by layer; beside a loss on the logits."""
+    """One minus the cosine of hidden states, layer by layer; used in addition to a loss on logits."""
 
     kind: Literal["hidden_cosine"] = "hidden_cosine"
 
@@ -31,12 +33,12 @@ class HiddenCosine(HiddenLossSpec):
 
 
 def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor) -> LossTerm:
-    """One minus the cosine, summed over the masked-in tokens.
+    """One minus the cosine similarity, summed over the counted tokens.
 
     Args:
         student: [..., channels].
         teacher: [..., channels].
-        mask: [...], True where a token counts.
+        mask: [...], True for the tokens that are counted.
     """
     from torch.nn.functional import cosine_similarity
 

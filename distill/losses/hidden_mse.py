@@ -1,13 +1,14 @@
-"""Mean square between hidden states: the student computes what the teacher computes, layer by layer.
+"""Mean squared error between hidden states: the student learns to reproduce the teacher's states, layer by layer.
 
     loss = mean_c (h_c - t_c)^2 / s,   s = mean_c t_c^2 (scale: teacher) or 1 (scale: none)
 
-of each token, where h is the student's hidden state after a layer (projected where it is narrower) and t the teacher's.
-Divided by the teacher's own power it is 1 for a student that says 0, in every layer and model. Undivided it is that
-of the papers: in large decoders a few channels of the first token, thousands of times the others, are then most of it.
+per token, where h is the student's hidden state after a layer (projected if the widths differ) and t the teacher's.
+With scale: teacher, the loss is 1 for a student whose states are 0, in every layer and model. scale: none is the loss
+of the papers; in large decoders it is dominated by a few channels of the first token, which are thousands of times as
+large as the others.
 
-Prefer it for a student that was cut out of its teacher, whose states still lie in the teacher's own basis; where the
-student's width is smaller by much, :mod:`hidden_cosine <distill.losses.hidden_cosine>` asks for less.
+Prefer it for a student that was pruned from its teacher, because its hidden states are still in the teacher's basis. If
+the student is much narrower, :mod:`hidden_cosine <distill.losses.hidden_cosine>` is less strict.
 
 Source: Romero et al. 2014, arXiv 1412.6550; Jiao et al. 2019, arXiv 1909.10351 (transformers, one linear map).
 """
@@ -16,19 +17,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from distill.losses.base import LossTerm, masked_sum
+from distill.losses.base import masked_sum
 from distill.losses.states import HiddenLossSpec
+from distill.numerics.term import LossTerm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class HiddenMSE(HiddenLossSpec):
-    """Mean squared difference of hidden states, layer by layer; beside a loss on the logits."""
+    """Mean squared difference of hidden states, layer by layer; used in addition to a loss on logits."""
 
     kind: Literal["hidden_mse"] = "hidden_mse"
     scale: Literal["teacher", "none"] = "teacher"
-    """What a token's squared difference is divided by: the mean square of the teacher's state, or nothing."""
+    """Divisor of the squared difference of a token: the mean square of the teacher's state, or 1 (none)."""
 
     def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor, documents: Tensor | None = None) -> LossTerm:
         return hidden_mse(student, teacher, mask, scale=self.scale)
@@ -37,15 +39,15 @@ class HiddenMSE(HiddenLossSpec):
 def hidden_mse(
     student: Tensor, teacher: Tensor, mask: Tensor, *, scale: Literal["teacher", "none"] = "teacher"
 ) -> LossTerm:
-    """Mean squared difference over the channels, summed over the masked-in tokens.
+    """Mean squared difference over the channels, summed over the counted tokens.
 
     Args:
         student: [..., channels].
         teacher: [..., channels].
-        mask: [...], True where a token counts.
-        scale: "teacher" divides by the mean square of the teacher's state, token by token.
+        mask: [...], True for the tokens that are counted.
+        scale: "teacher" divides by the mean square of the teacher's state, per token.
     """
-    target = teacher.float()
+    target = teacher.float()  # [..., channels]
     value = (student.float() - target).square().mean(-1)
     if scale == "teacher":
         value = value / target.square().mean(-1).clamp(min=1e-12)

@@ -1,66 +1,67 @@
-"""Skewed forward KL: forward KL to a mixture that holds a little of the teacher itself.
+"""Skewed forward KL: forward KL between the teacher and a mixture of teacher and student.
 
     loss = T^2 * KL(p || m),   m = alpha * p + (1 - alpha) * q,   p = softmax(teacher / T),  q = softmax(student / T)
     d loss / d student = -T * (1 - alpha) * q * (r - sum_v q_v r_v),   r = p / m
 
-The mixture is nowhere less than alpha * p, so a token that the student has ruled out costs log(1 / alpha) at most and
-its gradient stays small: steadier than forward KL where student and teacher are far apart, and on the student's own
-text. Where they are near, it is forward KL with (1 - alpha)^2 of its gradient and nothing is gained.
+The mixture is nowhere smaller than alpha * p, so a token to which the student gives no probability costs at most log(1
+/ alpha), and its gradient stays small. This makes training more stable than forward KL if student and teacher are far
+apart, and on text that the student generates. If they are close to each other, the gradient is (1 - alpha)^2 times that
+of forward KL, without an advantage.
 
-Source: Ko et al. 2024, arXiv 2402.03898 (DistiLLM), skew KL; alpha = 0.1 as there. T^2 as in
-arXiv 1503.02531, section 2.
+Source: Ko et al. 2024, arXiv 2402.03898 (DistiLLM), skew KL, which also uses alpha = 0.1. For T^2 see arXiv 1503.02531,
+section 2.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from distill.losses.base import LossSpec, LossTerm, kl, log_mixture, masked_sum, shared_log_probs
-from distill.losses.rows import through_softmax
-from distill.losses.schedule import Fraction, Positive, number
+from distill.losses.base import masked_sum, shared_log_probs
+from distill.losses.skewed import SkewedSpec, kl_to_mixture
+from distill.losses.tile import through_softmax
+from distill.numerics.kl import kl
+from distill.numerics.term import LossTerm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distill.losses.rows import Rows
+    from distill.losses.tile import LogitTile
 
 
-class SkewedForwardKL(LossSpec):
-    """Forward KL to a mixture of student and teacher, KL(teacher || alpha * teacher + (1 - alpha) * student)."""
+class SkewedForwardKL(SkewedSpec):
+    """KL between the teacher and a mixture, KL(teacher || alpha * teacher + (1 - alpha) * student)."""
 
     kind: Literal["skewed_forward_kl"] = "skewed_forward_kl"
-    alpha: Fraction = 0.1
-    """Teacher's share of the mixture, between 0 and 1 (both excluded: at 0 it is forward_kl, at 1 nothing is left)."""
-    temperature: Positive = 1.0
-    """Softens both distributions; 1 is off. The gradient is scaled by its square."""
 
     def __call__(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor
     ) -> LossTerm:
         assert teacher_logits is not None
-        alpha, temperature = number(self.alpha), number(self.temperature)
+        alpha, temperature = self.numbers()
         return skewed_forward_kl(student_logits, teacher_logits, mask, alpha=alpha, temperature=temperature)
 
-    def value_and_gradient(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        alpha, temperature = number(self.alpha), number(self.temperature)
-        pair = rows.pair(temperature)
-        m = rows.mixture(pair.p, pair.q, alpha)
-        slope = rows.copy(pair.p).div_(m).mul_(pair.q)
-        value = temperature**2 * rows.total(rows.difference(pair.log_p, m.log_()).mul_(pair.p)).sum()
+    def value_and_gradient(self, tile: LogitTile) -> tuple[Tensor, Tensor]:
+        """See :class:`LossSpec`. It only reads the tensors of the tile."""
+        alpha, temperature = self.numbers()
+        pair = tile.pair(temperature)
+        m = tile.mixture(pair.p, pair.q, alpha)  # [tokens, vocabulary]
+        slope = tile.copy(pair.p).div_(m).mul_(pair.q)  # q r, [tokens, vocabulary]
+        with tile.borrow(m) as scratch:
+            value = temperature**2 * kl(pair.log_p, m.log_(), pair.p, out=scratch).sum()
         return value, through_softmax(slope, pair.q).mul_(-temperature * (1 - alpha))
 
 
 def skewed_forward_kl(
     student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, alpha: float = 0.1, temperature: float = 1.0
 ) -> LossTerm:
-    """KL(teacher || mixture) summed over the masked-in tokens, in nats, times temperature squared.
+    """KL(teacher || mixture) times temperature squared, summed over the counted tokens, in nats.
 
     Args:
         student_logits: [..., student vocabulary].
-        teacher_logits: [..., teacher vocabulary]; compared over the tokens that both have.
-        mask: [...], True where a prediction counts.
-        alpha: the teacher's share of the mixture, 0 < alpha < 1.
-        temperature: divides both logits; 1 is off.
+        teacher_logits: [..., teacher vocabulary]; the models are compared over the vocabulary that both have.
+        mask: [...], True for the positions that are counted.
+        alpha: weight of the teacher in the mixture, 0 < alpha < 1.
+        temperature: divisor of both logits; 1 is off.
     """
     log_q, log_p = shared_log_probs(student_logits, teacher_logits, temperature)
-    return masked_sum(temperature**2 * kl(log_p, log_mixture(log_p, log_q, alpha)), mask)
+    return masked_sum(temperature**2 * kl_to_mixture(log_p, log_q, alpha), mask)

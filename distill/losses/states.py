@@ -1,19 +1,21 @@
-"""The second kind of loss: on what the models compute inside, layer by layer, where a teacher is there to be watched.
+"""Losses on hidden states, layer by layer. They need a live teacher, because a cache stores only its output.
 
-    loss of a token = mean over the pairs (student layer, teacher layer) of the loss of the pair
+    loss per token = mean over the pairs (student layer, teacher layer) of the loss of the pair
 
-Beside a loss on predictions, never in its place: it says nothing to the last norm and the output head. Minitron found
-it worth its price where many layers were cut, and the logits alone best otherwise (arXiv 2407.14679, best practices 6
-and 7). The price: the states that are read stay in memory, of both models.
+Use such a loss in addition to a loss on logits and not instead of it, because it does not train the last norm and the
+output head. Minitron found it useful if many layers were removed, and a loss on logits alone better otherwise (arXiv
+2407.14679, best practices 6 and 7). It costs memory: the hidden states of both models are kept for all layers that it
+reads.
 
-Which layer learns from which (``layers: auto``): a student that was cut out of the teacher learns layer by layer from
-those that were kept; any other learns evenly over the teacher's depth, the last layer from the last,
+The pairs of layers (``layers: auto``): if the student was pruned from the teacher, each of its layers is compared with
+the teacher layer from which it was copied. Otherwise the student's layers are distributed evenly over the teacher's
+depth, and the last layer is compared with the last layer:
 
     teacher layer = ceil((i + 1) * num_teacher / num_student) - 1    for student layer i from 0.
 
-Source: Romero et al. 2014, arXiv 1412.6550 (hints from inner layers); Jiao et al. 2019, arXiv 1909.10351 (several
-layers, mapped evenly); Muralidharan et al. 2024, arXiv 2407.14679 (beside the logits' loss, for a pruned student, with
-one linear map for all layers).
+Source: Romero et al. 2014, arXiv 1412.6550 (hints from hidden layers); Jiao et al. 2019, arXiv 1909.10351 (several
+layers, evenly distributed); Muralidharan et al. 2024, arXiv 2407.14679 (in addition to a loss on logits, for a pruned
+student, with one linear map for all layers).
 """
 
 from __future__ import annotations
@@ -25,17 +27,18 @@ from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from distill.core.errors import InputError
-from distill.losses.base import AnyLossSpec, LossTerm
+from distill.losses.base import AnyLossSpec
+from distill.numerics.term import LossTerm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Pair = tuple[int, int]
-"""(student's layer, teacher's layer), from 0."""
+"""(student layer, teacher layer), counted from 0."""
 
 
 def _one_of_the_forms(value: Any) -> Any:
-    """The union alone would report a mistake once for each form."""
+    """Check the form of the value first, because a pydantic union reports a mistake once per form."""
     if isinstance(value, list | tuple):
         good = all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value)
         good = good and all(type(layer) is int and layer >= 0 for pair in value for layer in pair)
@@ -51,29 +54,31 @@ def _one_of_the_forms(value: Any) -> Any:
 
 Layers = Annotated[Literal["auto", "last"] | tuple[Pair, ...], BeforeValidator(_one_of_the_forms)]
 Shape = tuple[int, int]
-"""How a state's width is made up: (heads, channels of each); hidden states are one head."""
+"""(number of heads, channels per head) of a state; their product is its width. Hidden states have one head."""
 
 
 class StateLossSpec(AnyLossSpec):
-    """A loss between what a layer of the student and one of the teacher put out, averaged over pairs of layers."""
+    """A loss between the outputs of a student layer and a teacher layer, averaged over the pairs of layers."""
 
     parts: ClassVar[tuple[str, ...]] = ("block",)
-    """What is compared of a layer: its output ("block"), or projections of its attention; averaged too."""
+    """Tensors of a layer that are compared: its output ("block"), or projections of its attention. Their mean is
+    used."""
 
     layers: Layers = "auto"
-    """Which of the student's layers learn from which of the teacher's, from 0: auto maps every one (the pruning's own
-    map, else evenly), last only the last to the last, [[0, 1], [3, 7]] is by hand."""
+    """Pairs of a student layer and a teacher layer that are compared, counted from 0. auto: all layers of the student,
+    paired with the teacher layers from which pruning copied them, or else evenly; last: only the last layers; [[0, 1],
+    [3, 7]]: these pairs."""
 
     def pairs(self, num_student: int, num_teacher: int, kept: Sequence[int] | None = None) -> tuple[Pair, ...]:
-        """The pairs of layers that are compared.
+        """The pairs of layers to compare.
 
         Args:
-            num_student: layers of the student.
-            num_teacher: layers of the teacher.
-            kept: for each of the student's layers the one of the teacher that it was; None when it is not known.
+            num_student: number of layers of the student.
+            num_teacher: number of layers of the teacher.
+            kept: for each student layer, the index of the teacher layer from which it was copied; None if unknown.
 
         Raises:
-            InputError: a layer that is not there.
+            InputError: a layer does not exist.
         """
         if isinstance(self.layers, str):
             whole = kept or [-(-(i + 1) * num_teacher // num_student) - 1 for i in range(num_student)]
@@ -85,37 +90,40 @@ class StateLossSpec(AnyLossSpec):
         return self.layers
 
     def between(self, student: Shape, teacher: Shape) -> Self:
-        """This loss with all settled that depends on the shapes of the two states.
+        """A copy of this loss with all settings resolved that depend on the shapes of the two states.
 
         Raises:
-            InputError: it cannot be taken between them.
+            InputError: the loss cannot be computed between states of these shapes.
         """
         return self
 
     def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor, documents: Tensor | None = None) -> LossTerm:
-        """The loss of one pair of states.
+        """Compute the loss of one pair of states.
 
         Args:
-            student: [batch, sequence, width]; 0 where ``mask`` is False.
-            teacher: [batch, sequence, width], without graph; 0 where ``mask`` is False.
-            mask: [batch, sequence], True where a prediction counts.
-            documents: [batch, sequence], a number for each of the documents of a row that do not see each other; None
-                where a token sees all before it.
+            student: the student's state, [batch, sequence, width]; 0 where ``mask`` is False.
+            teacher: the teacher's state, [batch, sequence, width], without a graph; 0 where ``mask`` is False.
+            mask: [batch, sequence], True for the positions that are counted.
+            documents: [batch, sequence], index of each token's document within its row, if attention is limited to the
+                document; None if a token attends to all earlier tokens of its row.
         """
         raise NotImplementedError
 
 
 class HiddenLossSpec(StateLossSpec):
-    """A loss between hidden states, which have to be of one width; :attr:`projection` sees to it."""
+    """A loss between hidden states of equal width; :attr:`projection` says how states of other widths are projected."""
 
     projection: Literal["auto", "learned"] = "auto"
-    """How the widths meet. auto: the channels that the pruning kept, as they are where widths are equal, else a linear
-    map that is learned beside the student and dropped after the training; learned: always that."""
+    """How states of different widths are compared. auto: directly if the widths are equal; in the channels that pruning
+    kept, if they are known; else through a linear map, which is trained with the student and removed after the
+    training. learned: always through such a map."""
 
 
 def refusal(losses: Iterable[AnyLossSpec]) -> str | None:
-    """Why a cached teacher cannot teach these losses, as one line; None when it can."""
+    """The reason, in one line, why one of these losses cannot be trained from a cached teacher; None if all can."""
     for loss in losses:
         if isinstance(loss, StateLossSpec):
-            return f"{loss.kind} reads the teacher's layers and a cache holds its output alone; name the teacher itself"
+            return (
+                f"{loss.kind} reads the teacher's hidden layers, and a cache stores only its output; use a live teacher"
+            )
     return None

@@ -1,1 +1,1 @@
-"""Everything that knows transformers: loading, the layouts of architectures, LoRA, sizes."""
+"""Code that depends on transformers: loading models, layouts of architectures, LoRA, model sizes."""

@@ -1,41 +1,77 @@
-"""A causal model taken apart at its last hidden state: the body, and the head with all that scales its logits."""
+"""A causal language model split into body and output head, where the head includes all scaling of the logits.
+
+    hidden = body(input_ids)                                                            [batch, sequence, hidden]
+    logits = head(hidden) * multiply / divide                                           [batch, sequence, vocabulary]
+    logits = softcap * tanh(logits / softcap)                                           if the config has a soft-cap
+
+Losses, teacher and evaluation call body and head separately, so that logits exist only for a chunk of tokens. Soft-cap
+and scales are read from the config; :func:`check_head` compares the result with the model's own forward before
+training.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy, deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 from torch.func import functional_call
+from transformers import PreTrainedModel, masking_utils
 
 from distill.core.errors import InputError
 from distill.losses.head import Head
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
+from distill.quantization.fake_quant import FakeQuantLinear
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, **arguments: Tensor) -> Tensor:
-    """Final hidden states, after the last norm.
+    """The last hidden states, after the final norm.
 
     Args:
         model: a causal language model.
         input_ids: [batch, sequence].
-        arguments: what else the body takes, such as ``position_ids`` [batch, sequence].
+        arguments: other inputs of the body, such as ``position_ids`` [batch, sequence].
 
     Returns:
         [batch, sequence, hidden].
     """
-    return model.base_model(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
+    with _no_question(restarts="position_ids" in arguments):
+        return model.base_model(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
+
+
+@contextmanager
+def _no_question(*, restarts: bool) -> Iterator[None]:
+    """Tell transformers whether position ids restart: its own check reads a value from the GPU, and the CPU waits.
+
+    Private API of transformers: without position ids a model counts from 0, and no mask is needed that keeps documents
+    apart; with them it is made on a GPU without asking whether it is needed (the training module leaves position ids
+    out that never restart).
+    """
+    ask = masking_utils.find_packed_sequence_indices
+
+    def answer(position_ids: Tensor) -> Tensor | None:
+        if not restarts:
+            return None
+        if position_ids.device.type != "cuda":
+            return ask(position_ids)
+        return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+
+    masking_utils.find_packed_sequence_indices = answer
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = ask
 
 
 def output_head(model: PreTrainedModel) -> Head:
-    """The model's head as a callable that calls its own module, with soft-cap and scales applied.
+    """The model's output head: it calls the model's own module and applies soft-cap and scales.
 
     Raises:
         InputError: the model has no output embeddings.
@@ -44,13 +80,13 @@ def output_head(model: PreTrainedModel) -> Head:
 
 
 def head_copy(model: PreTrainedModel, device: torch.device) -> Head:
-    """A frozen copy of the model's head on another device; it fetches the hidden states that it is given.
+    """A frozen copy of the model's head on another device; it moves its input to that device.
 
     Raises:
         InputError: the model has no output embeddings.
     """
-    whole = _scaled(deepcopy(_head_module(model)).to(device).requires_grad_(False), _scales(model))
-    return Head(lambda hidden: whole.logits(hidden.to(device)), whole.parameters)
+    copied = _scaled(deepcopy(_head_module(model)).to(device).requires_grad_(False), _scales(model))
+    return Head(lambda hidden: copied.logits(hidden.to(device)), copied.parameters)
 
 
 def _head_module(model: PreTrainedModel) -> torch.nn.Module:
@@ -61,12 +97,14 @@ def _head_module(model: PreTrainedModel) -> torch.nn.Module:
     """
     module = model.get_output_embeddings()
     if module is None:
-        raise InputError(f"{type(model).__name__} has no output head, so it gives no logits to learn from")
+        raise InputError(
+            f"{type(model).__name__} has no output head, so it has no logits to train on; use a causal language model"
+        )
     return module
 
 
 def _scales(model: PreTrainedModel) -> dict[str, float]:
-    """What the config says is done to the head's output."""
+    """The scaling of the logits that the config specifies."""
     config = model.config
     return {
         "softcap": getattr(config, "final_logit_softcapping", None) or 0.0,
@@ -76,14 +114,20 @@ def _scales(model: PreTrainedModel) -> dict[str, float]:
 
 
 def _scaled(module: torch.nn.Module, scales: dict[str, float]) -> Head:
+    """The head of this module. Without scaling, it calls the module directly, so that losses can see a plain layer."""
     softcap, factor = scales["softcap"], scales["multiply"] / scales["divide"]
-    shared_out = any(isinstance(p, DTensor) for p in module.parameters())
-    call, parameters = _gathered(module) if shared_out else (module, tuple(module.parameters()))
+    call: Callable[[Tensor], Tensor]
+    if _rounds_its_weight(module):
+        call, parameters = _rounded_once(module)
+    elif any(isinstance(p, DTensor) for p in module.parameters()):
+        call, parameters = _gathered(module)
+    else:
+        call, parameters = module, tuple(module.parameters())
     if factor == 1.0 and not softcap:
         return Head(call, parameters)
 
     def logits(hidden: Tensor) -> Tensor:
-        out = call(hidden)
+        out = call(hidden)  # [tokens, vocabulary]
         if factor != 1.0:
             out = out * factor
         if softcap:
@@ -94,28 +138,50 @@ def _scaled(module: torch.nn.Module, scales: dict[str, float]) -> Head:
 
 
 def _gathered(module: torch.nn.Module) -> tuple[Callable[[Tensor], Tensor], tuple[Any, ...]]:
-    """A head whose weights are shared out among ranks, with the whole of them, for one micro-batch.
+    """(function that calls a sharded head with gathered weights, the gathered weights), for one micro-batch.
 
-    The gradient goes back to the shards as the mean over the ranks, like those of all other weights.
+    The gradient of the shards is the mean over the ranks, as for all other weights.
     """
-    wholes = {name: _gather(p) for name, p in module.named_parameters()}
-    if type(module) is torch.nn.Linear:  # it stays one, so that the losses multiply by it in place
+    gathered = {name: _gather(p) for name, p in module.named_parameters()}  # [vocabulary, hidden], [vocabulary]
+    if type(module) is torch.nn.Linear:  # stays a linear layer, whose product the losses compute in place
         plain, own = copy(module), cast(dict[str, Any], module._parameters)
-        plain._parameters = own | wholes  # its bias may be None
-        return plain, tuple(wholes.values())
-    return lambda hidden: functional_call(module, wholes, (hidden,)), tuple(wholes.values())
+        plain._parameters = own | gathered  # its bias may be None
+        return plain, tuple(gathered.values())
+    return lambda hidden: functional_call(module, gathered, (hidden,)), tuple(gathered.values())
+
+
+def _rounds_its_weight(module: torch.nn.Module) -> TypeGuard[FakeQuantLinear]:
+    """Whether the head is a linear layer on a fake-quantized weight, and nothing else: no inputs on a grid, no hook."""
+    if not isinstance(module, FakeQuantLinear) or module.inputs is not None:
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _rounded_once(module: FakeQuantLinear) -> tuple[torch.nn.Linear, tuple[Any, ...]]:
+    """(plain linear layer with the fake-quantized weight, its weight and bias), for one micro-batch.
+
+    The weight is quantized once, and not in every chunk of tokens, and the losses see a plain layer, whose product they
+    compute in place. Its gradient flows through the quantizer to the weight, which tied embeddings share.
+    """
+    own = {name: _gather(p) for name, p in module.named_parameters()}
+    weight = module.effective(own["weight"], own.get("log_scale"))  # [vocabulary, hidden]
+    with torch.device("meta"):
+        plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    cast(Any, plain)._parameters = {"weight": weight, "bias": own.get("bias")}
+    return plain, tuple(plain.parameters())
 
 
 def _gather(parameter: Any) -> Tensor:
+    """The full parameter, gathered from all ranks; its gradient flows back to this rank's shard."""
     if not isinstance(parameter, DTensor):
         return parameter
     mesh = parameter.device_mesh
-    full = parameter.full_tensor(grad_placements=[Partial()])
+    full = parameter.full_tensor(grad_placements=[Partial()])  # the full gradient is the sum over the ranks
     if not full.requires_grad:
         return full
     full.register_hook(lambda gradient: gradient / mesh.size())
-    # a loss that asks for the gradient of the head alone must not meet the hook: it would be called there and once more
-    # on the way to the shards
+    # The losses call torch.autograd.grad with respect to the head's weights. With respect to ``full``, this would call
+    # the hook, and the backward from ``full`` to the shards would call it again and divide twice. Hence a view.
     return full.view_as(full)
 
 
@@ -125,25 +191,23 @@ def save_head(model: PreTrainedModel, file: Path) -> None:
     Raises:
         InputError: the head is not one linear layer.
     """
-    from safetensors.torch import save_file
-
     module = model.get_output_embeddings()
     if not isinstance(module, torch.nn.Linear):
-        raise InputError(f"{type(model).__name__}: its output head is no linear layer, so it cannot be kept alone")
+        raise InputError(
+            f"{type(model).__name__}: the output head is not a linear layer, so it cannot be stored separately"
+        )
     tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
     save_file(tensors, file, metadata={"scales": json.dumps(_scales(model))})
 
 
 def load_head(file: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Head:
-    """A frozen head alone, as :func:`save_head` wrote it.
+    """Load a frozen head, without its model, that :func:`save_head` has written.
 
     Args:
         file: the safetensors file.
-        dtype: of the weights in memory; None is that of the file.
-        device: where to.
+        dtype: of the weights in memory; None: that of the file.
+        device: of the weights.
     """
-    from safetensors import safe_open
-
     with safe_open(file, "pt") as opened:
         scales = json.loads(opened.metadata()["scales"])
         tensors = {name: opened.get_tensor(name).to(device, dtype) for name in opened.keys()}  # noqa: SIM118
@@ -156,24 +220,24 @@ def load_head(file: Path, *, dtype: torch.dtype | None = None, device: str | tor
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Hold body + head against the model's own forward on four tokens, so that no architecture is trained wrongly.
+    """Check on four tokens that body and head give the same logits as the model's own forward.
 
-    A model without numbers passes: of several processes the one that has read them finds out.
+    A model on the device "meta" is not checked: with several processes, the one that loaded the weights checks it.
 
     Raises:
-        InputError: they differ: the architecture does something between the two that we do not know.
+        InputError: the logits differ, because the architecture has another operation between body and head.
     """
     if model.device.type == "meta":
         return
     ids = torch.arange(4, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
     training = model.training
     model.eval()
-    ours = output_head(model).logits(hidden_states(model, ids)).float()
+    ours = output_head(model).logits(hidden_states(model, ids)).float()  # [1, 4, vocabulary]
     theirs = model(input_ids=ids, use_cache=False).logits.float()
     model.train(training)
     difference = (ours - theirs).abs().max().item()
     if not difference <= 1e-3 * max(1.0, theirs.abs().max().item()):
         raise InputError(
-            f"{type(model).__name__} does something between its hidden states and its logits that distill does not "
-            f"know (they differ by {difference:.3g}); this architecture cannot be trained here yet"
+            f"{type(model).__name__} has an operation between its last hidden states and its logits that distill does "
+            f"not support (the logits differ by {difference:.3g}); use a model of another architecture"
         )

@@ -1,8 +1,9 @@
-"""Models from a folder, the Hub or a config, with every doubt turned into one clear line."""
+"""Load models from a folder, the Hub or a config; every problem raises an error of one line."""
 
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
@@ -11,7 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from distill.core.errors import InputError
+from distill.core.model_config import check_config
+from distill.core.model_folder import with_adapter
+from distill.core.outside import is_folder
 from distill.core.source import suggest
+from distill.pretrained import config_from, model_from, model_of
 
 if TYPE_CHECKING:
     import torch
@@ -23,38 +28,39 @@ Task = Literal["causal_lm", "masked_lm", "classification"]
 
 
 def locate(reference: str) -> str:
-    """Where a model lives: a folder stays itself (a stage's folder of a run is that of the model in it),
-    ``builtin:NAME`` is the folder inside the package, else a Hub id.
+    """The location of a model: a folder, or a Hub id.
+
+    ``builtin:NAME`` is a folder inside the package. The folder of a stage is replaced by the folder ``model`` in it.
 
     Raises:
-        InputError: no builtin of that name, or no such folder.
+        InputError: there is no built-in model with this name, or no such folder.
     """
-    if reference.startswith(("/", "./", "../", "~")) and not Path(reference).expanduser().is_dir():
+    place = os.path.expanduser(reference)
+    if reference.startswith(("/", "./", "../", "~")) and not is_folder(place):
         raise InputError(f"{reference}: no such folder")
     if not reference.startswith(BUILTIN):
-        here = Path(reference).expanduser()
-        within = here / "model"
-        if (within / "config.json").is_file() and not (here / "config.json").is_file():
-            here = within
-        return str(here) if here.is_dir() else reference
+        if not is_folder(place):
+            return reference
+        here, within = Path(place), Path(place) / "model"
+        return str(within if (within / "config.json").is_file() and not (here / "config.json").is_file() else here)
     folder = Path(str(resources.files("distill"))) / "assets"
     names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     name = reference.removeprefix(BUILTIN)
     if name not in names:
         raise InputError(
-            f"{reference}: no such builtin model (there is: {', '.join(names) or 'none'}){suggest(name, names)}"
+            f"{reference}: no such built-in model (expected one of: {', '.join(names) or 'none'}){suggest(name, names)}"
         )
     return str(folder / name)
 
 
 def check_reachable(location: str) -> None:
-    """Refuse a Hub id that cannot be had, after one question to the Hub; a library would ask six times, aloud.
+    """Check with one request to the Hub that a model can be downloaded; libraries would retry six times, with output.
 
     Raises:
-        InputError: no such id, one that is closed to this user, or no Hub to ask.
+        InputError: there is no such model, the user has no access, or the Hub cannot be reached.
     """
     location = locate(location)
-    if Path(location).is_dir():
+    if is_folder(location):
         return
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import (
@@ -70,52 +76,36 @@ def check_reachable(location: str) -> None:
         if not isinstance(try_to_load_from_cache(location, "config.json"), str):
             get_hf_file_metadata(hf_hub_url(location, "config.json"))
     except HFValidationError:
-        raise InputError(f"{location}: no folder here, and a Hub id is <who>/<model>") from None
+        raise InputError(f"{location}: no such folder, and not a Hub id (expected OWNER/MODEL)") from None
     except GatedRepoError:
-        raise InputError(f"{location}: closed until you accept its terms on its page; then set HF_TOKEN") from None
+        raise InputError(f"{location}: a gated model; accept its terms on its Hub page, then set HF_TOKEN") from None
     except RepositoryNotFoundError:
         raise InputError(
-            f"{location}: no folder here and no such model on the Hub, or a private one; give a folder, check the id, "
-            "or set HF_TOKEN"
+            f"{location}: no such folder, and no such model on the Hub (or a private one); check the name, or set "
+            "HF_TOKEN"
         ) from None
     except RemoteEntryNotFoundError:
-        raise InputError(f"{location}: has no config.json, so it is no model of transformers; name another") from None
+        raise InputError(
+            f"{location}: not a transformers model (no config.json on the Hub); choose another model"
+        ) from None
     except OfflineModeIsEnabled:
-        raise InputError(f"{location}: no folder here and none in the Hub's cache, and HF_HUB_OFFLINE is set") from None
+        raise InputError(
+            f"{location}: no such folder, not in the Hub's cache, and HF_HUB_OFFLINE is set; give a folder, or unset it"
+        ) from None
     except HfHubHTTPError as error:
         why = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise InputError(
-            f"{location}: no folder here, and the Hub answers {why!r}; look at HF_TOKEN, or try again later"
+            f"{location}: no such folder, and the Hub answered {why!r}; check HF_TOKEN, or try again later"
         ) from None
-    except Exception:  # no network, a proxy in the way, a Hub that is down: libraries raise what they like
+    except Exception:  # without a network or behind a proxy, libraries raise various errors
         raise InputError(
-            f"{location}: no folder here, and the Hub cannot be reached; give a folder, or check the id and the network"
+            f"{location}: no such folder, and the Hub cannot be reached; check the name and the network, or give "
+            "a folder"
         ) from None
-
-
-def _from_pretrained(loader: Any, location: str, what: str, **arguments: Any) -> Any:
-    """Call a transformers loader; its many ways to fail become one line each."""
-    location = locate(location)
-    folder = Path(location)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise InputError(f"{location}: not a model folder (no config.json in it)")
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    refusals = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
-    try:
-        return loader.from_pretrained(location, trust_remote_code=False, **arguments)
-    except refusals as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        # a line that ends in a colon only announces the next one
-        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-        if isinstance(error, SafetensorError):
-            reason += "; its file is damaged: download or copy it again"
-        raise InputError(f"{location}: cannot load the {what} ({reason})") from error
 
 
 def quiet_transformers() -> None:
-    """No bars for loading and writing shards and no renaming notices; they would run across our own progress."""
+    """Disable transformers' progress bars and deprecation notices, which would be mixed with distill's own output."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -123,19 +113,17 @@ def quiet_transformers() -> None:
 
 
 def without_bars(location: str) -> AbstractContextManager[Any]:
-    """Swallow what libraries draw on stderr while a local folder loads; a download keeps its bar, errors raise."""
-    return redirect_stderr(io.StringIO()) if Path(location).is_dir() else nullcontext()
+    """Inside the context, discard stderr while a local folder is loaded; downloads keep their progress bar."""
+    return redirect_stderr(io.StringIO()) if is_folder(location) else nullcontext()
 
 
 def load_config(location: str) -> PretrainedConfig:
     """The config of a model folder or Hub id.
 
     Raises:
-        InputError: there is none, or it is no config.
+        InputError: there is no config, or it is invalid.
     """
-    from transformers import AutoConfig
-
-    return _from_pretrained(AutoConfig, location, "config")
+    return config_from(locate(location))
 
 
 def load_model(
@@ -145,36 +133,45 @@ def load_model(
     device: str = "cpu",
     tasks: Sequence[Task] = ("causal_lm",),
 ) -> PreTrainedModel:
-    """A model, whole, from safetensors only, in evaluation mode; a causal language model unless others are welcome.
+    """Load a model in evaluation mode, from safetensors files only.
 
-    Low-bit weights are widened to plain linear layers of the same values; keys and values are rounded where the config
-    says so (:mod:`distill.models.kv_cache`).
+    Low-bit weights are dequantized to plain linear layers. Keys and values are quantized if the config says so
+    (:mod:`distill.models.kv_cache`).
 
     Args:
         location: folder or Hub id.
-        dtype: of the weights in memory; "auto" is that of the file.
-        device: where to.
-        tasks: what the caller can use.
+        dtype: of the weights in memory; "auto": that of the file.
+        device: device of the model.
+        tasks: the tasks that the caller supports.
 
     Raises:
-        InputError: it cannot be loaded, has another task, or weights are missing or of the wrong shape (transformers
-            would fill them with random numbers).
+        InputError: the model cannot be loaded, has another task, or weights are missing or have the wrong shape
+            (transformers would initialize them randomly).
     """
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
     from distill.models.kv_cache import cache_type, round_cache
+    from distill.models.size import check_memory
 
     quiet_transformers()
-    task = task_of(load_config(location))
+    location, config = locate(location), load_config(location)
+    task = task_of(config)
     if task not in tasks:
-        raise another_task(location, load_config(location).model_type, task)
+        raise another_task(location, config.model_type, task)
+    check_memory(location, config, dtype)
     loaders = {"masked_lm": AutoModelForMaskedLM, "classification": AutoModelForSequenceClassification}
     loader = loaders.get(task, AutoModelForCausalLM)
-    arguments = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with without_bars(location):
-        model, report = _from_pretrained(loader, location, "model", **arguments)
+        model, report = model_from(
+            location, loader, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):  # an adapter in the same Hub repository
+        raise with_adapter(location)
     lacking = [f"{name} is missing" for name in sorted(report["missing_keys"])]
-    lacking += [f"{name} is {[*got]}, not {[*expected]}" for name, got, expected in sorted(report["mismatched_keys"])]
+    lacking += [
+        f"{name} has shape {[*got]}, expected {[*expected]}"
+        for name, got, expected in sorted(report["mismatched_keys"])
+    ]
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise InputError(f"{location}: the weights do not fit the config: {lacking[0]}{more}")
@@ -189,7 +186,7 @@ def load_model(
 
 
 def task_of(config: PretrainedConfig) -> Task:
-    """What a model predicts; transformers would load an encoder as a causal model that sees the future."""
+    """The task of a model. Without this, transformers would load an encoder as a causal model without a causal mask."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     if any(name.endswith(CLASSIFIER) for name in config.architectures or ()):
@@ -199,21 +196,21 @@ def task_of(config: PretrainedConfig) -> Task:
 
 
 def another_task(location: str, kind: str, task: Task) -> InputError:
-    """What to raise for a model of a ``model_type`` whose task is not the one that is wanted."""
+    """The error for a model whose task is not supported by the caller."""
     what = {"masked_lm": "an encoder, which predicts masked tokens", "classification": "a classifier of texts"}
     return InputError(
         f"{location}: {kind} is {what.get(task, 'a causal language model')}; distill trains and measures causal "
-        "language models only so far, and exports others to onnx"
+        "language models only, and exports other models to onnx"
     )
 
 
 def move(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
-    """``model.to(device)``, whose type transformers hides from type checkers."""
+    """``model.to(device)``, whose signature in transformers confuses type checkers."""
     return model.to(device)  # type: ignore[arg-type]
 
 
 def low_bit_scheme(config: PretrainedConfig) -> bool:
-    """Whether a model's file holds low-bit weights, which transformers can only run after widening them."""
+    """Whether the stored weights of a model are low-bit, so that they must be dequantized after loading."""
     return getattr(config, "quantization_config", None) is not None
 
 
@@ -222,23 +219,23 @@ def new_model(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from distill.models.size import check_memory
+
     quiet_transformers()
+    check_memory(config.model_type, config, "float32")
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the GPU's as well
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model.eval()
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPU
+        return model_of(config, AutoModelForCausalLM, dtype=torch.float32).eval()
 
 
 def empty_model(config: PretrainedConfig, task: str = "causal_lm") -> PreTrainedModel:
-    """A model of this config on the device "meta": class and shapes, no numbers."""
+    """A model with this config on the device "meta": class and shapes, without values."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     quiet_transformers()
-    build = AutoModelForCausalLM if task == "causal_lm" else AutoModelForMaskedLM
     with torch.device("meta"):
-        model: PreTrainedModel = build.from_config(config)
-    return model.eval()
+        return model_of(config, AutoModelForCausalLM if task == "causal_lm" else AutoModelForMaskedLM).eval()
 
 
 def load_empty(location: str) -> PreTrainedModel | None:
@@ -259,14 +256,14 @@ def load_empty(location: str) -> PreTrainedModel | None:
 
 
 def new_config(keys: dict[str, Any]) -> PretrainedConfig:
-    """A config from ``model_type`` and its keys; a key that the architecture does not know is a mistake.
+    """A config from ``model_type`` and its keys; unknown keys are an error.
 
     Raises:
-        InputError: unknown ``model_type`` or key, or values that the architecture refuses.
+        InputError: ``model_type`` or a key is unknown, or the config class rejects a value.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    check_config(keys, "config")
     rest = dict(keys)
     model_type = rest.pop("model_type", None)
     if model_type is None:
@@ -279,32 +276,16 @@ def new_config(keys: dict[str, Any]) -> PretrainedConfig:
         raise InputError(f"config: no model_type {model_type!r}{suggest(model_type, CONFIG_MAPPING)}") from None
     names = set(known.to_dict()) | set(type(known).__annotations__)
     if "rope_parameters" in names:
-        names.add("rope_theta")  # where older configs, and most people, write it
+        names.add("rope_theta")  # the key of older configs
     for key in rest:
         if key not in names:
             raise InputError(f"config: {model_type} has no key {key!r}{suggest(key, names)}")
     for key, value in rest.items():
         hint: Any = type(known).__annotations__.get(key)
         kinds = get_args(hint) or (hint,)
-        if type(value) is int and float in kinds and int not in kinds:  # a recipe does not tell 30.0 from 30
+        if type(value) is int and float in kinds and int not in kinds:  # a recipe may have 30 for 30.0
             rest[key] = float(value)
     try:
         return AutoConfig.for_model(model_type, **rest)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise InputError(f"config: {model_type} refuses these values ({' '.join(str(error).split())})") from error
-
-
-def licence_of(location: str) -> str | None:
-    """The licence that a model's card states (``license:`` of README.md, in its folder or on the Hub), or None."""
-    from huggingface_hub import ModelCard, hf_hub_download
-
-    card = Path(location) / "README.md"
-    if not Path(location).is_dir():
-        try:
-            card = Path(hf_hub_download(location, "README.md"))
-        except Exception:  # offline, no card, no such model: whatever the reason, the licence is not known
-            return None
-    if not card.is_file():
-        return None
-    licence = ModelCard.load(card).data.to_dict().get("license")
-    return str(licence) if licence else None
+    except Exception as error:  # config classes raise various errors
+        raise InputError(f"config: {model_type} rejects the values ({' '.join(str(error).split())})") from error

@@ -1,4 +1,4 @@
-"""Low-rank adapters through peft: trained instead of the weights, merged before an artifact is written.
+"""Low-rank adapters (LoRA) with peft: trained instead of the weights, and merged before a model is saved.
 
 Source: Hu et al. 2021, arXiv 2106.09685.
 """
@@ -30,14 +30,14 @@ class LoraSpec(Spec):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input; 0 is off. Must be 0 under fake-quant."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Layers that get an adapter: "all-linear" (all but the head) or the ends of their names."""
+    """Layers that get an adapter: "all-linear" (all but the head), or the last parts of their names."""
 
 
 def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
-    """Wrap a model with fresh adapters; only they require gradients.
+    """Wrap a model with new adapters; only the adapters require gradients.
 
     Raises:
-        InputError: no layer matches ``target_modules``, or one shares its weight with another layer.
+        InputError: no layer matches ``target_modules``, or a matching layer shares its weight with another layer.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -57,18 +57,18 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
     for name, module in adapted.get_base_model().named_modules():
         if hasattr(module, "lora_A") and (owners := shared.get(id(module.base_layer.weight))):
             raise InputError(
-                f"lora.target_modules: {owners} share a weight, so an adapter on {name} cannot be merged; leave it out"
+                f"lora.target_modules: {owners} share a weight, so an adapter on {name} cannot be merged; remove it"
             )
     return adapted
 
 
 def merge_lora(model: PeftModel) -> PreTrainedModel:
-    """Fold the adapters into the weights and take the wrapping off."""
+    """Merge the adapters into the weights and unwrap the model."""
     return cast("PreTrainedModel", model.merge_and_unload())
 
 
 def _shared_weights(model: PreTrainedModel) -> dict[int, str]:
-    """id of each weight with several owners -> their names."""
+    """The id of each weight that several modules share -> the names of the modules."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         if getattr(module, "weight", None) is not None:
@@ -77,16 +77,16 @@ def _shared_weights(model: PreTrainedModel) -> dict[int, str]:
 
 
 ADAPTER = "lora_"
-"""In the name of every parameter that belongs to an adapter."""
+"""Part of the name of every adapter parameter."""
 
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Within the block the model computes as if its adapters were not there."""
+    """Inside the context, the model computes without its adapters."""
     layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "lora_A") and not layer.disable_adapters]
     try:
         for layer in layers:
-            # not enable_adapters(): that also switches requires_grad, maybe in the middle of a graph
+            # not enable_adapters(), which also changes requires_grad, possibly between forward and backward
             layer._disable_adapters = True
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Whether a model keeps the documents of one row apart when their position ids start anew."""
+"""Check that documents packed into one row do not attend to each other, given position ids that restart at 0."""
 
 from __future__ import annotations
 
@@ -18,33 +18,35 @@ _FIRST, _SECOND = 5, 3
 
 @torch.no_grad()
 def check_apart(model: PreTrainedModel) -> None:
-    """Hold a document that stands behind another in its row against itself alone, on a few tokens.
+    """Compare the hidden states of a document after another one in the same row with those of the document alone.
 
-    transformers reads position ids that start anew as the sign of a packed row, but not in every architecture: some
-    keep a state that runs on, some have no position ids, some count positions by themselves.
+    transformers recognises packed rows by position ids that restart at 0, but not for every architecture: some have a
+    recurrent state, some take no position ids, some compute positions themselves.
 
     Raises:
-        InputError: what stands before a document changes its hidden states.
+        InputError: the tokens before a document change its hidden states.
     """
     ids = torch.arange(2 * (_FIRST + _SECOND), device=model.device) % model.config.get_text_config().vocab_size
     second = ids[:_SECOND]
+    # two rows with different first documents and the same second document, [2, _FIRST + _SECOND]
     rows = torch.stack([torch.cat([first, second]) for first in ids[_SECOND:].split(_FIRST)[:2]])
     places = torch.cat([torch.arange(_FIRST), torch.arange(_SECOND)]).to(model.device).expand(2, -1)
     training = model.training
     model.eval()
     try:
-        alone = hidden_states(model, second.unsqueeze(0))[0].float()
+        alone = hidden_states(model, second.unsqueeze(0))[0].float()  # [_SECOND, hidden]
         behind = hidden_states(model, rows, position_ids=places)[:, _FIRST:].float()
     except TypeError:
         raise _mixes(model, "it takes no position_ids") from None
     finally:
         model.train(training)
     eps = torch.finfo(model.dtype).eps
-    # the same kernel on the same shapes: what is masked adds exact zeros
+    # bitwise equal if the first document is masked: the kernel and the shapes are the same, and masked terms are exact
+    # 0
     if (seen := _differ(behind[0], behind[1])) > 0:
-        raise _mixes(model, f"one changes the next by {seen:.2g} of its size")
+        raise _mixes(model, f"the first document changes the second by {seen:.2g} of its size")
     if (moved := _differ(behind[0], alone)) > max(16 * eps, 1e-4):
-        raise _mixes(model, f"one behind another differs from itself alone by {moved:.2g} of its size")
+        raise _mixes(model, f"a second document differs from the same document alone by {moved:.2g} of its size")
 
 
 def _differ(one: Tensor, other: Tensor) -> float:
@@ -53,6 +55,6 @@ def _differ(one: Tensor, other: Tensor) -> float:
 
 def _mixes(model: PreTrainedModel, how: str) -> InputError:
     return InputError(
-        f"{type(model).__name__} does not keep the documents of one row apart ({how}); "
+        f"{type(model).__name__} does not separate the documents in one row ({how}); "
         "set data.packing to wrapped or padded"
     )

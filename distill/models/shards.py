@@ -1,41 +1,49 @@
-"""The weights of a model folder by the names of the model's parameters, one at a time, so that none must fit in memory.
+"""Reads the weights of a model folder one parameter at a time, so that the model need not fit into memory.
 
-Checkpoints name and cut their tensors as they please - older names, experts one by one, a body without its prefix. What
-transformers' loader knows of that is asked for each parameter, instead of for the whole model.
+Names and shapes in checkpoints differ from those of the parameters: older names, one tensor per expert, no prefix. The
+conversion rules of transformers' loader are applied to each parameter separately.
 """
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from distill.core.errors import InputError
 from distill.models.load import empty_model, load_config, load_model, locate, low_bit_scheme
 from distill.models.size import weight_map
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
-    from distill.pruning.layout import Layout
-    from distill.pruning.plan import Plan
+from distill.pretrained import generation_config_from
+from distill.pruning.layout import Layout
+from distill.pruning.plan import Plan
+from distill.pruning.surgery import apply, build_pruned_model
 
 
 class Shards:
-    """A model folder's safetensors files, opened for each parameter, so that none stays mapped into memory.
+    """The safetensors files of a model folder; a file is mapped into memory only while a parameter is read.
+
+    Args:
+        location: folder or Hub id.
+        task: task of the model.
 
     Attributes:
-        model: the folder's model on the device "meta": class, shapes, config and generation config, no weights.
+        model: the folder's model on the device "meta": class, shapes, config and generation config, without weights.
 
     Raises:
-        InputError: the files lack a parameter of the model, or hold low-bit weights.
+        InputError: a parameter of the model is not in the files, or the weights are low-bit.
     """
 
-    def __init__(self, location: str, layout: Layout):
+    def __init__(self, location: str, task: str = "causal_lm"):
         self.folder = _local(location)
-        self.model = _empty_model(str(self.folder), layout)
+        self.model = _empty_model(str(self.folder), task)
         self._homes = _homes(self.folder)
         self._sources = _sources(self.model, self._homes)
         lacking = [name for name, _ in self.model.named_parameters() if name not in self._sources]
@@ -43,19 +51,27 @@ class Shards:
             raise InputError(f"{location}: the weights do not fit the config: {lacking[0]} is missing")
 
     def read(self, name: str) -> Tensor:
-        """The value of a parameter of the model, put together from as many tensors as the files keep it in.
+        """The value of a parameter, assembled from one or more stored tensors.
 
         Raises:
-            InputError: it is not of the shape that the config says.
+            InputError: the shape does not agree with the config.
         """
-        value, expected = self._value(name), self.model.get_parameter(name).shape
+        value, expected = self.value(name), self.model.get_parameter(name).shape
         if value.shape != expected:
             raise InputError(
-                f"{self.folder}: the weights do not fit the config: {name} is {[*value.shape]}, not {[*expected]}"
+                f"{self.folder}: the weights do not fit the config: {name} has shape {[*value.shape]}, expected "
+                f"{[*expected]}"
             )
         return value
 
-    def _value(self, name: str) -> Tensor:
+    def value(self, name: str) -> Tensor:
+        """:meth:`read` without the check of the shape, also for buffers.
+
+        Raises:
+            InputError: the files do not contain it.
+        """
+        if name not in self._sources:
+            raise InputError(f"{self.folder}: the weights do not fit the config: {name} is missing")
         converter, tensors = self._sources[name]
         if converter is None:
             return self._tensor(tensors[0][0])
@@ -66,15 +82,15 @@ class Shards:
         return value[0] if isinstance(value, list) else value
 
     def _tensor(self, key: str) -> Tensor:
-        with _opened(self.folder / self._homes[key]) as file:
+        with opened_weights(self.folder / self._homes[key]) as file:
             tensor: Tensor = file.get_tensor(key)
         return tensor
 
 
-def carve_folder(location: str, plan: Plan, layout: Layout, dtype: torch.dtype) -> PreTrainedModel:
-    """The pruned model of a folder or Hub id; in memory are the pruned model and one parameter of the unpruned one.
+def prune_folder(location: str, plan: Plan, layout: Layout, dtype: torch.dtype) -> PreTrainedModel:
+    """Prune the model of a folder or Hub id, with only the pruned model and one original parameter in memory.
 
-    Low-bit weights are the exception: they are widened first, in a whole model.
+    Low-bit weights are an exception: the full model is loaded and dequantized first.
 
     Args:
         location: folder or Hub id.
@@ -83,40 +99,37 @@ def carve_folder(location: str, plan: Plan, layout: Layout, dtype: torch.dtype) 
         dtype: of the pruned model in memory.
 
     Raises:
-        InputError: see :class:`Shards` and :func:`distill.pruning.surgery.carve`.
+        InputError: see :class:`Shards` and :func:`distill.pruning.surgery.build_pruned_model`.
     """
-    from distill.pruning.surgery import apply, carve
-
     if low_bit_scheme(load_config(location)):
         return apply(load_model(location, dtype=dtype), plan, layout)
-    shards = Shards(location, layout)
-    return carve(shards.model, plan, layout, shards.read, dtype)
+    shards = Shards(location, layout.task)
+    return build_pruned_model(shards.model, plan, layout, shards.read, dtype)
 
 
 def _local(location: str) -> Path:
     folder = Path(locate(location))
     if folder.is_dir():
         return folder
-    from huggingface_hub import snapshot_download
-
     return Path(snapshot_download(str(folder), allow_patterns=["*.safetensors", "*.json"]))
 
 
-def _empty_model(location: str, layout: Layout) -> PreTrainedModel:
-    from transformers import GenerationConfig
-
+def _empty_model(location: str, task: str) -> PreTrainedModel:
     config = load_config(location)
     if low_bit_scheme(config):
-        raise InputError(f"{location}: holds low-bit weights, which cannot be read one by one")
-    model = empty_model(config, layout.task)
-    if (Path(location) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(location)
+        raise InputError(f"{location}: has low-bit weights, which cannot be read one at a time; use the original model")
+    model = empty_model(config, task)
+    if (generation := generation_config_from(location)) is not None:
+        model.generation_config = generation
     return model
 
 
-def _opened(file: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
+def opened_weights(file: Path) -> Any:
+    """Open a safetensors file as a memory map; use it as a context manager.
 
+    Raises:
+        InputError: the file cannot be read.
+    """
     try:
         return safe_open(file, "pt")
     except (OSError, SafetensorError) as error:
@@ -128,16 +141,15 @@ def _homes(folder: Path) -> dict[str, str]:
     if (homes := weight_map(folder)) is not None:
         return homes
     if not (folder / "model.safetensors").is_file():
-        raise InputError(f"{folder}: no model.safetensors in it; weights of another format cannot be cut")
-    with _opened(folder / "model.safetensors") as opened:
+        raise InputError(
+            f"{folder}: no model.safetensors in it; pruning supports safetensors only, so convert the model"
+        )
+    with opened_weights(folder / "model.safetensors") as opened:
         return dict.fromkeys(opened.keys(), "model.safetensors")
 
 
 def _sources(model: PreTrainedModel, keys: dict[str, str]) -> dict[str, tuple[Any, list[tuple[str, str]]]]:
-    """Parameter -> (converter or None, [(tensor, the pattern of the converter that it matches)])."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
+    """Parameter -> (converter or None, [(stored tensor, the pattern of the converter that matches it)])."""
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]

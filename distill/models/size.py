@@ -1,27 +1,33 @@
-"""How large a model is: parameters as the architecture counts them, bytes as the disk holds them."""
+"""The size of a model: parameters by its architecture, and bytes of its files."""
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from distill.core.artifact import read_json
-from distill.core.errors import InputError
+from distill.core.errors import InputError, MachineError
+from distill.core.model_folder import WEIGHTS, content_files
+from distill.core.outside import read_json
+from distill.models.layouts import layout_for
+from distill.pretrained import config_from, model_of
+
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a model weighs.
+    """The size of a model.
 
     Attributes:
-        parameters: logical parameters, tied ones once; a packed 4-bit weight counts as the weights that it stands for.
+        parameters: logical parameters, tied ones counted once; packed codes count as the weights that they represent.
         non_embedding_parameters: the same without the input embedding and the output head.
-        weight_bytes: bytes of the weight files on disk, with their headers and scales.
-        bits_per_parameter: mean bits on disk for each logical parameter.
+        weight_bytes: bytes of the weight files on disk, including headers and scales.
+        bits_per_parameter: mean bits on disk per logical parameter.
     """
 
     parameters: int
@@ -46,22 +52,45 @@ def measure_size(folder: str | Path, weights: str | Path | None = None) -> Size:
 
 
 def parameters_of(folder: str | Path) -> tuple[int, int]:
-    """(parameters, non-embedding parameters) that a folder's config stands for, however its weights are packed.
+    """(parameters, non-embedding parameters) by a folder's config, independent of how the weights are stored.
 
     Raises:
         InputError: transformers cannot build the model that the config describes.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    config = config_from(str(folder))
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # it would replace the layers by packed ones
+    return count_parameters(_empty(config))
 
+
+def check_memory(location: str, config: PretrainedConfig, dtype: str | torch.dtype) -> None:
+    """Check, before a model is allocated, that it fits into this machine's memory.
+
+    Args:
+        location: name of the model, for the message.
+        config: of the model.
+        dtype: of its weights in memory; "auto": that of the config.
+
+    Raises:
+        MachineError: the model does not fit.
+    """
+    chosen = config.dtype if dtype == "auto" else dtype
+    kind = getattr(torch, chosen) if isinstance(chosen, str) else chosen or torch.float32
     try:
-        config = copy.deepcopy(AutoConfig.from_pretrained(folder))
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # it would swap the layers for packed ones
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: its parameters cannot be counted: {str(error).splitlines()[0]}") from None
-    return count_parameters(model)
+        num_parameters = layout_for(config.model_type).count(config.to_dict())
+    except InputError:  # an architecture without a layout, or a variant
+        num_parameters = count_parameters(_empty(config))[0]
+    wanted, there = num_parameters * kind.itemsize, psutil.virtual_memory().total + psutil.swap_memory().total
+    if wanted > there:
+        raise MachineError(
+            f"{location}: {num_parameters:.3g} parameters need {wanted / 1e9:,.0f} GB of memory, and this machine has "
+            f"{there / 1e9:,.0f} GB; use a smaller model or a larger machine"
+        )
+
+
+def _empty(config: PretrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return model_of(config, AutoModelForCausalLM)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -73,36 +102,43 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def weight_map(folder: Path) -> dict[str, str] | None:
-    """Tensor -> name of the file that holds it, of a model in several files; None of one in a single file.
+    """Tensor -> name of its file, for a model in several files; None for a model in a single file.
 
     Raises:
-        InputError: the index is damaged, or names what is not a file of this folder.
+        InputError: the index is damaged, or has a path that is not in this folder.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if not index.is_file():
         return None
     homes = read_json(index).get("weight_map")
     if not isinstance(homes, dict) or not all(isinstance(n, str) and Path(n).name == n for n in homes.values()):
-        raise InputError(f"{index}: expected weight_map, from each tensor to a file of this folder; fetch it anew")
+        raise InputError(f"{index}: expected a weight_map from each tensor to a file of this folder; download it again")
     return homes
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that belong to the model of a folder, sorted by name.
+
+    Raises:
+        InputError: there are none, or one is missing.
+    """
+    whole = folder / "model.safetensors"
+    if (homes := weight_map(folder)) is not None:
+        files = [folder / name for name in sorted(set(homes.values()))]
+    else:
+        files = [whole] if whole.is_file() else [file for file in content_files(folder) if file.suffix == WEIGHTS]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        what = f"{missing[0]} is missing" if missing else "there are no *.safetensors"
+        raise InputError(f"{folder}: {what}; download or copy the model again")
+    return files
+
+
 def weight_bytes(path: str | Path) -> int:
-    """Bytes of a weight file, or of the safetensors files that a model folder really uses.
+    """Bytes of a weight file, or of the safetensors files of a model folder.
 
     Raises:
         InputError: there are none.
     """
     path = Path(path)
-    if path.is_file():
-        return path.stat().st_size
-    if (homes := weight_map(path)) is not None:
-        files = [path / name for name in set(homes.values())]
-    elif (path / "model.safetensors").is_file():
-        files = [path / "model.safetensors"]
-    else:
-        files = sorted(path.glob("*.safetensors"))
-    missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
-        raise InputError(f"{path}: {', '.join(missing) or 'no *.safetensors'} missing, so its size cannot be measured")
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else weight_files(path)))

@@ -1,6 +1,6 @@
-"""What the layers of a model put out on the way, for losses that compare more than its predictions.
+"""Intermediate outputs of a model's layers, for losses on hidden states and attention.
 
-By hooks on the wanted modules alone, not by ``output_hidden_states``, which keeps every layer of both models.
+They are recorded by hooks on the required modules, because ``output_hidden_states`` would keep every layer in memory.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 State = tuple[str, int]
-"""(part of a layer, number of the layer): "block" is its output, else a projection of its attention."""
+"""(part of a layer, index of the layer); the part is "block" for the layer's output, or a projection of attention."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What can be compared of a model's layers.
+    """The intermediate outputs of a model that can be recorded.
 
     Attributes:
-        num_layers: layers of the model.
-        parts: part of a layer -> heads and channels of each.
-        paths: part of a layer -> its module, with ``{layer}`` for the layer's number.
+        num_layers: number of layers.
+        parts: part of a layer -> (number of heads, channels per head).
+        paths: part of a layer -> path of its module, with ``{layer}`` for the layer's index.
     """
 
     num_layers: int
@@ -48,13 +48,14 @@ class Shapes:
         """From ``config.to_dict()`` or a parsed ``config.json``.
 
         Raises:
-            InputError: an architecture whose layers are not known.
+            InputError: there is no layout for the architecture.
         """
         layout = LAYOUTS.get(str(config.get("model_type")))
         if layout is None:
             raise InputError(
-                f"model_type {config.get('model_type')!r}: where its layers are is not known here, so losses on hidden "
-                f"states and attention cannot read them (expected one of {', '.join(LAYOUTS)})"
+                f"model_type {config.get('model_type')!r} has no layout, which losses on hidden states and "
+                "attention need "
+                f"(expected one of {', '.join(LAYOUTS)})"
             )
         sizes = layout.sizes(config)
         heads = {"queries": sizes["attention_heads"], "keys": sizes["kv_groups"], "values": sizes["kv_groups"]}
@@ -69,27 +70,30 @@ def pairs_of(
     """The pairs of layers that a loss compares; see :meth:`StateLossSpec.pairs`.
 
     Raises:
-        InputError: these two models cannot serve the loss.
+        InputError: the loss cannot compare these two models.
     """
     for part in loss.parts:
         if part not in student.parts or part not in teacher.parts:
-            raise InputError(f"{loss.kind}: this architecture has no module of its own for {part}, so it is not served")
+            raise InputError(
+                f"{loss.kind}: needs a separate projection for {part}, which this architecture does not have; use "
+                "another loss"
+            )
         loss.between(student.parts[part], teacher.parts[part])
     return loss.pairs(student.num_layers, teacher.num_layers, kept)
 
 
 class States:
-    """Watches parts of a model's layers while it is told to, also inside adapters and fake-quant layers.
+    """Records intermediate outputs of a model, also with adapters and fake-quantized layers.
 
     Args:
-        model: causal language model, wrapped or not. Its hooks stay, and cost nothing between two recordings; they are
-            there from the beginning, because a compiled model does not see later ones.
+        model: causal language model, wrapped or not. The hooks are permanent and do nothing outside of
+            :meth:`recording`; they must be registered before compilation, because a compiled model ignores later hooks.
 
     Attributes:
-        shapes: what can be watched.
+        shapes: the outputs that can be recorded.
 
     Raises:
-        InputError: an architecture whose layers are not known.
+        InputError: there is no layout for the architecture.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -100,7 +104,7 @@ class States:
         self._on = False
 
     def watch(self, states: Iterable[State]) -> None:
-        """Keep these states too from the next recording on."""
+        """Also record these states, from the next recording on."""
         for part, layer in set(states) - self._watched:
             module = self._model.get_submodule(self.shapes.paths[part].format(layer=layer))
             module.register_forward_hook(partial(self._keep, (part, layer)))
@@ -108,7 +112,7 @@ class States:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep what passes within the block; what gradient checkpointing computes again later does not count."""
+        """Record inside the context; the recomputation of gradient checkpointing happens outside of it."""
         self._on = True
         try:
             yield
@@ -116,16 +120,16 @@ class States:
             self._on = False
 
     def take(self) -> dict[State, Tensor]:
-        """The states of the last recording, [batch, sequence, width] each; they are given once, and then let go.
+        """Return the states of the last recording, [batch, sequence, width] each, and release them.
 
         Raises:
-            InputError: a module was passed by.
+            InputError: a module was not called.
         """
         seen, self._seen = self._seen, {}
         for part, layer in sorted(self._watched - seen.keys()):
             raise InputError(
-                f"the {part} of layer {layer} was not seen; a compiled model hides it under gradient checkpointing: "
-                "leave out one of the two, or the loss that reads it"
+                f"the output {part!r} of layer {layer} was not recorded, which happens with compilation and gradient "
+                "checkpointing together; disable one of them, or remove the loss that needs it"
             )
         return seen
 

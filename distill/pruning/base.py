@@ -1,4 +1,4 @@
-"""The contract of a criterion: it scores units, high means keep, and edits nothing."""
+"""The interface of a criterion: it scores the units of a model (a high score means keep) and never edits the model."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 from distill.core.errors import InputError
 from distill.core.spec import Spec
 from distill.pruning.layout import Layout, check
-from distill.pruning.tally import Tally
-from distill.pruning.watch import watch
+from distill.pruning.observe import observe
+from distill.pruning.statistics import Statistics
 
 if TYPE_CHECKING:
     from typing import Self
@@ -18,24 +18,25 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from distill.pruning.keep import KeepSpec
-    from distill.pruning.watch import Batches, Watcher
+    from distill.pruning.observe import Batches, Observer
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Importance of every unit of a model, fp32 on the CPU; None where nothing was scored. High means keep.
+    """The importance of every unit of a model: fp32 tensors on the CPU, None for an axis that was not scored.
 
-    ``Scores(**scores.tensors())`` is a round trip, so the scores may be kept as a safetensors file.
+    A high score means keep. ``Scores(**scores.tensors())`` restores the object, so scores can be stored as a
+    safetensors file.
 
     Attributes:
         mlp_neurons: [layers, intermediate], compared within a layer; in a mixture of experts
             [layers, experts, intermediate], compared within an expert.
         attention_heads: [layers, heads], compared within a layer's KV group.
         kv_groups: [layers, kv_heads], compared within a layer.
-        hidden_channels: [hidden], one order for the whole model, as the residual stream runs through it.
+        hidden_channels: [hidden], one ranking for the whole model, because all layers share the residual stream.
         experts: [layers, experts], compared within a layer.
         layers: [layers].
-        layer_blocks: [layers - n + 1], of n neighbours from each layer on, taken together; in place of ``layers``.
+        layer_blocks: [layers - n + 1], entry i scores the block of layers i to i + n - 1; replaces ``layers``.
     """
 
     mlp_neurons: Tensor | None = None
@@ -50,7 +51,8 @@ class Scores:
         for axis, tensor in self.tensors().items():
             if not tensor.isfinite().all():
                 raise InputError(
-                    f"scores of {axis} are not finite; check the model, and load it in float32 or bfloat16"
+                    f"the scores of {axis} contain NaN or infinity, expected finite values; check the model's weights, "
+                    "and load it in float32 or bfloat16"
                 )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -58,46 +60,46 @@ class Scores:
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {axis: tensor for axis, tensor in found.items() if tensor is not None}
 
-    def merge(self, other: Scores) -> Scores:
-        """The scores of both, as of a width and a depth criterion.
-
-        Raises:
-            InputError: both score one axis.
-        """
-        mine, theirs = self.tensors(), other.tensors()
-        if twice := mine.keys() & theirs.keys():
-            raise InputError(f"two criteria score {', '.join(sorted(twice))}; name one criterion for each axis")
-        return Scores(**mine, **theirs)
-
 
 class CriterionSpec(Spec):
-    """What every criterion has: a kind, the axes that it scores, what it counts, and how it judges.
+    """Base class of the criteria.
 
-    A criterion counts in one or both of two ways: it watches the pass over the data that it shares with others
-    (:meth:`watchers`), or makes passes of its own (:meth:`measure`). It then judges by the tally and the weights.
+    A criterion collects statistics from the calibration data in one or both of two ways: through observers in a forward
+    pass that all criteria share (:meth:`observers`), or in passes of its own (:meth:`measure`). Then
+    :meth:`compute_scores` makes the scores from the statistics and the weights.
+
+    Attributes:
+        axes: the axes that the criterion scores.
+        kind: its name in a recipe.
     """
 
     axes: ClassVar[tuple[str, ...]]
 
     kind: str
 
-    def fitted_to(self, keep: KeepSpec, num_layers: int) -> Self:
-        """The criterion with what it leaves open settled by the sizes to keep.
+    def resolved_for(self, keep: KeepSpec, num_layers: int) -> Self:
+        """This criterion with its unset options filled in for the sizes to keep.
+
+        Args:
+            keep: the sizes to keep.
+            num_layers: of the model to prune.
 
         Raises:
-            InputError: what it measures is not what the plan will cut.
+            InputError: an option contradicts the cut that ``keep`` describes.
         """
         return self
 
-    def watchers(self, layout: Layout, sizes: Mapping[str, int], tally: Tally) -> Iterator[tuple[str, Watcher]]:
-        """What it wants to see in the shared pass: (module path, function that adds to ``tally``)."""
+    def observers(
+        self, layout: Layout, sizes: Mapping[str, int], statistics: Statistics
+    ) -> Iterator[tuple[str, Observer]]:
+        """The observers for the shared forward pass, as (module path, function that adds to ``statistics``)."""
         return iter(())
 
-    def measure(self, model: nn.Module, layout: Layout, batches: Batches, tally: Tally) -> None:
-        """Passes of its own, if it needs any; adds to ``tally``."""
+    def measure(self, model: nn.Module, layout: Layout, batches: Batches, statistics: Statistics) -> None:
+        """Run the criterion's own passes over ``batches``, if it needs any, and add to ``statistics``."""
 
-    def judge(self, model: nn.Module, layout: Layout, tally: Tally) -> Scores:
-        """The scores that follow from what was counted."""
+    def compute_scores(self, model: nn.Module, layout: Layout, statistics: Statistics) -> Scores:
+        """Scores from the collected statistics and the model's weights."""
         raise NotImplementedError
 
     def score(self, model: nn.Module, layout: Layout, batches: Batches) -> Scores:
@@ -106,32 +108,37 @@ class CriterionSpec(Spec):
 
 
 def score(criteria: Sequence[CriterionSpec], model: nn.Module, layout: Layout, batches: Batches) -> list[Scores]:
-    """Score the units of a model by several criteria; those that only watch share one pass over the data.
+    """Score the units of a model by several criteria; criteria with observers share one pass over the data.
 
     Args:
         criteria: each scores all its axes.
-        model: a plain transformers causal language model; unchanged afterwards, its train or eval mode included.
+        model: a plain transformers language model; left unchanged, including its train or eval mode.
         layout: the layout of its architecture.
         batches: dicts of ``input_ids`` int64 [batch, sequence] and ``mask`` bool [batch, sequence]; optionally
             ``attention_mask`` and ``position_ids``. A list, if several criteria read it.
 
+    Returns:
+        One :class:`Scores` per criterion.
+
     Raises:
-        InputError: no token counts, an activation is not finite, or the layout does not fit the model.
+        InputError: the mask selects no token, a score is not finite, or the layout does not fit the model.
     """
-    tallies = count(criteria, model, layout, batches)
-    return [criterion.judge(model, layout, tally) for criterion, tally in zip(criteria, tallies, strict=True)]
+    collected = collect_statistics(criteria, model, layout, batches)
+    return [criterion.compute_scores(model, layout, own) for criterion, own in zip(criteria, collected, strict=True)]
 
 
-def count(criteria: Sequence[CriterionSpec], model: nn.Module, layout: Layout, batches: Batches) -> list[Tally]:
-    """What each criterion counts on some batches: the half of :func:`score` that reads data.
+def collect_statistics(
+    criteria: Sequence[CriterionSpec], model: nn.Module, layout: Layout, batches: Batches
+) -> list[Statistics]:
+    """The statistics of each criterion on some batches: the part of :func:`score` that reads data.
 
-    Tallies of several parts of the data, as several processes may make them, add up to that of the whole.
+    Statistics are sums, so the statistics of several parts of the data (one per process, say) can be added.
     """
     sizes = check(model, layout)
-    tallies = [Tally() for _ in criteria]
-    pairs = list(zip(criteria, tallies, strict=True))
-    if watchers := [pair for criterion, tally in pairs for pair in criterion.watchers(layout, sizes, tally)]:
-        watch(model, layout, batches, watchers)
-    for criterion, tally in pairs:
-        criterion.measure(model, layout, batches, tally)
-    return tallies
+    collected = [Statistics() for _ in criteria]
+    pairs = list(zip(criteria, collected, strict=True))
+    if observers := [pair for criterion, own in pairs for pair in criterion.observers(layout, sizes, own)]:
+        observe(model, layout, batches, observers)
+    for criterion, own in pairs:
+        criterion.measure(model, layout, batches, own)
+    return collected

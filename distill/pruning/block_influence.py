@@ -1,11 +1,12 @@
-"""Block influence: a layer matters as much as it turns the residual stream. Scores depth in one pass.
+"""Block influence: the score of a layer is how much it changes the direction of the residual stream. Scores depth.
 
     layer_l = 1 - mean_tokens cos(x_l, x_{l+1})
 
-with x_l the hidden state that enters layer l. The mean runs over all tokens that count, of all samples alike.
+with x_l the hidden state that enters layer l. The mean is over all unmasked tokens of all samples.
 
-The default for depth. It judges each layer as if the others stayed; for a deep cut, a contiguous block of layers
-(``keep.layer_choice: contiguous``) does better downstream than the lowest scores one by one.
+The default for depth; it needs one forward pass. It scores each layer as if all others stayed. Where many layers are
+cut, dropping a contiguous block (``keep.layer_choice: contiguous``) gives better downstream results than dropping the
+layers of lowest score.
 
 Source: Men et al. 2024, arXiv 2403.03853, equation 1 (ShortGPT); used by Minitron, arXiv 2407.14679, section 3.1.
 """
@@ -17,12 +18,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.layout import Layout, config_of
-from distill.pruning.tally import Tally
+from distill.pruning.statistics import Statistics
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from distill.pruning.watch import Passage, Watcher
+    from distill.pruning.observe import ModuleIO, Observer
 
 
 class BlockInfluence(CriterionSpec):
@@ -32,30 +33,41 @@ class BlockInfluence(CriterionSpec):
 
     kind: Literal["block_influence"] = "block_influence"
 
-    def watchers(self, layout: Layout, sizes: Mapping[str, int], tally: Tally) -> Iterator[tuple[str, Watcher]]:
-        """See :meth:`CriterionSpec.watchers`."""
+    def observers(
+        self, layout: Layout, sizes: Mapping[str, int], statistics: Statistics
+    ) -> Iterator[tuple[str, Observer]]:
+        """See :meth:`CriterionSpec.observers`."""
 
-        def watcher(path: str) -> Watcher:
-            def add(passage: Passage) -> None:
-                turned = block_influence(passage.given, passage.output)
-                tally.add(f"{path} turned", (turned * passage.mask).double().sum())
-                tally.add(f"{path} tokens", passage.mask.sum())
+        def watcher(path: str) -> Observer:
+            def add(module_io: ModuleIO) -> None:
+                influence = block_influence(module_io.input, module_io.output)  # [batch, sequence]
+                statistics.add(f"{path} influence", (influence * module_io.mask).double().sum())
+                statistics.add(f"{path} tokens", module_io.mask.sum())
 
             return add
 
         paths = (layout.block.format(layer=layer) for layer in range(sizes["layers"]))
         return ((path, watcher(path)) for path in paths)
 
-    def judge(self, model: nn.Module, layout: Layout, tally: Tally) -> Scores:
-        """See :meth:`CriterionSpec.judge`."""
+    def compute_scores(self, model: nn.Module, layout: Layout, statistics: Statistics) -> Scores:
+        """See :meth:`CriterionSpec.compute_scores`."""
         import torch
 
         paths = [layout.block.format(layer=layer) for layer in range(layout.sizes(config_of(model))["layers"])]
-        return Scores(layers=torch.stack([tally[f"{path} turned"] / tally[f"{path} tokens"] for path in paths]).float())
+        means = [statistics[f"{path} influence"] / statistics[f"{path} tokens"] for path in paths]
+        return Scores(layers=torch.stack(means).float())
 
 
-def block_influence(given: Tensor, output: Tensor) -> Tensor:
-    """One minus the cosine, fp32: what enters and what leaves, [batch, sequence, hidden] each -> [batch, sequence]."""
+def block_influence(input: Tensor, output: Tensor) -> Tensor:
+    """One minus the cosine of a layer's input and output, fp32.
+
+    Args:
+        input: [batch, sequence, hidden].
+        output: [batch, sequence, hidden].
+
+    Returns:
+        [batch, sequence].
+    """
     import torch
 
-    return 1 - torch.cosine_similarity(given.float(), output.float(), dim=-1)
+    return 1 - torch.cosine_similarity(input.float(), output.float(), dim=-1)

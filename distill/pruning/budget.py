@@ -1,14 +1,14 @@
-"""What a smaller architecture may cost, and what one costs: counted from its sizes alone, exactly, but for its time.
+"""The budget of a smaller architecture, and its cost: counted exactly from its sizes, except for the decode time.
 
     parameters                  tied ones once
-    non_embedding_parameters    the same without what runs along the vocabulary
+    non_embedding_parameters    the same without parameters that have a vocabulary dimension
     weight_bytes                parameters * bytes of the stored precision
-    flops_per_token             2 * matrix entries a token meets + 4 * context * heads * head_dim * layers
-    decode_ms_per_token         measured on the machine that searches; see latency.py
+    flops_per_token             2 * matrix entries used per token + 4 * context * heads * head_dim * layers
+    decode_ms_per_token         measured on the machine that runs the search; see latency.py
 
-FLOPs are those of a forward pass at a context of so many tokens: of a mixture only the experts that a token is sent to
-count, and an embedding that is only looked up multiplies nothing; norms and biases are left out (Kaplan et al. 2020,
-arXiv 2001.08361, section 2.1).
+FLOPs are those of one forward pass per token at the given context length. In a mixture of experts only the experts per
+token are counted. An embedding lookup, norms and biases count as zero (Kaplan et al. 2020, arXiv 2001.08361,
+section 2.1).
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ def _amount(value: float | str) -> float | str:
         except ValueError:
             share = 0.0
         if not 0 < share < 100:
-            raise ValueError(f"expected a number or a share of the model's, such as 50% (got {value!r})")
+            raise ValueError(f"expected a number, or a percentage of the model's value such as 50% (got {value!r})")
     elif value <= 0:
-        raise ValueError(f"expected a number above 0 or a share such as 50% (got {value})")
+        raise ValueError(f"expected a number above 0, or a percentage such as 50% (got {value})")
     return value
 
 
 Amount = Annotated[float | str, AfterValidator(_amount)]
 
 
-def shown(measure: Measure, cost: float) -> str:
-    """A cost for people: counts whole, milliseconds with their thousandths."""
+def format_cost(measure: Measure, cost: float) -> str:
+    """A cost as text: counts as integers, milliseconds with three decimals."""
     return f"{cost:,.3f}" if measure == "decode_ms_per_token" else f"{cost:,.0f}"
 
 
 class SizeBudget(Spec):
-    """The most that the pruned model may cost by one measure: a number, or a share of the uncut model's (50%)."""
+    """The largest cost of the pruned model by one measure: a number, or a percentage of the original model's (50%)."""
 
     parameters: Amount | None = None
-    """Parameters in all, tied ones once. Null: another measure counts."""
+    """Total parameters, tied ones counted once. Null: another measure is the budget."""
     non_embedding_parameters: Amount | None = None
-    """Parameters without the embedding and the output head. Null: another measure counts."""
+    """Parameters without the embedding and the output head. Null: another measure is the budget."""
     weight_bytes: Amount | None = None
-    """Bytes of the weights as stored, without the file's header. Null: another measure counts."""
+    """Bytes of the weights as stored, without the file's header. Null: another measure is the budget."""
     flops_per_token: Amount | None = None
-    """FLOPs of a forward pass a token, at a context of data.sequence_length. Null: another measure counts."""
+    """FLOPs of a forward pass per token, at a context of data.sequence_length. Null: another measure is the budget."""
     decode_ms_per_token: Amount | None = None
-    """Milliseconds that this machine takes to decode a token of one sequence, at the end of a context of
-    data.sequence_length. Null: another measure counts."""
+    """Milliseconds that this machine takes to decode one token at batch size 1, at the end of a context of
+    data.sequence_length. Null: another measure is the budget."""
     tolerance: float = Field(0.05, ge=0, lt=1)
-    """Share of the budget that may be left unused; 0.05 is that of arXiv 2407.14679."""
+    """Fraction of the budget that may be left unused; 0.05 is the value of arXiv 2407.14679."""
 
     @model_validator(mode="after")
     def _one_measure(self) -> SizeBudget:
@@ -72,41 +72,41 @@ class SizeBudget(Spec):
 
     @property
     def measure(self) -> Measure:
-        """What is counted."""
+        """The measure of the budget."""
         found: Measure = next(name for name in get_args(Measure) if getattr(self, name) is not None)
         return found
 
     @property
     def is_time(self) -> bool:
-        """Whether it is measured, so that an architecture's cost is forecast until then."""
+        """Whether the cost is a time, which is estimated until it is measured."""
         return self.measure == "decode_ms_per_token"
 
-    def bounds(self, whole: float) -> tuple[float, float]:
-        """(least, most) that a candidate may cost, where the uncut model costs ``whole``."""
+    def bounds(self, original: float) -> tuple[float, float]:
+        """(least, most) that a candidate may cost, where the original model costs ``original``."""
         amount: float | str = getattr(self, self.measure)
-        most = whole * float(amount.removesuffix("%")) / 100 if isinstance(amount, str) else amount
+        most = original * float(amount.removesuffix("%")) / 100 if isinstance(amount, str) else amount
         return (1 - self.tolerance) * most, most
 
 
 class Cost(Protocol):
-    """What architectures cost by one measure, which grows with each of their sizes."""
+    """The cost of architectures by one measure. It must not decrease when a size grows."""
 
     @property
     def measure(self) -> Measure:
-        """What is counted."""
+        """The measure."""
 
     def of(self, sizes: Mapping[str, int]) -> float:
         """The cost of these axis sizes."""
 
 
-class Costs:
-    """What architectures cost by one measure, which grows with each of their sizes.
+class SizeCosts:
+    """The cost of architectures by a measure that follows from their sizes.
 
     Args:
-        measure: what to count; all but decode_ms_per_token.
+        measure: any but decode_ms_per_token.
         layout: the layout of the architecture.
-        config: of the uncut model.
-        context_tokens: tokens that attention looks back on.
+        config: of the original model.
+        context_tokens: length of the context that attention reads.
         bytes_per_parameter: of the stored precision.
     """
 

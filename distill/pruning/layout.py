@@ -1,8 +1,8 @@
-"""What pruning must know of an architecture: which axis every dimension of every parameter runs along.
+"""The layout of an architecture: for every dimension of every parameter, the axis that it runs along.
 
-One table serves all of pruning. Scoring reads from it which weights belong to a unit, planning how many parameters a
-smaller config has, and surgery what to slice. A parameter that the table does not name is refused, never copied
-blindly. The instances, one file an architecture, are in ``distill/models/layouts``.
+All of pruning reads this one table: scoring finds the weights that belong to a unit, planning counts the parameters of
+a smaller config, and surgery finds what to slice. A parameter that is not in the table is an error; it is never copied
+unchanged. The layouts are in ``distill/models/layouts``, one file per architecture.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 WIDTH_AXES = ("mlp_neurons", "attention_heads", "kv_groups", "hidden_channels")
 AXES = (*WIDTH_AXES, "experts", "layers")
 FIXED_AXES = ("head_dim", "positions", "token_types")
-"""Axes that nothing cuts: the rotary frequencies and the positions that a model was trained on belong to them."""
+"""Axes that are never cut: rotary frequencies and learned positions depend on them."""
 
 HEAD_LABELS = {
     "attention_heads": ("attention_heads", 1),
     "kv_groups": ("kv_groups", 1),
     "qkv_heads": ("attention_heads", 3),
 }
-"""Label of a dimension with several entries a unit -> (its axis, entries a unit in multiples of ``head_dim``)."""
+"""Label of a dimension with several entries per unit -> (its axis, entries per unit in multiples of ``head_dim``)."""
 
 Dimension = str | tuple[str, ...]
 Config = Mapping[str, Any]
 
 
 class Span(NamedTuple):
-    """A stretch of a dimension along one axis: unit ``u`` owns ``width`` entries from ``start + u * width`` on."""
+    """A contiguous part of a dimension along one axis; unit ``u`` has ``width`` entries from ``start + u * width``."""
 
     axis: str
     start: int
@@ -49,30 +49,30 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter, or the same one of every layer.
+    """A parameter of the model, or the parameter of this name in every layer.
 
     Attributes:
-        path: its name in the model; ``{layer}`` stands for the layer's index.
-        axes: for each dimension an axis, or several axes whose stretches stand one after the other, as in a fused
-            projection. A dimension along ``attention_heads`` or ``kv_groups`` holds ``head_dim`` entries a head;
-            ``qkv_heads`` holds a head's query, key and value side by side. In a parameter whose first dimension is
-            ``experts``, the ``mlp_neurons`` are those of each expert. See :func:`spans`.
-        only_if: config key that must be true for the parameter to exist; None: it always does.
-        unless: config key that must be false for the parameter to exist; None: it always does.
-        grows: what is multiplied by sqrt(d / d') when hidden channels are cut from d to d': nothing, the weight, or one
-            plus the weight, where the module adds that one (see surgery).
+        path: its name in the model, with ``{layer}`` in place of the layer's index.
+        axes: the axis of each dimension, or a tuple of axes for a fused dimension whose parts are concatenated. A
+            dimension along ``attention_heads`` or ``kv_groups`` has ``head_dim`` entries per head; ``qkv_heads`` has
+            the query, key and value of one head next to each other. In a parameter whose first dimension is
+            ``experts``, ``mlp_neurons`` are the neurons of one expert. See :func:`spans`.
+        only_if: config key that must be true for the parameter to exist; None: no such condition.
+        unless: config key that must be false for the parameter to exist; None: no such condition.
+        rescaled: what is multiplied by sqrt(d / d') when hidden channels are cut from d to d': nothing, the weight, or
+            one plus the weight for a module that adds one to its weight (see :mod:`distill.pruning.surgery`).
     """
 
     path: str
     axes: tuple[Dimension, ...]
     only_if: str | None = None
     unless: str | None = None
-    grows: Literal["no", "weight", "one_plus_weight"] = "no"
+    rescaled: Literal["no", "weight", "one_plus_weight"] = "no"
 
     def exists(self, config: Config) -> bool:
-        """Whether a model of this config has the parameter."""
-        wanted = self.only_if is None or bool(config.get(self.only_if))
-        return wanted and not (self.unless is not None and config.get(self.unless))
+        """Whether a model with this config has the parameter."""
+        required = self.only_if is None or bool(config.get(self.only_if))
+        return required and not (self.unless is not None and config.get(self.unless))
 
 
 HiddenRule = Literal["free", "multiple_of_heads", "heads_times_head_dim"]
@@ -80,33 +80,36 @@ HiddenRule = Literal["free", "multiple_of_heads", "heads_times_head_dim"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where one architecture keeps its layers, heads, neurons and channels.
+    """The parameters and modules of one architecture.
+
+    Module paths are relative to the model and have ``{layer}`` in place of the layer's index.
 
     Attributes:
         model_type: the config's ``model_type``.
         parameters: every parameter of the language model; tied ones once.
-        size_keys: axis -> config key that holds its size, or several keys of which the first one present counts. An
-            axis that the architecture lacks is not there; one whose size follows from others may be left out:
-            ``kv_groups`` equal the heads, ``head_dim`` is hidden size / heads.
-        body: module that turns token ids into hidden states, without the output head.
-        block: a layer; its input and output are hidden states [batch, sequence, hidden].
-        reads: in a layer, the modules whose input is what attention and MLP read of the residual stream
+        size_keys: axis -> config key of its size, or several keys of which the first that is present is read. Omit an
+            axis that the architecture does not have. Omit ``kv_groups`` where they equal the heads, and ``head_dim``
+            where it is hidden size / heads.
+        body: module that maps token ids to hidden states, without the output head.
+        block: one layer; its input and output are hidden states [batch, sequence, hidden].
+        reads: the modules of a layer through which attention and MLP read the residual stream; their input is
             [batch, sequence, hidden].
         attention_out: module whose input is the heads' outputs [batch, sequence, heads * head_dim].
-        mlp_down: module whose input is the MLP's neurons [batch, sequence, intermediate]; None in a mixture of experts.
-        projections: "queries", "keys" and "values" -> module whose output is that of all heads side by side [batch,
-            sequence, heads * head_dim]; empty where they have no modules of their own.
-        experts: in a mixture of experts the module of all experts of a layer, called with hidden states
-            [tokens, hidden], the chosen experts [tokens, k] and their weights [tokens, k]; its parameters are
-            ``gate_up_proj`` and ``down_proj``. None elsewhere.
-        norm_eps_key: config key of the norms' epsilon; None where the class fixes it.
-        per_layer_keys: config keys that hold a list with one entry a layer.
-        hidden_rule: what the config class demands of the hidden size: nothing, a multiple of the heads even when
-            ``head_dim`` is given, or exactly heads x ``head_dim``. A function of the config where it depends on it.
-        neurons_per_channel: MLP neurons for each hidden channel where the config's size is null.
-        expects: config key -> the one value that the layout describes; missing keys count as that value.
-        pinned_tokens: config keys of token ids that cutting the vocabulary may not move.
-        task: what the model predicts: the next token, or masked ones (an encoder).
+        mlp_down: module whose input is the MLP neurons [batch, sequence, intermediate]; None in a mixture of experts.
+        projections: "queries", "keys" and "values" -> module whose output is that of all heads
+            [batch, sequence, heads * head_dim]; empty for a fused projection.
+        experts: the module that holds all experts of a layer in a mixture of experts, else None. It is called with
+            hidden states [tokens, hidden], the selected experts [tokens, k] and their weights [tokens, k], and has the
+            parameters ``gate_up_proj`` and ``down_proj``.
+        norm_eps_key: config key of the norms' epsilon; None if the class fixes it.
+        per_layer_keys: config keys that hold a list with one entry per layer.
+        hidden_rule: what the config class requires of the hidden size: nothing, a multiple of the heads even if
+            ``head_dim`` is given, or exactly heads x ``head_dim``. A function of the config where the rule depends on
+            it.
+        neurons_per_channel: MLP neurons per hidden channel, for configs whose intermediate size is null.
+        expects: config key -> the only value that the layout supports; a missing key counts as that value.
+        pinned_tokens: config keys of token ids that must not change when the vocabulary is cut.
+        task: what the model predicts: the next token, or masked tokens (an encoder).
     """
 
     model_type: str
@@ -128,7 +131,7 @@ class Layout:
     task: Literal["causal_lm", "masked_lm"] = "causal_lm"
 
     def key(self, axis: str, config: Config) -> str | None:
-        """The config key that holds an axis' size; None if the size follows from others."""
+        """The config key that holds the size of an axis; None if it is derived from other sizes."""
         keys = self.size_keys.get(axis)
         if keys is None or isinstance(keys, str):
             return keys
@@ -145,32 +148,40 @@ class Layout:
             raise InputError(f"the config's model_type is {config.get('model_type')!r}, expected {self.model_type!r}")
         for key, value in self.expects.items():
             if config.get(key, value) not in (value, None):
-                raise InputError(f"{self.model_type} with {key} {config[key]!r} cannot be pruned (expected {value!r})")
+                raise InputError(
+                    f"pruning {self.model_type} with {key} {config[key]!r} is not supported (expected {value!r})"
+                )
         found: dict[str, Any] = {axis: config.get(self.key(axis, config) or "") for axis in self.size_keys}
+        self._refuse(config, {axis: size for axis, size in found.items() if size is not None})
         hidden, heads = found["hidden_channels"], found["attention_heads"]
-        # As the config classes do: absent or null means "derived".
+        # as in the config classes, absent or null means "derived"
         if found.get("kv_groups") is None:
             found["kv_groups"] = heads
         if found.get("head_dim") is None and hidden and heads:
             found["head_dim"] = hidden // heads
         if found["mlp_neurons"] is None and self.neurons_per_channel and hidden:
             found["mlp_neurons"] = self.neurons_per_channel * hidden
-        for axis, size in found.items():
-            if not isinstance(size, int) or size < 1:
-                what = self.key(axis, config) or axis
-                raise InputError(f"the config's {what} is {size!r}, expected a whole number above 0")
+        self._refuse(config, found)
         if heads % found["kv_groups"]:
             raise InputError(
                 f"the config has {heads} attention heads for {found['kv_groups']} KV groups, "
-                "expected a multiple; such a model cannot be pruned"
+                "expected a multiple; pruning such a model is not supported"
             )
         return found
 
+    def _refuse(self, config: Config, sizes: Mapping[str, Any]) -> None:
+        for axis, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                what = self.key(axis, config) or axis
+                raise InputError(f"the config's {what} is {size!r}, expected a positive integer")
+
     def resized(self, config: Config, sizes: Mapping[str, int]) -> dict[str, Any]:
-        """The config keys to change so that a model has these sizes; a size is stated where it would be derived.
+        """The config keys to change so that a model has these sizes.
+
+        A size that the config class would otherwise derive with another value is written explicitly.
 
         Raises:
-            InputError: the config cannot say one of the sizes.
+            InputError: the config has no key for one of the sizes.
         """
         changes: dict[str, Any] = {}
         for axis in self.size_keys:
@@ -188,11 +199,11 @@ class Layout:
         return changes
 
     def rule_of_hidden(self, config: Config) -> HiddenRule:
-        """What the config class demands of the hidden size of this config."""
+        """What the config class requires of the hidden size of this config."""
         return self.hidden_rule(config) if callable(self.hidden_rule) else self.hidden_rule
 
     def named_parameters(self, config: Config) -> Iterator[tuple[str, int | None, Parameter]]:
-        """(name, layer or None, row of the table) of every parameter that a model of this config has."""
+        """(name, layer or None, entry of ``parameters``) of every parameter of a model with this config."""
         layers = self.sizes(config)["layers"]
         for parameter in self.parameters:
             if not parameter.exists(config):
@@ -204,14 +215,14 @@ class Layout:
                 yield parameter.path.format(layer=layer), layer, parameter
 
     def count(self, config: Config) -> int:
-        """Number of parameters of a model of this config; tied ones counted once."""
+        """Number of parameters of a model with this config; tied ones counted once."""
         sizes = self.sizes(config)
         rows = [p for p in self.parameters if p.exists(config)]
         return sum((sizes["layers"] if "{layer}" in p.path else 1) * prod(shape(p, sizes)) for p in rows)
 
 
 def spans(dimension: Dimension, sizes: Mapping[str, int]) -> list[Span]:
-    """The stretches of a dimension, in order, under these axis sizes; most dimensions have one."""
+    """The spans of a dimension under these axis sizes, in order; a dimension that is not fused has one."""
     found: list[Span] = []
     for label in (dimension,) if isinstance(dimension, str) else dimension:
         axis, head_dims = HEAD_LABELS.get(label, (label, 0))
@@ -226,19 +237,19 @@ def shape(parameter: Parameter, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
-    """A transformers model's config as plain data."""
+    """The config of a transformers model as a dict."""
     config: Any = model.config
     return dict(config.to_dict())
 
 
 def check(model: nn.Module, layout: Layout) -> dict[str, int]:
-    """Make sure that the layout tells the whole truth about a model: every parameter named, every shape as expected.
+    """Check that the layout describes a model completely: the names and shapes of all parameters agree.
 
     Returns:
-        size of every axis.
+        The size of every axis.
 
     Raises:
-        InputError: a parameter too many, too few, or of another shape.
+        InputError: a parameter is missing, unexpected, or has another shape.
     """
     config = config_of(model)
     sizes = layout.sizes(config)
@@ -248,7 +259,7 @@ def check(model: nn.Module, layout: Layout) -> dict[str, int]:
         if expected.get(name) != got.get(name):
             raise InputError(
                 f"{layout.model_type}: parameter {name} is {got.get(name, 'missing')}, "
-                f"expected {expected.get(name, 'no such parameter')}; prune a plain language model, "
-                "before adapters or quantization go in"
+                f"expected {expected.get(name, 'no such parameter')}; prune a plain language model, without adapters "
+                "or quantized layers"
             )
     return sizes

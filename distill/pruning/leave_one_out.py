@@ -1,17 +1,17 @@
-"""Leave one out: a layer matters as much as the model gets worse without it. Measures depth instead of guessing it.
+"""Leave one out: the score of a layer is the measured increase of the loss without it. Scores depth.
 
     layer_l = mean_tokens(CE without layer l) - mean_tokens(CE)             loss: cross_entropy
     layer_l = mean_tokens KL(p || p without layer l)                        loss: kl
 
-in nats a token; exp of the first is the factor by which perplexity grows. With ``block_layers`` n above 1 not one layer
-is left out but layers s to s + n - 1, for every s in turn: what a contiguous cut costs, measured as a whole.
+in nats per token; exp of the first is the factor by which perplexity grows. With ``block_layers`` n above 1, layers s
+to s + n - 1 are removed together, for every s: the exact cost of each contiguous cut.
 
-    layers            each layer, when block_layers is 1
-    layer_blocks      each block, when it is more; ``keep.layer_choice: contiguous`` then chooses among them
+    layers            one score per layer, if block_layers is 1
+    layer_blocks      one score per block, if it is larger; ``keep.layer_choice: contiguous`` then chooses a block
 
-For when it can be paid for: block influence sees how far a layer turns the stream, not what that does to the output,
-and a sum of single scores is not what a whole block costs. KL needs no labels and is less noisy. What stands before the
-left-out layers is not computed again, so that all layers together cost about half as many passes as there are layers.
+Prefer it where its cost is acceptable: block influence measures how a layer changes the residual stream and not the
+effect on the output, and the scores of single layers do not add up to the cost of a block. KL needs no labels and is
+less noisy. Layers before the removed ones are not computed again, so L layers cost about L / 2 forward passes.
 
 Source: Muralidharan et al. 2024, arXiv 2407.14679, section 3.1 (perplexity); Sreenivas et al. 2024, arXiv 2408.11796
 (contiguous blocks); Kim et al. 2024, arXiv 2402.02834 (perplexity, layer by layer).
@@ -26,45 +26,47 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from distill.core.errors import InputError
+from distill.core.stop import stoppable
+from distill.numerics.term import LossTerm
 from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.keep import KeepSpec
 from distill.pruning.layout import Layout, config_of
-from distill.pruning.likelihood import cross_entropy, divergence, require_causal
-from distill.pruning.tally import Tally
-from distill.pruning.watch import evaluating, prepared
+from distill.pruning.next_token_loss import cross_entropy, kl_sum, require_causal
+from distill.pruning.observe import eval_mode, masked_batches
+from distill.pruning.statistics import Statistics
 
 if TYPE_CHECKING:
     from typing import Self
 
     from torch import Tensor, nn
 
-    from distill.pruning.watch import Batches
+    from distill.pruning.observe import Batches
 
 
 class LeaveOneOut(CriterionSpec):
-    """How much worse the model gets when a layer, or a block of layers, is left out; scores depth."""
+    """Increase of the loss when a layer, or a block of layers, is removed; scores depth."""
 
     axes: ClassVar[tuple[str, ...]] = ("layers",)
 
     kind: Literal["leave_one_out"] = "leave_one_out"
     loss: Literal["cross_entropy", "kl"] = "cross_entropy"
-    """What worse means: the cross-entropy of the text, or the divergence from the whole model."""
+    """The loss: cross-entropy on the text, or KL divergence from the original model."""
     block_layers: int | None = Field(None, ge=1)
-    """Layers left out together; null: as many as the plan drops where layer_choice is contiguous, else 1."""
+    """Layers removed together; null: as many as the plan removes if layer_choice is contiguous, else 1."""
 
-    def fitted_to(self, keep: KeepSpec, num_layers: int) -> Self:
-        """See :meth:`CriterionSpec.fitted_to`."""
+    def resolved_for(self, keep: KeepSpec, num_layers: int) -> Self:
+        """See :meth:`CriterionSpec.resolved_for`."""
         contiguous = keep.layer_choice == "contiguous" and keep.num_hidden_layers is not None
         wanted = max(1, num_layers - (keep.num_hidden_layers or num_layers)) if contiguous else 1
         if self.block_layers not in (None, wanted):
             raise InputError(
-                f"depth_criterion.block_layers ({self.block_layers}) must be the number of layers that the plan drops "
-                f"together, {wanted}; leave it out"
+                f"depth_criterion.block_layers ({self.block_layers}) must equal the number of neighbouring layers that "
+                f"the plan removes ({wanted}); remove the key"
             )
         return self.model_copy(update={"block_layers": wanted})
 
-    def measure(self, model: nn.Module, layout: Layout, batches: Batches, tally: Tally) -> None:
-        """A pass over each batch with all layers, and one a block from where the block begins."""
+    def measure(self, model: nn.Module, layout: Layout, batches: Batches, statistics: Statistics) -> None:
+        """One full pass over each batch, and one pass per block that starts at the end of the removed block."""
         import torch
 
         if self.loss == "cross_entropy":
@@ -74,62 +76,66 @@ class LeaveOneOut(CriterionSpec):
             for layer in range(layout.sizes(config_of(model))["layers"])
         ]
         length = self._length(len(blocks))
-        with torch.no_grad(), evaluating(model):
-            for inputs, mask in prepared(model, batches):
-                targets = inputs["input_ids"].roll(-1, dims=1)[mask]
-                every = leave_one_out(model, blocks, length, inputs)
-                whole = next(every)[mask]
-                before = cross_entropy(whole, targets)
-                for start, without in enumerate(every):
-                    logits = without[mask]
-                    rise = divergence(whole, logits) if self.loss == "kl" else cross_entropy(logits, targets) - before
-                    tally.add(f"without {start}", rise)
-                tally.add("tokens", mask.sum())
+        with torch.no_grad(), eval_mode(model):
+            for inputs, following, mask in masked_batches(model, batches):
+                targets = following[mask]  # [tokens]
+                passes = leave_one_out(model, blocks, length, inputs)
+                original = next(passes)[mask]  # [tokens, vocabulary]
+                before = cross_entropy(original, targets)
+                for start, without in enumerate(stoppable(passes)):
+                    logits = without[mask]  # [tokens, vocabulary]
+                    increase = (
+                        kl_sum(original, logits) if self.loss == "kl" else cross_entropy(logits, targets) - before
+                    )
+                    statistics.add(f"without {start}", increase)
+                statistics.add("tokens", mask.sum())
 
-    def judge(self, model: nn.Module, layout: Layout, tally: Tally) -> Scores:
-        """See :meth:`CriterionSpec.judge`."""
+    def compute_scores(self, model: nn.Module, layout: Layout, statistics: Statistics) -> Scores:
+        """See :meth:`CriterionSpec.compute_scores`."""
         import torch
 
         num_layers = layout.sizes(config_of(model))["layers"]
         length = self._length(num_layers)
-        rises = [tally[f"without {start}"] / tally["tokens"] for start in range(num_layers - length + 1)]
-        values = torch.stack(rises).float()
+        rises = [
+            LossTerm(statistics[f"without {start}"], statistics["tokens"]) for start in range(num_layers - length + 1)
+        ]
+        values = torch.stack([rise.per_token() for rise in rises]).float()
         return Scores(layers=values) if length == 1 else Scores(layer_blocks=values)
 
     def _length(self, num_layers: int) -> int:
         length = self.block_layers or 1
         if length >= num_layers:
-            raise InputError(f"block_layers ({length}) must be less than the model's {num_layers} layers")
+            raise InputError(f"block_layers ({length}) must be less than the number of layers ({num_layers})")
         return length
 
 
 def leave_one_out(
     model: nn.Module, blocks: list[nn.Module], length: int, inputs: Mapping[str, Tensor]
 ) -> Iterator[Tensor]:
-    """Logits of the whole model, then of the model without layers s to s + length - 1 for each s.
+    """Yield the logits of the model, then those without layers s to s + length - 1 for each s.
 
     Args:
         model: a transformers model.
         blocks: its layers.
-        length: layers left out together.
-        inputs: of the model.
+        length: number of layers removed together.
+        inputs: keyword arguments of the model.
 
     Yields:
         [batch, sequence, vocabulary].
     """
     causal: Any = model
-    with _recording(blocks) as entered:
+    with _record_inputs(blocks) as entered:
         logits = causal(**inputs, use_cache=False).logits
     yield logits
     for start in range(len(blocks) - length + 1):
-        with _leading_to(blocks[: start + length], entered[start]):
+        with _bypassed(blocks[: start + length], entered[start]):
             logits = causal(**inputs, use_cache=False).logits
         yield logits
 
 
 @contextmanager
-def _recording(blocks: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """The hidden states that enter each block while it lasts, [batch, sequence, hidden] each."""
+def _record_inputs(blocks: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """Inside the context, record the input of each block, [batch, sequence, hidden] each."""
     entered: list[Tensor] = []
 
     def note(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -144,10 +150,10 @@ def _recording(blocks: list[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _leading_to(blocks: list[nn.Module], stream: Tensor) -> Iterator[None]:
-    """While it lasts, these blocks compute nothing: whatever enters the first, ``stream`` leaves the last.
+def _bypassed(blocks: list[nn.Module], stream: Tensor) -> Iterator[None]:
+    """Inside the context, the forward of each of these blocks returns ``stream`` without computing anything.
 
-    The model's own forward runs on, so that masks, positions, final norm and head are as it makes them.
+    The model's own forward still runs, so masks, positions, the final norm and the head are computed as usual.
     """
     try:
         for block in blocks:

@@ -1,13 +1,15 @@
-"""Magnitude: a unit matters as much as its weights are large. Reads no data.
+"""Magnitude: a unit is as important as its weights are large. Reads no data.
 
     unit_j = sqrt(sum of the squares of all matrix entries that belong to j)
 
-A neuron owns its rows of gate and up and its column of down; a head its rows of q and its columns of the output
-projection; a KV group its rows of k and v and all that its query heads own; a hidden channel its slice of every matrix,
-embeddings included; an expert its slice of the stacked weights and its row of the router, a neuron what it has in its
-own expert. Biases and norm weights do not count: they are no matrices.
+    mlp_neurons       rows of gate and up, column of down (of its own expert in a mixture of experts)
+    attention_heads   rows of q, columns of the output projection
+    kv_groups         rows of k and v, and the entries of the group's query heads
+    hidden_channels   a slice of every matrix, embeddings included
+    experts           a slice of the stacked weights, and a row of the router
 
-A control, and for when there is no data. For MLP neurons it falls far behind activation as the cut deepens.
+Biases and norm weights are not counted. A control, and a choice where no data is available: for MLP neurons it is far
+worse than activation, the more so the more is cut.
 
 Source: the usual group L2 norm; a baseline in Ma, Fang, Wang 2023, arXiv 2305.11627 (LLM-Pruner).
 """
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.layout import WIDTH_AXES, Layout, config_of, spans
-from distill.pruning.tally import Tally
+from distill.pruning.statistics import Statistics
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,13 +33,13 @@ class Magnitude(CriterionSpec):
 
     kind: Literal["magnitude"] = "magnitude"
 
-    def judge(self, model: nn.Module, layout: Layout, tally: Tally) -> Scores:
-        """See :meth:`CriterionSpec.judge`."""
+    def compute_scores(self, model: nn.Module, layout: Layout, statistics: Statistics) -> Scores:
+        """See :meth:`CriterionSpec.compute_scores`."""
         return magnitude(model, layout)
 
 
 def magnitude(model: nn.Module, layout: Layout) -> Scores:
-    """Scores of a model from its weights alone; see the module."""
+    """Scores of a model from its weights alone; the formula is in the module's docstring."""
     import torch
 
     sizes = layout.sizes(config_of(model))
@@ -54,11 +56,13 @@ def magnitude(model: nn.Module, layout: Layout) -> Scores:
         if in_experts:
             squares["experts"][layer or 0] += entries.flatten(1).sum(1).cpu()
         for dim, dimension in enumerate(dimensions[1:] if in_experts else dimensions, 1):
+            # [experts or 1, size of this dimension]
             sums = entries.movedim(dim, 1).flatten(2).sum(2).cpu() if entries.ndim > 2 else entries.cpu()
             for span in (span for span in spans(dimension, sizes) if span.axis in squares):
+                # [experts or 1, units]
                 owned = sums[:, span.start : span.start + span.length].unflatten(1, (span.units, span.width)).sum(2)
-                of_each = in_experts and span.axis == "mlp_neurons"
-                squares[span.axis][layer or 0] += owned if of_each else owned.sum(0)
+                per_expert = in_experts and span.axis == "mlp_neurons"
+                squares[span.axis][layer or 0] += owned if per_expert else owned.sum(0)
     squares["kv_groups"] += squares["attention_heads"].unflatten(1, (sizes["kv_groups"], -1)).sum(-1)
     squares["hidden_channels"] = squares["hidden_channels"].sum(0)
     return Scores(**{axis: values.sqrt() for axis, values in squares.items()})

@@ -1,15 +1,15 @@
-"""Masks: single weights at zero, where structured pruning takes whole units away. The shapes of the model stay.
+"""Sparsity masks: single weights are set to zero, and all shapes stay.
 
-    unstructured    in each row of a layer the weights of least importance, a share of them
-    2:4             of every four neighbours in a row the two of least importance
+    unstructured    in each row of a layer, a fraction of the weights: those of least importance
+    2:4             of every four neighbouring weights in a row, the two of least importance
 
 with importance |W_ij| (magnitude) or |W_ij| * sqrt(sum_tokens a_j^2) (wanda), a_j the layer's input.
 
-A mask by itself makes nothing smaller or faster: zeros are stored and multiplied like other numbers. 2:4 is what the
-sparse matrix units of some GPUs can skip, in engines that ask for it.
+A mask alone makes a model neither smaller nor faster: zeros are stored and multiplied like other numbers. 2:4 sparsity
+is faster on GPUs with sparse tensor cores, in engines that use them.
 
-Source: Sun et al. 2023, arXiv 2306.11695 (Wanda, which compares within a row); here all layers are judged by what
-enters them in the unmasked model, in one pass. Mishra et al. 2021, arXiv 2104.08378 (2:4, trained with a fixed mask).
+Source: Sun et al. 2023, arXiv 2306.11695 (Wanda, which compares within a row); unlike there, the inputs of all layers
+come from one pass of the unmasked model. Mishra et al. 2021, arXiv 2104.08378 (2:4, trained with a fixed mask).
 """
 
 from __future__ import annotations
@@ -17,44 +17,52 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
+
 from distill.core.errors import InputError
 from distill.pruning.layout import Layout, check, config_of
-from distill.pruning.tally import Tally
-from distill.pruning.watch import Passage, watch
+from distill.pruning.observe import ModuleIO, observe
+from distill.pruning.statistics import Statistics
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from distill.pruning.watch import Batches, Watcher
+    from distill.pruning.observe import Batches, Observer
 
 
 def unstructured(importance: Tensor, share: float) -> Tensor:
-    """Which weights stay, bool [out, in]: in each row all but ``share`` of them, rounded down."""
-    import torch
+    """Mask of the weights that stay.
 
-    gone = importance.argsort(dim=1, stable=True)[:, : int(share * importance.shape[1])]
-    return torch.ones_like(importance, dtype=torch.bool).scatter_(1, gone, False)
+    Args:
+        importance: [out, in].
+        share: fraction of each row that is removed; the number of weights is rounded down.
+
+    Returns:
+        bool [out, in].
+    """
+    removed = importance.argsort(dim=1, stable=True)[:, : int(share * importance.shape[1])]  # [out, share * in]
+    return torch.ones_like(importance, dtype=torch.bool).scatter_(1, removed, False)
 
 
 def two_of_four(importance: Tensor) -> Tensor:
-    """Which weights stay, bool [out, in]: two of every four neighbours in a row.
+    """Mask of the weights that stay, bool [out, in]: two of every four neighbours in a row.
 
     Raises:
-        InputError: four does not divide the row.
+        InputError: the row length is not a multiple of 4.
     """
     if importance.shape[1] % 4:
-        raise InputError(f"2:4 needs rows of a multiple of 4 weights (got {importance.shape[1]}); use unstructured")
-    return unstructured(importance.unflatten(1, (-1, 4)).flatten(0, 1), 0.5).view(importance.shape)
+        raise InputError(
+            f"2:4 needs in_features that are a multiple of 4 (got {importance.shape[1]}); use pattern: unstructured"
+        )
+    groups = importance.unflatten(1, (-1, 4)).flatten(0, 1)  # [out * in / 4, 4]
+    return unstructured(groups, 0.5).view(importance.shape)
 
 
 def masked_layers(model: nn.Module, layout: Layout) -> dict[str, nn.Linear]:
-    """Name -> linear layer, of all matrices inside the model's layers: embeddings and head are never masked.
+    """The linear layers that can be masked, by name: those inside the model's layers, not embeddings and head.
 
     Raises:
-        InputError: a matrix in the layers is no plain linear layer, or the layout does not fit the model.
+        InputError: a matrix in the layers is not in a plain linear layer, or the layout does not fit the model.
     """
-    import torch
-
     check(model, layout)
     found: dict[str, nn.Linear] = {}
     for name, layer, _ in layout.named_parameters(config_of(model)):
@@ -68,62 +76,60 @@ def masked_layers(model: nn.Module, layout: Layout) -> dict[str, nn.Linear]:
 
 
 def squares_of_inputs(model: nn.Module, layout: Layout, batches: Batches) -> dict[str, Tensor]:
-    """Name of each layer that can be masked -> sum over the tokens that count of its squared input, fp64 [in]."""
-    tally = Tally()
+    """For each of :func:`masked_layers`, the sum over all unmasked tokens of its squared input, fp64 [in]."""
+    statistics = Statistics()
 
-    def watcher(name: str) -> Watcher:
-        def add(passage: Passage) -> None:
-            tally.add(name, passage.given.float().square().sum((0, 1)))
+    def watcher(name: str) -> Observer:
+        def add(module_io: ModuleIO) -> None:
+            statistics.add(name, module_io.input.float().square().sum((0, 1)))
 
         return add
 
-    watch(model, layout, batches, [(name, watcher(name)) for name in masked_layers(model, layout)])
-    return tally.sums
+    observe(model, layout, batches, [(name, watcher(name)) for name in masked_layers(model, layout)])
+    return statistics.sums
 
 
 def apply_mask(layers: Mapping[str, nn.Linear], pattern: str, share: float, squares: Mapping[str, Tensor]) -> None:
     """Set weights to zero, in place.
 
     Args:
-        layers: as :func:`masked_layers` gives them.
+        layers: from :func:`masked_layers`.
         pattern: ``unstructured`` or ``2:4``.
-        share: of the weights that go; 2:4 does not read it.
-        squares: as :func:`squares_of_inputs` gives them; empty: by magnitude.
+        share: fraction of the weights that is removed; ignored by 2:4.
+        squares: from :func:`squares_of_inputs` for wanda; empty for magnitude.
     """
-    import torch
-
     with torch.no_grad():
         for name, layer in layers.items():
-            importance = layer.weight.float().abs()
+            importance = layer.weight.float().abs()  # [out, in]
             if squares:
                 importance = importance * squares[name].sqrt().to(importance)
             stays = two_of_four(importance) if pattern == "2:4" else unstructured(importance, share)
             layer.weight.masked_fill_(~stays, 0.0)
 
 
-def hold_zeros(layers: Mapping[str, nn.Module]) -> None:
-    """From now on the weights of these layers that are zero get no gradient, and so stay zero, to the last bit.
+def freeze_zeros(layers: Mapping[str, nn.Module]) -> None:
+    """Set the gradient of all weights that are zero now to zero, so that training leaves them exactly zero.
 
-    Adam's moments of a gradient that is always zero are zero, and decay takes nothing from zero. The mask is not
-    stored: whoever loads the weights, from a checkpoint or a model folder, finds it in them.
+    With a gradient of zero, Adam's moments and weight decay are zero as well. The mask is not stored, because the zeros
+    of the weights in a checkpoint or model folder determine it.
     """
     for layer in layers.values():
         weight: Any = layer.weight
-        weight.register_hook(_Held(weight.detach() == 0))
+        weight.register_hook(_ZeroMaskedGradient(weight.detach() == 0))
 
 
-class _Held:
-    """A hook that takes the gradient from some weights, on whatever device it comes."""
+class _ZeroMaskedGradient:
+    """A gradient hook that sets the gradient of the masked weights to zero, on the gradient's device."""
 
-    def __init__(self, gone: Tensor):
-        self.gone = gone
+    def __init__(self, masked: Tensor):
+        self.masked = masked
 
     def __call__(self, gradient: Tensor) -> Tensor:
-        self.gone = self.gone.to(gradient.device)
-        return gradient.masked_fill(self.gone, 0.0)
+        self.masked = self.masked.to(gradient.device)
+        return gradient.masked_fill(self.masked, 0.0)
 
 
 def nonzero_share(model: nn.Module) -> float:
-    """Share of a model's parameters, tied ones once, that are not zero."""
+    """Fraction of a model's parameters, tied ones counted once, that are not zero."""
     parameters = list(model.parameters())
     return sum(int(p.count_nonzero()) for p in parameters) / sum(p.numel() for p in parameters)

@@ -1,21 +1,23 @@
-"""Where a student's layers and channels were in the model that it was cut out of, after any number of cuts."""
+"""The layers and hidden channels of the original model that a pruned model consists of, after any number of cuts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.core.artifact import read_json
-from distill.core.errors import InputError
+from distill.core.stored import read_stored
+
+PLAN = "plan.json"
+"""The file in a pruned model's folder that names the kept layers and channels."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a plan kept of the two axes that run through the whole model. Indices are of the uncut model and rise.
+    """Indices of the kept layers and hidden channels in the original model, ascending.
 
     Attributes:
-        layers: one for each of the student's layers.
-        hidden_channels: one for each of the student's channels.
+        layers: one index per layer of the pruned model.
+        hidden_channels: one index per hidden channel of the pruned model.
     """
 
     layers: tuple[int, ...]
@@ -23,18 +25,21 @@ class Origin:
 
     @classmethod
     def read(cls, file: Path) -> Origin:
-        """From a plan that the prune stage has written."""
-        plan = read_json(file)
-        try:
-            return cls(tuple(plan["layers"]), tuple(plan["hidden_channels"]))
-        except (KeyError, TypeError):
-            raise InputError(f"{file}: no plan that this version of distill reads; prune anew") from None
+        """Read it from a plan that the prune stage has written.
+
+        Raises:
+            InputError: the file is not such a plan.
+        """
+        return read_stored(file, cls, "run the prune stage again")
 
     def cut_again(self, later: Origin) -> Origin:
-        """The origin of a model that was cut out of this one.
+        """The origin of a model that was pruned from this one.
 
         Args:
-            later: where its layers and channels were in this one.
+            later: the indices of its layers and channels in this model.
+
+        Returns:
+            Their indices in the original model.
         """
         return Origin(
             tuple(self.layers[i] for i in later.layers),

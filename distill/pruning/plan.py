@@ -1,7 +1,7 @@
-"""Plan: from scores and the sizes to keep to the units that stay, and to the config and parameter count that result.
+"""Plan: which units stay, given their scores and the sizes to keep, and the config and parameter count that result.
 
-A pure function of scores, sizes and the config: no model is touched, so a plan can be read, checked and kept before
-any weight moves. What the smaller architecture could not be built with is refused here.
+:func:`plan` is a pure function of scores, sizes and the config. It reads no weights, so a plan can be inspected and
+stored before the model is cut. Sizes that the architecture cannot have are rejected here.
 """
 
 from __future__ import annotations
@@ -25,30 +25,32 @@ from distill.pruning.select import (
     kept_neurons,
     target_sizes,
 )
-from distill.pruning.tokens import kept_tokens, moved_tokens
+from distill.pruning.token_ids import kept_tokens, moved_tokens
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays of a model, and what it becomes. Indices are of the unpruned model and rise, but for silent heads.
+    """The units of a model that stay, and the sizes of the pruned model.
+
+    Indices are those of the original model, in ascending order (except for the heads of ``group_choice: silence``).
 
     Attributes:
         model_type: the architecture.
-        layers: the layers that stay.
-        mlp_neurons: a row for each layer that stays; in a mixture of experts the neurons of all experts that stay,
-            neuron ``n`` of expert ``e`` numbered ``e * neurons + n``.
-        attention_heads: a row for each layer that stays, KV group by KV group of the pruned model.
-        kv_groups: a row for each layer that stays; all groups when they are pooled.
-        hidden_channels: one order for the whole model.
-        experts: a row for each layer that stays; None where there are none.
-        vocabulary: tokens that stay, in their new order; None keeps all.
-        group_choice: what becomes of KV groups; see :class:`KeepSpec`.
+        layers: the kept layers.
+        mlp_neurons: per kept layer, the kept neurons. In a mixture of experts, of all kept experts: neuron ``n`` of
+            expert ``e`` has the index ``e * neurons + n``.
+        attention_heads: per kept layer, the kept query heads in the order of the pruned model's KV groups.
+        kv_groups: per kept layer, the kept KV groups; all groups if they are pooled.
+        hidden_channels: the kept channels, the same for all layers.
+        experts: per kept layer, the kept experts; None if there are none.
+        vocabulary: the kept tokens in their new order; None keeps all.
+        group_choice: how KV groups are removed; see :class:`KeepSpec`.
         config: config keys that change, with their new values.
         before: axis sizes of the model that the plan is for.
         after: axis sizes of the pruned model.
         parameters_before: number of parameters, tied ones counted once.
-        parameters: forecast of the same for the pruned model.
-        merged_heads: as ``attention_heads``, the head that each is merged with, or itself; None where none are.
+        parameters: the same for the pruned model, computed from its sizes.
+        merged_heads: per entry of ``attention_heads``, the head merged into it, or itself; None if none is merged.
     """
 
     model_type: str
@@ -68,7 +70,12 @@ class Plan:
     merged_heads: Rows | None = None
 
     def kept(self, axis: str, layer: int | None) -> tuple[int, ...]:
-        """Units of an axis that stay; ``layer`` counts the layers that stay, None is outside of them."""
+        """The kept units of an axis.
+
+        Args:
+            axis: its name.
+            layer: index among the kept layers; None for parameters outside of layers.
+        """
         if axis == "hidden_channels":
             return self.hidden_channels
         if axis == "vocabulary" and self.vocabulary is not None:
@@ -79,20 +86,20 @@ class Plan:
         return rows[layer or 0]
 
     def silent_heads(self, layer: int) -> list[int]:
-        """Positions in ``attention_heads[layer]`` of heads whose own KV group is gone: their output is to be zero."""
+        """Positions in ``attention_heads[layer]`` of heads whose KV group was removed: surgery zeroes their output."""
         per_group, groups = self.before["attention_heads"] // self.before["kv_groups"], self.kv_groups[layer]
         return [i for i, head in enumerate(self.attention_heads[layer]) if head // per_group not in groups]
 
     def summary(self) -> list[str]:
-        """The plan in words, a line for each axis that is cut and one for the parameters."""
+        """The plan as text: one line per axis that is cut, and one for the number of parameters."""
         lines = []
         if self.before["layers"] != self.after["layers"]:
             gone = [str(layer) for layer in range(self.before["layers"]) if layer not in self.layers]
             lines.append(f"layers {self.before['layers']} -> {self.after['layers']}, without {', '.join(gone)}")
         for axis in ("mlp_neurons", "attention_heads", "kv_groups", "hidden_channels", "experts", "vocabulary"):
             if self.before.get(axis) != self.after.get(axis):
-                whole = axis in ("hidden_channels", "vocabulary")
-                where = "" if whole else f" in each of {self.after['layers']} layers"
+                once = axis in ("hidden_channels", "vocabulary")  # not once per layer
+                where = "" if once else f" in each of {self.after['layers']} layers"
                 name = axis.replace("_", " ").replace("kv", "KV").replace("mlp", "MLP")
                 how = {"pool": ", pooled", "silence": ", their heads silent"}.get(self.group_choice, "")
                 how = how if axis == "kv_groups" else ""
@@ -102,30 +109,8 @@ class Plan:
         return [*lines, f"parameters {self.parameters_before:,} -> {self.parameters:,} ({share:.1%})"]
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data for JSON."""
+        """The plan as a dict that can be written as JSON."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan that :meth:`to_dict` wrote.
-
-        Raises:
-            InputError: it is another thing.
-        """
-
-        def rows(key: str) -> Rows | None:
-            return None if data.get(key) is None else tuple(map(tuple, data[key]))
-
-        def flat(key: str) -> tuple[int, ...] | None:
-            return None if data[key] is None else tuple(data[key])
-
-        try:
-            changed = {
-                key: rows(key) for key in ("mlp_neurons", "attention_heads", "kv_groups", "experts", "merged_heads")
-            }
-            return cls(**{**data, **changed, **{key: flat(key) for key in ("layers", "hidden_channels", "vocabulary")}})
-        except (KeyError, TypeError) as error:
-            raise InputError(f"plan.json is no plan that this version of distill reads ({error}); prune anew") from None
 
 
 def plan(
@@ -135,30 +120,30 @@ def plan(
     config: Config,
     vocabulary: Sequence[int] | None = None,
 ) -> Plan:
-    """Choose what stays.
+    """Choose the units that stay.
 
-    Width is ranked within each layer; query heads within their KV group, the same number in each, as grouped-query
-    attention shares keys by position; neurons of experts within their expert. Depth drops the lowest scores but never
-    the first or last layer, whose loss no training makes good, unless ``keep.layers`` says so. Equal scores: the lower
-    index stays.
+    Neurons, heads and KV groups are ranked within each layer, the neurons of an expert within that expert, and query
+    heads within their KV group. The same number of heads stays in each group, because grouped-query attention assigns
+    heads to groups by position. Of the layers, those with the lowest scores are removed, but the first and the last
+    stay unless ``keep.layers`` omits them: training does not recover their loss. Of equal scores, the lower index
+    stays.
 
     Args:
         scores: of the axes that ``keep`` cuts; others are not read.
         keep: the sizes to keep.
         layout: the architecture's layout.
-        config: ``model.config.to_dict()``, or a parsed ``config.json`` that states all sizes.
-        vocabulary: ids of the tokens that stay; the token at position i gets the id i. None keeps all.
+        config: ``model.config.to_dict()``, or a parsed ``config.json`` with all sizes.
+        vocabulary: ids of the kept tokens; the token at position i gets the id i. None keeps all.
 
     Raises:
-        InputError: a size that the model does not have or its architecture cannot take, or scores that are missing or
-            of another model.
+        InputError: the model or its architecture cannot have a size, or scores are missing or of another model.
     """
     if not isinstance(keep, KeepSpec):
         keep = _validated(keep)
     before = layout.sizes(config)
     after = target_sizes(keep, config, layout)
     if keep.vocabulary is not None and vocabulary is None:
-        raise InputError("keep.vocabulary names no tokens by itself; give plan() the ids that stay as its vocabulary")
+        raise InputError("keep.vocabulary is set, but plan() got no token ids; pass the ids to keep as vocabulary=")
     tokens = None if vocabulary is None else kept_tokens(vocabulary, before)
     after["vocabulary"] = before["vocabulary"] if tokens is None else len(tokens)
     layers = kept_layers(scores, keep, before)
@@ -202,17 +187,17 @@ def config_changes(
 
     Args:
         layout: the layout of the architecture.
-        config: of the unpruned model.
+        config: of the original model.
         before: its axis sizes.
         after: those of the pruned model.
-        layers: the layers that stay.
+        layers: the kept layers.
 
     Raises:
-        InputError: the config cannot say a size, or a list of it is of another length.
+        InputError: the config has no key for a size, or one of its lists has an unexpected length.
     """
     changes = layout.resized(config, after)
     if before["hidden_channels"] != after["hidden_channels"] and layout.norm_eps_key is not None:
-        # The mean of squares over d' of d channels is d / d' times what it was; so must epsilon be.
+        # with zeros on the removed channels, mean_{d'} x^2 = d / d' * mean_d x^2, so epsilon gets the same factor
         ratio = before["hidden_channels"] / after["hidden_channels"]
         changes[layout.norm_eps_key] = config[layout.norm_eps_key] * ratio
     for key in layout.per_layer_keys:

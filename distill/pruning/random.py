@@ -1,6 +1,6 @@
-"""Random: every unit is worth a throw of the dice. The control that a criterion has to beat.
+"""Random: scores are drawn uniformly from [0, 1). The control that every other criterion should beat.
 
-Source: none needed; uniform in [0, 1), the same for the same seed and sizes on every machine.
+The scores are the same for the same seed and sizes on every machine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pydantic import Field
 
 from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.layout import AXES, WIDTH_AXES, Layout, config_of
-from distill.pruning.tally import Tally
+from distill.pruning.statistics import Statistics
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,13 +26,13 @@ class Random(CriterionSpec):
     seed: int = Field(0, ge=0)
     """Seed of the scores; no off-value."""
 
-    def judge(self, model: nn.Module, layout: Layout, tally: Tally) -> Scores:
-        """See :meth:`CriterionSpec.judge`."""
+    def compute_scores(self, model: nn.Module, layout: Layout, statistics: Statistics) -> Scores:
+        """See :meth:`CriterionSpec.compute_scores`."""
         return random(layout.sizes(config_of(model)), self.seed)
 
 
 def random(sizes: dict[str, int], seed: int) -> Scores:
-    """Uniform scores for axis sizes as :meth:`Layout.sizes` gives them."""
+    """Uniform scores for the axis sizes that :meth:`Layout.sizes` returns."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

@@ -1,17 +1,16 @@
-"""Search: which architectures fit a budget, and which of them look best before they are built.
+"""Search: enumerate the architectures that fit a budget, and rank them before any is built.
 
-Every axis has a grid of sizes, from the whole one down, in multiples that hardware likes. An architecture is a size
-for each axis that its config class can take; it is a candidate when it costs no more than the budget and wastes no more
-than the tolerance. There may be thousands, so they are ranked by
+Every axis has a grid of sizes, from the original size down, in multiples that suit hardware kernels. An architecture is
+one size per axis, if the config class accepts the combination. It is a candidate if its cost is within the budget and
+at most the tolerance below it. There may be thousands of candidates, so they are ranked by an estimate:
 
     loss(candidate) = sum_axes loss(the model cut along that axis alone)
 
-where the right side is measured at a few sizes of each axis and drawn as straight lines between them. That leaves out
-how cuts add up, hence those that it puts first are to be measured whole.
+The right side is measured at a few sizes of each axis and interpolated linearly. It ignores interactions between axes,
+so the best-ranked candidates should then be measured themselves.
 
-Source: the search by enumeration and short training is that of Muralidharan et al. 2024, arXiv 2407.14679; that losses
-of single cuts add up well enough to rank by is the premise of Puzzle, Bercovich et al. 2024, arXiv 2411.19146. The
-estimate is ours.
+Source: enumeration and short training as in Muralidharan et al. 2024, arXiv 2407.14679; additivity of the losses of
+single cuts is assumed by Puzzle, Bercovich et al. 2024, arXiv 2411.19146. The estimate is ours.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from math import prod
 from typing import Literal
 
 from distill.core.errors import InputError
-from distill.pruning.budget import Cost, shown
+from distill.pruning.budget import Cost, format_cost
 from distill.pruning.keep import AXIS_OF_KEY, KeepSpec
 from distill.pruning.layout import Config, Layout
 from distill.pruning.select import target_sizes
@@ -34,20 +33,20 @@ SizeKey = Literal[
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_experts", "num_hidden_layers"
 ]
 KNOTS = 4
-"""Sizes of an axis at which the loss of cutting it alone is measured."""
+"""Number of sizes per axis at which the loss of cutting only that axis is measured."""
 HEADS_AND_GROUPS = {"num_attention_heads", "num_key_value_heads"}
 MOST_ARCHITECTURES = 2_000_000
-"""More than these take minutes to count."""
+"""Enumerating more than this takes minutes."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An architecture that fits.
+    """An architecture that fits the budget.
 
     Attributes:
-        keep: the sizes that are cut, by the keys of :class:`KeepSpec`.
-        sizes: of all axes.
-        cost: by the budget's measure.
+        keep: the reduced sizes, by the keys of :class:`KeepSpec`.
+        sizes: the sizes of all axes.
+        cost: in the budget's measure.
     """
 
     keep: dict[str, int]
@@ -56,26 +55,27 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Names it, also as a folder: ``hidden_size=96,num_hidden_layers=5``."""
+        """Its name, also used for folders: ``hidden_size=96,num_hidden_layers=5``."""
         return ",".join(f"{key}={size}" for key, size in self.keep.items())
 
 
-class Space:
-    """The architectures that a model may be cut down to.
+class SearchSpace:
+    """The architectures to which a model can be cut.
 
     Args:
         layout: the layout of the model's architecture.
-        config: the model's.
-        axes: what may be cut.
-        multiple_of: key -> what its sizes are multiples of; where it is not there 64 for hidden and intermediate size,
-            the number of KV groups for heads while groups stay, else 1.
-        smallest_share: no size falls below this share of the whole.
+        config: of the model.
+        axes: the sizes that may be reduced.
+        multiple_of: key -> step of its grid. The default is 64 for hidden and intermediate size, the number of KV
+            groups for heads if the groups are not cut, and 1 otherwise.
+        smallest_share: lower limit of every size, as a fraction of the original size.
 
     Attributes:
-        grid: key -> its sizes, rising; the last is the whole one.
+        grid: key -> its sizes, ascending; the last is the original size.
 
     Raises:
-        InputError: the architecture lacks an axis, or an axis can only be cut along with others.
+        InputError: the architecture has no such axis, an axis can only be cut together with another, or the space is
+            too large to enumerate.
     """
 
     def __init__(
@@ -89,27 +89,27 @@ class Space:
         self.layout, self.config, self.before = layout, config, layout.sizes(config)
         self.grid: dict[str, list[int]] = {}
         for key in axes:
-            whole = self.before.get(AXIS_OF_KEY[key], 0)
-            self._refuse_missing(key, whole)
+            original = self.before.get(AXIS_OF_KEY[key], 0)
+            self._refuse_missing(key, original)
             step = multiple_of.get(key) or self._default_step(key, axes)
-            least = max(whole * smallest_share, 2 if key == "num_hidden_layers" else 1)
-            self.grid[key] = [size for size in range(step, whole, step) if size >= least] + [whole]
+            least = max(original * smallest_share, 2 if key == "num_hidden_layers" else 1)
+            self.grid[key] = [size for size in range(step, original, step) if size >= least] + [original]
         if (count := prod(map(len, self.grid.values()))) > MOST_ARCHITECTURES:
             raise InputError(
-                f"search: {count:,} architectures are more than can be looked at ({MOST_ARCHITECTURES:,}); raise "
-                "search.multiple_of or smallest_share, or name fewer axes"
+                f"search: the grid has {count:,} architectures, expected at most {MOST_ARCHITECTURES:,}; raise "
+                "search.multiple_of or search.smallest_share, or list fewer search.axes"
             )
 
-    def _refuse_missing(self, key: str, whole: int) -> None:
-        if not whole or (key == "num_key_value_heads" and self.layout.key("kv_groups", self.config) is None):
-            target_sizes(KeepSpec.model_validate({key: 1}), self.config, self.layout)  # says so
+    def _refuse_missing(self, key: str, original: int) -> None:
+        if not original or (key == "num_key_value_heads" and self.layout.key("kv_groups", self.config) is None):
+            target_sizes(KeepSpec.model_validate({key: 1}), self.config, self.layout)  # raises with the reason
         if self.layout.rule_of_hidden(self.config) == "heads_times_head_dim" and key in (
             "hidden_size",
             "num_attention_heads",
         ):
             raise InputError(
-                f"search.axes: {key} of {self.layout.model_type} can only be cut together with its counterpart, as its "
-                "config holds no size of a head; search the other axes, or name sizes in keep"
+                f"search.axes: hidden_size and num_attention_heads of {self.layout.model_type} must be cut together "
+                f"(got {key}), because its config has no head_dim; remove it from search.axes, or set both in keep"
             )
 
     def _default_step(self, key: str, axes: Sequence[str]) -> int:
@@ -118,13 +118,8 @@ class Space:
         grouped = self.before["kv_groups"] != self.before["attention_heads"] and "num_key_value_heads" not in axes
         return self.before["kv_groups"] if key == "num_attention_heads" and grouped else 1
 
-    @property
-    def num_architectures(self) -> int:
-        """How many there are, the uncut one and impossible ones included."""
-        return prod(map(len, self.grid.values()))
-
     def sizes(self, choice: Mapping[str, int]) -> dict[str, int]:
-        """Sizes of all axes, where those that are chosen are known; heads go with their groups."""
+        """The sizes of all axes for the chosen sizes; query heads follow their KV groups if they are not chosen."""
         sizes = self.before | {AXIS_OF_KEY[key]: size for key, size in choice.items()}
         per_group = self.before["attention_heads"] // self.before["kv_groups"]
         if "num_attention_heads" not in choice:
@@ -134,7 +129,10 @@ class Space:
         return sizes
 
     def keep(self, choice: Mapping[str, int]) -> dict[str, int]:
-        """What of a choice is cut, in a recipe's words; heads and groups, that imply each other, are both named."""
+        """The reduced sizes of a choice as keys of :class:`KeepSpec`.
+
+        If heads or groups are reduced, both are included, because each implies the other.
+        """
         cut = {key for key, size in choice.items() if size != self.before[AXIS_OF_KEY[key]]}
         if cut & HEADS_AND_GROUPS:
             cut |= HEADS_AND_GROUPS & choice.keys()
@@ -149,16 +147,16 @@ class Space:
         return True
 
     def candidates(self, costs: Cost, least: float, most: float) -> list[Candidate]:
-        """All architectures that cost from ``least`` to ``most``, in the order of the grid.
+        """All architectures whose cost is from ``least`` to ``most``, in the order of the grid.
 
         Raises:
-            InputError: there are none, with the nearest ones.
+            InputError: there are none; the message gives the nearest costs.
         """
-        whole = costs.of(self.before)
-        if most >= whole:
+        original = costs.of(self.before)
+        if most >= original:
             raise InputError(
-                f"search.budget.{costs.measure}: {shown(costs.measure, most)} cuts nothing, as the model has "
-                f"{shown(costs.measure, whole)}; ask for less"
+                f"search.budget.{costs.measure}: {format_cost(costs.measure, most)} is not below the model's own "
+                f"{format_cost(costs.measure, original)}; choose a smaller budget"
             )
         found = [candidate for choice in self._within(costs, least, most) if (candidate := self._at(choice, costs))]
         if not found:
@@ -172,7 +170,7 @@ class Space:
         return Candidate(self.keep(choice), sizes, costs.of(sizes))
 
     def _within(self, costs: Cost, least: float, most: float) -> Iterator[dict[str, int]]:
-        """Choices of the grid between two costs; the longest axis is searched by halves, as costs rise along it."""
+        """Choices of the grid between two costs, by bisection along the longest axis: the cost is monotonic."""
         longest = max(self.grid, key=lambda key: len(self.grid[key]))
         sizes = self.grid[longest]
         for some in product(*(self.grid[key] for key in self.grid if key != longest)):
@@ -187,19 +185,20 @@ class Space:
     def _explain(self, costs: Cost, least: float, most: float) -> None:
         below = [c.cost for choice in self._within(costs, 0, least) if (c := self._at(choice, costs))]
         above = [c.cost for choice in self._within(costs, most, float("inf")) if (c := self._at(choice, costs))]
-        what, says = f"search.budget.{costs.measure}", partial(shown, costs.measure)
+        what, show = f"search.budget.{costs.measure}", partial(format_cost, costs.measure)
         if not below:
             raise InputError(
-                f"{what}: no architecture of the search has as few as {says(most)}; the smallest has "
-                f"{says(min(above))}; lower search.smallest_share or name more axes"
+                f"{what}: the smallest architecture of the search has {show(min(above))}, expected at most "
+                f"{show(most)}; lower search.smallest_share or list more search.axes"
             )
         raise InputError(
-            f"{what}: no architecture has {says(least)} to {says(most)}; the nearest have {says(max(below))} and "
-            f"{says(min(above))}; raise budget.tolerance, lower search.multiple_of or name more axes"
+            f"{what}: no architecture of the search has {show(least)} to {show(most)}; the nearest have "
+            f"{show(max(below))} and {show(min(above))}; raise search.budget.tolerance, lower search.multiple_of or "
+            "list more search.axes"
         )
 
     def knots(self) -> list[tuple[str, int]]:
-        """(key, size) of the cuts along one axis alone at which the loss is to be measured."""
+        """(key, size) of the single-axis cuts whose loss is measured: :data:`KNOTS` sizes spread over each axis."""
         found = []
         for key, sizes in self.grid.items():
             legal = [size for size in sizes[:-1] if self.possible({key: size})]
@@ -208,26 +207,35 @@ class Space:
         return found
 
     def corners(self) -> list[dict[str, int]]:
-        """The smallest size of each axis alone, and of all at once where that can be built."""
+        """The smallest size of each axis alone, and of all axes together if that can be built."""
         alone = [{key: min(size for k, size in self.knots() if k == key)} for key in dict(self.knots())]
         together = {key: size for choice in alone for key, size in choice.items()}
         return [*alone, *([together] if len(alone) > 1 and self.possible(together) else [])]
 
     def unevenness(self, candidate: Candidate) -> float:
-        """How far the shares that it keeps of the axes lie apart; 0 is the same share off every axis."""
+        """Largest minus smallest kept fraction over the axes; 0 if every axis is cut by the same fraction."""
         shares = [
             candidate.keep.get(key, self.before[AXIS_OF_KEY[key]]) / self.before[AXIS_OF_KEY[key]] for key in self.grid
         ]
         return max(shares) - min(shares)
 
     def estimate(self, candidate: Candidate, losses: Mapping[tuple[str, int], float]) -> float:
-        """The sum over axes of what cutting each of them alone costs, by what was measured at :meth:`knots`."""
+        """Estimated loss: the sum over axes of the interpolated loss of cutting that axis alone.
+
+        Args:
+            candidate: the architecture.
+            losses: measured losses at :meth:`knots`.
+        """
         return sum(
             self._between(key, self._alone(key, size, candidate), losses) for key, size in candidate.keep.items()
         )
 
     def _alone(self, key: str, size: int, candidate: Candidate) -> float:
-        """A size as it counts for its axis alone: heads are those of a group, as dropped groups take theirs along."""
+        """The size for a cut along this axis alone.
+
+        Where KV groups are cut as well, the number of heads is scaled to all groups, because the heads that a removed
+        group takes along are already in the loss of that axis.
+        """
         if key == "num_attention_heads" and "num_key_value_heads" in candidate.keep:
             return size * self.before["kv_groups"] / candidate.keep["num_key_value_heads"]
         return size

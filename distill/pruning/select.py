@@ -1,4 +1,4 @@
-"""How a plan is chosen: sizes that the architecture can take, and the best units for them."""
+"""Choose the units of a plan: check the sizes that the architecture can have, then take the units of highest score."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def target_sizes(keep: KeepSpec, config: Config, layout: Layout) -> dict[str, in
     """Axis sizes of the pruned model.
 
     Raises:
-        InputError: larger than present, or what grouped-query attention or the config class cannot take.
+        InputError: a size is larger than the model's, or not possible with grouped-query attention or the config class.
     """
     before = layout.sizes(config)
     wanted = {axis: (key, getattr(keep, key)) for key, axis in AXIS_OF_KEY.items()}
@@ -31,19 +31,19 @@ def target_sizes(keep: KeepSpec, config: Config, layout: Layout) -> dict[str, in
         wanted["layers"] = ("num_hidden_layers", len(keep.layers))
         if wrong := [layer for layer in keep.layers if not 0 <= layer < before["layers"]]:
             last = before["layers"] - 1
-            raise InputError(f"keep.layers names {wrong[0]}, which the model does not have (expected 0 to {last})")
+            raise InputError(f"keep.layers: the model has no layer {wrong[0]} (expected indices from 0 to {last})")
     after = dict(before)
     for axis, (key, size) in wanted.items():
         if size is None:
             continue
         if axis not in before or (axis == "kv_groups" and layout.key(axis, config) is None):
-            without = "KV groups apart from its heads" if axis == "kv_groups" else axis
-            raise InputError(f"keep.{key}: {layout.model_type} has no {without}; leave it out")
+            without = "KV groups of several heads" if axis == "kv_groups" else axis
+            raise InputError(f"keep.{key}: {layout.model_type} has no {without}; remove the key")
         if size > before[axis]:
             raise InputError(f"keep.{key} ({size}) is more than the model has (expected 1 to {before[axis]})")
         after[axis] = size
     if keep.num_key_value_heads is None and before["kv_groups"] == before["attention_heads"]:
-        after["kv_groups"] = after["attention_heads"]  # a head and its group are one
+        after["kv_groups"] = after["attention_heads"]  # multi-head attention: one group per head
     _settle_heads(keep, before, after)
     _check_experts(config, before, after)
     _check_hidden(layout, config, before, after)
@@ -51,20 +51,20 @@ def target_sizes(keep: KeepSpec, config: Config, layout: Layout) -> dict[str, in
 
 
 def _settle_heads(keep: KeepSpec, before: Sizes, after: dict[str, int]) -> None:
-    """Settle the number of query heads; the same number must stay in each KV group, and none may be made up."""
+    """Set the number of query heads: the same in each KV group, and at most as many as there are."""
     per_group, groups = before["attention_heads"] // before["kv_groups"], after["kv_groups"]
     if keep.group_choice == "pool" and before["kv_groups"] % groups:
         raise InputError(
-            f"keep.num_key_value_heads ({groups}) must divide the {before['kv_groups']} KV groups, as neighbours are "
-            "averaged in runs of one length; choose a divisor or group_choice drop"
+            f"keep.num_key_value_heads ({groups}) must divide the model's {before['kv_groups']} KV groups, because "
+            "group_choice: pool averages equally many neighbours; use a divisor, or group_choice: drop"
         )
-    # Every group that stays takes over the query heads of as many others.
+    # with pool and silence, each kept group takes the query heads of equally many removed groups
     most = before["attention_heads"] if keep.group_choice != "drop" else groups * per_group
     if keep.num_attention_heads is None:
         if most % groups:
             raise InputError(
-                f"keep.num_key_value_heads ({groups}) must divide the {most} query heads, all of which stay with "
-                f"group_choice {keep.group_choice}"
+                f"keep.num_key_value_heads ({groups}) must divide the {most} query heads, because all of them stay "
+                f"with group_choice: {keep.group_choice}; use a divisor, or group_choice: drop"
             )
         after["attention_heads"] = most
         return
@@ -72,13 +72,13 @@ def _settle_heads(keep: KeepSpec, before: Sizes, after: dict[str, int]) -> None:
     if heads % groups:
         fits = range(groups, most + 1, groups)
         raise InputError(
-            f"keep.num_attention_heads ({heads}) must be a multiple of the {groups} KV groups that stay; "
-            f"try {min(fits, key=lambda size: abs(size - heads))}, or also name num_key_value_heads"
+            f"keep.num_attention_heads ({heads}) must be a multiple of the {groups} kept KV groups; "
+            f"try {min(fits, key=lambda size: abs(size - heads))}, or also set num_key_value_heads"
         )
     if heads > most:
         raise InputError(
-            f"keep.num_attention_heads ({heads}) is more than {groups} KV groups have (expected at most "
-            f"{most}); a group that is dropped takes its {per_group} query heads along"
+            f"keep.num_attention_heads ({heads}) is more than the {most} query heads of the {groups} kept KV groups; "
+            f"lower it, or keep more groups (group_choice: drop removes the {per_group} heads of each removed group)"
         )
 
 
@@ -86,36 +86,36 @@ def _check_experts(config: Config, before: Sizes, after: Sizes) -> None:
     chosen = config.get("num_experts_per_tok")
     if "experts" in before and chosen is not None and after["experts"] < chosen:
         raise InputError(
-            f"keep.num_experts ({after['experts']}) is fewer than the {chosen} experts that each token is given "
-            f"(num_experts_per_tok); keep {chosen} or more"
+            f"keep.num_experts ({after['experts']}) must be at least the number of experts per token "
+            f"(num_experts_per_tok: {chosen}); keep {chosen} or more"
         )
 
 
 def _check_hidden(layout: Layout, config: Config, before: Sizes, after: Sizes) -> None:
-    """Refuse a hidden size that the config class would refuse, or from which it would derive another ``head_dim``."""
+    """Raise for a hidden size that the config class rejects, or from which it would derive another ``head_dim``."""
     heads, hidden, head_dim = after["attention_heads"], after["hidden_channels"], before["head_dim"]
     rule = layout.rule_of_hidden(config)
     if rule == "multiple_of_heads" and hidden % heads:
         lower = hidden - hidden % heads
         raise InputError(
-            f"keep: hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}), which the config class "
-            f"of {layout.model_type} demands; try hidden_size {f'{lower} or ' if lower else ''}{lower + heads}"
+            f"keep: hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}), as the config class "
+            f"of {layout.model_type} requires; try hidden_size {f'{lower} or ' if lower else ''}{lower + heads}"
         )
     if rule == "heads_times_head_dim" and hidden != heads * head_dim:
         fitting = max(1, min(round(hidden / head_dim), before["attention_heads"]))
         raise InputError(
-            f"keep: hidden_size ({hidden}) must be num_attention_heads ({heads}) x {head_dim} = {heads * head_dim}, as "
-            f"the config of {layout.model_type} holds no size of a head; cut both, such as hidden_size "
+            f"keep: hidden_size ({hidden}) must be num_attention_heads ({heads}) x {head_dim} = {heads * head_dim}, "
+            f"because the config of {layout.model_type} has no head_dim; cut both, such as hidden_size "
             f"{fitting * head_dim} with num_attention_heads {fitting}"
         )
 
 
 def kept_layers(scores: Scores, keep: KeepSpec, before: Sizes) -> tuple[int, ...]:
-    """Layers that stay; the first and the last always, unless they are named one by one.
+    """The layers that stay; always including the first and the last, unless ``keep.layers`` lists them.
 
-    A contiguous block is the one with the lowest score, measured as a whole or summed: cutting neighbours leaves one
-    seam in the residual stream, where scattered cuts leave many (Sreenivas et al. 2024, arXiv 2408.11796, section on
-    depth pruning).
+    With ``layer_choice: contiguous`` the removed layers are neighbours: the block with the lowest score, measured for
+    the block or summed over its layers. One block interrupts the residual stream at one place, scattered layers at
+    several (Sreenivas et al. 2024, arXiv 2408.11796, section on depth pruning).
     """
     total = before["layers"]
     if keep.layers is not None:
@@ -126,78 +126,88 @@ def kept_layers(scores: Scores, keep: KeepSpec, before: Sizes) -> tuple[int, ...
         return tuple(range(total))
     if count < 2:
         raise InputError(
-            f"keep.num_hidden_layers ({count}) must be 2 or more, as the first and the last layer stay; "
-            "name the layers in keep.layers to drop one of them"
+            f"keep.num_hidden_layers ({count}) must be 2 or more, because the first and the last layer stay; "
+            "list the layers in keep.layers to remove one of them"
         )
     if keep.layer_choice == "contiguous":
         costs = _block_scores(scores, total, drop)
         start = 1 + costs.index(min(costs))
         return tuple(layer for layer in range(total) if not start <= layer < start + drop)
-    values = scores_of(scores, "layers", (total,), "num_hidden_layers")
+    values = required_scores(scores, "layers", (total,), "num_hidden_layers")
     return (0, *(1 + layer for layer in best(values[1:-1], count - 2)), total - 1)
 
 
 def _block_scores(scores: Scores, total: int, drop: int) -> list[float]:
-    """What each block of ``drop`` layers is worth, the first beginning at layer 1, the last ending before the last."""
+    """Scores of all blocks of ``drop`` neighbouring layers that contain neither the first nor the last layer."""
     if scores.layer_blocks is not None:
-        return scores_of(scores, "layer_blocks", (total - drop + 1,), "num_hidden_layers")[1 : total - drop].tolist()
-    values = scores_of(scores, "layers", (total,), "num_hidden_layers")
+        return required_scores(scores, "layer_blocks", (total - drop + 1,), "num_hidden_layers")[
+            1 : total - drop
+        ].tolist()
+    values = required_scores(scores, "layers", (total,), "num_hidden_layers")
     return [float(values[start : start + drop].sum()) for start in range(1, total - drop)]
 
 
 def kept_experts(scores: Scores, layers: tuple[int, ...], before: Sizes, after: Sizes) -> Rows | None:
-    """Experts that stay; None where there are none."""
-    return _kept_rows(scores, "experts", "num_experts", layers, before, after) if "experts" in before else None
+    """The kept experts per layer; None if the model has none."""
+    return _kept_per_layer(scores, "experts", "num_experts", layers, before, after) if "experts" in before else None
 
 
 def kept_channels(scores: Scores, before: Sizes, after: Sizes) -> tuple[int, ...]:
-    """Hidden channels that stay, in the whole model."""
+    """The kept hidden channels, the same for all layers."""
     size, wanted = before["hidden_channels"], after["hidden_channels"]
     if size == wanted:
         return tuple(range(size))
-    return best(scores_of(scores, "hidden_channels", (size,), "hidden_size"), wanted)
+    return best(required_scores(scores, "hidden_channels", (size,), "hidden_size"), wanted)
 
 
 def kept_neurons(scores: Scores, experts: Rows | None, layers: tuple[int, ...], before: Sizes, after: Sizes) -> Rows:
-    """MLP neurons that stay; in a mixture of experts those of each expert that stays, numbered expert by expert."""
+    """The kept MLP neurons per layer; in a mixture of experts, neuron n of expert e has the index e * neurons + n."""
     if experts is None:
-        return _kept_rows(scores, "mlp_neurons", "intermediate_size", layers, before, after)
+        return _kept_per_layer(scores, "mlp_neurons", "intermediate_size", layers, before, after)
     size, wanted = before["mlp_neurons"], after["mlp_neurons"]
     if size == wanted:
         return tuple(tuple(e * size + neuron for e in row for neuron in range(size)) for row in experts)
-    values = scores_of(scores, "mlp_neurons", (before["layers"], before["experts"], size), "intermediate_size")
+    values = required_scores(scores, "mlp_neurons", (before["layers"], before["experts"], size), "intermediate_size")
     return tuple(
         tuple(e * size + neuron for e in row for neuron in best(values[layer, e], wanted))
         for layer, row in zip(layers, experts, strict=True)
     )
 
 
-def _kept_rows(scores: Scores, axis: str, key: str, layers: tuple[int, ...], before: Sizes, after: Sizes) -> Rows:
+def _kept_per_layer(scores: Scores, axis: str, key: str, layers: tuple[int, ...], before: Sizes, after: Sizes) -> Rows:
     if before[axis] == after[axis]:
         return (tuple(range(before[axis])),) * len(layers)
-    return rows_of(scores_of(scores, axis, (before["layers"], before[axis]), key), layers, after[axis])
+    return best_per_layer(required_scores(scores, axis, (before["layers"], before[axis]), key), layers, after[axis])
 
 
-def rows_of(values: Tensor, layers: tuple[int, ...], count: int) -> Rows:
-    """The units of highest score of each layer that stays."""
+def best_per_layer(values: Tensor, layers: tuple[int, ...], count: int) -> Rows:
+    """The ``count`` units of highest score in each kept layer."""
     return tuple(best(values[layer], count) for layer in layers)
 
 
 def best(values: Tensor, count: int) -> tuple[int, ...]:
-    """Indices of the highest values, rising; of equal ones the first."""
+    """Indices of the ``count`` highest values, ascending; of equal values the first is taken."""
     return tuple(sorted(values.argsort(descending=True, stable=True)[:count].tolist()))
 
 
-def scores_of(scores: Scores, axis: str, shape: tuple[int, ...], what: str) -> Tensor:
+def required_scores(scores: Scores, axis: str, shape: tuple[int, ...], what: str) -> Tensor:
     """The scores of an axis.
 
+    Args:
+        scores: of the model.
+        axis: the axis.
+        shape: their expected shape.
+        what: the recipe key that needs them, for the message.
+
     Raises:
-        InputError: there are none, or they are of another model.
+        InputError: the axis was not scored, or the shape differs.
     """
     values: Tensor | None = getattr(scores, axis)
     if values is None:
         kind = "block_influence" if axis == "layers" else "activation"
-        raise InputError(f"no scores of {axis}, which cutting {what} needs; add a criterion for them, such as {kind}")
+        raise InputError(f"keep.{what} needs scores of {axis}, but there are none; add a criterion such as {kind}")
     if tuple(values.shape) != shape:
-        raise InputError(f"the scores of {axis} are {tuple(values.shape)}, expected {shape}; score this very model")
+        raise InputError(
+            f"the scores of {axis} have shape {tuple(values.shape)}, expected {shape}; compute them for this model"
+        )
     return values

@@ -1,20 +1,21 @@
-"""Taylor: a unit matters as much as the loss would change without it, to first order. Needs gradients.
+"""Taylor: the score of a unit is the first-order change of the loss if the unit is removed. Needs gradients.
 
     unit_j = sum_samples |sum_tokens sum_sites a_j * dL/da_j| / tokens
 
-with L the sample's cross-entropy, summed over the tokens that count; the inner sum is the derivative of L to a gate of
-value 1 on all that unit j hands on, so minus what first order says L gains if the gate is shut.
+with L the sample's cross-entropy, summed over the unmasked tokens. The inner sum is the derivative of L with respect to
+a gate with value 1 that multiplies the output of unit j. Its negative is the first-order change of L if the gate is set
+to 0.
 
     mlp_neurons       a = input of the down projection
-    attention_heads   a = input of the attention's output projection; the gate is on all channels of the head
-    kv_groups         the gate is on all channels of all query heads of the group
-    hidden_channels   a = what attention and MLP of every layer read of the residual stream
-    layers            a = what the layer adds to the residual stream
+    attention_heads   a = input of the attention's output projection; one gate for all channels of the head
+    kv_groups         one gate for all channels of all query heads of the group
+    hidden_channels   a = inputs of attention and MLP in every layer
+    layers            a = output minus input of the layer
 
 Experts and their neurons are not scored.
 
-Right after the cut as good as any for MLP neurons; it costs a backward pass (no weight gradients), so about three
-forward passes. First order says little about a whole layer; ``leave_one_out`` measures instead.
+For MLP neurons no criterion is better right after the cut. It needs a backward pass without weight gradients, so it
+costs about three forward passes. A first-order estimate is poor for a whole layer; use ``leave_one_out`` for depth.
 
 Source: Molchanov et al. 2017, arXiv 1611.06440, for channels; Michel, Levy, Neubig 2019, arXiv 1905.10650, for gates on
 heads, with the absolute value taken sample by sample as there.
@@ -28,14 +29,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.layout import WIDTH_AXES, Layout, config_of
-from distill.pruning.likelihood import cross_entropy, require_causal
-from distill.pruning.tally import Tally
-from distill.pruning.watch import evaluating, prepared
+from distill.pruning.next_token_loss import cross_entropy, require_causal
+from distill.pruning.observe import eval_mode, masked_batches
+from distill.pruning.statistics import Statistics
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from distill.pruning.watch import Batches
+    from distill.pruning.observe import Batches
 
 
 class Taylor(CriterionSpec):
@@ -45,50 +46,58 @@ class Taylor(CriterionSpec):
 
     kind: Literal["taylor"] = "taylor"
 
-    def measure(self, model: nn.Module, layout: Layout, batches: Batches, tally: Tally) -> None:
+    def measure(self, model: nn.Module, layout: Layout, batches: Batches, statistics: Statistics) -> None:
         """A forward and a backward pass over each batch."""
         require_causal(layout, self.kind)
         with _gated(model, layout) as gates:
-            for inputs, mask in prepared(model, batches):
+            for inputs, targets, mask in masked_batches(model, batches):
                 gates.clear()
                 causal: Any = model
-                logits = causal(**inputs, use_cache=False).logits[mask]
-                cross_entropy(logits, inputs["input_ids"].roll(-1, dims=1)[mask]).backward()
-                del logits  # with the graph, and what the hooks in it hold, before the next one is made
+                logits = causal(**inputs, use_cache=False).logits[mask]  # [tokens, vocabulary]
+                cross_entropy(logits, targets[mask]).backward()
+                del logits  # frees the graph, and the tensors that its hooks hold, before the next forward pass
                 for name, derivative in gates.items():
-                    tally.add(name, derivative.double().abs().sum(0))
-                tally.add("tokens", mask.sum())
+                    statistics.add(name, derivative.double().abs().sum(0))
+                statistics.add("tokens", mask.sum())
 
-    def judge(self, model: nn.Module, layout: Layout, tally: Tally) -> Scores:
-        """See :meth:`CriterionSpec.judge`."""
+    def compute_scores(self, model: nn.Module, layout: Layout, statistics: Statistics) -> Scores:
+        """See :meth:`CriterionSpec.compute_scores`."""
         import torch
 
         layers = range(layout.sizes(config_of(model))["layers"])
         rows = {
-            axis: torch.stack([tally[f"{axis} {layer}"] for layer in layers]).squeeze(-1) / tally["tokens"]
+            axis: torch.stack([statistics[f"{axis} {layer}"] for layer in layers]).squeeze(-1) / statistics["tokens"]
             for axis in ("mlp_neurons", "attention_heads", "kv_groups", "layers")
-            if f"{axis} 0" in tally.sums
+            if f"{axis} 0" in statistics.sums
         }
-        rows["hidden_channels"] = tally["hidden_channels"] / tally["tokens"]
+        rows["hidden_channels"] = statistics["hidden_channels"] / statistics["tokens"]
         return Scores(**{axis: values.float() for axis, values in rows.items()})
 
 
 def taylor(values: Tensor, gradient: Tensor) -> Tensor:
-    """Derivative to a gate on each channel, fp32 [batch, channels]; values and gradient [batch, sequence, channels]."""
+    """Derivative of the loss with respect to a gate on each channel.
+
+    Args:
+        values: activations [batch, sequence, channels].
+        gradient: of the loss with respect to them, [batch, sequence, channels].
+
+    Returns:
+        fp32 [batch, channels].
+    """
     import torch
 
-    derivative: Tensor = torch.linalg.vecdot(values.float(), gradient.float(), dim=1)
+    derivative: Tensor = torch.linalg.vecdot(values.float(), gradient.float(), dim=1)  # [batch, channels]
     if derivative.isfinite().all():
         return derivative
-    # What gets no gradient adds nothing, whatever stands there; to look for it always would cost five times as much.
+    # masked positions may hold NaN or infinity, but have a gradient of 0; this exact path is five times as slow
     return torch.where(gradient == 0, 0.0, values.float() * gradient.float()).sum(1)
 
 
 @contextmanager
 def _gated(model: nn.Module, layout: Layout) -> Iterator[dict[str, Tensor]]:
-    """A dict that a backward pass fills: gate -> derivative of the loss to it, [batch, units].
+    """Inside the context, a backward pass fills the returned dict: gate -> derivative of the loss, [batch, units].
 
-    The weights are frozen meanwhile: only activations get a gradient.
+    The weights are frozen inside the context, so only activations get a gradient.
     """
     import torch
 
@@ -99,8 +108,8 @@ def _gated(model: nn.Module, layout: Layout) -> Iterator[dict[str, Tensor]]:
         gates[name] = gates[name] + value if name in gates else value
 
     def follow(seen: Tensor, names: dict[str, int]) -> None:
-        """When the gradient of ``seen`` comes by, add to each gate; a name stands with the number of its units."""
-        values = seen.detach()  # the hook must not hold what holds it: a batch's graph would stay until it is collected
+        """Register a hook on the gradient of ``seen`` that adds to each gate; ``names`` maps a gate to its units."""
+        values = seen.detach()  # without it, the hook and the graph would keep each other alive after the batch
 
         def hook(gradient: Tensor) -> None:
             derivative = taylor(values, gradient)
@@ -114,11 +123,9 @@ def _gated(model: nn.Module, layout: Layout) -> Iterator[dict[str, Tensor]]:
 
     def adding(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Any) -> None:
-            given, out = (
-                args[0] if args else kwargs["hidden_states"],
-                output[0] if isinstance(output, tuple) else output,
-            )
-            added = out.detach() - given.detach()
+            entered = args[0] if args else kwargs["hidden_states"]
+            out = output[0] if isinstance(output, tuple) else output
+            added = out.detach() - entered.detach()  # [batch, sequence, hidden]
             out.register_hook(lambda gradient: add(name, taylor(added, gradient).sum(1, keepdim=True)))
 
         return hook
@@ -141,7 +148,7 @@ def _gated(model: nn.Module, layout: Layout) -> Iterator[dict[str, Tensor]]:
         handles.append(block.register_forward_hook(adding(f"layers {layer}"), with_kwargs=True))
     try:
         model.requires_grad_(False)
-        with torch.enable_grad(), evaluating(model):
+        with torch.enable_grad(), eval_mode(model):
             yield gates
     finally:
         for parameter in trained:

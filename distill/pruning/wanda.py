@@ -1,15 +1,16 @@
-"""Wanda: a unit matters as much as its activation's norm and the weights that read it, together.
+"""Wanda: the score of a unit is the norm of its activations times the magnitude of the weights that read it.
 
     channel_j = sum_i |W_ij| * sqrt(sum_tokens a_j^2)
 
-with a_j the channel's input to the projection W that writes to the residual stream; the sum runs over all tokens that
-count, of all samples alike.
+with a_j the channel's input to the projection W that writes to the residual stream. The sum is over all unmasked tokens
+of all samples.
 
     mlp_neurons       W = down projection
     attention_heads   W = the attention's output projection; summed over the head's channels
     kv_groups         summed over the channels of all query heads of the group
 
-Between activation and fluctuation: it sees the weight as the latter does, and the mean as the former does.
+It combines properties of activation and fluctuation: it reads the weights like the latter, and counts the mean
+activation like the former.
 
 Source: Sun et al. 2023, arXiv 2306.11695, for single weights; summed over a structure as in An et al. 2023,
 arXiv 2312.11983, where it is called Wanda-sp. The extension to KV groups is ours.
@@ -22,13 +23,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.layout import Layout
-from distill.pruning.outputs import OUTPUT_AXES, output_paths, scores_of_channels
-from distill.pruning.tally import Tally
+from distill.pruning.output_projections import OUTPUT_AXES, output_axis_scores, output_paths
+from distill.pruning.statistics import Statistics
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from distill.pruning.watch import Passage, Watcher
+    from distill.pruning.observe import ModuleIO, Observer
 
 
 class Wanda(CriterionSpec):
@@ -38,22 +39,32 @@ class Wanda(CriterionSpec):
 
     kind: Literal["wanda"] = "wanda"
 
-    def watchers(self, layout: Layout, sizes: Mapping[str, int], tally: Tally) -> Iterator[tuple[str, Watcher]]:
-        """See :meth:`CriterionSpec.watchers`."""
+    def observers(
+        self, layout: Layout, sizes: Mapping[str, int], statistics: Statistics
+    ) -> Iterator[tuple[str, Observer]]:
+        """See :meth:`CriterionSpec.observers`."""
 
-        def watcher(path: str) -> Watcher:
-            def add(passage: Passage) -> None:
-                tally.add(path, passage.given.float().square().sum((0, 1)))
+        def watcher(path: str) -> Observer:
+            def add(module_io: ModuleIO) -> None:
+                statistics.add(path, module_io.input.float().square().sum((0, 1)))
 
             return add
 
         return ((path, watcher(path)) for path in output_paths(layout, sizes))
 
-    def judge(self, model: nn.Module, layout: Layout, tally: Tally) -> Scores:
-        """See :meth:`CriterionSpec.judge`."""
-        return scores_of_channels(model, layout, lambda path, weights: wanda(tally[path], weights), power=1)
+    def compute_scores(self, model: nn.Module, layout: Layout, statistics: Statistics) -> Scores:
+        """See :meth:`CriterionSpec.compute_scores`."""
+        return output_axis_scores(model, layout, lambda path, weights: wanda(statistics[path], weights), power=1)
 
 
 def wanda(squares: Tensor, weights: Tensor) -> Tensor:
-    """What each channel is worth, by the sum of its squares and of the magnitudes that read it; all [channels]."""
+    """Score of each channel: its L2 norm over tokens times the summed magnitude of the weights that read it.
+
+    Args:
+        squares: sum of squares over tokens, [channels].
+        weights: sum_i |W_ij|, [channels].
+
+    Returns:
+        [channels].
+    """
     return squares.sqrt() * weights

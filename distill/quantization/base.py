@@ -1,8 +1,9 @@
-"""The contract of a quantizer: a grid is codes and scale, one function of the weight for training and for shipping."""
+"""The interface of a quantizer: one function maps a weight to codes and scales, in training and in the stored model."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,11 +20,11 @@ DEFAULT_SKIP = ("lm_head",)
 
 @dataclass(frozen=True)
 class Codes:
-    """A weight on its grid: ``(values - zero_point) * scale``, group by group along a row.
+    """A quantized weight: ``(values - zero_point) * scale``, per group of neighbouring weights in a row.
 
     Attributes:
-        values: int8 (float8_e4m3fn in the grid of fp8), [out_features, in_features].
-        scale: [out_features, groups], in the type in which the grid stores it: see ``QuantizerSpec.scale_dtype``.
+        values: int8 (float8_e4m3fn for fp8), [out_features, in_features].
+        scale: [out_features, groups], in the type in which it is stored: see ``QuantizerSpec.scale_dtype``.
         zero_point: int8, [out_features, groups]; None for a grid that is symmetric about zero.
     """
 
@@ -33,97 +34,105 @@ class Codes:
 
 
 class QuantizerSpec(Spec):
-    """What every quantizer has: a kind, and the layers that it leaves alone."""
+    """Base class of the quantizers."""
 
     scale_dtype: ClassVar[str] = "bfloat16"
-    """Type of a stored scale: bfloat16 in the grids of compressed-tensors, float16 in those of GGUF."""
+    """Type of a stored scale: bfloat16 in compressed-tensors, float16 in GGUF."""
 
     keeps_zero: ClassVar[bool] = True
-    """Whether a weight of zero stays zero, as a mask needs."""
+    """Whether a weight of zero is quantized to zero, as sparsity masks need."""
 
     half_step: ClassVar[float] = 0.5
-    """Half the distance between the last two codes: a weight so far beyond them is rounded, and does not clip."""
+    """Half the distance between the two largest codes: a weight within this distance of the last code is rounded to it
+    and not clipped."""
 
     kind: str
     skip: tuple[str, ...] = DEFAULT_SKIP
-    """Linear layers left unquantized: patterns for a layer's dotted name or its last part; [] quantizes all."""
+    """Linear layers that are not quantized: patterns for a layer's dotted name or its last part; [] quantizes all."""
     include: tuple[str, ...] = ()
-    """Embeddings quantized as well: patterns as in skip, such as [embed_tokens]; [] is none."""
+    """Embeddings to quantize as well: patterns as in skip, such as [embed_tokens]; [] quantizes none."""
 
     @property
     def clips(self) -> bool:
-        """Whether weights may lie outside the range, so that :meth:`gradients` is asked and not just passed through."""
+        """Whether weights can be outside the range, so that :meth:`gradients` is not just the straight-through one."""
         return False
 
     @property
+    def is_by_row(self) -> bool:
+        """Whether the codes of a row depend on that row alone, so that rows can be quantized one by one."""
+        return True
+
+    @property
     def keeps_scale(self) -> bool:
-        """Whether a scale can stay as it is while weights move under it, as ``rounding: gptq`` has them do."""
+        """Whether a weight can be quantized with a given scale, as ``rounding: gptq`` needs."""
         return False
 
     def skips(self, name: str) -> bool:
-        """Whether a layer of this dotted name stays as it is."""
+        """Whether the layer with this dotted name is not quantized."""
         return any(matches(pattern, name) for pattern in self.skip)
 
     def without_layers(self) -> QuantizerSpec:
-        """This grid, where layers are chosen for it and not by it.
+        """This quantizer, for a place where ``skip`` and ``include`` have no effect.
 
         Raises:
-            ValueError: it says which to skip or include, to no effect.
+            ValueError: ``skip`` or ``include`` is set.
         """
-        usual = type(self).model_fields  # a resolved recipe writes them out
-        if idle := [key for key in ("include", "skip") if getattr(self, key) != usual[key].default]:
-            raise ValueError(f"{', '.join(idle)} has no effect here; set it in the stage's quantizer")
+        defaults = type(self).model_fields  # a resolved recipe contains the defaults
+        if unused := [key for key in ("include", "skip") if getattr(self, key) != defaults[key].default]:
+            raise ValueError(f"{', '.join(unused)} has no effect here; set it in the stage's quantizer")
         return self
 
     def label(self) -> str:
-        """A few words for tables, such as "int4, group 32"."""
+        """Short text for tables, such as "int4, group 32"."""
         raise NotImplementedError
 
     @property
     def gguf_type(self) -> str | None:
-        """The GGUF tensor type that stores the codes as they are (``"Q8_0"``...), or None when there is none."""
+        """The GGUF tensor type that can store the codes without change (``"Q8_0"``...), or None."""
         return None
 
     def compressed_tensors_arguments(self) -> dict[str, Any]:
-        """The grid in the words of compressed-tensors' ``QuantizationArgs``.
+        """The arguments of compressed-tensors' ``QuantizationArgs`` that describe the grid.
 
         Raises:
-            InputError: the format has no words for it.
+            InputError: the format cannot store this grid.
         """
         raise InputError(f"quantizer {self.kind!r} cannot be stored as compressed-tensors; choose another quantizer")
 
     def groups(self, in_features: int) -> int:
-        """How many scales one row of a weight has.
+        """Number of scales per row of a weight.
 
         Raises:
-            InputError: the grid does not fit a row of this width.
+            InputError: the group size does not divide ``in_features``.
         """
         raise NotImplementedError
 
     def quantize(self, weight: Tensor, scale: Tensor | None = None) -> Codes:
-        """A weight's codes.
+        """Quantize a weight.
 
         Args:
-            weight: [out_features, in_features], any float; computed in fp32.
-            scale: [out_features, groups], to use in place of the weight's own; rounded to ``scale_dtype``.
+            weight: [out_features, in_features], any float type; the computation is in fp32.
+            scale: [out_features, groups], used instead of a scale computed from the weight; rounded to ``scale_dtype``.
         """
         raise NotImplementedError
 
     def initial_scale(self, weight: Tensor) -> Tensor | None:
-        """Where a learned scale starts: fp32, [out_features, groups]; None when the scale is not learned."""
+        """Initial value of a learned scale: fp32, [out_features, groups]; None if the scale is not learned."""
         return None
 
     def quantize_on(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Codes:
-        """A weight's codes on the scale and zero point of earlier codes, whatever the weight has become since."""
+        """Quantize a weight with the scale and zero point of earlier codes."""
         return self.quantize(weight, scale)
 
     def limits(self) -> tuple[float, float] | None:
-        """The lowest and the highest code; None: the grid has no end for its gradient."""
+        """The lowest and the highest code; None if the gradient passes everywhere."""
         return None
 
     def ends(self) -> tuple[float, float]:
-        """Beyond which a weight clips that was within its own scale: half a step past the last codes, and what the
-        rounding of a stored scale may add."""
+        """The range, in units of the scale, outside of which a weight is clipped.
+
+        Half a step beyond the last codes, widened by the largest rounding error of a bfloat16 scale.
+        """
         limits = self.limits()
         assert limits is not None
         low, high = (code + math.copysign(self.half_step, code) for code in limits)
@@ -132,27 +141,31 @@ class QuantizerSpec(Spec):
     def gradients(
         self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, gradient: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the full-precision weight and, where it is learned, of the logarithm of its scale.
+        """Gradients with respect to the full-precision weight and, if it is learned, to the logarithm of its scale.
 
         Args:
             weight: [out_features, in_features].
-            scale: of its codes.
-            zero_point: of its codes.
-            gradient: of the dequantized weight, [out_features, in_features].
+            scale: of its codes, [out_features, groups].
+            zero_point: of its codes, [out_features, groups], or None.
+            gradient: with respect to the dequantized weight, [out_features, in_features].
+
+        Returns:
+            [out_features, in_features], and [out_features, groups] or None.
         """
         if self.limits() is None:
             return gradient, None
         low, high = self.ends()
+        # [out_features, groups, weights per group]
         exact = weight.float().unflatten(-1, (scale.shape[-1], -1)) * reciprocal(scale.float()).unsqueeze(-1)
         inside = (exact >= low) & (exact <= high)
         return gradient * inside.flatten(-2), None
 
     def dequantize(self, codes: Codes) -> Tensor:
-        """The weight that codes stand for: fp32, [out_features, in_features].
+        """The weight that the codes represent: fp32, [out_features, in_features].
 
-        The product of 8-bit codes and scales of 8 or 11 bits is exact in fp32.
+        The result is exact: fp32 holds the product of an 8-bit code and a scale with 8 or 11 significant bits.
         """
-        grouped = codes.values.float().unflatten(-1, (codes.scale.shape[-1], -1))
+        grouped = codes.values.float().unflatten(-1, (codes.scale.shape[-1], -1))  # [out_features, groups, per group]
         if codes.zero_point is not None:
             grouped = grouped - codes.zero_point.float().unsqueeze(-1)
         return (grouped * codes.scale.float().unsqueeze(-1)).flatten(-2)
@@ -163,6 +176,15 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
 
 
+Layers = Sequence[tuple[str, "QuantizerSpec"]]
+"""Quantizers for single layers: (pattern as in skip, quantizer); the first pattern that matches decides."""
+
+
+def grid_of(name: str, spec: QuantizerSpec, layers: Layers) -> QuantizerSpec:
+    """The quantizer of a layer that is not skipped."""
+    return next((grid for pattern, grid in layers if matches(pattern, name)), spec)
+
+
 def count_groups(in_features: int, group_size: int) -> int:
     """in_features / group_size.
 
@@ -171,18 +193,20 @@ def count_groups(in_features: int, group_size: int) -> int:
     """
     if in_features % group_size:
         raise InputError(
-            f"group_size ({group_size}) must divide in_features ({in_features})" + _proposal(in_features, group_size)
+            f"group_size ({group_size}) must divide in_features ({in_features})"
+            + _suggest_group_sizes(in_features, group_size)
         )
     return in_features // group_size
 
 
-def _proposal(in_features: int, wanted: int) -> str:
-    """``"; try 32 or 64"``: the nearest divisors on both sides of those that engines and formats have, 32 times 1, 2,
-    4, ..."""
+def _suggest_group_sizes(in_features: int, wanted: int) -> str:
+    """``"; try 32 or 64"``: the nearest smaller and larger group sizes that engines have (32, 64, 128, ...) and that
+    divide ``in_features``."""
     divisors = [size for power in range(5, 16) if in_features % (size := 2**power) == 0]
     below, above = [d for d in divisors if d < wanted][-1:], [d for d in divisors if d > wanted][:1]
     if found := " or ".join(str(size) for size in below + above):
         return f"; try {found}"
     return (
-        "; no group of 32 or more fits, as engines need: skip the layer, use int8_channel or prune to a multiple of 32"
+        "; no group size of 32 or more divides it, and engines need at least 32: skip the layer, use int8_channel, or "
+        "prune to a multiple of 32"
     )

@@ -1,9 +1,9 @@
-"""Binary weights, {-s, s}: the bound of what a weight can be reduced to.
+"""Binary weights, {-s, s}: the smallest number of values a weight can have.
 
     s = mean |w|,   w_i ~ s * (1 if w_i >= 0 else -1)
 
-the mean taken over groups along a row. A study more than a deliverable: quality falls far below
-:mod:`ternary <distill.quantization.ternary>`, and the formats here store two bits a code. Only for training.
+with the mean over groups along a row. For experiments rather than deployment: the quality is far below that of
+:mod:`ternary <distill.quantization.ternary>`, and the export formats store two bits per code. Always train with it.
 
 Source: Rastegari et al. 2016, arXiv 1603.05279, section 3.1 (the scale that is optimal for signs).
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Binary(QuantizerSpec):
-    """Weights of two values, -s and s, with s their mean magnitude in a group."""
+    """Weights with two values, -s and s, where s is the mean magnitude of a group."""
 
     scale_dtype: ClassVar[str] = "float16"
     keeps_zero: ClassVar[bool] = False
@@ -33,7 +33,7 @@ class Binary(QuantizerSpec):
 
     @property
     def gguf_type(self) -> str | None:
-        """Ternary without its zero, which TQ2_0 holds as well."""
+        """TQ2_0, which stores ternary codes; binary codes are ternary codes without zero."""
         return "TQ2_0" if self.group_size % SUPER_BLOCK == 0 else None
 
     def label(self) -> str:

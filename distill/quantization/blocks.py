@@ -1,4 +1,4 @@
-"""What the grids of GGUF share: blocks of fixed width, their rounding, and their words in compressed-tensors."""
+"""Functions shared by the quantizers for GGUF: blocks of fixed size, ggml's rounding, compressed-tensors arguments."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def count_blocks(in_features: int, block: int, kind: str) -> int:
     """
     if in_features % block:
         raise InputError(
-            f"{kind} has blocks of {block} weights, which do not divide in_features ({in_features}); add the layer to "
-            "skip or choose another quantizer"
+            f"{kind} needs in_features ({in_features}) to be a multiple of its block size ({block}); add the layer to "
+            "skip, or choose another quantizer"
         )
     return in_features // block
 
 
 def block_arguments(num_bits: int, block: int) -> dict[str, Any]:
-    """A symmetric grid of compressed-tensors with the block as its group; the format allows a negative scale."""
+    """Arguments of a symmetric compressed-tensors grid whose group is the block; the format allows negative scales."""
     return {
         "num_bits": num_bits,
         "type": "int",
@@ -40,12 +40,12 @@ def block_arguments(num_bits: int, block: int) -> dict[str, Any]:
 
 
 def reciprocal(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 for a block of zeros: ggml multiplies by it, which rounds otherwise than a division."""
+    """1 / scale, and 0 where scale is 0. As in ggml, which multiplies by it: a division would round differently."""
     return (1 / scale).masked_fill(scale == 0, 0.0)
 
 
 def round_half_away(values: Tensor) -> Tensor:
-    """To the nearest whole number, halves away from zero, as C's ``roundf``."""
+    """Round to the nearest integer, halves away from zero, like C's ``roundf``."""
     magnitude = values.abs()
     whole = magnitude.floor()
     return (whole + (magnitude - whole >= 0.5)) * values.sign()

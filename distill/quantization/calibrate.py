@@ -1,4 +1,4 @@
-"""The ranges of a model's activations, from the calibration set."""
+"""Calibration of static activation scales on the calibration set."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from distill.core.errors import InputError
+from distill.core.stop import stoppable
 from distill.quantization.fake_quant import InputQuantLinear, unquantized
 from distill.quantization.inputs import HIGH, LOW, STEPS
 from distill.quantization.static_int8 import StaticInt8
 
 BINS = 2048
-KEPT = 0.999
-"""Share of the activations that a percentile leaves inside."""
-ADAPTED = ".base_layer"
-"""What peft appends to the name of a layer that it wraps."""
+PERCENTILE = 0.999
+"""Fraction of the activations inside the range of the ``percentile`` observer."""
+BASE_LAYER_SUFFIX = ".base_layer"
+"""Suffix that peft adds to the name of a layer that it wraps."""
 DECAY = 0.9
-"""Of the moving average, a sequence."""
+"""Decay of the moving average per sequence."""
 
 Forward = Callable[[Mapping[str, Tensor]], Any]
 Watch = Callable[[str, Tensor], None]
@@ -28,15 +29,15 @@ Watch = Callable[[str, Tensor], None]
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward: Forward) -> dict[str, float]:
-    """Set ``input_scale`` of every layer whose activations have a static grid, in place.
+    """Set ``input_scale`` of every layer with static activation quantization, in place.
 
-    The model reads the batches in full precision and in evaluation mode: once for the largest magnitudes, and once
-    more, where an observer asks for it, for histograms, which do not depend on how the data is batched.
+    The model reads the batches in full precision and in evaluation mode: once for the largest magnitudes, and a second
+    time for histograms if an observer needs them. Histograms do not depend on the batch size.
 
     Args:
         model: prepared, with ``static_int8`` activations on some layers, and with adapters if they are absorbed
-            (:func:`~distill.quantization.lora.absorb_lora`); nothing is done without.
-        batches: read twice; with ``attention_mask`` [batch, sequence] where tokens are padding.
+            (:func:`~distill.quantization.lora.absorb_lora`). Without such layers nothing is done.
+        batches: read up to twice; with ``attention_mask`` [batch, sequence] if there is padding.
         forward: runs the model on a batch.
 
     Returns:
@@ -46,13 +47,13 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward
         InputError: no token reached a layer, or an activation is not finite.
     """
     layers = {
-        name.removesuffix(ADAPTED): module
+        name.removesuffix(BASE_LAYER_SUFFIX): module
         for name, module in model.named_modules()
         if isinstance(module, InputQuantLinear) and _observer(module) is not None
     }
     if not layers:
         return {}
-    # an absorbed adapter multiplies in its layer's stead and never calls it, but is called with the same input
+    # an absorbed adapter computes instead of its layer and never calls it, so the hook is on the adapter: same input
     called = {name: model.get_submodule(name) for name in layers}
     kept = list(batches)
     largest: dict[str, Tensor] = {}
@@ -66,7 +67,10 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward
     watch(model, called, kept, forward, note_largest)
     for name in layers:
         if name not in largest or not largest[name].isfinite():
-            raise InputError(f"{name}: no finite activation in the calibration set to take a range from")
+            raise InputError(
+                f"{name}: no finite input activation in the calibration set, so the layer has no range; check that the "
+                "data reaches the layer, and the model's weights"
+            )
     counts: dict[str, Tensor] = {}
 
     def note_histogram(name: str, rows: Tensor) -> None:
@@ -81,8 +85,8 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], forward
     for name, layer in layers.items():
         extent = average[name] if _observer(layer) == "moving_average" else largest[name]
         if name in drawn:
-            extent = largest[name] * _share(counts[name], str(_observer(layer)))
-        scale = (extent / STEPS).bfloat16().float()  # as it may be stored
+            extent = largest[name] * _range_fraction(counts[name], str(_observer(layer)))
+        scale = (extent / STEPS).bfloat16().float()  # rounded to the type in which it is stored
         layer.input_scale = scale.masked_fill(scale == 0, 1.0).reshape(1)
         scales[name] = layer.input_scale.item()
     return scales
@@ -92,11 +96,16 @@ def _observer(layer: InputQuantLinear) -> str | None:
     return layer.inputs.observer if isinstance(layer.inputs, StaticInt8) else None
 
 
-def _share(counts: Tensor, observer: str) -> float:
-    """The range as a share of the largest magnitude, from a histogram of the magnitudes up to it."""
+def _range_fraction(counts: Tensor, observer: str) -> float:
+    """The range as a fraction of the largest magnitude.
+
+    Args:
+        counts: histogram of the magnitudes from 0 to the largest, [BINS].
+        observer: ``percentile`` or ``mse``.
+    """
     share = counts.double() / counts.sum()
     if observer == "percentile":
-        return float((share.cumsum(0) < KEPT).sum() + 1) / BINS
+        return float((share.cumsum(0) < PERCENTILE).sum() + 1) / BINS
     middles = (torch.arange(BINS, device=counts.device).double() + 0.5) / BINS
     tries = [step / 100 for step in range(1, 101)]
     errors = []
@@ -114,7 +123,7 @@ def watch(
     forward: Forward,
     note: Watch,
 ) -> None:
-    """Hand every sequence's input of every layer to ``note``, without its padding: [tokens, in_features], fp32."""
+    """Call ``note`` with the input of every layer for every sequence, without padding: fp32 [tokens, in_features]."""
     mask: list[Tensor | None] = [None]
 
     def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -133,7 +142,7 @@ def watch(
     try:
         model.eval()
         with unquantized(model):
-            for batch in batches:
+            for batch in stoppable(batches):
                 mask[0] = batch.get("attention_mask")
                 forward(batch)
     finally:

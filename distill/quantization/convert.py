@@ -1,4 +1,4 @@
-"""From a prepared model to what is shipped: low-bit codes, and the rest rounded to its stored type."""
+"""Conversion of a prepared model for storage: low-bit codes, and all other tensors rounded to their stored type."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from distill.quantization.fake_quant import fake_quant_layers, quantizer_tensors
 
 @torch.no_grad()
 def convert(model: nn.Module) -> dict[str, Codes]:
-    """The codes of every fake-quantized layer; ``spec.dequantize`` of them is, bit for bit, what its forward uses.
+    """The codes of every fake-quantized layer.
 
-    The model is not changed. Merge adapters first, on the device on which they were trained: the product of an adapter
-    may round otherwise elsewhere.
+    ``spec.dequantize`` of them is bitwise equal to the weight that the layer's forward uses.
+    The model is not changed. Merge adapters first, on the device on which they were trained, because the product of the
+    adapter's matrices may round differently on another device.
 
     Returns:
         Dotted layer name -> codes.
@@ -30,25 +31,29 @@ def convert(model: nn.Module) -> dict[str, Codes]:
         raise InputError("the model still has adapters: merge them first (peft's merge_and_unload), then convert")
     for name, layer in layers.items():
         if not layer.weight.isfinite().all():
-            raise InputError(f"{name}: the weight has values that are not finite; the training has diverged")
+            raise InputError(
+                f"{name}: the weight contains NaN or infinity, so the training has diverged; lower optimizer.lr"
+            )
     return {name: layer.codes() for name, layer in layers.items()}
 
 
 @torch.no_grad()
 def round_unquantized(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round all that is not quantized to the type in which it will be stored, in place; tensors keep their type.
+    """Round the values of all tensors that are not quantized to ``dtype``, in place; their own type does not change.
 
-    Embeddings, norms, biases and skipped layers are shipped in ``dtype``. After this the model in memory computes with
-    the values that are in the file, and the two can be compared exactly. The full-precision weights below the codes
-    are left alone: the codes are made from them.
+    Embeddings, norms, biases and skipped layers are stored in ``dtype``. Afterwards the model in memory computes with
+    the values of the file, so the two can be compared exactly. The full-precision weights of quantized layers are not
+    rounded, because the codes are made from them.
 
     Raises:
-        InputError: a value is too large for ``dtype``.
+        InputError: a value is outside the range of ``dtype``.
     """
     quantized = {f"{name}.weight" for name in fake_quant_layers(model)} | quantizer_tensors(model)
     for name, tensor in model.state_dict().items():
         if name not in quantized and tensor.is_floating_point():
             rounded = tensor.to(dtype)
             if not rounded.isfinite().all():
-                raise InputError(f"{name}: a value does not fit {dtype} or is not finite; store the model as float32")
+                raise InputError(
+                    f"{name}: a value is not finite in {dtype}, in which it would be stored; store the model as float32"
+                )
             tensor.copy_(rounded)

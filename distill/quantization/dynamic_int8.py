@@ -1,9 +1,9 @@
-"""int8 activations, with a scale for every token that is taken as it passes.
+"""Dynamic int8 activations: one scale per token, computed at run time.
 
     scale_t = max_i |x_ti| / 127.5,   x_ti ~ scale_t * clamp(round(x_ti / scale_t), -128, 127)
 
-Prefer it where activations are to be int8 at all: nothing is calibrated, and a token with an outlier harms no other.
-With int8 weights it is what vLLM calls W8A8 dynamic.
+Prefer it for int8 activations: it needs no calibration, and an outlier affects only its own token. With int8 weights
+this is W8A8 dynamic in vLLM.
 
 Source: Yao et al. 2022, arXiv 2206.01861, section 4.1 (token-wise activations); the grid is that of compressed-tensors.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class DynamicInt8(ActivationSpec):
-    """int8 activations with one scale a token, taken as it passes."""
+    """int8 activations with one scale per token, computed at run time."""
 
     kind: Literal["dynamic_int8"] = "dynamic_int8"
 
@@ -32,6 +32,6 @@ class DynamicInt8(ActivationSpec):
     def quantize(self, input: Tensor, scale: Tensor | None) -> Tensor:
         from distill.quantization.fake_quant import round_input
 
-        scale = input.detach().float().abs().amax(-1, keepdim=True)
+        scale = input.detach().float().abs().amax(-1, keepdim=True)  # [..., 1]
         scale = scale / scale.new_full((), STEPS)
         return round_input(input, scale.masked_fill(scale == 0, 1.0))

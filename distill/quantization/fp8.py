@@ -1,9 +1,10 @@
-"""fp8 weights (e4m3), one scale an output channel: half the size of bfloat16, with hardware that multiplies them.
+"""fp8 weights (e4m3) with one scale per output channel: half the size of bfloat16, with hardware support.
 
     scale_o = max_i |w_oi| / 448,   w_oi ~ scale_o * float8_e4m3(w_oi / scale_o)
 
-Prefer it over :mod:`int8_channel <distill.quantization.int8_channel>` on GPUs with fp8 units (Ada, Hopper and later):
-a float keeps small weights better beside one large one. On other hardware it saves memory only.
+Prefer it to :mod:`int8_channel <distill.quantization.int8_channel>` on GPUs with fp8 units (Ada, Hopper and later): a
+floating-point grid represents small weights better if the same channel has a large one. On other hardware it only saves
+memory.
 
 Source: Micikevicius et al. 2022, arXiv 2209.05433, section 3 (the format); the grid is that of compressed-tensors.
 """
@@ -22,7 +23,7 @@ LARGEST = 448.0
 
 
 class Fp8(QuantizerSpec):
-    """fp8 (e4m3) weights with one scale an output channel."""
+    """fp8 (e4m3) weights with one scale per output channel."""
 
     half_step: ClassVar[float] = 16.0
 
@@ -50,6 +51,6 @@ class Fp8(QuantizerSpec):
             scale = largest / largest.new_full((), LARGEST)
         scale = scale.bfloat16()
         scale = scale.masked_fill(scale == 0, 1.0)
-        # beyond the largest number the type has only NaN
+        # clamped first, because the cast turns larger values into NaN
         values = (exact / scale.float()).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
         return Codes(values, scale)

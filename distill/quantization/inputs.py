@@ -1,4 +1,4 @@
-"""The contract of a grid for activations: int8 codes of a layer's input, as an engine's int8 kernels read it."""
+"""The interface of an activation quantizer: int8 codes of a layer's input, as the int8 kernels of engines use them."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ if TYPE_CHECKING:
 
 LOW, HIGH = -128, 127
 STEPS = (HIGH - LOW) / 2
-"""Steps from zero to the end of the range: the scale is the largest magnitude over this, as in compressed-tensors."""
+"""The scale is the largest magnitude divided by this, as in compressed-tensors."""
 
 
 class ActivationSpec(Spec):
-    """What every grid for activations has: a kind, and where its scale is from."""
+    """Base class of the activation quantizers."""
 
     calibrated: ClassVar[bool] = False
-    """Whether a layer holds a scale of its inputs, ``input_scale``, that calibration finds."""
+    """Whether the scale is computed by calibration and stored in the layer as ``input_scale``."""
 
     kind: str
 
     def label(self) -> str:
-        """A few words for tables."""
+        """Short text for tables."""
         raise NotImplementedError
 
     def compressed_tensors_arguments(self) -> dict[str, Any]:
-        """The grid in the words of compressed-tensors' ``QuantizationArgs``."""
+        """The arguments of compressed-tensors' ``QuantizationArgs`` that describe the grid."""
         raise NotImplementedError
 
     def quantize(self, input: Tensor, scale: Tensor | None) -> Tensor:
-        """The input's nearest point on the grid, in its own type; the gradient passes inside the range.
+        """Quantize and dequantize an input, in its own type; the gradient is straight-through inside the range.
 
         Args:
             input: [..., in_features].
-            scale: [1] where the grid is ``calibrated``, else None.
+            scale: [1] if the quantizer is ``calibrated``, else None.
         """
         raise NotImplementedError

@@ -1,9 +1,8 @@
-"""int8 weights, one scale an output channel: half the size of bfloat16 at next to no loss.
+"""int8 weights with one scale per output channel: half the size of bfloat16 with almost no loss.
 
     scale_o = max_i |w_oi| / 127.5,   w_oi ~ scale_o * clamp(round(w_oi / scale_o), -128, 127)
 
-Prefer it when quality must not move; :mod:`int_group <distill.quantization.int_group>` at 4 bits is half as large
-again.
+Prefer it if quality must not change; :mod:`int_group <distill.quantization.int_group>` at 4 bits halves the size again.
 
 Source: Jacob et al. 2017, arXiv 1712.05877, section 2.1 (there affine); the symmetric form is compressed-tensors'.
 """
@@ -16,7 +15,7 @@ from distill.quantization.integer import IntegerSpec
 
 
 class Int8Channel(IntegerSpec):
-    """Symmetric int8 weights with one scale an output channel."""
+    """Symmetric int8 weights with one scale per output channel."""
 
     kind: Literal["int8_channel"] = "int8_channel"
 

@@ -1,10 +1,10 @@
-"""Integer weights of 2 to 8 bits, one scale a group of input channels: 0.28 of the size of bfloat16 at 4 bits by 32.
+"""Integer weights of 2 to 8 bits with one scale per group; 0.28 of the size of bfloat16 at 4 bits in groups of 32.
 
     w_oi ~ scale_og * (code_oi - zero_og),   code_oi in [-2^(bits-1), 2^(bits-1) - 1]
 
-Prefer it when memory is what counts, and train on it: rounding alone costs a small model much. Smaller groups follow
-the weight more closely and store more scales: (bits + 16 / group_size) bits a weight. Asymmetric codes reach further
-where a group's weights lie to one side of zero, which trained weights seldom do: worth it at 2 and 3 bits at most.
+Prefer it to reduce memory, and train with it: rounding alone costs a small model much of its quality. Smaller groups
+represent the weights better and store more scales: (bits + 16 / group_size) bits per weight. Asymmetric codes help only
+where the weights of a group are mostly on one side of zero, which is rare in trained models: at most at 2 and 3 bits.
 
 Source: Frantar et al. 2022, arXiv 2210.17323, section 4 (grouping); the grid is that of compressed-tensors, see
 :mod:`distill.quantization.integer`.
@@ -21,15 +21,15 @@ from distill.quantization.integer import IntegerSpec
 
 
 class IntGroup(IntegerSpec):
-    """Integer weights of 2 to 8 bits with one scale a group of neighbouring input channels."""
+    """Integer weights of 2 to 8 bits with one scale per group of neighbouring input channels."""
 
     kind: Literal["int_group"] = "int_group"
     bits: Literal[2, 3, 4, 5, 6, 8] = 4
-    """Width of a code. Engines have kernels for 4 and 8; the others save disk and transfer."""
+    """Bits per code. Engines have kernels for 4 and 8; other widths only save disk space and transfer time."""
     group_size: int = Field(32, ge=8)
     """Weights that share a scale; must divide every layer's in_features. Engines have kernels for 32, 64 and 128."""
     symmetry: Literal["symmetric", "asymmetric"] = "symmetric"
-    """Whether code 0 stands for a weight of zero, or every group has a zero point of its own (stored a byte a code)."""
+    """symmetric: code 0 is a weight of zero; asymmetric: a zero point per group, and one byte stored per code."""
 
     @model_validator(mode="after")
     def _learned_is_symmetric(self) -> IntGroup:

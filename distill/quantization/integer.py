@@ -1,23 +1,24 @@
-"""Integer grids: symmetric and asymmetric codes, and where their scale comes from.
+"""Integer quantization: symmetric and asymmetric codes, and how their scale is computed.
 
     symmetric:   scale = max|w| / ((2^b - 1) / 2)          values = clamp(round(w / scale), low, high)
     asymmetric:  scale = (max(w, 0) - min(w, 0)) / (2^b - 1)   values = clamp(round(w / scale) + zero_point, low, high)
                  zero_point = clamp(round(low - min(w, 0) / scale), low, high)
 
 with low = -2^(b-1), high = 2^(b-1) - 1 and halves rounded to even: the grid of compressed-tensors and torchao. The
-scale is rounded to the type in which it is stored *before* it divides: an engine that holds the model in bfloat16
-reads the very scale that the codes were made with. A group of zeros has scale 1.
+scale is rounded to its stored type *before* the division, so an engine that reads the model in bfloat16 has the same
+scale that the codes were made with. A group of zeros has scale 1.
 
-Quantizing the result again gives the same codes only with the same scale: the largest code, 2^(b-1) - 1 or -2^(b-1), is
-not (2^b - 1) / 2, so a second absolute maximum gives another scale. Never quantize a dequantized weight anew.
+Do not quantize a dequantized weight again: its largest magnitude is a multiple 2^(b-1) - 1 or 2^(b-1) of the scale, not
+(2^b - 1) / 2, so the second scale differs from the first, and the codes may differ too.
 
-A learned scale starts where the squared error is least. With v = w / scale its gradient is, in a group of N weights,
+A learned scale starts at the value with the least squared error. With v = w / scale, its gradient in a group of N
+weights is
 
     d scale = sum_i d w_i * (low if v_i <= low else high if v_i >= high else round(v_i) - v_i) / sqrt(N * high)
 
-while the weight's own passes where low <= v <= high. What is learned is log(scale), and it is given this gradient as it
-stands, without the factor of the chain rule: Adam's step would not depend on it but where it drowns in epsilon. The
-source starts at 2 mean|w| / sqrt(high), which suits trainings that are long enough to leave it.
+and the gradient of the weight passes where low <= v <= high. The parameter is log(scale), and it gets this gradient
+without the chain-rule factor `scale`: Adam is invariant to a constant factor, except that a small one is lost in its
+epsilon. The source starts at 2 mean|w| / sqrt(high), which needs a longer training.
 
 Source: Esser et al. 2019, arXiv 1902.08153, sections 2.1 and 2.2 (learned scales).
 """
@@ -35,14 +36,14 @@ CLIP_RATIOS = tuple(1 - step / 20 for step in range(16))
 
 
 class IntegerSpec(QuantizerSpec):
-    """An integer grid of some width whose scale is taken from the weight, searched or learned."""
+    """Base class of the integer quantizers."""
 
     scale: Literal["absmax", "mse", "learned"] = "absmax"
-    """From the largest weight; by searching the range with the least squared error (anew at every step of a training,
-    so rather for rounding); or learned with the weights (LSQ, for 4 bits and below)."""
+    """absmax: from the largest weight; mse: searched for the least squared error (at every training step, so better for
+    rounding without training); learned: trained with the weights (LSQ, for 4 bits and below)."""
 
     def num_bits(self) -> int:
-        """Width of a code."""
+        """Bits per code."""
         raise NotImplementedError
 
     def symmetric(self) -> bool:
@@ -58,7 +59,7 @@ class IntegerSpec(QuantizerSpec):
         return -(2 ** (self.num_bits() - 1)), 2 ** (self.num_bits() - 1) - 1
 
     def compressed_tensors_arguments(self) -> dict[str, Any]:
-        """Width and symmetry; a subclass adds what shares a scale."""
+        """The arguments without the grouping, which a subclass adds."""
         return {"num_bits": self.num_bits(), "type": "int", "symmetric": self.symmetric(), "dynamic": False}
 
     @property
@@ -69,18 +70,19 @@ class IntegerSpec(QuantizerSpec):
         if self.scale != "learned":
             return None
         grouped = weight.detach().float().unflatten(-1, (self.groups(weight.shape[-1]), -1))
-        return self._searched(grouped)[0].float()
+        return self._search_scale(grouped)[0].float()
 
     def gradients(
         self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
         low, high = self.limits()
         groups = scale.shape[-1]
+        # all [out_features, groups, weights per group]
         upstream = gradient.float().unflatten(-1, (groups, -1))
         exact = weight.float().unflatten(-1, (groups, -1)) / scale.float().unsqueeze(-1)
         if zero_point is not None:
             exact = exact + zero_point.float().unsqueeze(-1)
-        lowest, highest = (low, high) if self.clips else self.ends()  # LSQ ends at the last code itself
+        lowest, highest = (low, high) if self.clips else self.ends()  # LSQ clips at the last code itself
         inside = (exact >= lowest) & (exact <= highest)
         to_scale = upstream * (exact.round() - exact).where(inside, exact.clamp(low, high))
         to_weight = (upstream * inside).flatten(-2).to(weight.dtype)
@@ -91,26 +93,30 @@ class IntegerSpec(QuantizerSpec):
         groups = self.groups(weight.shape[-1]) if scale is None else scale.shape[-1]
         grouped = weight.detach().float().unflatten(-1, (groups, -1))
         if scale is not None:
-            return self._codes(grouped, *self._stored(grouped, scale.float()))
+            return self._codes(grouped, *self._round_scale(grouped, scale.float()))
         if self.scale == "mse":
-            return self._codes(grouped, *self._searched(grouped))
-        return self._codes(grouped, *self._stored(grouped, self._widest(grouped)))
+            return self._codes(grouped, *self._search_scale(grouped))
+        return self._codes(grouped, *self._round_scale(grouped, self._absmax_scale(grouped)))
 
     def quantize_on(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Codes:
         return self._codes(weight.detach().float().unflatten(-1, (scale.shape[-1], -1)), scale, zero_point)
 
-    def _widest(self, grouped: Tensor) -> Tensor:
-        """The fp32 scale whose range holds every weight: [out_features, groups]."""
+    def _absmax_scale(self, grouped: Tensor) -> Tensor:
+        """The fp32 scale whose range contains every weight, [out_features, groups].
+
+        Args:
+            grouped: [out_features, groups, weights per group].
+        """
         low, high = self.limits()
         if self.symmetric():
             extent, steps = grouped.abs().amax(-1), (high - low) / 2
         else:
             extent, steps = grouped.amax(-1).clamp(min=0) - grouped.amin(-1).clamp(max=0), float(high - low)
-        # a divisor on the tensor's device: CUDA multiplies by the reciprocal of a plain number, which rounds otherwise
+        # the divisor is a tensor: CUDA would multiply by the reciprocal of a Python number, which rounds differently
         return extent / extent.new_full((), steps)
 
-    def _stored(self, grouped: Tensor, scale: Tensor, clip: float = 1.0) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point as they are stored; ``clip`` narrows the range that the zero point is for."""
+    def _round_scale(self, grouped: Tensor, scale: Tensor, clip: float = 1.0) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point in their stored types; ``clip`` is the fraction of the range that is kept."""
         scale = scale.bfloat16()
         scale = scale.masked_fill(scale == 0, 1.0)
         if self.symmetric():
@@ -126,13 +132,13 @@ class IntegerSpec(QuantizerSpec):
             values = values + zero_point.float().unsqueeze(-1)
         return Codes(values.clamp(low, high).flatten(-2).char(), scale, zero_point)
 
-    def _searched(self, grouped: Tensor) -> tuple[Tensor, Tensor | None]:
-        """For every group the range, as a share of the widest, with the least squared error."""
+    def _search_scale(self, grouped: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point per group with the least squared error, over fractions of the absmax range."""
         import torch
 
-        widest = self._widest(grouped)
-        found = [self._stored(grouped, widest * clip, clip) for clip in CLIP_RATIOS]
-        errors = [
+        widest = self._absmax_scale(grouped)
+        found = [self._round_scale(grouped, widest * clip, clip) for clip in CLIP_RATIOS]
+        errors = [  # [out_features, groups] per clip ratio
             (self.dequantize(self._codes(grouped, *each)).view_as(grouped) - grouped).square().sum(-1) for each in found
         ]
         best = torch.stack(errors).argmin(0, keepdim=True)

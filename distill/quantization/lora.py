@@ -1,4 +1,4 @@
-"""Adapters on fake-quantized layers: what is quantized in training is the merged weight, as it will be when shipped."""
+"""LoRA on fake-quantized layers: training quantizes the merged weight, which is the weight that is stored."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from distill.quantization.fake_quant import FakeQuantLinear
 
 
 def absorb_lora(model: nn.Module) -> list[str]:
-    """Make adapters act inside the grid, in place: ``y = quantized(W + scaling * B @ A) x``.
+    """Apply adapters before quantization, in place: ``y = quantized(W + scaling * B @ A) x``.
 
-    An adapter beside a quantized layer, ``quantized(W) x + scaling * B A x``, would be lost at the merge: the sum does
-    not lie on the grid. Here the merge changes nothing: ``W + delta`` is added up as peft's ``merge_and_unload`` does
-    (``safe_merge=False``), so the merged model's forward is the same to the last bit. Adapters on other layers are
-    left alone. Knows peft's layers by their attributes and does not import it.
+    The usual form, ``quantized(W) x + scaling * B A x``, cannot be merged without a change, because the sum is not on
+    the grid. Here the merge changes nothing: ``W + delta`` is computed as in peft's ``merge_and_unload``
+    (``safe_merge=False``), so the forward of the merged model is bitwise equal. Adapters on other layers are not
+    changed. The function recognises peft's layers by their attributes and does not import peft.
 
     Returns:
         Dotted names of the adapted layers.
@@ -33,7 +33,7 @@ def absorb_lora(model: nn.Module) -> list[str]:
     }
     if not layers:
         raise InputError(
-            "no adapter is on a fake-quantized layer: prepare the model first, then add adapters, then absorb"
+            "no adapter is on a fake-quantized layer; call prepare first, then add adapters, then call absorb_lora"
         )
     for name, layer in layers.items():
         for adapter in layer.lora_A:
@@ -44,11 +44,11 @@ def absorb_lora(model: nn.Module) -> list[str]:
 
 
 def merged_weight(layer: Any) -> Tensor:
-    """The weight that a peft layer would have after its merge, with gradients: [out_features, in_features]."""
+    """The weight of a peft layer after a merge, with gradients: [out_features, in_features]."""
     weight = layer.base_layer.weight
     if layer.merged:
         return weight
-    # autocast would form B @ A in half precision, which the merge, outside of it, does not
+    # without autocast, which would compute B @ A in half precision; the later merge runs without it
     with torch.autocast(weight.device.type, enabled=False):
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A:
@@ -57,11 +57,9 @@ def merged_weight(layer: Any) -> Tensor:
 
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Stands in for the forward of a peft layer."""
+    """Replaces the forward of a peft layer."""
     if kwargs.get("adapter_names") is not None:
-        raise InputError(
-            "one batch with several adapters cannot run on a fake-quantized layer; use one adapter a batch"
-        )
+        raise InputError("a fake-quantized layer cannot use several adapters in one batch; use one adapter per batch")
     if self.disable_adapters:
         if self.merged:
             self.unmerge()
@@ -70,7 +68,7 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _refuse(name: str, layer: Any, adapter: str) -> None:
-    """Raise for what the merged weight cannot express."""
+    """Raise for options of an adapter that a merged weight cannot represent."""
     dropout = getattr(layer.lora_dropout[adapter], "p", 0.0)
     if dropout:
         raise InputError(f"{name}: lora dropout ({dropout}) has no effect on a fake-quantized layer; set it to 0")

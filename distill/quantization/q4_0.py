@@ -1,11 +1,11 @@
-"""GGUF's Q4_0: 4-bit weights by 32 with a half-precision scale, as llama.cpp holds them; 0.28 of bfloat16's size.
+"""GGUF's Q4_0: 4-bit weights in blocks of 32 with a float16 scale, as in llama.cpp; 0.28 of the size of bfloat16.
 
     s = (the signed weight of largest magnitude) / -8,   code_i = min(15, floor(w_i * (1 / s) + 8.5)) - 8
     stored scale = float16(s)
 
-Prefer it over :mod:`int_group <distill.quantization.int_group>` for a student that is to run in llama.cpp: the file
-holds the very weights that were trained on, where llama.cpp's own quantizer would round an int4 student a second time.
-The code -8 stands for the largest weight exactly, whatever its sign, so quantizing again changes nothing.
+Prefer it to :mod:`int_group <distill.quantization.int_group>` for a student that will run in llama.cpp: the file has
+the same weights as the training, whereas llama.cpp's own quantizer would round an int4 student a second time. The code
+-8 is exactly the weight of largest magnitude, so quantizing the result again changes nothing.
 
 Source: ggml's reference quantizer, https://github.com/ggml-org/llama.cpp (ggml-quants.c, quantize_row_q4_0_ref).
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Q40(QuantizerSpec):
-    """4-bit weights in blocks of 32, bit for bit those of GGUF's Q4_0."""
+    """4-bit weights in blocks of 32, bitwise equal to GGUF's Q4_0."""
 
     scale_dtype: ClassVar[str] = "float16"
 
@@ -52,7 +52,7 @@ class Q40(QuantizerSpec):
     def quantize(self, weight: Tensor, scale: Tensor | None = None) -> Codes:
         grouped = weight.detach().float().unflatten(-1, (self.groups(weight.shape[-1]), -1))
         if scale is None:
-            # the first of equals, as in the reference
+            # of equal magnitudes the first, as in the reference
             where = grouped.abs().argmax(-1, keepdim=True)
             scale = grouped.gather(-1, where).squeeze(-1) / -8
         values = (grouped * reciprocal(scale.float()).unsqueeze(-1) + 8.5).floor().clamp(0, 15) - 8

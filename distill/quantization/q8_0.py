@@ -1,10 +1,10 @@
-"""GGUF's Q8_0: int8 weights by 32 with a half-precision scale, as llama.cpp holds them.
+"""GGUF's Q8_0: int8 weights in blocks of 32 with a float16 scale, as in llama.cpp.
 
     s = max_{i in g} |w_i| / 127,   code_i = round_half_away(w_i * (1 / s)),   stored scale = float16(s)
 
-Prefer it for a student that is to run in llama.cpp and whose quality must not move: the file holds the very weights
-that were trained on. The codes are made with the fp32 scale and only then is it rounded, as llama.cpp does; quantizing
-the result again gives the same codes and scales, for the largest code is always 127.
+Prefer it for a student that will run in llama.cpp and whose quality must not change: the file has the same weights as
+the training. The codes are computed with the fp32 scale, which is rounded afterwards, as in llama.cpp. Quantizing the
+result again gives the same codes and scales, because the largest code is always 127.
 
 Source: ggml's reference quantizer, https://github.com/ggml-org/llama.cpp (ggml-quants.c, quantize_row_q8_0_ref).
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Q80(QuantizerSpec):
-    """int8 weights in blocks of 32, bit for bit those of GGUF's Q8_0."""
+    """int8 weights in blocks of 32, bitwise equal to GGUF's Q8_0."""
 
     scale_dtype: ClassVar[str] = "float16"
 

@@ -1,9 +1,10 @@
-"""What each layer alone costs on each grid, and the grids that cost the least within a budget of bits.
+"""Sensitivity of each layer to each quantizer, and the choice of quantizers with the least loss within a bit budget.
 
-    loss(layer, grid) = mean over tokens of KL(full precision || that layer alone on that grid)
+    loss(layer, quantizer) = mean over tokens of KL(full precision || only that layer quantized)
 
-The choice starts with every layer on its cheapest grid and takes, again and again, the change that saves the most loss
-a bit, until no change fits: the losses of single layers are taken to add up, which holds while they are small.
+The choice starts with the cheapest quantizer for every layer. It then repeatedly makes the change that reduces the loss
+most per additional bit, until no change fits the budget. It assumes that the losses of single layers add up, which
+holds while they are small.
 
 Source: Dong et al. 2019, arXiv 1911.03852 (sensitivity decides precision; there by the Hessian); the greedy choice is
 that of the knapsack's relaxation.
@@ -18,6 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from distill.core.errors import InputError
+from distill.core.stop import stoppable
+from distill.numerics.kl import kl_summands
+from distill.numerics.term import LossTerm
 from distill.quantization.base import QuantizerSpec
 from distill.quantization.fake_quant import FakeQuantLinear, fake_quant_layers, switch
 
@@ -26,13 +30,13 @@ Logits = Callable[[Mapping[str, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """One layer on every grid.
+    """The loss and size of one layer with each quantizer.
 
     Attributes:
         layer: dotted name.
-        weights: how many it has.
-        kl: for each grid, mean KL of a token to the model in full precision, nats.
-        bits: for each grid, stored bits a weight, scales included.
+        weights: number of weights.
+        kl: per quantizer, mean KL divergence from the model in full precision, in nats per token.
+        bits: per quantizer, stored bits per weight, including scales.
     """
 
     layer: str
@@ -45,32 +49,34 @@ class Sensitivity:
 def sensitivity(
     model: nn.Module, grids: Sequence[QuantizerSpec], batches: Iterable[Mapping[str, Tensor]], logits: Logits
 ) -> list[Sensitivity]:
-    """Quantize each linear layer alone on each grid: a pass over the batches a layer and grid; the model stays.
+    """Quantize each linear layer alone with each quantizer: one pass over the batches per layer and quantizer.
 
     Args:
-        model: prepared, with any grid.
-        grids: to try; none may learn its scale.
-        batches: ``input_ids`` and ``mask``, [batch, sequence]; tokens count where the mask is True.
+        model: prepared, with any quantizer; it is not changed.
+        grids: the quantizers to try; none may learn its scale.
+        batches: ``input_ids`` and ``mask``, [batch, sequence]; tokens where the mask is True are counted.
         logits: batch -> [batch, sequence, vocabulary].
 
     Raises:
-        InputError: no token counts, or a grid does not fit a layer.
+        InputError: the masks select no token, or a quantizer does not fit a layer.
     """
     layers = {n: layer for n, layer in fake_quant_layers(model).items() if isinstance(layer, FakeQuantLinear)}
     kept = {name: (layer.spec, layer.inputs) for name, layer in layers.items()}
-    sums, count = {name: [0.0] * len(grids) for name in layers}, 0
+    nothing = LossTerm(torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64))
+    terms, count = {name: [nothing] * len(grids) for name in layers}, 0
     training = model.training
     try:
         model.eval()
         switch(model, enabled=False)
         for batch in batches:
-            full = logits(batch)[batch["mask"]].double().log_softmax(-1)
+            full = logits(batch)[batch["mask"]].double().log_softmax(-1)  # [tokens, vocabulary]
             count += len(full)
-            for name, layer in layers.items():
+            for name, layer in stoppable(layers.items()):
                 for index, grid in enumerate(grids):
                     layer.spec, layer.inputs, layer.enabled = grid, None, True
-                    ours = logits(batch)[batch["mask"]].double().log_softmax(-1)
-                    sums[name][index] += float((full.exp() * (full - ours)).sum())
+                    quantized = logits(batch)[batch["mask"]].double().log_softmax(-1)  # [tokens, vocabulary]
+                    summed = kl_summands(full, quantized).sum().cpu()
+                    terms[name][index] += LossTerm(summed, torch.tensor(len(full)))
                 layer.enabled = False
     finally:
         for name, layer in layers.items():
@@ -78,12 +84,12 @@ def sensitivity(
         switch(model, enabled=True)
         model.train(training)
     if not count:
-        raise InputError("no token of the calibration data counts, so no layer's sensitivity can be told")
+        raise InputError("the masks of the calibration data select 0 tokens, expected 1 or more; use more data")
     return [
         Sensitivity(
             layer=name,
             weights=layer.weight.numel(),
-            kl=tuple(max(value / count, 0.0) for value in sums[name]),
+            kl=tuple(max(term.per_token().item(), 0.0) for term in terms[name]),
             bits=tuple(stored_bits(grid, layer.in_features) for grid in grids),
         )
         for name, layer in layers.items()
@@ -91,24 +97,29 @@ def sensitivity(
 
 
 def stored_bits(spec: QuantizerSpec, in_features: int) -> float:
-    """Bits a weight as stored: its code's, and its share of the scale's 16 and the zero point's 8."""
-    words = spec.compressed_tensors_arguments()
-    code, beside = (words["num_bits"], 16) if words["symmetric"] else (8, 24)  # see the exporter: a byte a code
-    return float(code + beside * spec.groups(in_features) / in_features)
+    """Stored bits per weight: those of its code, of its scale (16, or 32 for Q6_K) and of a zero point (8)."""
+    arguments = spec.compressed_tensors_arguments()
+    scale = 32 if spec.scale_dtype == "float32" else 16
+    # the exporter stores asymmetric codes as one byte each
+    code, per_group = (arguments["num_bits"], scale) if arguments["symmetric"] else (8, scale + 8)
+    return float(code + per_group * spec.groups(in_features) / in_features)
 
 
 def choose(found: Sequence[Sensitivity], bits: float) -> dict[str, int]:
-    """The grid of every layer, by its index, with the least summed loss within a mean of so many bits a weight.
+    """The index of the quantizer per layer with the least summed loss within ``bits`` per weight on average.
 
     Raises:
-        InputError: even the cheapest grids need more.
+        InputError: the cheapest quantizers already need more bits.
     """
     total = sum(one.weights for one in found)
     chosen = {one.layer: min(zip(one.bits, one.kl, range(len(one.bits)), strict=True))[2] for one in found}
     left = bits * total - sum(one.bits[chosen[one.layer]] * one.weights for one in found)
     if left < 0:
         least = bits - left / total
-        raise InputError(f"bits ({bits}) is less than the {least:.3f} of the cheapest grids; raise it or add a grid")
+        raise InputError(
+            f"bits ({bits}) must be at least {least:.3f}, the average with the cheapest quantizers; raise it, or add a "
+            "quantizer with fewer bits"
+        )
     while True:
         steps = [
             ((one.kl[now] - one.kl[i]) / cost, cost, one.layer, i)

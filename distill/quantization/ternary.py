@@ -1,10 +1,10 @@
-"""Ternary weights, {-s, 0, s}: about 2 bits a weight as stored, and llama.cpp's fastest format on a CPU.
+"""Ternary weights, {-s, 0, s}: about 2 bits per weight as stored, and llama.cpp's fastest format on a CPU.
 
     s = mean |w|,   w_i ~ s * clamp(round(w_i / s), -1, 1)
 
-the mean taken over the whole weight, or over groups along a row. Only for training: a model that is merely rounded to
-three values is ruined. Expect to read far more tokens than 4 bits need. With one scale a weight or groups of 256 the
-codes are those of GGUF's TQ2_0. The gradient passes straight through everywhere, as in the source.
+with the mean over the weight matrix, or over groups along a row. Always train with it: rounding alone to three values
+destroys a model. It needs far more training tokens than 4 bits. With one scale per matrix, or groups of 256, GGUF's
+TQ2_0 can store the codes. The gradient is straight-through everywhere, as in the source.
 
 Source: Ma et al. 2024, arXiv 2402.17764, section 2 (absmean quantization).
 """
@@ -23,18 +23,22 @@ if TYPE_CHECKING:
 
 
 class Ternary(QuantizerSpec):
-    """Weights of three values, -s, 0 and s, with s their mean magnitude."""
+    """Weights with three values, -s, 0 and s, where s is the mean magnitude."""
 
     scale_dtype: ClassVar[str] = "float16"
 
     kind: Literal["ternary"] = "ternary"
     group_size: int | None = Field(None, ge=8)
-    """Weights that share a scale, 256 for GGUF; unset: one scale a weight matrix."""
+    """Weights that share a scale, 256 for GGUF; null: one scale per weight matrix."""
 
     @property
     def gguf_type(self) -> str | None:
-        """A block of TQ2_0 has one scale."""
+        """TQ2_0, if no two scales fall into one of its blocks."""
         return "TQ2_0" if self.group_size is None or self.group_size % SUPER_BLOCK == 0 else None
+
+    @property
+    def is_by_row(self) -> bool:
+        return self.group_size is not None
 
     def label(self) -> str:
         return "ternary, " + (f"group {self.group_size}" if self.group_size else "per tensor")
@@ -43,7 +47,7 @@ class Ternary(QuantizerSpec):
         arguments = block_arguments(2, self.group_size or 0)
         if self.group_size is None:
             del arguments["group_size"]
-            arguments["strategy"] = "channel"  # one scale a row, all alike
+            arguments["strategy"] = "channel"  # one scale per row, all equal
         return arguments
 
     def groups(self, in_features: int) -> int:

@@ -1,10 +1,11 @@
-"""GGUF's TQ2_0: ternary weights by 256 with a half-precision scale, as llama.cpp's own quantizer makes them.
+"""GGUF's TQ2_0: ternary weights in blocks of 256 with a float16 scale, as computed by llama.cpp's own quantizer.
 
     s = max_{i in g} |w_i|,   code_i = round_half_away(w_i * (1 / s)) in {-1, 0, 1},   stored scale = float16(s)
 
-For a model that is ternary already, and as the control that shows what llama.cpp makes of one that is not: the largest
-weight of 256 sends most of the others to zero. To train a ternary student take :mod:`ternary
-<distill.quantization.ternary>`, whose codes this format stores as they are. Quantizing again changes nothing.
+Use it for a model that is ternary already, or as a control that shows the effect of llama.cpp's quantizer on another
+model: the scale is the largest of 256 weights, so most of the others become zero. To train a ternary student, use
+:mod:`ternary <distill.quantization.ternary>`, whose codes this format stores without change. Quantizing the result
+again changes nothing.
 
 Source: ggml's reference quantizer, https://github.com/ggml-org/llama.cpp (ggml-quants.c, quantize_row_tq2_0_ref).
 """
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Tq20(QuantizerSpec):
-    """Ternary weights in blocks of 256, bit for bit those of GGUF's TQ2_0."""
+    """Ternary weights in blocks of 256, bitwise equal to GGUF's TQ2_0."""
 
     scale_dtype: ClassVar[str] = "float16"
 

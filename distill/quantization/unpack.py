@@ -1,4 +1,4 @@
-"""A packed model, as transformers loads it, turned into a plain one."""
+"""Conversion of a model with packed compressed-tensors weights, as transformers loads it, to plain layers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from distill.quantization.static_int8 import StaticInt8
 
 @torch.no_grad()
 def unpack(model: Any) -> list[str]:
-    """Replace packed weights by the weights that they stand for, in place; a model without any is left alone.
+    """Replace packed weights by the dequantized weights, in place; a model without packed weights is not changed.
 
-    Transformers leaves compressed-tensors weights packed until the *whole model's* first forward: until then its body
-    alone (``model.base_model``) cannot run, and ever after scales and shapes count as parameters and are saved again.
-    This unpacks at once and leaves plain linear layers, or such as round their input. Load the model in fp32 first:
-    products of codes and scales are rounded to the type that it was loaded in.
+    Transformers leaves compressed-tensors weights packed until the first forward of the full model. Before that,
+    ``model.base_model`` cannot run; after that, scales and shapes are parameters of the model and are saved with it.
+    This function unpacks at once and leaves plain linear layers, or linear layers that quantize their input. Load the
+    model in fp32, because the product of code and scale is rounded to the type in which the model was loaded.
 
-    Needs no import of the packing library: transformers' loader hangs the unpacker on the model.
+    It does not import the compressed-tensors library: transformers' loader attaches the decompressor to the model.
 
     Args:
         model: a transformers model.
@@ -36,15 +36,25 @@ def unpack(model: Any) -> list[str]:
     if quantizer is None or compressor is None:
         return []
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "quantization_scheme")}
-    # codes of a byte each stand under the weight's own name, but are no weight yet
+    # one-byte codes have the name of the weight, but are not dequantized yet
     if any(not _is_weight(module) for module in layers.values()):
         compressor.decompress_model(model)
     for module in layers.values():
-        _strip(module)
+        _make_plain(module)
     for module in model.modules():
-        _let_go(module)
+        _remove_dispatch_wrappers(module)
     quantizer.remove_quantization_config(model)
+    _tie(model)
     return list(layers)
+
+
+def _tie(model: Any) -> None:
+    """Make tied weights one parameter again: each module has dequantized the shared codes for itself."""
+    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+        layer, _, leaf = name.rpartition(".")
+        weight, shared = model.get_submodule(layer)._parameters[leaf], model.get_parameter(source)
+        if weight is not shared and torch.equal(weight, shared):
+            model.get_submodule(layer)._parameters[leaf] = shared
 
 
 def _is_weight(module: nn.Module) -> bool:
@@ -52,22 +62,27 @@ def _is_weight(module: nn.Module) -> bool:
     return weight is not None and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _strip(module: nn.Module) -> None:
-    """Leave the weight, the bias and the rounding of the input only, trainable as in a model never packed."""
-    words = cast(Any, module).quantization_scheme.input_activations
+def _make_plain(module: nn.Module) -> None:
+    """Keep only the weight, the bias and the quantization of the input; parameters become trainable."""
+    arguments = cast(Any, module).quantization_scheme.input_activations
     scale = getattr(module, "input_scale", None)
     for name in [*module._parameters, *module._buffers]:
         if name.startswith(("weight_", "input_")):
             delattr(module, name)
-    if words is not None:
-        _round_input(module, words, scale)
+    if arguments is not None:
+        _quantize_input_of(module, arguments, scale)
+    if isinstance(module, nn.Embedding):  # the decompressor makes parameters of its buffers, such as Gemma's scale
+        for name in [name for name in (*module._parameters, *module._buffers) if name != "weight"]:
+            tensor = getattr(module, name).detach()
+            delattr(module, name)
+            module.register_buffer(name, tensor, persistent=False)
     for name in ("quantization_scheme", "quantization_status", "forward"):
         module.__dict__.pop(name, None)
     module.requires_grad_(True)
 
 
-def _let_go(module: nn.Module) -> None:
-    """Take away what the unpacker puts around every module to move its tensors about: no tracer can follow that."""
+def _remove_dispatch_wrappers(module: nn.Module) -> None:
+    """Remove the wrappers that the decompressor adds to every module to move tensors; tracers cannot follow them."""
     if module.__dict__.pop("_original_forward_func", None) is not None:
         module.__dict__.pop("forward", None)
     module.__dict__.pop("is_staged", None)
@@ -75,17 +90,20 @@ def _let_go(module: nn.Module) -> None:
         module.__dict__[name] = dict(module.__dict__[name])
 
 
-def _round_input(module: nn.Module, words: Any, scale: torch.Tensor | None) -> None:
-    """The activations' grid as ours.
+def _quantize_input_of(module: nn.Module, arguments: Any, scale: torch.Tensor | None) -> None:
+    """Make the module quantize its input as its compressed-tensors arguments say.
 
     Raises:
-        InputError: it is none of ours.
+        InputError: no activation quantizer corresponds to the arguments.
     """
-    kind = (words.type, words.num_bits, words.symmetric, words.strategy)
+    kind = (arguments.type, arguments.num_bits, arguments.symmetric, arguments.strategy)
     grids = {(True, "token"): DynamicInt8(), (False, "tensor"): StaticInt8()}
-    grid = grids.get((bool(words.dynamic), str(words.strategy)))
+    grid = grids.get((bool(arguments.dynamic), str(arguments.strategy)))
     if grid is None or kind[:3] != ("int", 8, True):
-        raise InputError(f"the model's activations are quantized in a way that is not known here: {words}")
+        raise InputError(
+            f"the model's activations are quantized in an unsupported way ({arguments}); "
+            "expected symmetric int8, dynamic per token or static per tensor"
+        )
     module.__class__ = InputQuantLinear
     layer = cast(InputQuantLinear, module)
     layer.enabled = True

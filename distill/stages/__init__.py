@@ -1,17 +1,18 @@
-"""The stages of a run; one file each, and a name in this list."""
+"""The stages of a run: one file or folder each, and one line here."""
 
 from distill.core.spec import Family
 from distill.stages.base import StageSpec
-from distill.stages.cache_teacher import CacheTeacher
-from distill.stages.distill import Distill
-from distill.stages.evaluate import Evaluate
-from distill.stages.export import Export
+
+# they are listed in this order
+# isort: off
 from distill.stages.finetune import Finetune
 from distill.stages.prune import Prune
-from distill.stages.quantize import Quantize
-from distill.stages.report import Report
 from distill.stages.sparsify import Sparsify
+from distill.stages.cache_teacher import CacheTeacher
+from distill.stages.distill import Distill
+from distill.stages.quantize import Quantize
+from distill.stages.evaluate import Evaluate
+from distill.stages.export import Export
+from distill.stages.report import Report
 
-STAGES = Family("stage", Finetune, Prune, Sparsify, CacheTeacher, Distill, Quantize, Evaluate, Export, Report)
-
-__all__ = ["STAGES", "StageSpec"]
+STAGES = Family.among("stage", globals(), StageSpec)

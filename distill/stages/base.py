@@ -1,29 +1,21 @@
-"""The contract of a stage: what it reads, what it leaves, and what the runner hands it."""
+"""The contract of a stage: what it reads, what it says before the run, and what it does in it."""
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any, ClassVar
 
-import yaml
-
-from distill.core.artifact import Artifact, Lineage, fingerprint, hash_of, replacing, write_lineage, write_text
-from distill.core.run import Run
+from distill.core.errors import InputError
 from distill.core.spec import Spec
-from distill.core.world import ALONE, World
+from distill.data.files import File
 from distill.data.spec import DataSpec
-from distill.tracking.spec import LoggingSpec
+from distill.evaluation.tasks.base import TaskSpec
+from distill.models.configs import config_of, largest
+from distill.pruning.layout import Config
+from distill.stages.forecast import Forecast
 from distill.training.spec import BudgetSpec, ComputeSpec
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-    from distill.data.corpus import Corpus
-    from distill.tracking.wandb import SafeLogger
 
 SELF = "self"
 """What a stage writes in place of a teacher to learn from its student as it starts."""
@@ -37,6 +29,11 @@ class StageSpec(Spec):
     makes_signal: ClassVar[bool] = False
     """Whether later stages may name it as the teacher that they learn from, though it is no model."""
 
+    makes_file: ClassVar[bool] = False
+    """Whether it makes a file for an engine, which stages that read files may name among their ``models``."""
+    reads_files: ClassVar[bool] = False
+    """Whether it may name such a file."""
+
     kind: str
 
     def references(self) -> list[tuple[tuple[str | int, ...], str]]:
@@ -46,7 +43,15 @@ class StageSpec(Spec):
         """
         return []
 
-    def speaker(self) -> str | None:
+    def same_tokens(self) -> list[tuple[tuple[str | int, ...], str]]:
+        """Those of :meth:`references` that must have the tokens of the run."""
+        return self.references()
+
+    def teacher_named(self) -> str | None:
+        """The reference under its key ``teacher``; None where it reads no teacher beside its student."""
+        return dict(self.references()).get(("teacher",))
+
+    def vocabulary_of(self) -> str | None:
         """The model whose tokens the stage reads its text in, where its vocabulary was cut; None: those of the run."""
         return next((reference for _, reference in self.references()), None)
 
@@ -62,8 +67,53 @@ class StageSpec(Spec):
         """Whether all processes of a run work at it, which is when it trains; else the first does it alone."""
         return isinstance(self, BudgetSpec) and bool(self.num_tokens or self.num_steps)
 
+    def mistakes(self, data: DataSpec) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """What of the recipe's text it cannot work with: (key path inside the stage, line)."""
+        yield from ()
+
+    def refuses(self, name: str, student: StageSpec) -> str | None:
+        """Why another stage cannot learn from what this one, of that name, writes down, as one line; else None."""
+        return None
+
+    def forecast(self, view: View) -> Forecast:
+        """What it will do, by what is known before the run. No stage may do without; nothing heavy is imported.
+
+        Raises:
+            InputError: it cannot do it, whatever its model will be.
+        """
+        raise NotImplementedError
+
+    def reading(self) -> str:
+        """The models that it names, for :attr:`Forecast.reads`."""
+        named = dict.fromkeys(reference for _, reference in self.references())
+        return f"reads {', '.join(named)}" if named else ""
+
+    def files(self) -> list[File]:
+        """Files that it reads besides models and the run's text; where one changes, its result is made again.
+
+        Raises:
+            InputError: one is not there.
+        """
+        return []
+
+    def measures(self) -> list[str]:
+        """Names of the figures that it measures, which the recipe's ``require`` may bound."""
+        return []
+
+    def asks(self) -> Mapping[str, TaskSpec]:
+        """Tasks that it asks of the models that it measures, by name."""
+        return {}
+
+    def measured_models(self, earlier: list[str]) -> list[str]:
+        """References of the models whose figures it measures.
+
+        Args:
+            earlier: names of the stages before it that make a model.
+        """
+        return []
+
     def missing(self) -> str | None:
-        """What this machine lacks to run it, in one line with the mend; None when all is there."""
+        """What this machine lacks to run it, in one line with what to do about it; None when all is there."""
         return None
 
     def outdated(self, figures: dict[str, Any]) -> str | None:
@@ -74,222 +124,112 @@ class StageSpec(Spec):
         """What people will open, by the figures: a name in the stage's folder; None when there is nothing."""
         return None
 
-    def run(self, context: StageContext) -> dict[str, Any]:
+    def result(self, figures: dict[str, Any]) -> str | None:
+        """The file or folder, within its own, that the stage is run for and makes again when it is lost; None: none."""
+        return "model" if self.makes_model else self.shown(figures)
+
+    def rehearse(self, context: Any) -> None:
+        """Try what the end of the stage needs, before anything is computed; see :mod:`distill.stages.rehearsal`.
+
+        It is called for every stage that will run, before the first of them starts; stages before this one may not have
+        run yet. A stage that makes a model is rehearsed again at its own start, when the model that it reads is there.
+
+        Args:
+            context: a :class:`~distill.stages.session.StageContext`, whose folder need not be there.
+
+        Raises:
+            InputError: the end would fail by the user's files.
+            MachineError: it would fail by the machine.
+        """
+
+    def run(self, context: Any) -> dict[str, Any]:
         """Do the work inside ``context.folder``.
+
+        A stage whose run is long is a folder: ``spec.py``, which imports nothing heavy, and ``run.py``, which has the
+        function ``run(stage, context)`` that is called here. Any other stage overrides this method.
+
+        Args:
+            context: a :class:`~distill.stages.session.StageContext`.
 
         Returns:
             Figures for the ``DONE`` marker.
         """
-        raise NotImplementedError
+        beside = import_module(f"{type(self).__module__.removesuffix('.spec')}.run")
+        figures: dict[str, Any] = beside.run(self, context)
+        return figures
 
 
-@dataclass
-class Session:
-    """What the stages of one process share: the recipe's common settings and the corpora that are open.
+@dataclass(frozen=True)
+class View:
+    """What one stage sees of a recipe before the run.
 
     Attributes:
-        run: the run folder.
-        recipe: the recipe's name.
-        text: the recipe as resolved YAML.
-        teacher: the teacher's reference, or None.
-        seed: of everything random.
+        name: the stage's name.
         stages: all stages of the recipe, in order.
-        say: prints one line for people.
-        world: the processes of the run, and which of them this is.
+        data: the text.
+        compute: the machine.
+        known: "teacher", and the name of each stage before this one -> what is known of it.
+        teacher: the recipe's teacher as it names it, or None.
     """
 
-    run: Run
-    recipe: str
-    text: str
-    teacher: str | None
+    name: str
+    stages: Mapping[str, StageSpec]
     data: DataSpec
     compute: ComputeSpec
-    logging: LoggingSpec
-    seed: int
-    stages: dict[str, StageSpec]
-    command: str
-    say: Callable[[str], None] = print
-    world: World = ALONE
-    _tokenizer: PreTrainedTokenizerFast | None = None
-    _corpus: Corpus | None = None
-    _logger: SafeLogger | None = None
-    _whole: Session | None = None
-    _cut: dict[str, Session] = field(default_factory=dict)
+    known: Mapping[str, Forecast]
+    teacher: str | None = None
 
-    @property
-    def is_sent_models(self) -> bool:
-        """Whether this process is sent its shares of the models that are trained, instead of reading them whole."""
-        return self.compute.strategy == "fsdp" and self.world.rank > 0
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether the text is read in a part of the run's tokens."""
-        return self._whole is not None
-
-    def speaking(self, reference: str | None) -> Session:
-        """The session in which the text is read in a model's tokens: another one where its vocabulary was cut."""
-        from distill.data.tokenizer import load_tokenizer
-
-        if reference is None or reference == SELF:
-            return self
-        artifact = self.artifact(reference)
-        lineage = artifact.lineage()
-        if lineage is None or lineage.num_tokens is None:
-            return self
-        if artifact.location not in self._cut:
-            own = load_tokenizer(artifact.location)
-            self._cut[artifact.location] = replace(self, _tokenizer=own, _corpus=None, _whole=self._whole or self)
-        return self._cut[artifact.location]
-
-    def artifact(self, reference: str) -> Artifact:
-        """The model behind a reference of the recipe."""
-        from distill.models.load import locate
-
-        reference = self.teacher_behind(reference)
-        if reference in self.stages:
-            return self.run.model(reference)
-        if reference == "teacher":
-            assert self.teacher is not None
-            return Artifact("teacher", locate(self.teacher))
-        return Artifact(reference, locate(reference))
-
-    def teacher_behind(self, reference: str) -> str:
-        """The model whose output a stage has written down, when ``reference`` is such a stage; else itself."""
-        stage = self.stages.get(reference)
-        return str(getattr(stage, "teacher", reference)) if stage is not None and stage.makes_signal else reference
-
-    @cached_property
-    def data_hash(self) -> str:
-        """Stands for the text and how it is cut; another text under the same name is another hash.
+    def configs(self, reference: str) -> Sequence[Config]:
+        """Every config that a model may have; none where nothing is known of it.
 
         Raises:
-            InputError: the text is not there.
+            InputError: no folder of a model, and no Hub id.
         """
-        texts = [source.fingerprint() for source in (self.data.train, self.data.validation) if source is not None]
+        if reference in self.known:
+            return self.known[reference].makes
+        found = config_of(reference)
+        return () if found is None else (found,)
+
+    def config(self, reference: str) -> Config | None:
+        """The config of a model; of several that it may have, the one of most parameters."""
+        return largest(self.configs(reference))
+
+    def vocabulary(self) -> int | None:
+        """The most tokens that the run's tokenizer can have; None where the model that it comes from is not known."""
         wanted = self.data.tokenizer
-        place = fingerprint(self.artifact(wanted).location) if isinstance(wanted, str) else None
-        return hash_of(self.data.model_dump(mode="json"), texts, place)
+        if not isinstance(wanted, str):
+            return wanted.vocab_size
+        size = (self.config(wanted) or {}).get("vocab_size")
+        return size if isinstance(size, int) else None
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The one tokenizer of the run: the teacher's, another model's, or one trained on the corpus."""
-        from distill.data.corpus import open_tokenizer
-        from distill.data.tokenizer import load_tokenizer
+    def is_open(self, reference: str) -> bool:
+        """Whether the size of a model shows only during the run."""
+        return reference in self.known and self.known[reference].is_open
 
-        if self._tokenizer is None:
-            wanted = self.data.tokenizer
-            if isinstance(wanted, str):
-                self._tokenizer = load_tokenizer(self.artifact(wanted).location)
-            else:
-                self._tokenizer = open_tokenizer(self.data, "", self.run.folder / "data")
-        return self._tokenizer
-
-    def corpus(self) -> Corpus:
-        """The run's data, tokenised and packed; opened once."""
-        from distill.data.corpus import Corpus
-
-        if self._corpus is None:
-            tokenizer = self.tokenizer()
-            self._corpus = Corpus.open(self.data, tokenizer, self.run.folder / "data", self.seed, len(tokenizer))
-            self.say(f"  {self._corpus.summary()}")
-        return self._corpus
-
-    def logger(self) -> SafeLogger | None:
-        """The W&B run that all stages log to, opened once; its id stays with the run folder, so that curves go on.
-
-        None when it is off, and in all processes but the first.
-        """
-        from distill.tracking.wandb import make_logger
-
-        if self._whole is not None:
-            return self._whole.logger()
-        if self._logger is None and self.logging.wandb != "disabled" and self.world.rank == 0:
-            file = self.run.folder / "wandb-id"
-            if not file.is_file():
-                write_text(file, uuid.uuid4().hex[:8])
-            config = yaml.safe_load(self.text)
-            self._logger = make_logger(self.logging, self.run.folder, file.read_text(), self.recipe, config)
-        return self._logger
-
-    def close(self) -> None:
-        """Close what is open; says how to send an offline W&B run."""
-        if self._logger is not None:
-            from distill.tracking.wandb import finish
-
-            if line := finish(self._logger):
-                self.say(f"W&B is offline; to send this run: {line}")
-
-
-class Released(Exception):
-    """What was left to do of a stage by all processes is done; all but the first go on to the next one."""
-
-
-@dataclass
-class StageContext:
-    """What the runner hands to one stage.
-
-    Attributes:
-        session: shared with the other stages.
-        name: the stage's name in the recipe.
-        folder: its folder; all that it writes goes here.
-        input_hash: hash of everything that it reads.
-    """
-
-    session: Session
-    name: str
-    folder: Path
-    input_hash: str
-
-    def say(self, line: str) -> None:
-        """Print one line for people."""
-        self.session.say(f"  {line}")
-
-    def write_model(
-        self,
-        save: Callable[[Path], None],
-        *,
-        kind: str,
-        parent: str,
-        teacher: str | None,
-        figures: dict[str, Any],
-        mask: str | None = None,
-        tokenizer: PreTrainedTokenizerFast | None = None,
-    ) -> Artifact:
-        """Write the stage's model folder, whole or not at all, with tokenizer and lineage.
+    def of_model(self, reference: str, check: Callable[[View, Config | None], None]) -> Forecast:
+        """What is made of one model whose config stays as it is.
 
         Args:
-            save: writes weights and config into the folder it is given.
-            kind: the stage's kind.
-            parent: reference of the model that this one was made from.
-            teacher: reference of the model that it learned from.
-            figures: go into the lineage.
-            mask: see :class:`~distill.core.artifact.Lineage`.
-            tokenizer: with the vocabulary cut; None is that of the session.
+            reference: of that model.
+            check: raises InputError when the stage cannot work with the model, whose config it is given (None: not
+                known) with a view in which the model has that config alone.
         """
-        from distill.models.load import licence_of
+        made, fits, refused = self.configs(reference), [], []
+        for config in made or (None,):
+            try:
+                check(self if config is None else self._supposing(reference, config), config)
+                fits.append(config)
+            except InputError as error:
+                refused.append(error)
+        makes = [config for config in fits if config is not None]
+        return Forecast(
+            makes=makes if fits else made,  # what later stages are compared with even where this one is refused
+            is_open=self.is_open(reference),
+            grids=(),
+            refused=refused,
+            is_refused=not fits,
+        )
 
-        artifact = self.session.run.model(self.name)
-        above = self.session.artifact(parent)
-        line = above.lineage()
-        with replacing(Path(artifact.location)) as folder:
-            save(folder)
-            speaks = tokenizer or self.session.tokenizer()
-            speaks.save_pretrained(folder)
-            write_lineage(
-                folder,
-                Lineage(
-                    stage=self.name,
-                    kind=kind,
-                    parent=parent,
-                    teacher=teacher,
-                    base_model=line.base_model if line else self._base_model(parent),
-                    licence=line.licence if line else licence_of(above.location),
-                    input_hash=self.input_hash,
-                    figures=figures,
-                    mask=mask,
-                    num_tokens=len(speaks) if tokenizer is not None or self.session.is_cut else None,
-                ),
-            )
-        return artifact
-
-    def _base_model(self, parent: str) -> str:
-        return str(self.session.teacher) if parent == "teacher" else parent
+    def _supposing(self, reference: str, config: Config) -> View:
+        known = replace(self.known.get(reference, Forecast()), makes=(config,))
+        return replace(self, known={**self.known, reference: known})

@@ -1,10 +1,11 @@
-"""A model as a deliverable: exported, reloaded in its engine, and held against the trained one."""
+"""A model as a deliverable: exported, reloaded in its engine, and compared with the trained one."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,8 +13,17 @@ from distill.core.artifact import Artifact, replacing
 from distill.core.spec import NAME
 from distill.exporters import EXPORTERS, HuggingFace
 from distill.exporters.base import EngineMissing, ExporterSpec, VerifyResult
-from distill.stages.base import StageContext, StageSpec
-from distill.stages.evaluate import local_folder, measured_rows
+from distill.stages.base import StageSpec, View
+from distill.stages.checks import check_task
+from distill.stages.evaluate.rows import measured_rows
+from distill.stages.forecast import Forecast
+
+if TYPE_CHECKING:
+    from distill.stages.session import StageContext
+
+
+LONGEST = 100
+"""Characters of a title that is made of other names."""
 
 
 class Export(StageSpec):
@@ -27,17 +37,35 @@ class Export(StageSpec):
     title: str | None = Field(None, pattern=NAME)
     """What the model and its folder are called: letters, digits, . _ -; unset: <recipe>-<model>."""
     verify_sequences: int = Field(8, ge=1)
-    """Sequences of validation text on which the export is held against the trained model."""
+    """Sequences of validation text on which the export is compared with the trained model."""
 
-    makes_model: ClassVar[bool] = False
+    makes_file: ClassVar[bool] = True
 
     def references(self) -> list[tuple[tuple[str | int, ...], str]]:
         """The model that is exported."""
         return [(("model",), self.model)]
 
+    def same_tokens(self) -> list[tuple[tuple[str | int, ...], str]]:
+        """None: a model is exported with its own tokenizer."""
+        return []
+
     def reads(self, earlier: list[str]) -> list[str]:
         """The model, and whatever was measured before, since the card shows it."""
         return [self.model, *earlier]
+
+    def forecast(self, view: View) -> Forecast:
+        """The format, and the engine if it is not here to verify it.
+
+        Raises:
+            InputError: the model cannot be written so.
+        """
+        model = view.known.get(self.model)
+        if model is not None and model.grids is not None:
+            self.target.check_grids(model.grids, model.activations, model.embeddings)
+        check_task(self, view, self.target.tasks)
+        unverified = None if self.missing() else self.target.missing_engine()
+        does = self.target.kind if unverified is None else f"{self.target.kind}, {unverified}"
+        return Forecast(reads=self.reading(), does=[does])
 
     def missing(self) -> str | None:
         """A package that writes the format."""
@@ -52,16 +80,23 @@ class Export(StageSpec):
         """The deliverable."""
         return str(figures["folder"])
 
+    def rehearse(self, context: StageContext) -> None:
+        """Compare the target with the tokenizer and the architecture."""
+        from distill.stages.rehearsal import check_target
+
+        check_target(context, self.model, self.target)
+
     def run(self, context: StageContext) -> dict[str, Any]:
         """Export, reload, compare; only an export that was not found wrong takes its place, and one that could
         not be verified says so."""
         from distill.data.tokenizer import load_tokenizer
         from distill.exporters.model_card import write_card
         from distill.models.load import load_model
+        from distill.stages.models import local_folder
 
         session = context.session
         source = Path(local_folder(session.artifact(self.model)))
-        title = self.title or f"{session.recipe}-{Path(self.model).name}"
+        title = self.title or re.sub("[^A-Za-z0-9._-]+", "-", f"{session.recipe}-{Path(self.model).name}")[:LONGEST]
         batches = list(session.corpus().validation_loader(batch_size=4, num_sequences=self.verify_sequences))
         place = context.folder / title
         with replacing(place) as folder:
@@ -96,6 +131,6 @@ class Export(StageSpec):
 
 
 def _card_rows(rows: list[Any]) -> list[dict[str, str]]:
-    from distill.tracking.tables import cell, kernel, shown
+    from distill.reporting.tables import cell, kernel, shown
 
     return [{"model": row.name, **{c.header: cell(row, c) for c in shown(rows)}, "kernel": kernel(row)} for row in rows]

@@ -2,95 +2,103 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from distill.core.errors import InputError
-from distill.core.spec import Spec
+from distill.core.model_config import check_config
 from distill.losses import CrossEntropy
+from distill.models.configs import AT_MOST
 from distill.models.lora import LoraSpec
-from distill.stages.base import StageContext, StageSpec
+from distill.models.new import NewModel
+from distill.pruning.layout import Config
+from distill.stages.ask_every import AskEvery, check_asked
+from distill.stages.base import View
+from distill.stages.checks import check_sizes, check_task
+from distill.stages.forecast import Forecast, Training
+from distill.stages.passes import say_passes
+from distill.stages.text import ReadsText
 from distill.training.spec import BudgetSpec
 
-
-class NewModel(Spec):
-    """A model that does not exist yet, from a config of transformers."""
-
-    config: dict[str, Any]
-    """``model_type`` and the keys of its config; vocab_size comes from the tokenizer if it is not given."""
+if TYPE_CHECKING:
+    from distill.stages.session import StageContext
 
 
-class Finetune(BudgetSpec, StageSpec):
+class Finetune(BudgetSpec, ReadsText):
     """Train a model on the text itself (cross-entropy), without a teacher."""
 
     makes_model: ClassVar[bool] = True
 
     kind: Literal["finetune"] = "finetune"
     model: str | NewModel
-    """What to train: "teacher", an earlier stage, a folder, a Hub id, or {config: ...} for a new model."""
+    """Model to train: "teacher", an earlier stage, a folder, a Hub id, or {config: ...} for a new model."""
     weights: Literal["pretrained", "random"] = "pretrained"
-    """random: keep the architecture, forget the weights (a control)."""
+    """random: keep the architecture and initialise the weights randomly (a control)."""
     lora: LoraSpec | None = None
-    """Train adapters instead of the weights; unset is off."""
+    """Train LoRA adapters instead of the weights; unset is off."""
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the stored weights; auto is that of the model it starts from (float32 for a new one)."""
+    """Dtype of the stored weights; auto is that of the model before training (float32 for a new model)."""
+    evaluate_every: AskEvery | None = None
+    """Evaluate tasks during training, {num_steps: 200, tasks: {...}}, for curves of accuracy in addition to the loss;
+    unset is off."""
 
     def references(self) -> list[tuple[tuple[str | int, ...], str]]:
         """The model that is trained."""
         return [(("model",), self.model)] if isinstance(self.model, str) else []
 
+    def same_tokens(self) -> list[tuple[tuple[str | int, ...], str]]:
+        """The model, unless its weights are forgotten; then it may learn any."""
+        return [] if self.weights == "random" else self.references()
+
+    def forecast(self, view: View) -> Forecast:
+        """A model of the same shape, trained on the text."""
+        if isinstance(self.model, str):
+            forecast = view.of_model(self.model, self._check)
+        else:
+            check_config(self.model.config, "model.config")
+            forecast = self._new(view, self.model.config)
+            self._check(view, forecast.makes[0])
+        return replace(
+            forecast,
+            reads=self.reading(),
+            does=self.in_words(view.data.sequence_length, view.data.packing),
+            training=Training(self, [CrossEntropy()], lora=self.lora),
+        )
+
+    def _new(self, view: View, config: Config) -> Forecast:
+        """A new model; its tokens are those of the run's tokenizer, where its config does not say."""
+        if "vocab_size" in config:
+            return Forecast(makes=[dict(config)], grids=())
+        tokens = view.vocabulary()
+        known = {} if tokens is None else {"vocab_size": tokens}
+        return Forecast(makes=[{**known, AT_MOST: True, **config}], grids=(), is_open=True)
+
+    def _check(self, view: View, config: Config | None) -> None:
+        check_sizes(self, view, config)
+        check_task(self, view)
+        check_asked(self.evaluate_every, view)
+
+    def rehearse(self, context: StageContext) -> None:
+        """Compare the model's tokens with the run's; write a model folder without weights."""
+        from distill.stages.rehearsal import check_outside, rehearse_model
+
+        if isinstance(self.model, str):
+            check_outside(context, self.model, tokens=self.weights == "pretrained")
+        if self.evaluate_every is not None:
+            self.evaluate_every.rehearse(context)
+        rehearse_model(context, self.model)
+        say_passes(context, self)
+
     def run(self, context: StageContext) -> dict[str, Any]:
         """Train, then write the model."""
-        from distill.stages.train import hold_mask, save_plain, stored_dtype_of, train
-        from distill.training.assemble import assemble, disassemble
+        from distill.stages.train import train_and_write
 
-        start = starting_model(context, self.model, self.weights)
-        location = context.session.artifact(self.model).location if isinstance(self.model, str) else None
-        dtype = stored_dtype_of(location, self.save_dtype) if location else self.save_dtype.replace("auto", "float32")
-        mask = None
-        if isinstance(self.model, str) and self.weights == "pretrained":
-            mask = hold_mask(context, self.model, start, lora=self.lora is not None)
-        student = assemble(start, lora=self.lora, gradient_checkpointing=context.session.compute.gradient_checkpointing)
-        figures = train(context, student, [CrossEntropy()], self, teacher=None)
-        parent = self.model if isinstance(self.model, str) else "a new model"
-        context.write_model(
-            save_plain(disassemble(student), dtype),
-            kind=self.kind,
-            parent=parent,
-            teacher=None,
-            figures=figures,
-            mask=mask,
+        return train_and_write(
+            context,
+            self,
+            self.model,
+            [CrossEntropy()],
+            weights=self.weights,
+            lora=self.lora,
+            save_dtype=self.save_dtype,
+            evaluate_every=self.evaluate_every,
         )
-        return figures
-
-
-def starting_model(context: StageContext, reference: str | NewModel, weights: str) -> Any:
-    """The model that training starts from, in fp32: loaded, of the same shape with random weights, or new.
-
-    In a process that is sent its shares later it has no numbers yet.
-
-    Raises:
-        InputError: it cannot be loaded or built, or is too small for the tokenizer.
-    """
-    from distill.data.tokenizer import check_read_back
-    from distill.models.load import empty_model, load_config, new_config, new_model
-    from distill.stages.train import check_speaks, load_trainable
-
-    session = context.session
-    if isinstance(reference, NewModel):
-        tokenizer = session.tokenizer()
-        tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        known = {"vocab_size": len(tokenizer)} | {k: v for k, v in tokens.items() if v is not None}
-        config = new_config(known | reference.config)
-        if config.get_text_config().vocab_size < len(tokenizer):
-            raise InputError(
-                f"config.vocab_size ({config.vocab_size}) is less than the tokenizer's {len(tokenizer)} tokens"
-            )
-        check_read_back(tokenizer, config.model_type)
-        return empty_model(config) if session.is_sent_models else new_model(config, seed=session.seed)
-    location = session.artifact(reference).location
-    check_speaks(context, location, tokens=weights == "pretrained")
-    if weights == "random":
-        config = load_config(location)
-        check_read_back(session.tokenizer(), config.model_type)
-        return empty_model(config) if session.is_sent_models else new_model(config, seed=session.seed)
-    return load_trainable(context, location)

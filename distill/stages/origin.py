@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from distill.core.artifact import LINEAGE, Artifact
 from distill.core.errors import InputError
-from distill.pruning.origin import Origin
-from distill.stages.prune import PLAN
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from distill.stages.base import Session
+from distill.pruning.origin import PLAN, Origin
+from distill.stages.session import Session
 
 
 def origin_of(session: Session, student: str, teacher: str) -> Origin | None:
@@ -46,18 +41,36 @@ def origin_of(session: Session, student: str, teacher: str) -> Origin | None:
 
 
 def _line(session: Session, reference: str) -> Iterator[tuple[str, Path | None]]:
-    """(place, plan by which it was cut out of the next one) of a model, its parent and so on, as far as is known."""
-    with suppress(InputError):  # an ancestor that is gone
-        while True:
+    """(place, plan by which it was cut out of the next one) of a model, its parent and so on, as far as is known.
+
+    Raises:
+        InputError: the lineage or the plan of a stage has changed since it was finished.
+    """
+    while True:
+        reference = session.teacher_behind(reference)
+        is_stage = reference in session.stages
+        if is_stage and (session.run.stage(reference) / "model" / LINEAGE).exists():
+            session.run.check(reference, f"model/{LINEAGE}")
+        try:
             artifact = session.artifact(reference)
             line, folder = artifact.lineage(), Path(artifact.location)
-            cut = line is not None and line.kind == "prune"
-            plan = folder.parent / PLAN if cut and (folder.parent / PLAN).is_file() else None
-            yield str(folder.resolve()) if folder.is_dir() else artifact.location, plan
-            if line is None or (cut and plan is None):
+        except InputError:  # an ancestor that is gone
+            return
+        plan: Path | None = None
+        if line is not None and line.kind == "prune":
+            plan = session.run.result(reference, PLAN) if is_stage else folder.parent / PLAN
+            if plan is None or not plan.is_file():
+                yield _place(artifact), None
                 return
-            if reference in session.stages:
-                reference = line.parent
-            else:  # another run's: its stages are folders beside this one, and its teacher is the root of the line
-                beside = folder.parent.parent / line.parent / folder.name
-                reference = str(beside) if beside.is_dir() else line.base_model
+        yield _place(artifact), plan
+        if line is None:
+            return
+        if is_stage:
+            reference = line.parent
+        else:  # another run's: its stages are folders beside this one, and its teacher is the root of the line
+            beside = folder.parent.parent / line.parent / folder.name
+            reference = str(beside) if beside.is_dir() else line.base_model
+
+
+def _place(artifact: Artifact) -> str:
+    return str(artifact.folder.resolve()) if artifact.folder is not None else artifact.location

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from distill.stages.base import StageContext, StageSpec
+from distill.pruning.layout import Config
+from distill.stages.base import View
+from distill.stages.checks import check_task
+from distill.stages.forecast import Forecast
+from distill.stages.text import ReadsText
+
+if TYPE_CHECKING:
+    from distill.stages.session import StageContext
 
 
-class Sparsify(StageSpec):
+class Sparsify(ReadsText):
     """Mask weights of a model; its size and speed stay, as zeros are stored and run like other numbers."""
 
     makes_model: ClassVar[bool] = True
 
     kind: Literal["sparsify"] = "sparsify"
     model: str = "teacher"
-    """What to mask: "teacher", an earlier stage, a folder or a Hub id."""
+    """Model to sparsify: "teacher", an earlier stage, a folder or a Hub id."""
     pattern: Literal["2:4", "unstructured"] = "2:4"
-    """Where zeros may stand: two of every four neighbours in a row, or anywhere in a row."""
+    """Positions of the zeros: two of every four neighbours in a row, or anywhere in a row."""
     share: float | None = Field(None, gt=0, lt=1)
-    """Share of the weights of each row that become zero, where the pattern is unstructured; null with 2:4."""
+    """Fraction of the weights of each row that become zero, for pattern: unstructured; null with 2:4."""
     criterion: Literal["wanda", "magnitude"] = "wanda"
-    """By what weights are chosen: size times the input's norm on the calibration set, or size alone."""
+    """Score by which weights are chosen. wanda: magnitude times the norm of the input on the calibration set."""
     calibration_batch_size: int = Field(8, ge=1)
-    """Sequences a forward pass; how many there are in all is data.calibration_sequences."""
+    """Number of sequences per forward pass; data.calibration_sequences is their total number."""
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the stored weights; auto is that of the model that is masked."""
+    """Dtype of the stored weights; auto is that of the model before."""
 
     @model_validator(mode="after")
     def _share_belongs_to_unstructured(self) -> Sparsify:
@@ -43,21 +51,32 @@ class Sparsify(StageSpec):
         """The model that is masked."""
         return [(("model",), self.model)]
 
+    def forecast(self, view: View) -> Forecast:
+        """A model of the same shape."""
+        return replace(view.of_model(self.model, self._check), reads=self.reading())
+
+    def _check(self, view: View, config: Config | None) -> None:
+        check_task(self, view)
+
+    def rehearse(self, context: StageContext) -> None:
+        """Compare the model's tokens with the run's; write a model folder without weights."""
+        from distill.stages.rehearsal import check_outside, rehearse_model
+
+        check_outside(context, self.model)
+        rehearse_model(context, self.model)
+
     def run(self, context: StageContext) -> dict[str, Any]:
         """Choose, set to zero, write."""
         from distill.models.layouts import layout_for
-        from distill.models.load import load_config, load_model, move
+        from distill.models.load import load_config, move
         from distill.pruning.mask import apply_mask, masked_layers, nonzero_share, squares_of_inputs
-        from distill.stages.train import check_packing, check_speaks, save_plain, stored_dtype_of
-        from distill.training.trainer import resolve_device
+        from distill.stages.models import check_vocabulary, load_on_device, save_plain, stored_dtype_of
 
         location = context.session.artifact(self.model).location
         dtype = stored_dtype_of(location, self.save_dtype)
-        check_speaks(context, location)
+        check_vocabulary(context, location)
         layout = layout_for(load_config(location).model_type)
-        device = resolve_device(context.session.compute)
-        loaded = check_packing(context, load_model(location, dtype="float32" if device == "cpu" else "auto"))
-        model = move(loaded, device)
+        model = load_on_device(context, location)
         layers = masked_layers(model, layout)
         squares = {}
         if self.criterion == "wanda":
@@ -69,7 +88,6 @@ class Sparsify(StageSpec):
         figures = {"masked_layers": len(layers), "nonzero_share": share}
         context.write_model(
             save_plain(move(model, "cpu"), dtype),
-            kind=self.kind,
             parent=self.model,
             teacher=None,
             figures=figures,

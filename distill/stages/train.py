@@ -2,23 +2,103 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
 
 from distill.core.artifact import fingerprint
 from distill.core.errors import InputError
+from distill.data.chat_spec import ChatSpec
+from distill.data.corpus import Corpus
+from distill.data.micro_batches import MicroBatches
+from distill.data.packing import file_lock
+from distill.data.tokenizer import load_tokenizer
+from distill.evaluation.tasks.in_memory import ModelInMemory
 from distill.losses.base import AnyLossSpec
-from distill.stages.base import SELF, Released, StageContext
-from distill.training.spec import BudgetSpec, split_batch
+from distill.models.lora import LoraSpec
+from distill.models.memory import give_back_memory
+from distill.models.new import NewModel
+from distill.stages.ask_every import AskEvery
+from distill.stages.base import SELF
+from distill.stages.cache_teacher.student import open_cache
+from distill.stages.ends import differences
+from distill.stages.models import (
+    check_context_length,
+    check_packing,
+    hold_mask,
+    load_frozen,
+    save_plain,
+    starting_model,
+    stored_dtype_of,
+)
+from distill.stages.order import losses_of_teacher
+from distill.stages.origin import origin_of
+from distill.stages.passes import passes_of
+from distill.stages.rehearsal import check_room
+from distill.stages.session import RankDone, Session, StageContext
+from distill.training.ask import Asked
+from distill.training.assemble import Student, assemble, disassemble
+from distill.training.ends import agreed_ends, ends_of
+from distill.training.live_teacher import LiveTeacher
+from distill.training.module import DistillationModule
+from distill.training.on_policy import OnPolicy
+from distill.training.own_weights import OwnWeights
+from distill.training.ranks import from_first, together
+from distill.training.spec import BudgetSpec, DistillSpec, OnPolicySpec, split_batch
+from distill.training.teacher import Teacher
+from distill.training.trainer import fit, resolve_device, resolve_teacher
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-    from distill.training.assemble import Student
-    from distill.training.live_teacher import LiveTeacher
-    from distill.training.on_policy import OnPolicy
-    from distill.training.teacher import Teacher
+def train_and_write(
+    context: StageContext,
+    budget: BudgetSpec,
+    start: str | NewModel,
+    losses: Sequence[AnyLossSpec],
+    *,
+    teacher: str | None = None,
+    weights: Literal["pretrained", "random"],
+    lora: LoraSpec | None,
+    save_dtype: str,
+    evaluate_every: AskEvery | None = None,
+) -> dict[str, Any]:
+    """Train a model in plain precision and write it as the stage's model.
+
+    Args:
+        context: of the stage.
+        budget: how long.
+        start: reference of the model to train, or a new one.
+        losses: at least one.
+        teacher: reference of the frozen teacher or of its cache, "self", or None.
+        weights: "random" forgets those of the model.
+        lora: adapters to train in place of the weights, or None.
+        save_dtype: of the stored weights; "auto" is that of the model that training starts from.
+        evaluate_every: what the model is asked while it trains; None: nothing.
+
+    Returns:
+        Figures, see :func:`train`.
+
+    Raises:
+        RankDone: in all processes but the first.
+    """
+    session = context.session
+    model = starting_model(context, start, weights)
+    mask, dtype = None, save_dtype.replace("auto", "float32")
+    if isinstance(start, str):
+        dtype = stored_dtype_of(session.artifact(start).location, save_dtype)
+        mask = hold_mask(context, start, model, lora=lora is not None) if weights == "pretrained" else None
+    student = assemble(model, lora=lora, gradient_checkpointing=session.compute.gradient_checkpointing)
+    parent = start if isinstance(start, str) else "a new model"
+    figures = train(context, student, losses, budget, teacher=teacher, start=parent, evaluate_every=evaluate_every)
+    context.write_model(
+        save_plain(disassemble(student), dtype),
+        parent=parent,
+        teacher=None if teacher is None else session.teacher_behind(parent if teacher == SELF else teacher),
+        figures=figures,
+        mask=mask,
+    )
+    return figures
 
 
 def train(
@@ -31,6 +111,8 @@ def train(
     start: str | None = None,
     quantized_from_step: int = 0,
     freeze_scales: float | None = None,
+    evaluate_every: AskEvery | None = None,
+    scored_by: str | None = None,
 ) -> dict[str, Any]:
     """Train an assembled student in place, from the stage's last checkpoint if there is one.
 
@@ -42,66 +124,59 @@ def train(
         losses: at least one.
         budget: how long; a budget of 0 does nothing.
         teacher: reference of the frozen teacher or of its cache, "self", one that is loaded, or None.
-        start: reference of the model that the student starts from, or None without a teacher.
+        start: reference of the model that the student starts from; needed with a reference of a teacher alone.
         quantized_from_step: steps that a fake-quantized student makes in full precision first.
         freeze_scales: share of the steps after which the scales of its weights stand still; None: they never do.
+        evaluate_every: what the student is asked while it trains; None: nothing.
+        scored_by: reference of a teacher that is loaded, whose loss may order the rows.
 
     Returns:
         Figures: steps, tokens, seconds of training, tokens a second.
 
     Raises:
-        Released: in all processes but the first.
+        RankDone: in all processes but the first.
     """
-    from distill.data.packing import alone
-    from distill.stages.cache_teacher import open_cache
-    from distill.stages.origin import origin_of
-    from distill.training.live_teacher import LiveTeacher
-    from distill.training.module import DistillationModule
-    from distill.training.own_weights import OwnWeights
-    from distill.training.ranks import together
-    from distill.training.trainer import fit, resolve_device, resolve_teacher
-
     session, world = context.session, context.session.world
-    corpus = session.corpus()
-    tokens_per_sequence = corpus.tokens_per_sequence
+    tokens_per_sequence = session.corpus().tokens_per_sequence
     num_steps = budget.steps(tokens_per_sequence)
     if num_steps == 0:
         return {"training_steps": 0, "training_tokens": 0, "training_seconds": 0.0}
-    held_from_step = None if freeze_scales is None else int(freeze_scales * num_steps)
+    times = passes_of(context, budget)
+    learn_to_stop(context, student.model, session.corpus().stops)
     check_context_length(student.model, session.data.sequence_length)
     check_packing(context, student.model)
-    made_of = {"recipe, text and models": context.input_hash}
-    if isinstance(teacher, str) and teacher != SELF:
-        made_of["teacher"] = fingerprint(session.artifact(teacher).location)
-    source: Teacher | None = None
-    if isinstance(teacher, LiveTeacher):
-        source, teacher = teacher, None
-    elif teacher == SELF:
-        source = OwnWeights(student.model)
-    elif teacher in session.stages and session.stages[teacher].makes_signal:
-        with alone(context.folder):  # of several processes the first writes what the cache lacks
-            corpus, source = open_cache(context, teacher, num_steps * budget.batch_size)
-    elif teacher is not None:
-        device, _ = resolve_teacher(session.compute)
-        # one that is not beside the student is not shared out
-        beside = device.type == resolve_device(session.compute)
-        source = LiveTeacher(load_frozen(context, teacher, is_shared_out=beside), device)
+    if world.rank == 0:
+        check_room(context, student.model)
+    reference = teacher if isinstance(teacher, str) else None
+    provenance = {"recipe, text and models": context.input_hash}
+    if reference is not None and reference != SELF:
+        provenance["teacher"] = fingerprint(session.artifact(reference).location)
+    corpus, source = _corpus_and_teacher(context, student, teacher, num_steps * budget.batch_size)
     module = DistillationModule(
         student.model,
         losses,
         source,
-        on_policy=open_on_policy(context, budget, student.model, source, teacher),
+        on_policy=open_on_policy(context, budget, student.model, source, reference),
         optimizer=budget.optimizer,
         num_steps=num_steps,
-        origin=origin_of(session, start, teacher) if start is not None and teacher is not None else None,
+        origin=origin_of(session, start, reference) if start is not None and reference is not None else None,
         quantized_from_step=quantized_from_step,
-        held_from_step=held_from_step,
+        held_from_step=None if freeze_scales is None else int(freeze_scales * num_steps),
     )
     for line in module.states.summary() if module.states is not None else ():
         context.say(line)
-    started = time.perf_counter()
+    for line in differences(context, student.model, reference, session.corpus().stops) if start is not None else ():
+        context.say(line)
+    micro = split_batch(budget, session.compute, world.size)[0]
+    num_sequences = num_steps * budget.batch_size
+    judge = scored_by if reference is None else session.teacher_behind(str(start) if reference == SELF else reference)
+    hardness = losses_of_teacher(context, judge, num_sequences, micro)
+    if num_sorted := corpus.num_sorted(num_sequences):
+        how = "short to long" if hardness is None else "easy to hard for the teacher"
+        context.say(f"data.order: rows come from {how} for the first {num_sorted / budget.batch_size:,.0f} steps")
     with together(world, resolve_device(session.compute), context.name):
-        fit(
+        hardness = from_first(hardness)  # of processes on several machines each has its own, equal but for rounding
+        seconds = fit(
             module,
             budget,
             session.compute,
@@ -109,45 +184,52 @@ def train(
             folder=context.folder,
             tokens_per_sequence=tokens_per_sequence,
             train_loader=lambda micro, consumed: corpus.train_loader(
-                micro, consumed, world.rank, world.size, session.compute.num_workers
+                MicroBatches(micro, consumed, world.rank, world.size),
+                session.compute.num_workers,
+                num_sequences,
+                hardness,
             ),
-            validation_loader=corpus.validation_loader(split_batch(budget, session.compute, world.size)[0]),
+            validation_loader=corpus.validation_loader(micro),
             logger=session.logger(),
             say=session.say,
             world=world,
-            made_of=made_of,
+            provenance=provenance,
+            ask=None if evaluate_every is None else _asked(evaluate_every, student.model, session, micro),
         )
     if world.rank:
-        raise Released
-    seconds = time.perf_counter() - started
+        raise RankDone
+    is_planned, counted = module.on_policy is None, int(module.tokens_read)
+    del module, source
+    give_back_memory()
     planned = round(num_steps * budget.batch_size * tokens_per_sequence)
-    tokens = planned if module.on_policy is None else int(module.tokens_read)
-    return {"training_steps": num_steps, "training_tokens": tokens, "training_seconds": round(seconds, 1)}
+    tokens = planned if is_planned else counted
+    figures = {"training_steps": num_steps, "training_tokens": tokens, "training_seconds": round(seconds, 1)}
+    return figures | ({"passes": times} if times else {})
 
 
-def check_own_teacher(teacher: str, lora: object, *, silent: bool) -> None:
-    """Refuse ``teacher: self`` where the student cannot be it.
+def _asked(every: AskEvery, model: PreTrainedModel, session: Session, micro: int) -> Asked:
+    """What asks the student, with as many tokens at once as its training reads."""
+    chat, tokens = session.data.chat or ChatSpec(), micro * session.data.sequence_length
+    lm = ModelInMemory(model, session.tokenizer(), chat=chat, batch_tokens=tokens, gives_up=True)
+    return Asked(every.num_steps, partial(every.ask, lm))
 
-    Args:
-        teacher: of a stage.
-        lora: of it, or None.
-        silent: whether the student starts as its own teacher exactly and no loss of the stage looks at the text.
 
-    Raises:
-        ValueError: with one line.
-    """
-    if teacher != SELF:
-        return
-    if lora is None:
-        raise ValueError(
-            "teacher: self is the student as it starts, which only adapters keep; add lora: {}, or name the model that "
-            "the student starts from (it is then loaded a second time)"
-        )
-    if silent:
-        raise ValueError(
-            "teacher: self teaches nothing here, as student and teacher start the same; add a loss on the text "
-            "(cross_entropy) or name another teacher"
-        )
+def _corpus_and_teacher(
+    context: StageContext, student: Student, teacher: str | LiveTeacher | None, num_sequences: int
+) -> tuple[Corpus, Teacher | None]:
+    """The text, with a cached teacher's output in its batches, and the teacher that reads it."""
+    session = context.session
+    if teacher is None or isinstance(teacher, LiveTeacher):
+        return session.corpus(), teacher
+    if teacher == SELF:
+        return session.corpus(), OwnWeights(student.model)
+    if teacher in session.stages and session.stages[teacher].makes_signal:
+        with file_lock(context.folder):  # of several processes the first writes what the cache lacks
+            return open_cache(context, teacher, num_sequences)
+    device, _ = resolve_teacher(session.compute)
+    # one that is not beside the student is not sharded
+    beside = device.type == resolve_device(session.compute)
+    return session.corpus(), LiveTeacher(load_frozen(context, teacher, is_sharded=beside), device)
 
 
 def open_on_policy(
@@ -165,14 +247,11 @@ def open_on_policy(
     Raises:
         InputError: student, teacher and the run's tokenizer do not end a text alike.
     """
-    from distill.data.tokenizer import load_tokenizer
-    from distill.training.ends import agreed_ends
-    from distill.training.on_policy import OnPolicy
-    from distill.training.spec import DistillSpec
-
     if not isinstance(budget, DistillSpec) or budget.on_policy is None:
         return None
     tokenizer, session = context.session.tokenizer(), context.session
+    if stops := session.corpus().stops:
+        return _of_conversations(budget.on_policy, session, stops, teacher)
     end: int = tokenizer.eos_token_id
     ours = theirs = student.generation_config.eos_token_id
     if teacher is not None and teacher.model is not None and teacher.model is not student:
@@ -181,146 +260,46 @@ def open_on_policy(
         if written != end and not session.is_cut:  # in a part of its tokens the teacher is cut to end as they do
             raise InputError(
                 f"on_policy: the run's tokenizer ends a text with token {end}, the teacher's with {written}; "
-                "set data.tokenizer: teacher, or mend eos_token in the teacher's tokenizer_config.json"
+                "set data.tokenizer: teacher, or fix eos_token in the teacher's tokenizer_config.json"
             )
     ends = agreed_ends(ours, theirs, end)
     return OnPolicy(budget.on_policy, seed=session.seed, ends=ends, vocabulary=len(tokenizer))
 
 
-def load_trainable(context: StageContext, location: str) -> PreTrainedModel:
-    """A model in fp32; without numbers in a process that is sent its shares of it later.
+def _of_conversations(
+    spec: OnPolicySpec, session: Session, stops: tuple[int, ...], teacher: Teacher | None
+) -> OnPolicy:
+    """What writes turns of the assistant; they end with what the chat template ends them with.
 
     Raises:
-        InputError: it cannot be loaded.
+        InputError: the teacher ends none so, and would not teach the student to.
     """
-    from distill.models.load import load_empty, load_model
+    if teacher is not None and teacher.model is not None:
+        theirs = ends_of(teacher.model.generation_config.eos_token_id)
+        if not theirs & {*stops}:
+            raise InputError(
+                f"on_policy: the chat template ends a turn with token {' or '.join(map(str, stops))}, the teacher with "
+                f"{' or '.join(map(str, sorted(theirs))) or '(none)'}, so own sequences would not learn to end; take "
+                "the teacher's own template (data.chat.template: teacher), or add that eos_token_id to its "
+                "generation_config.json"
+            )
+    vocabulary, length = len(session.tokenizer()), session.data.sequence_length
+    return OnPolicy(spec, seed=session.seed, ends=stops, vocabulary=vocabulary, row_of_conversations=length)
 
-    empty = load_empty(location) if context.session.is_sent_models else None
-    return load_model(location, dtype="float32") if empty is None else empty
 
-
-def load_frozen(context: StageContext, reference: str, *, is_shared_out: bool = False) -> PreTrainedModel:
-    """A teacher in the precision that ``compute`` asks for, in the tokens of the stage.
+def learn_to_stop(context: StageContext, student: PreTrainedModel, stops: tuple[int, ...]) -> None:
+    """Let a student that learns to end its turns be known to: engines stop at what its generation config names.
 
     Args:
         context: of the stage.
-        reference: of the teacher.
-        is_shared_out: whether it will be, under fsdp; then it has no numbers yet in a process that is sent its shares.
-
-    Raises:
-        InputError: it speaks another vocabulary than the run.
+        student: its generation config is saved with it; changed.
+        stops: ids that end a turn of the assistant; none where the text is no conversations.
     """
-    from distill.models.load import load_empty
-    from distill.stages.tokens import load_speaking
-    from distill.training.trainer import resolve_teacher
-
-    location, session = context.session.artifact(reference).location, context.session
-    # a cut vocabulary is carved as it is read, so every process reads that
-    is_sent = is_shared_out and session.is_sent_models and not session.is_cut
-    if is_sent and (empty := load_empty(location)) is not None:
-        return empty
-    _, dtype = resolve_teacher(context.session.compute)
-    return check_packing(context, load_speaking(context, location, dtype))
-
-
-def check_speaks(context: StageContext, location: str, *, tokens: bool = True) -> None:
-    """Refuse a model that gives the run's token ids another meaning, or has no row for some of them.
-
-    Args:
-        context: of the stage.
-        location: the model's folder or Hub id.
-        tokens: whether to compare its tokenizer too; a model whose weights are forgotten may learn any.
-
-    Raises:
-        InputError: it does not speak the tokens of the run.
-    """
-    from distill.data.tokenizer import check_same_vocabulary, load_tokenizer
-    from distill.models.load import load_config
-
-    tokenizer = context.session.tokenizer()
-    rows = load_config(location).get_text_config().vocab_size
-    if rows < len(tokenizer):
-        raise InputError(
-            f"{location}: the model has {rows} embeddings for the {len(tokenizer)} tokens of the run's tokenizer; "
-            "choose a model of the same vocabulary or set data.tokenizer"
-        )
-    if tokens:
-        check_same_vocabulary(load_tokenizer(location), tokenizer)
-
-
-def check_packing(context: StageContext, model: PreTrainedModel) -> PreTrainedModel:
-    """The model, if it keeps documents apart where the run's rows hold several of them; who reads it finds out.
-
-    Raises:
-        InputError: it lets them see each other.
-    """
-    from distill.models.packed import check_apart
-
-    if context.session.data.keeps_apart and not context.session.is_sent_models:
-        check_apart(model)
-    return model
-
-
-def check_context_length(model: PreTrainedModel, length: int, what: str = "data.sequence_length") -> None:
-    """Refuse sequences that are longer than the positions the model was made for.
-
-    Raises:
-        InputError: they are.
-    """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise InputError(f"{what} ({length}) is longer than the model's {limit} positions; lower it")
-
-
-def hold_mask(context: StageContext, reference: str, model: PreTrainedModel, *, lora: bool) -> str | None:
-    """Hold the zeros of a masked model through the training to come; nothing to do where there is no mask.
-
-    Args:
-        context: of the stage.
-        reference: of the model that training starts from.
-        model: that model, before anything is wrapped.
-        lora: whether adapters are to be trained.
-
-    Returns:
-        The mask in words, for the lineage of what is made, or None.
-
-    Raises:
-        InputError: adapters would fill the zeros when they are merged.
-    """
-    lineage = context.session.artifact(reference).lineage()
-    if lineage is None or lineage.mask is None:
-        return None
-    if context.session.compute.strategy == "fsdp" and context.session.world.size > 1:
-        raise InputError(f"{reference}: its weights are masked, which compute.strategy: fsdp cannot hold; use ddp")
-    if lora:
-        raise InputError(
-            f"{reference}: its weights are masked ({lineage.mask}), and a merged adapter would fill the zeros; "
-            "train the weights (no lora), or mask after this stage"
-        )
-    from distill.models.layouts import layout_for
-    from distill.pruning.mask import hold_zeros, masked_layers
-
-    hold_zeros(masked_layers(model, layout_for(model.config.model_type)))
-    return lineage.mask
-
-
-def save_plain(model: PreTrainedModel, stored_dtype: str) -> Any:
-    """A writer of a plain Hugging Face folder for :meth:`StageContext.write_model`, in ``stored_dtype``."""
-    import torch
-
-    from distill.models.load import move
-
-    def save(folder: Any) -> None:
-        move(model, "cpu").to(getattr(torch, stored_dtype)).save_pretrained(folder)
-
-    return save
-
-
-def stored_dtype_of(location: str, wanted: str) -> str:
-    """The dtype in which a student is stored: as asked, or as its parent is."""
-    if wanted != "auto":
-        return wanted
-    from distill.models.load import load_config
-
-    dtype = load_config(location).dtype
-    return str(dtype).removeprefix("torch.") if dtype is not None else "float32"
+    config = getattr(student, "generation_config", None)
+    if config is None or not (missing := [stop for stop in stops if stop not in ends_of(config.eos_token_id)]):
+        return
+    config.eos_token_id = sorted({*ends_of(config.eos_token_id), *stops})
+    # transformers only warns about odd settings of a published config, but refuses to save a changed one
+    config._original_object_hash = hash(config)
+    names = ", ".join(map(repr, context.session.tokenizer().convert_ids_to_tokens(missing)))
+    context.say(f"the student learns to end a turn with {names}: added to eos_token_id of its generation config")

@@ -1,4 +1,4 @@
-"""Where a run's curves and tables go besides its own folder."""
+"""Settings of the logging to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -9,14 +9,29 @@ from pydantic import Field
 from distill.core.spec import Spec
 
 
+class Price(Spec):
+    """What a machine costs; distill knows no prices of its own."""
+
+    per_hour: float = Field(gt=0)
+    """Of one device, or of the machine."""
+    currency: str = Field(min_length=1, max_length=8)
+    """Such as EUR."""
+    per: Literal["device", "machine"] = "device"
+    """device: for each GPU; machine: for all of them together."""
+
+
 class LoggingSpec(Spec):
-    """Weights & Biases; whatever happens to it, the run goes on and its folder holds everything."""
+    """Weights & Biases. If it fails, the run continues; the run folder contains everything that is logged."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online with an API key and a host that answers, else offline; offline files can be synced later."""
+    """auto: online if there is an API key and the host answers, else offline; offline runs can be synced later."""
     project: str = Field("distill", min_length=1)
-    """W&B project; without effect when wandb is disabled."""
+    """W&B project; no effect if wandb is disabled."""
     entity: str | None = None
-    """W&B user or team; null: the key's own."""
+    """W&B user or team; null: the default of the API key."""
     tags: list[str] = Field(default_factory=list)
-    """Labels on the W&B run."""
+    """Tags of the W&B run."""
+    hardware: bool = True
+    """Record the use of processors, memory and GPUs every second in hardware.jsonl of the run folder."""
+    price: Price | None = None
+    """For the cost of each stage in the report; null: no cost is shown."""

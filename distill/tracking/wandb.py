@@ -1,6 +1,6 @@
-"""Weights & Biases, which must never stop a run: a failure costs one line of warning, and the run folder has it all.
+"""Logging to Weights & Biases. A failure never stops a run: it prints one warning, and the run folder has all data.
 
-The only file of the project that imports wandb.
+This is the only file of the project that imports wandb.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import json
 import logging
 import netrc
 import os
+import shutil
+import sys
+import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -25,19 +28,19 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from distill.core.secrets import redacted
 from distill.tracking.spec import LoggingSpec
-from distill.tracking.tables import COLUMNS, cell, kernel, teacher_first
-from distill.tracking.tradeoff import Row
 
 INIT_SECONDS = 15.0
-"""How long wandb may take to open a run."""
+"""Time limit for opening a run, in seconds."""
 ANSWER_SECONDS = 5.0
-"""How long the host may take to answer before the run is logged offline."""
+"""Time limit for an answer of the host; after that the run is logged offline."""
 FINISH_SECONDS = 60.0
-"""How long the last upload may take before it is left to ``wandb sync``."""
+"""Time limit for the last upload; after that the user can run ``wandb sync``."""
+TEMPORARY = Path("wandb", "temporary")
+"""Folder for wandb's temporary files, relative to the run folder."""
 
 
 def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a logger's method fail with one line of warning, after which the logger is silent."""
+    """Wrap a method of the logger so that an exception prints one warning and disables the logger."""
 
     @functools.wraps(method)
     def call(self: SafeLogger, *args: Any, **kwargs: Any) -> Any:
@@ -56,8 +59,8 @@ class SafeLogger(WandbLogger):
     """Lightning's ``WandbLogger`` that never raises.
 
     Attributes:
-        broken: an earlier call failed; nothing more is sent.
-        sync_folder: wandb's own folder of this run once it is open.
+        broken: whether an earlier call failed; nothing is sent after that.
+        sync_folder: wandb's folder of this run, once it is open.
     """
 
     def __init__(self, **kwargs: Any):
@@ -68,7 +71,7 @@ class SafeLogger(WandbLogger):
 
     @property
     def experiment(self) -> Any:
-        """The wandb run, or a stand-in that swallows everything once wandb has failed."""
+        """The wandb run, or a dummy that ignores all calls after wandb has failed."""
         if self.broken:
             return DummyExperiment()
         try:
@@ -78,14 +81,14 @@ class SafeLogger(WandbLogger):
             return DummyExperiment()
 
     def open(self) -> Any:
-        """The wandb run, opened now; the one method that raises."""
+        """Open and return the wandb run; the only method that can raise."""
         return super().experiment
 
     def give_up(self, error: Exception) -> None:
-        """Say once what failed and go silent."""
+        """Print one warning and disable the logger."""
         if not self.broken:
             self.broken = True
-            _warn(f"W&B logging stopped, the run goes on ({_line(error)})")
+            _warn(f"W&B logging stopped, the run continues ({_line(error)})")
 
     log_metrics = guarded(WandbLogger.log_metrics)
     log_hyperparams = guarded(WandbLogger.log_hyperparams)
@@ -100,34 +103,57 @@ class SafeLogger(WandbLogger):
 def make_logger(
     spec: LoggingSpec, run_folder: str | Path, run_id: str, name: str, config: Mapping[str, Any]
 ) -> SafeLogger | None:
-    """Open the run at W&B, online or offline, and never fail.
+    """Open a run at W&B, online or offline, without raising.
 
     Args:
         spec: the recipe's ``logging``.
-        run_folder: wandb's files go into its ``wandb`` folder.
-        run_id: stays the same when a run resumes, so that its curves go on.
-        name: the run's display name.
+        run_folder: wandb writes to its subfolder ``wandb``.
+        run_id: id of the W&B run; a resumed run has the same id and continues its curves.
+        name: display name of the run.
         config: the resolved recipe.
 
     Returns:
-        A logger for Lightning's Trainer, or None when W&B is switched off or cannot even write offline.
+        A logger for Lightning's Trainer, or None if W&B is disabled or cannot write even offline.
     """
     for noisy in ("wandb", "opentelemetry"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    mode = resolve_mode(spec)
-    if mode == "disabled":
+    if spec.wandb == "disabled":
         return None
-    for attempt in dict.fromkeys((mode, "offline")):
-        logger = _open(spec, Path(run_folder), run_id, name, config, attempt)
-        if logger is not None:
-            return logger
+    with _temporary_files_in(Path(run_folder) / TEMPORARY):
+        mode = resolve_mode(spec)
+        for attempt in dict.fromkeys((mode, "offline")) if mode != "disabled" else ():
+            logger = _open(spec, Path(run_folder), run_id, name, config, attempt)
+            if logger is not None:
+                return logger
     return None
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """Inside the context, wandb creates its temporary folders in ``folder``.
+
+    It creates them on import, and does not remove them if the process is killed.
+
+    Folders of an earlier process are removed. If ``folder`` cannot be created, the default location is used.
+    """
+    if "wandb" in sys.modules:
+        yield
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    before = tempfile.tempdir
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True)
+        tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def _open(
     spec: LoggingSpec, folder: Path, run_id: str, name: str, config: Mapping[str, Any], mode: str
 ) -> SafeLogger | None:
-    """One try in one mode; None, with a line of warning, when it failed."""
+    """Open the run in one mode; None, with a warning, if it fails."""
     try:
         import wandb
 
@@ -145,15 +171,17 @@ def _open(
             run = logger.open()
             logger.sync_folder = Path(run.dir).parent
         return logger
-    except Exception as error:
-        _warn(f"W&B cannot be opened {mode}, the run goes on ({_line(error)})")
+    except BaseException as error:
         with contextlib.suppress(Exception):
-            wandb.teardown()  # else its service holds the run's id, and the next try fails over that
+            wandb.teardown()  # otherwise its service keeps the run's id, and the next attempt fails
+        if not isinstance(error, Exception):
+            raise
+        _warn(f"W&B cannot be opened {mode}, the run continues ({_line(error)})")
         return None
 
 
 def resolve_mode(spec: LoggingSpec) -> str:
-    """online, offline or disabled. A wish to be online without an answer from the host becomes offline, aloud."""
+    """The mode: online, offline or disabled. If the host does not answer, online becomes offline, with a warning."""
     wish = os.environ.get("WANDB_MODE", "auto") if spec.wandb == "auto" else spec.wandb
     wish = "offline" if wish == "dryrun" else wish
     if wish in {"offline", "disabled"}:
@@ -170,7 +198,7 @@ def resolve_mode(spec: LoggingSpec) -> str:
 
 
 def _host() -> str:
-    """The address that wandb itself would use; it has changed before, so none is written here."""
+    """The host that wandb itself would use; it is not hard-coded because it has changed before."""
     try:
         import wandb
 
@@ -192,7 +220,7 @@ def _has_key(host: str) -> bool:
 
 
 def answers(host: str, seconds: float) -> bool:
-    """Whether a web host answers at all within ``seconds``, name look-up and proxy included."""
+    """Whether a web host answers within ``seconds``, including name resolution and proxy."""
     heard: list[bool] = []
 
     def ask() -> None:
@@ -204,38 +232,41 @@ def answers(host: str, seconds: float) -> bool:
         except (OSError, ValueError):
             heard.append(False)
 
-    thread = threading.Thread(target=ask, daemon=True)  # a name look-up knows no timeout of its own
+    thread = threading.Thread(target=ask, daemon=True)  # name resolution has no timeout of its own
     thread.start()
     thread.join(seconds)
     return heard == [True]
 
 
-def log_tradeoff(
+def log_report(
     logger: SafeLogger | None,
-    rows: Sequence[Row],
+    table: Sequence[Sequence[str]],
+    figures: Mapping[str, Any],
     plots: Mapping[str, Path] | None = None,
     html: Path | None = None,
     prompts: Sequence[Mapping[str, Any]] = (),
+    tables: Mapping[str, Sequence[Sequence[str]]] | None = None,
 ) -> None:
-    """Send the table, the plots (PNG), the prompts side by side, and the report, as a page and as an artifact.
+    """Log a report: table, plots, prompts side by side, and the HTML page, inline and as an artifact.
 
     Args:
-        logger: None does nothing.
-        rows: the measured models.
+        logger: None: nothing is logged.
+        table: headings, then one row per model.
+        figures: of the models, for the run's summary.
         plots: name -> PNG file.
         html: the report's ``index.html``.
-        prompts: as ``evaluation.side_by_side`` returns them.
+        prompts: from ``evaluation.side_by_side``.
+        tables: name -> headings, then rows, of further tables.
     """
     if logger is None or logger.broken or not _first_rank():
         return
     try:
         import wandb
 
-        ordered = teacher_first(rows)
-        table = [[row.name, row.role, kernel(row), *(cell(row, column) for column in COLUMNS)] for row in ordered]
-        found: dict[str, Any] = {
-            "report/tradeoff": wandb.Table(["model", "role", "kernel", *(c.header for c in COLUMNS)], table)
-        }
+        headings, *rows = table
+        found: dict[str, Any] = {"report/tradeoff": wandb.Table(list(headings), [list(row) for row in rows])}
+        for name, (heads, *lines) in (tables or {}).items():
+            found[f"report/{name}"] = wandb.Table(list(heads), [list(line) for line in lines])
         for name, file in (plots or {}).items():
             found[f"report/{name}"] = wandb.Image(str(file))
         if prompts:
@@ -250,10 +281,8 @@ def log_tradeoff(
                     report.add_file(str(file), name=str(file.relative_to(html.parent)))
             logger.experiment.log_artifact(report)
         logger.experiment.log(found)
-        for row in ordered:
-            for column in COLUMNS:
-                if getattr(row, column.key) is not None:
-                    logger.experiment.summary[f"{row.name}/{column.key}"] = getattr(row, column.key)
+        for key, value in figures.items():
+            logger.experiment.summary[key] = value
     except Exception as error:
         logger.give_up(error)
 
@@ -262,7 +291,7 @@ def finish(logger: SafeLogger | None) -> str | None:
     """Close the run.
 
     Returns:
-        The line that uploads what is not yet online (``wandb sync FOLDER``), or None when nothing is left to do.
+        The command that uploads the remaining data (``wandb sync FOLDER``), or None if everything is uploaded.
     """
     if logger is None or logger.sync_folder is None:
         return None
@@ -274,7 +303,7 @@ def finish(logger: SafeLogger | None) -> str | None:
         offline = bool(run.offline)
         left = f"wandb sync {logger.sync_folder}" if offline or logger.broken else None
         run.finish()
-        wandb.teardown()  # only its service's end says that every byte is on the disk
+        wandb.teardown()  # all bytes are on the disk only after its service has ended
     except Exception as error:
         logger.give_up(error)
         left = f"wandb sync {logger.sync_folder}"

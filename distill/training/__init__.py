@@ -1,1 +1,1 @@
-"""Training: the Lightning module, the one order in which a student is wrapped, the trainer and its callbacks."""
+"""Training: the Lightning module, the order in which a student is wrapped, the trainer and its callbacks."""

@@ -1,7 +1,7 @@
-"""Looks at each row of the metrics for own sequences that have become degenerate: endless, repeated, nearly certain.
+"""Detects degenerate on-policy samples: without an end, repetitive, or with very low entropy.
 
-What is normal depends on the text - a book has no end within a hundred tokens, a table repeats itself - so length and
-repetition are held against the passages that stand in the text where the student wrote.
+Normal values of length and repetition depend on the text: a book has no end within a hundred tokens, and a table
+repeats itself. So both are compared with the passages of the text that follow the same prompts.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from distill.training.spec import OnPolicySpec
 
 
 class Alarms:
-    """Warns in one line when something new is wrong; stops the run where the spec says so.
+    """Prints one line when a new limit is exceeded, and stops the run if the spec says so.
 
     Args:
-        spec: limits, and what to do.
-        name: of the stage, for people.
-        say: prints a line.
+        spec: limits, and what to do if they are exceeded.
+        name: name of the stage, for messages.
+        say: function that prints a line.
     """
 
     def __init__(self, spec: OnPolicySpec, name: str, say: Callable[[str], None]):
@@ -27,16 +27,16 @@ class Alarms:
         self._known: set[str] = set()
 
     def look(self, row: dict[str, float], step: int) -> None:
-        """Take in a row of the metrics; rows without own sequences change nothing.
+        """Check a row of the metrics. Rows without on-policy samples are ignored.
 
         Raises:
-            DistillError: too many rows in a row gave an alarm, and ``on_alarm`` is stop.
+            DistillError: ``num_alarms`` rows in a row exceeded a limit, and ``on_alarm`` is stop.
         """
         if not row.get("on_policy/length"):
             return
         found = self._found(row)
         self._in_a_row = self._in_a_row + 1 if found else 0
-        line = f"{self.name} step {step}: own sequences " + " and ".join(found.values())
+        line = f"{self.name} step {step}: on-policy samples " + " and ".join(found.values())
         if self.spec.on_alarm == "stop" and self._in_a_row >= self.spec.num_alarms:
             raise DistillError(
                 f"{line}, {self._in_a_row} rows of metrics in a row; lower on_policy.share or optimizer.lr, train "
@@ -47,7 +47,7 @@ class Alarms:
         self._known = set(found)
 
     def _found(self, row: dict[str, float]) -> dict[str, str]:
-        """What is wrong: name -> words."""
+        """The limits that the row exceeds: name -> words for the message."""
         limits, found = self.spec.alarms, {}
         for name, limit, words in (
             ("at_limit", limits.at_limit, f"reach max_new_tokens ({self.spec.max_new_tokens}) without an end"),
@@ -58,5 +58,5 @@ class Alarms:
                 found[name] = f"{words} ({own:.0%}, the text {text:.0%})"
         entropy = row["on_policy/entropy"]
         if limits.min_entropy is not None and entropy < limits.min_entropy:
-            found["entropy"] = f"are nearly certain (entropy {entropy:.3f} nats a token)"
+            found["entropy"] = f"are nearly certain (entropy {entropy:.3f} nats per token)"
         return found

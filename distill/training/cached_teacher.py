@@ -1,6 +1,6 @@
-"""A teacher that has been written down: of the model itself no more than the head is in memory, if that.
+"""A teacher whose output is cached. Only its head is in memory, and not the model.
 
-The signal is in the batches (see :class:`distill.data.teacher_cache.cache.CachedBlocks`).
+The batches hold the signal (see :class:`distill.data.teacher_cache.cache.CachedRows`).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 
 class CachedTeacher(Teacher):
-    """Makes a signal of what a batch brings.
+    """Makes the teacher's signal from the cached output in a batch.
 
     Args:
-        vocabulary: rows of the teacher's head.
-        head: file of :func:`distill.models.head.save_head`, for batches with hidden states.
-        whole: whether the training batches hold hidden states; the validation's may all the same.
-        dtype: of the head in memory; None is that of the file.
+        vocabulary: number of rows of the teacher's head.
+        head: file written by :func:`distill.models.head.save_head`, for batches with hidden states.
+        whole: whether the training batches contain hidden states; validation batches always do.
+        dtype: dtype of the head in memory; None for the dtype of the file.
     """
 
     def __init__(self, vocabulary: int, head: Path, *, whole: bool, dtype: torch.dtype | None = None):
@@ -40,28 +40,28 @@ class CachedTeacher(Teacher):
         self._head: Head | None = None
 
     def check(self, losses: Iterable[LossSpec]) -> None:
-        """Refuse losses that cannot be taken from this signal.
+        """Check that the losses can be computed from this signal.
 
         Raises:
-            InputError: with the loss by name.
+            InputError: a loss needs the teacher's whole distribution.
         """
         if not self.whole and (why := refusal(losses)):
             raise InputError(f"losses: {why}")
 
     def move(self, device: torch.device) -> None:
-        """Load the head to where the batches are."""
+        """Load the head to the device of the batches."""
         if self._head is None or self._head.parameters[0].device != device:
             self._head = load_head(self._file, dtype=self._dtype, device=device)
 
     def signal(self, batch: dict[str, Tensor]) -> Signal | SparseSignal:
-        """The teacher's side of a batch.
+        """The teacher's signal for a batch.
 
         Raises:
-            InputError: it brings none.
+            InputError: the batch contains no cached output.
         """
         if HIDDEN not in batch and IDS not in batch:
-            raise InputError("blocks of this batch are not in the teacher's cache; run its cache_teacher stage again")
+            raise InputError("rows of this batch are not in the teacher's cache; run its cache_teacher stage again")
         if HIDDEN in batch and self._head is not None:
-            # stored in bf16; the head computes in what it is held in
+            # hidden states are stored in bf16; the head computes in its own dtype
             batch = batch | {HIDDEN: batch[HIDDEN].to(self._head.parameters[0].dtype)}
         return signal_of(batch, self.vocabulary, self._head)

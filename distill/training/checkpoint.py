@@ -1,32 +1,37 @@
-"""Checkpoints that a kill cannot spoil: written beside their place, synced, renamed, rotated, read with care."""
+"""Checkpoints that survive a kill: written to a temporary file, synced, renamed, and verified when they are read."""
 
 from __future__ import annotations
 
 import os
 import re
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
 from pytorch_lightning.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from distill.core.artifact import sync
+from distill.core.artifact import hash_of, sync
 from distill.core.errors import InputError, MachineError
+from distill.core.stored import CHECK
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's own staging goes through ``$TMPDIR``, which is often another file system, where a move is a copy that
-    a kill can cut in two. This one stages beside the target.
+    """Writes a checkpoint to a temporary file in the same folder and renames it.
 
-    Lightning's ``AsyncCheckpointIO`` is not used: it copies the state on the device that trains, queues any number of
-    copies, tells an error when the next checkpoint is due, and old ones are rotated before the new one is there.
+    Lightning itself writes to ``$TMPDIR`` first, which is often on another file system; then the move is a copy, which
+    a kill can interrupt. Lightning's ``AsyncCheckpointIO`` is not used, because it copies the state on the training
+    device, queues any number of copies, reports an error only at the next checkpoint, and deletes old checkpoints
+    before the new one is written.
 
     Args:
-        keep: newest checkpoints of the folder that stay, once a new one is there; None is all.
-        behind: write a copy of the state in a thread, while training goes on.
+        keep: number of checkpoints to keep; older ones are deleted after a new one is written. None keeps all.
+        behind: whether to copy the state and write it in a thread while training continues.
     """
 
     def __init__(self, keep: int | None = None, *, behind: bool = False):
@@ -36,7 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._in_flight: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write ``checkpoint`` whole or not at all; behind, of what it is now, whatever becomes of its tensors.
+        """Write a checkpoint atomically. With ``behind`` its tensors are copied before this method returns.
 
         Raises:
             MachineError: the disk is full or not writable.
@@ -45,21 +50,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.write(copied(checkpoint) if self.behind else checkpoint, path)
 
     def write(self, checkpoint: dict[str, Any], path: Any) -> None:
-        """:meth:`save_checkpoint` of a state that nobody changes any more."""
+        """:meth:`save_checkpoint` for a state whose tensors do not change any more, so that no copy is needed."""
         self.settle()
         if self.behind:
             self._in_flight = self._thread.submit(self._write, checkpoint, Path(path))
         else:
             self._write(checkpoint, Path(path))
 
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """The state of a checkpoint. If CUDA is available, the file is memory-mapped, so that the processes of a
+        machine share its pages and none reads a copy."""
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=torch.cuda.is_available())
+        return loaded
+
     def settle(self, *, wait: bool = True) -> None:
-        """Until nothing is being written any more.
+        """Wait until the current write has finished.
 
         Args:
-            wait: False only looks whether a write has failed.
+            wait: whether to wait; if False, only check whether the last write has failed.
 
         Raises:
-            MachineError: that of the write.
+            MachineError: the last write has failed.
         """
         if self._in_flight is not None and (wait or self._in_flight.done()):
             written, self._in_flight = self._in_flight, None
@@ -69,24 +80,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         temporary = target.with_name(f".{target.name}.writing")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(checkpoint, temporary)
+            torch.save({**checkpoint, CHECK: outline_hash(checkpoint)}, temporary)
             sync(temporary)
             os.replace(temporary, target)
             sync(target.parent)
-        except (OSError, RuntimeError) as error:
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
-            reason = error.strerror if isinstance(error, OSError) else "the disk took only a part of it; is it full?"
+            if not isinstance(error, OSError | RuntimeError):
+                raise
+            reason = (
+                error.strerror if isinstance(error, OSError) else "only a part of it was written; the disk may be full"
+            )
             raise MachineError(f"{target}: checkpoint cannot be written ({reason})") from error
         if self.keep is not None:
             rotate(target.parent, self.keep)
 
 
 def copied(state: Any, known: dict[Any, Tensor] | None = None) -> Any:
-    """The same nest of containers with copies of its tensors in the machine's own memory.
+    """A copy of nested containers, with their tensors copied to the CPU.
 
     Args:
-        state: of dicts, lists and tuples.
-        known: copies that are made already; a tensor with two names (a tied weight) stays one.
+        state: nested dicts, lists and tuples.
+        known: copies made so far, so that tensors that share memory (tied weights) are copied once.
     """
     known = {} if known is None else known
     if isinstance(state, Tensor):
@@ -101,35 +116,58 @@ def copied(state: Any, known: dict[Any, Tensor] | None = None) -> Any:
     return state
 
 
+def outline_hash(checkpoint: dict[str, Any]) -> str:
+    """A hash of a checkpoint's keys, shapes, dtypes and plain values. Checksums of the file cover the tensors' data."""
+    return hash_of(_outline({key: value for key, value in checkpoint.items() if key != CHECK}))
+
+
+def _outline(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return [str(value.dtype), *value.shape]
+    if isinstance(value, dict):
+        return {repr(key): _outline(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_outline(part) for part in value]
+    return value if isinstance(value, str | int | float | None) else type(value).__name__
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of an optimizer step lies."""
+    """Path of the checkpoint of an optimizer step."""
     return folder / f"step={step:08d}.ckpt"
 
 
 def checkpoint_step(path: Path) -> int:
-    """The optimizer step of a checkpoint, from its name."""
+    """The optimizer step of a checkpoint, read from its file name."""
     return int(path.stem.removeprefix("step="))
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a folder, newest first."""
-    return sorted((p for p in folder.glob("step=*.ckpt") if re.fullmatch(r"step=\d+\.ckpt", p.name)), reverse=True)
+    """The checkpoints in a folder, newest first."""
+    found = (path for path in folder.glob("step=*.ckpt") if re.fullmatch(r"step=\d+\.ckpt", path.name))
+    return sorted(found, key=checkpoint_step, reverse=True)
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that can be read, and a line about each that cannot.
+    """The newest valid checkpoint, and one line about each newer one that is damaged.
 
-    Read with ``weights_only=True``: a checkpoint is data, never code. Every byte is held against the file's checksums,
-    which ``torch.load`` does not do.
+    Files are loaded with ``weights_only=True``, because a checkpoint must not run code. All bytes are compared with the
+    checksums of the zip file, which ``torch.load`` does not do. Keys, shapes and plain values are compared with the
+    hash in the checkpoint. A file is also damaged if its name has another step than its content.
     """
     complaints = []
     for path in checkpoints(folder):
         try:
+            if not path.is_file():  # opening a named pipe would block
+                raise OSError("no regular file")
             with zipfile.ZipFile(path) as archive:
-                if spoilt := archive.testzip():
-                    raise zipfile.BadZipFile(f"wrong checksum of {spoilt}")
-            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # what damage makes of zip, zlib and pickle is not to be told in advance
+                if wrong := archive.testzip():
+                    raise zipfile.BadZipFile(f"wrong checksum of {wrong}")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if not isinstance(loaded, dict) or loaded.get(CHECK) != outline_hash(loaded):
+                raise ValueError("its content is not what was written")
+            if loaded["global_step"] != checkpoint_step(path):
+                raise ValueError(f"its name has step {checkpoint_step(path)}, its content step {loaded['global_step']}")
+        except Exception as error:  # damage raises many errors of zip, zlib and pickle
             why = next(iter(str(error).splitlines()), "") or type(error).__name__
             complaints.append(f"{path}: damaged ({why})")
             continue
@@ -137,22 +175,51 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
-def check_made_of(path: Path, made_of: dict[str, str]) -> None:
-    """Refuse a checkpoint of another training, which somebody has put here.
+def check_provenance(path: Path, provenance: dict[str, str]) -> None:
+    """Check that a checkpoint was made by the same training.
 
     Args:
-        path: that :func:`newest_valid` has found.
-        made_of: what the training reads -> its hash.
+        path: path of a checkpoint from :func:`newest_valid`.
+        provenance: hashes of everything that the training reads, by name.
 
     Raises:
-        InputError: it was made of something else.
+            InputError: a hash differs.
     """
-    held = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("made_of", {})
-    if others := [name for name in made_of if held.get(name) != made_of[name]]:
+    held = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("provenance", {})
+    if others := [name for name in provenance if held.get(name) != provenance[name]]:
         raise InputError(
-            f"{path}: it is of another training ({', '.join(others)} differ); take it away, or put back what it was "
-            "made of"
+            f"{path}: belongs to another training ({', '.join(others)} differ); remove it, or restore the "
+            "inputs of that training"
         )
+
+
+@contextmanager
+def restoring(path: Path | None, name: str) -> Iterator[None]:
+    """Convert an error of Lightning while it restores a checkpoint into one line.
+
+    Args:
+        path: checkpoint from which training resumes; None if there is none.
+        name: name of the stage.
+
+    Raises:
+        InputError: the checkpoint is valid and from this training, but was written by another version.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        calls = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+        restores = any(
+            Path(code.co_filename).stem == "checkpoint_connector"
+            and code.co_name.startswith(("restore", "_restore", "resume"))
+            for code in calls
+        )
+        if path is None or not restores or isinstance(error, torch.OutOfMemoryError):
+            raise
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(
+            f"{path}: does not fit this training ({why}); resume with the version of distill that wrote it, or "
+            f"discard it with --from {name}"
+        ) from error
 
 
 def rotate(folder: Path, keep: int) -> None:

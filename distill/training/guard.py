@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: what was read in them is kept, and too many in a row end the run."""
+"""Steps whose loss or gradient is not finite: their batches are saved, and too many in a row end the run."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ import pytorch_lightning as pl
 from safetensors.torch import save_file
 
 from distill.core.errors import DistillError
-from distill.training.callbacks import StepEnd
 from distill.training.module import DistillationModule
+from distill.training.step_end import StepEnd
 
 BAD_BATCHES = "bad-batches"
 KEPT = 3
-"""Steps of a look whose batches are written."""
+"""Largest number of steps whose batches are saved, each time the guard checks."""
 
 
 class Guard(StepEnd):
-    """Looks at what the module passed over (see ``configure_gradient_clipping`` there) when a row of metrics is due.
+    """Checks which steps were skipped (hook 5 of :mod:`distill.training.module`) whenever a row of metrics is due.
 
-    Nothing is lost by looking late, as such steps change no weight; and looking at each would wait for the device.
+    A late check is harmless, because skipped steps change no weight. A check after each step would synchronise with the
+    device.
 
     Args:
-        folder: where batches go, as safetensors.
-        batches: step, counted from 0 -> this rank's micro-batches of it, read again from the text.
-        every: steps between two looks.
-        limit: steps in a row that end the run.
-        rank: of this process, in the names of the files.
-        say: prints a line.
+        folder: folder to which batches are saved, as safetensors.
+        batches: function that returns this rank's micro-batches of a step, counted from 0. It reads them again.
+        every: number of steps between two checks.
+        limit: number of consecutive skipped steps that ends the run.
+        rank: rank of this process, for the names of the files.
+        say: function that prints a line.
     """
 
     def __init__(
@@ -48,18 +49,18 @@ class Guard(StepEnd):
         self._in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Goes into a checkpoint: a run that is killed again and again still ends when it should."""
+        """The count of consecutive skipped steps, so that a run that is resumed repeatedly still ends."""
         return {"in_a_row": self._in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the count."""
         self._in_a_row = state_dict["in_a_row"]
 
     def step_end(self, trainer: pl.Trainer, module: DistillationModule, step: int) -> None:
-        """Look, when it is due.
+        """Check, if it is due.
 
         Raises:
-            DistillError: too many steps in a row were passed over.
+            DistillError: ``limit`` consecutive steps were skipped.
         """
         if step % self.every and step != trainer.max_steps:
             return
@@ -70,13 +71,13 @@ class Guard(StepEnd):
             self._keep(number)
         if bad:
             steps = ", ".join(str(number + 1) for number in bad[:10]) + (", ..." if len(bad) > 10 else "")
-            self.say(f"  warning: loss or gradient not finite, passed over: step {steps} (see {self.folder})")
+            self.say(f"  warning: loss or gradient not finite, skipped: step {steps} (see {self.folder})")
         for number, is_bad in enumerate(skipped, first + 1):
             self._in_a_row = self._in_a_row + 1 if is_bad else 0
             if self._in_a_row >= self.limit:
                 raise DistillError(
                     f"loss or gradient not finite in {self.limit} steps in a row, the last at step {number}; no weight "
-                    "has changed in them: lower optimizer.lr or raise its warmup_steps, and look at the text in "
+                    "was changed: lower optimizer.lr or raise its warmup_steps, and look at the text in "
                     f"{self.folder}"
                 )
 

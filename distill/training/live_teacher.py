@@ -1,4 +1,4 @@
-"""A teacher that is in memory and runs forward beside the student."""
+"""A teacher that is in memory and computes its output for every batch."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
 
 class LiveTeacher(Teacher):
-    """A frozen model that computes in its own precision, whatever that of training is.
+    """A frozen model that computes in its own precision, independent of the precision of training.
 
     Args:
-        model: frozen and put into evaluation mode here.
-        device: where it runs; None is beside the student. From another device its hidden states travel, a chunk at a
-            time, to a copy of its head beside the student: logits would be many times as large.
+        model: the model. It is frozen and set to evaluation mode.
+        device: device of the model; None for the student's device. If the devices differ, its head is copied to the
+            student's device, and hidden states are copied there chunk by chunk, because they are much smaller than
+            logits.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device | None = None):
@@ -39,11 +40,11 @@ class LiveTeacher(Teacher):
         self._sharded = False
 
     def check(self, losses: Iterable[LossSpec]) -> None:
-        """Refuse a model whose logits are not its head's."""
+        """Check that the model's logits are those of its head."""
         check_head(self.model)
 
     def move(self, device: torch.device) -> None:
-        """Bring the model to its own device, or the student's."""
+        """Move the model to its own device, or to the student's."""
         if self._sharded:
             return
         move(self.model, self._device or device)
@@ -51,24 +52,23 @@ class LiveTeacher(Teacher):
         self._copy = head_copy(self.model, device) if away else None
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """Share the model out, unless it has a device of its own."""
+        """Shard the model, unless it is on another kind of device than the student."""
         if self._device is None or self._device.type == mesh.device_type:
             shard(self.model, mesh)
             self._sharded = True
 
     def signal(self, batch: dict[str, Tensor]) -> Signal:
-        """Its final hidden states and its head."""
+        """The teacher's final hidden states and its head."""
         head = self._copy or output_head(self.model)
-        # gathering counts the versions of a weight, which inference_mode does not
+        # inference_mode keeps no version counters, and gathering a sharded weight needs them
         quiet = torch.no_grad() if self._sharded else torch.inference_mode()
         with quiet, torch.autocast(self.model.device.type, enabled=False):
-            hidden = hidden_states(self.model, **model_inputs(batch, self.model.device))
-
+            hidden = hidden_states(self.model, **model_inputs(batch, self.model.device))  # [batch, sequence, hidden]
         return Signal(hidden, head if is_plain(head.logits, hidden) else Head(_in_own_precision(head.logits)))
 
 
 def _in_own_precision(logits: Logits) -> Logits:
-    """The head of a model, called outside of the arithmetic of training."""
+    """The head, called without autocast, so that it computes in its own dtype."""
 
     def outside(rows: Tensor) -> Tensor:
         with torch.autocast(rows.device.type, enabled=False):

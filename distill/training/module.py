@@ -1,8 +1,31 @@
-"""The one training module: a student, maybe a teacher, and losses. Every training stage uses it.
+"""The training module: a student, an optional teacher, and losses. All training stages use it.
 
-Normalisation is exact per token: a step returns the *sum* of its losses, and the gradients are divided once, before
-they are clipped, by the number of tokens of the whole step - over all micro-batches and ranks. Lightning's own mean
-over micro-batches would weight short ones more.
+One optimizer step, in the order of Lightning's calls. Hooks are methods of this module; the callbacks are in
+:mod:`distill.training.record`, ``guard``, ``show_progress``, ``ask``, ``outlook`` and ``saver``:
+
+    for each micro-batch of the step
+        1. hook on_train_batch_start              enable fake quantization or hold its scales, if their step is reached
+        2. hook training_step                     compute the losses of the micro-batch, summed over its tokens
+        3. Lightning: backward                    of that sum, divided by the number of micro-batches; the gradients
+                                                  are accumulated, and then DDP averages them over the ranks
+    once per step, after the last micro-batch
+        4. hook on_before_optimizer_step          scale the gradients to the mean over all tokens of the step
+        5. hook configure_gradient_clipping       clip; mark the step as skipped if its loss or gradient is not finite
+        6. torch: AdamW                           update the weights, unless the step is marked
+        7. Lightning: learning rate scheduler     set the learning rate of the next step
+    then, by Lightning's on_train_batch_end
+        8. callback Record                        write a row of metrics, if due
+        9. callback Guard                         after skipped steps: warn, save the batches, end the run
+       10. callback ShowProgress                  progress bar or line, on rank 0
+       11. callback AskQuestions                  score the student on tasks, if due, on rank 0
+       12. callback Checkpoints                   save if due and after the last step; save and stop after a signal
+    and, if a validation is due
+       13. hook validation_step                   for each validation batch; then Record writes a row, and Outlook
+                                                  prints a forecast of the final loss
+
+Why a sum and one division (2 and 4). Micro-batches have different numbers of counted tokens, so a mean of their means
+would give the tokens of a short micro-batch more weight. Therefore every loss returns a sum, and step 4 divides once,
+by the number of tokens of all micro-batches and ranks, before the gradient is clipped.
 """
 
 from __future__ import annotations
@@ -15,21 +38,22 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
-from distill.core.batch import model_inputs
+from distill.core.batch import KEPT, model_inputs
 from distill.core.errors import InputError
 from distill.losses import AnyLossSpec, CrossEntropy, LossSpec, LossTerm, StateLossSpec
 from distill.losses.head import KL, head_losses
 from distill.losses.states import refusal
 from distill.models.head import check_head, hidden_states, output_head
 from distill.quantization.fake_quant import switch
-from distill.quantization.scales import expect_held, hold_scales, renew_scales
+from distill.quantization.scales import allocate_held_scales, hold_scales, reset_learned_scales
 from distill.training import rank_state
 from distill.training.live_teacher import LiveTeacher
 from distill.training.on_policy import OnPolicy
 from distill.training.ranks import from_each, several, summed
-from distill.training.sharded import local, shard_module
+from distill.training.sharded import Sharded, local
 from distill.training.spec import OptimizerSpec
 from distill.training.state_losses import StateLosses
 from distill.training.step import Step, gradients_of, means_of, norm_of
@@ -47,26 +71,28 @@ Losses = Sequence[tuple[str, AnyLossSpec]]
 class DistillationModule(pl.LightningModule):
     """Trains ``student`` on ``losses``; works with any Lightning Trainer.
 
+    Batches are dicts with ``input_ids``, ``targets``, ``mask`` and, if several documents share a row, ``position_ids``;
+    see :mod:`distill.core.batch`.
+
     Args:
-        student: causal language model; its parameters that require gradients are trained.
-        losses: at least one on the predictions; those that need a teacher need ``teacher``.
-        teacher: a model over the same tokens, which is frozen here, or another source of signal. It stays outside the
-            module tree: never in a checkpoint, an optimizer or ``train()``.
-        on_policy: writes the student's own sequences, which some steps learn from in place of the text; unset is off.
-        optimizer: AdamW and its schedule.
-        num_steps: length of the schedules (learning rate, and any setting of a loss) in optimizer steps; unset: as
-            many as the Trainer will make.
-        origin: where a student that was cut out of the teacher has its layers and channels from, for losses on inner
-            states; None when it was not, or when there are none.
-        quantized_from_step: optimizer steps that a fake-quantized student makes in full precision first.
-        held_from_step: optimizer steps after which the scales of its weights stand still; None: they never do.
+        student: causal language model. Its parameters that require gradients are trained.
+        losses: losses to train on, of which at least one must be on logits.
+        teacher: model with the same vocabulary, which is frozen here, or a :class:`Teacher`; required if a loss needs
+            it. It is not registered as a submodule, so it is not in checkpoints or optimizers, and ``train()`` does not
+            change it.
+        on_policy: samples sequences from the student for some of the steps; None to train on text only.
+        optimizer: settings of AdamW and of the learning rate schedule.
+        num_steps: number of optimizer steps over which the schedules (learning rate, settings of losses) run; None for
+            the number of steps of the Trainer.
+        origin: layers and channels of the teacher from which the student was pruned, for losses on hidden states; None
+            if it was not pruned from this teacher.
+        quantized_from_step: number of optimizer steps before fake quantization is enabled.
+        held_from_step: number of optimizer steps after which the scales of the weights are held constant; None for
+            never.
 
     Attributes:
-        tokens_read: int64 scalar, with ``on_policy`` the tokens that this rank has trained on so far, without filling.
-
-    Batches are dicts with ``input_ids`` int64 [batch, sequence] and ``mask`` bool [batch, sequence], True where the
-    prediction made at a position (of the next token) counts; the last position never does. With ``position_ids`` int64
-    [batch, sequence] that start anew with each document of a row, the documents do not see each other.
+        tokens_read: with ``on_policy``, the number of tokens that this rank has trained on, without padding, int64
+            scalar.
     """
 
     def __init__(
@@ -98,7 +124,7 @@ class DistillationModule(pl.LightningModule):
         self.tokens_read = torch.zeros((), dtype=torch.int64)
         self._step = Step.begin()
         self._terms: dict[str, LossTerm] = {}
-        self._skipped: deque[Tensor] = deque(maxlen=1000)  # of a Trainer that never looks
+        self._skipped: deque[Tensor] = deque(maxlen=1000)  # bounded, for a Trainer without our Guard
         self._settings: dict[str, float] = {}
         self._random: dict[str, Tensor] | None = None
         check_head(student)
@@ -112,28 +138,38 @@ class DistillationModule(pl.LightningModule):
             self.states = StateLosses(inner, student, self.teacher.model, origin)
         if on_policy is not None and (self.teacher is None or self.teacher.model is None):
             raise InputError(
-                "on_policy needs a teacher that runs, as nobody has written down what one says of sequences that do "
-                "not exist yet; name the model itself as teacher, or remove on_policy"
+                "on_policy needs a teacher that runs, as no cache holds what it says of sequences that do not exist "
+                "yet; name the model itself as teacher, or remove on_policy"
             )
         if on_policy is not None and all(loss.needs_text for loss in losses if isinstance(loss, LossSpec)):
             raise InputError("on_policy needs a loss that does without the text's next token, such as reverse_kl")
 
     def configure_model(self) -> None:
-        """Share student and teacher out among the ranks, where the strategy does that."""
-        shard_module(self)
+        """Shard the student, the learned projections and the teacher over the ranks, if the strategy is FSDP.
+
+        Raises:
+            InputError: the stage uses something that cannot be sharded.
+        """
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, Sharded):
+            return
+        if self.on_policy is not None:
+            raise InputError("compute.strategy: fsdp cannot sample from the student (on_policy); use ddp")
+        maps = self.states.projections.values() if self.states is not None else ()
+        strategy.shard(self.student, maps, self.teacher, bf16="bf16" in str(self.trainer.precision))
 
     def on_fit_start(self) -> None:
-        """Make the teacher ready for the student's device, and forget a step that was broken off."""
+        """Move the teacher to the student's device, and reset the sums of an interrupted step."""
         self.on_validation_start()
         self._step = Step.begin(self.device)
         self.tokens_read = self.tokens_read.to(self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Switch fake-quantization on, and hold its scales, when their steps have come."""
+        """Enable fake quantization, and hold its scales, when their steps are reached."""
         step = self.trainer.global_step
         if self.quantized_from_step:
-            if step == self.quantized_from_step and not self._renewed:  # also in a run that goes on from this step
-                renew_scales(self.student)
+            if step == self.quantized_from_step and not self._renewed:  # also if a run resumes at this step
+                reset_learned_scales(self.student)
                 self._renewed = True
             switch(self.student, enabled=step >= self.quantized_from_step)
         if self.held_from_step is not None and step >= self.held_from_step and not self._held:
@@ -141,49 +177,85 @@ class DistillationModule(pl.LightningModule):
             self._held = True
 
     def on_validation_start(self) -> None:
-        """Make the teacher ready for the student's device."""
+        """Move the teacher to the student's device."""
         if self.teacher is not None:
             self.teacher.move(self.device)
 
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Look at the batch's numbers while they are on the CPU, so that nothing waits for the GPU to ask them.
+
+        The positions that count are added. Position ids that never restart are left out, as a model makes the same.
+        """
+        if self.on_policy is not None:  # which replaces the batch
+            return batch
+        kept = batch["mask"].flatten().nonzero().squeeze(1)  # [tokens]
+        if self.device.type == "cuda" and kept.device.type == "cpu":
+            kept = kept.pin_memory()  # else its copy to the GPU would be waited for
+        places = batch.get("position_ids")
+        if places is not None and torch.equal(
+            places, torch.arange(places.shape[-1], device=places.device).expand_as(places)
+        ):
+            batch = {name: tensor for name, tensor in batch.items() if name != "position_ids"}
+        return {**batch, KEPT: kept}
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Free the gradients; under DDP set them to zero, as they are a part of its buckets.
+
+        Freed, those of the first micro-batches would be a second copy beside the buckets until the last one.
+        """
+        optimizer.zero_grad(set_to_none=not isinstance(self.trainer.strategy, DDPStrategy))
+
+    def on_validation_model_zero_grad(self) -> None:
+        """The same before a validation."""
+        self.zero_grad(set_to_none=not isinstance(self.trainer.strategy, DDPStrategy))
+
     def batch_losses(self, batch: Batch, losses: Losses) -> tuple[Tensor, dict[str, LossTerm]]:
-        """Weighted sum of the losses over a batch, and each term; see :func:`distill.losses.head.head_losses`."""
-        input_ids, mask = batch["input_ids"], batch["mask"]
+        """The weighted sum of the losses over a batch (scalar, with a graph), and each term by name, without a graph.
+
+        See :func:`distill.losses.head.head_losses`, and for losses on hidden states
+        :class:`~distill.training.state_losses.StateLosses`.
+        """
+        targets, mask = batch["targets"], batch["mask"]  # [batch, sequence]
         inner = [(name, loss) for name, loss in losses if isinstance(loss, StateLossSpec)]
         states = self.states if inner else None
         with states.teacher.recording() if states else nullcontext():
             signal = self.teacher.signal(batch) if self.teacher is not None else None
         with states.student.recording() if states else nullcontext():
-            hidden = hidden_states(self.student, **model_inputs(batch))
+            hidden = hidden_states(self.student, **model_inputs(batch))  # [batch, sequence, hidden]
         outer = [(name, loss) for name, loss in losses if isinstance(loss, LossSpec)]
-        total, terms = head_losses(hidden, output_head(self.student), signal, input_ids.roll(-1, dims=1), mask, outer)
+        head, kept = output_head(self.student), batch.get(KEPT)
+        total, terms = head_losses(hidden, head, signal, targets, mask, outer, kept=kept)
         if states:
             more, inner_terms = states(batch, inner)
             total, terms = total + more, terms | inner_terms
         return total, terms
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """One micro-batch: the sum of its losses over its tokens (not their mean)."""
+        """The weighted sum of the losses over the tokens of one micro-batch (not their mean)."""
         losses = self._losses_now()
         if self.on_policy is None:
             total, terms = self.batch_losses(batch, losses)
         else:
-            batch, total, terms = self._turn(self.on_policy, batch, losses)
+            batch, total, terms = self._text_or_samples(self.on_policy, batch, losses)
         self._step.add(total.detach(), batch["mask"].sum(), terms)
         return total
 
-    def _turn(self, policy: OnPolicy, batch: Batch, losses: Losses) -> tuple[Batch, Tensor, dict[str, LossTerm]]:
-        """A micro-batch as text or as the student's own sequences: what was learned from, its losses and figures."""
-        place = self._step.sequences * self.trainer.world_size + self.trainer.global_rank * len(batch["input_ids"])
+    def _text_or_samples(
+        self, policy: OnPolicy, batch: Batch, losses: Losses
+    ) -> tuple[Batch, Tensor, dict[str, LossTerm]]:
+        """Losses of a micro-batch of text or of on-policy samples: the batch that was used, the sum, and the terms."""
+        # index of the micro-batch's first sequence within the step, over all ranks; it determines the random numbers
+        first = self._step.sequences * self.trainer.world_size + self.trainer.global_rank * len(batch["input_ids"])
         self._step.sequences += len(batch["input_ids"])
-        turn = policy.turn(self.student, batch, losses, self.trainer.global_step, self._schedule_steps(), place)
-        self.tokens_read += turn.tokens
-        total, terms = self.batch_losses(turn.batch, turn.losses)
-        if turn.batch is not batch:
+        source = policy.source(self.student, batch, losses, self.trainer.global_step, self._schedule_steps(), first)
+        self.tokens_read += source.tokens
+        total, terms = self.batch_losses(source.batch, source.losses)
+        if source.batch is not batch:
             terms["on_policy/kl"] = terms[KL]
-        return turn.batch, total, terms | turn.figures
+        return source.batch, total, terms | source.figures
 
     def _losses_now(self) -> list[tuple[str, AnyLossSpec]]:
-        """The losses with the settings of the step that is being made; all its micro-batches share them."""
+        """The losses with the values of their schedules at the current step."""
         if not any(loss.schedules() for _, loss in self.losses):
             return self.losses
         step, num_steps = self.trainer.global_step, self._schedule_steps()
@@ -196,12 +268,18 @@ class DistillationModule(pl.LightningModule):
         return now
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients by the step's tokens, undoing Lightning's and DDP's means; clipping comes after."""
+        """Scale the gradients to the mean over the step's tokens; this is done before clipping."""
         step = self._step
         if several():
             total, tokens = summed(torch.stack([step.total.double(), step.tokens.double()]))
             step.total, step.tokens = total, tokens.long()
-        means = torch.full_like(step.tokens, self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        # Let g be the gradient of the sum of losses of one micro-batch on one rank. Lightning has divided each g by the
+        # number of micro-batches A, and DDP or FSDP has divided the sum over ranks by the number of ranks R. So p.grad
+        # is
+        #     sum of all g / (A R)
+        # and the gradient of the mean over the N tokens of the step is
+        #     sum of all g / N = p.grad * (A R) / N.
+        means = torch.full_like(step.tokens, self.trainer.accumulate_grad_batches * self.trainer.world_size)  # A R
         torch._foreach_mul_(local(gradients_of(optimizer)), LossTerm(means, step.tokens).per_token())
 
     def configure_gradient_clipping(
@@ -210,25 +288,26 @@ class DistillationModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip, and let the optimizer pass over a step whose loss or gradient is not finite, on all ranks alike.
-
-        The decision stays on the device: nobody waits for it, and the optimizer takes it as it would a loss scaler's.
-        """
+        """Clip, and mark a step as skipped, on all ranks, if its loss or gradient is not finite."""
         if gradient_clip_val is not None and gradient_clip_algorithm == "value":
             norm = norm_of(optimizer)
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             norm = norm_of(optimizer, clip=gradient_clip_val)
-        skipped = ~(norm.isfinite() & self._step.total.isfinite())
+        # equal on all ranks: the norm covers all shards, and the total is summed over all ranks
+        skipped = ~(norm.isfinite() & self._step.total.isfinite())  # bool scalar, on the device
+        # Private API of torch: ``found_inf`` is how a GradScaler tells a fused optimizer not to change weights, moments
+        # and step count. There is no public way. Otherwise the CPU would have to read the decision before each step
+        # (``if skipped.item()``), and each step would wait for the device.
         optimizer.found_inf = skipped.to(torch.float32)  # type: ignore[attr-defined]
         self._skipped.append(skipped)
         for name, term in self._step.terms.items():
-            made = LossTerm(torch.where(skipped, 0.0, term.sum), torch.where(skipped, 0, term.count))
-            self._terms[name] = self._terms[name] + made if name in self._terms else made
+            counted = LossTerm(torch.where(skipped, 0.0, term.sum), torch.where(skipped, 0, term.count))
+            self._terms[name] = self._terms[name] + counted if name in self._terms else counted
         self._step = Step.begin(self.device)
 
     def counted_tokens(self) -> int:
-        """Tokens of all ranks that a loss was taken from since the last drain (this synchronises with the device)."""
+        """Number of counted tokens on all ranks since the last :meth:`drain_terms` (synchronises with the device)."""
         counts = [term.count for term in self._terms.values()]
         return int(summed(torch.stack(counts)).max()) if counts else 0
 
@@ -237,37 +316,37 @@ class DistillationModule(pl.LightningModule):
         return int(summed(self.tokens_read.clone()))
 
     def drain_terms(self) -> dict[str, float]:
-        """Mean of each loss per token of all ranks since the last call (this synchronises with the device).
+        """Mean of each loss per token, over all ranks, since the last call (synchronises with the device).
 
-        Beside them stand figures of own sequences, under ``on_policy/``, and settings that follow a schedule, as the
-        last step had them (``forward_kl.temperature``). Steps that were passed over count for nothing.
+        The result also contains metrics of on-policy samples (``on_policy/...``), and the values of scheduled settings
+        at the last step (``forward_kl.temperature``). Skipped steps are not counted.
         """
         means = means_of(self._terms)
         self._terms = {}
         return means | self._settings
 
     def drain_skipped(self) -> list[bool]:
-        """Of each optimizer step since the last call: was it passed over? (This synchronises with the device.)"""
+        """Whether each optimizer step since the last call was skipped (synchronises with the device)."""
         skipped = torch.stack(list(self._skipped)).tolist() if self._skipped else []
         self._skipped.clear()
         return skipped
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Add a batch to the validation's terms: always cross-entropy, and KL where there is a teacher."""
+        """Add a batch to the validation sums: cross-entropy, and KL if there is a teacher."""
         _, terms = self.batch_losses(batch, [("cross_entropy", CrossEntropy())])
         for name, term in terms.items():
             self._validation[name] = self._validation[name] + term if name in self._validation else term
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last validation."""
+        """Reset the validation sums."""
         self._validation: dict[str, LossTerm] = {}
 
     def validation_means(self) -> dict[str, float]:
-        """Nats per token over the validation split that has just been read, by all ranks together."""
+        """Means over the last validation, in nats per token, over all ranks."""
         return means_of(self._validation)
 
     def configure_optimizers(self) -> Any:
-        """AdamW, without decay on vectors, and the schedule per step."""
+        """AdamW, with weight decay only for matrices, and the learning rate schedule, which is updated per step."""
         spec, num_steps = self.optimizer_spec, self._schedule_steps()
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
@@ -275,14 +354,15 @@ class DistillationModule(pl.LightningModule):
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=spec.lr, betas=spec.betas, fused=True)
-        # True makes Lightning refuse to clip under mixed precision; without it Lightning undoes fp16's loss scale
-        # itself, and bf16 has none
+        # Private API of torch: this attribute says that a fused optimizer unscales fp16 gradients within its step.
+        # Lightning then raises an error for clipping, and the gradients would still be scaled in hooks 4 and 5. With
+        # False, Lightning unscales them before these hooks; bf16 has no scale.
         optimizer._step_supports_amp_scaling = False
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.factor(step, num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _schedule_steps(self) -> int:
-        """Optimizer steps over which all schedules run."""
+        """Number of optimizer steps over which all schedules run."""
         num_steps = self.num_steps or self.trainer.estimated_stepping_batches
         if math.isinf(num_steps):
             raise ValueError(
@@ -291,28 +371,28 @@ class DistillationModule(pl.LightningModule):
         return int(num_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what is frozen (it is in its artifact already); add what each rank has for itself."""
+        """Remove the frozen weights, which are in the student's artifact, and add the state of each rank."""
         frozen = {f"student.{name}" for name, p in self._named_parameters() if not p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
         checkpoint["ranks"] = from_each(rank_state.of(self._terms, self.tokens_read))
         none: Tensor = torch.zeros(0, dtype=torch.bool)
-        checkpoint["skipped"] = torch.stack(list(self._skipped)).cpu() if self._skipped else none  # alike on all ranks
+        checkpoint["skipped"] = torch.stack(list(self._skipped)).cpu() if self._skipped else none  # equal on all ranks
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the frozen weights back beside the saved ones, so that loading stays strict.
+        """Add the frozen weights again, so that loading can be strict, and restore the state of this rank.
 
-        Each rank takes up its own state; with another number of ranks the first one takes what all have counted.
+        If the number of ranks has changed, rank 0 takes the sums of all ranks.
         """
         for name, p in self._named_parameters():
             if not p.requires_grad:
                 checkpoint["state_dict"].setdefault(f"student.{name}", p.detach())
-        self._held = expect_held(self.student, checkpoint["state_dict"], "student.")
-        mine = rank_state.share(checkpoint["ranks"], self.trainer.global_rank, self.trainer.world_size)
+        self._held = allocate_held_scales(self.student, checkpoint["state_dict"], "student.")
+        mine = rank_state.for_rank(checkpoint["ranks"], self.trainer.global_rank, self.trainer.world_size)
         self._terms, self.tokens_read, self._random = mine
         self._skipped.extend(checkpoint["skipped"].unbind())
 
     def on_train_start(self) -> None:
-        """Restore the random state last, after everything that may draw from it; a rank without one draws its own."""
+        """Restore the random state, after everything that may change it; a new rank gets its own seed."""
         self._terms = {name: term.to(self.device) for name, term in self._terms.items()}
         self.tokens_read = self.tokens_read.to(self.device)
         self._skipped = deque((skipped.to(self.device) for skipped in self._skipped), self._skipped.maxlen)
@@ -323,5 +403,5 @@ class DistillationModule(pl.LightningModule):
         self._random = None
 
     def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """The student's parameters under every name that they have in a ``state_dict`` (tied ones have two)."""
+        """The student's parameters under all their names in a ``state_dict`` (a tied parameter has two names)."""
         return self.student.named_parameters(remove_duplicate=False)

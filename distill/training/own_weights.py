@@ -1,9 +1,10 @@
-"""The student as it starts, as its own teacher, with no second copy of its weights in memory.
+"""The student before its training as its own teacher, without a second copy of its weights in memory.
 
-Adapters leave the weights below them frozen, so with the adapters and the fake-quant layers off the student computes
-what it computed before its training, to the last bit. With quantization-aware training this is the unquantized model;
-without, an anchor for a loss on the text. A student whose own weights are trained has no start left and is refused: its
-unquantized weights of the moment would be a teacher that wanders off with the student.
+With LoRA, the weights below the adapters are frozen. So with the adapters and fake-quant layers switched off, the
+student computes exactly what it computed before its training. In quantization-aware training this is the unquantized
+model; otherwise it keeps the student close to its start while it is trained on text. A student whose own weights are
+trained raises an error: its initial weights are lost, and its current unquantized weights would be a teacher that
+drifts with the student.
 """
 
 from __future__ import annotations
@@ -30,43 +31,45 @@ if TYPE_CHECKING:
 
 
 class OwnWeights(Teacher):
-    """Asks the student itself, with all that is trained switched off.
+    """The student itself, with everything switched off that is trained.
 
     Args:
-        student: wrapped by :func:`distill.training.assemble.assemble` with adapters.
+        student: student that was wrapped by :func:`distill.training.assemble.assemble`, with LoRA.
     """
 
     def __init__(self, student: PreTrainedModel):
         self.model: PreTrainedModel = student
 
     def check(self, losses: Iterable[LossSpec]) -> None:
-        """Refuse a student whose start is lost while it trains."""
-        scales = quantizer_tensors(self.model)  # off with the fake-quant
+        """Check that training does not overwrite the student's initial weights."""
+        scales = quantizer_tensors(self.model)  # they have no effect while fake quantization is off
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and ADAPTER not in name and name not in scales:
                 raise InputError(
-                    f"the student cannot be its own teacher: {name} is trained, so its start is lost; train adapters "
-                    "(lora), or name the model that it starts from as the teacher, which loads it a second time"
+                    f"the student cannot be its own teacher: {name} is trained, so its initial weights are "
+                    "lost; train adapters (lora), or set teacher to the initial model, which is loaded a second time"
                 )
 
     def move(self, device: torch.device) -> None:
-        """Nothing to do: it is where the student is."""
+        """Do nothing: the teacher is the student."""
 
     def signal(self, batch: dict[str, Tensor]) -> Signal:
-        """The final hidden states and the head of the start."""
-        head, module = output_head(self.model), self.model.get_output_embeddings()
+        """The final hidden states and the head of the student before its training."""
+        module = self.model.get_output_embeddings()
+        with _start_of(self.model), torch.no_grad():  # a fake-quantized head has its weight from here on
+            head = output_head(self.model)
 
         def logits(rows: Tensor) -> Tensor:
             with _start_of(module):
                 return head.logits(rows)
 
-        with _start_of(self.model), torch.no_grad():  # not inference_mode, which weights shared out cannot bear
+        with _start_of(self.model), torch.no_grad():  # in inference_mode, sharded weights could not be gathered
             return Signal(hidden_states(self.model, **model_inputs(batch)), Head(logits))
 
 
 @contextmanager
 def _start_of(part: torch.nn.Module) -> Iterator[None]:
-    """Within the block a part of the student computes as before its training, in evaluation mode."""
+    """Within the ``with`` block, a part of the student computes what it did before training, in evaluation mode."""
     training = [module for module in part.modules() if module.training]
     part.eval()
     try:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of each rank for itself: random state, and what it has counted since the last row."""
+"""The state of a rank in a checkpoint: its random state, and its sums since the last row of metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Terms = dict[str, LossTerm]
 
 
 def of(terms: Terms, tokens_read: Tensor) -> dict[str, Any]:
-    """This rank's, as plain data in the machine's own memory."""
+    """The state of this rank, on the CPU, in types that ``torch.load(weights_only=True)`` accepts."""
     random = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
@@ -22,20 +22,23 @@ def of(terms: Terms, tokens_read: Tensor) -> dict[str, Any]:
     return {"random": random, "terms": counted, "tokens_read": tokens_read.cpu()}
 
 
-def share(ranks: list[dict[str, Any]], rank: int, num_ranks: int) -> tuple[Terms, Tensor, Random | None]:
-    """What a rank takes up: its own; where the number of ranks has changed, the first takes what all have counted.
+def for_rank(ranks: list[dict[str, Any]], rank: int, num_ranks: int) -> tuple[Terms, Tensor, Random | None]:
+    """The state with which a rank resumes.
+
+    If the number of ranks is the same, each rank takes its own state. If it has changed, rank 0 takes the sums of all
+    ranks.
 
     Args:
-        ranks: of :func:`of`, in order, as they were saved.
-        rank: this one.
-        num_ranks: now.
+        ranks: saved states from :func:`of`, in the order of ranks.
+        rank: rank of this process.
+        num_ranks: current number of ranks.
 
     Returns:
-        Terms, tokens read, and random state, which a rank that was not there before has none of.
+        Terms, number of tokens read, and random state (None for a rank that did not exist before).
     """
     counted = [ranks[rank]] if len(ranks) == num_ranks else ranks if rank == 0 else []
     nothing = LossTerm(torch.zeros(()), torch.zeros((), dtype=torch.int64))
-    terms = dict.fromkeys(ranks[0]["terms"], nothing)  # every rank has every name, as they are summed over ranks
+    terms = dict.fromkeys(ranks[0]["terms"], nothing)  # with all names, because terms are summed over ranks by name
     for one in counted:
         terms |= {name: terms.get(name, nothing) + LossTerm(**term) for name, term in one["terms"].items()}
     tokens = sum((one["tokens_read"] for one in counted), torch.zeros((), dtype=torch.int64))
@@ -43,7 +46,7 @@ def share(ranks: list[dict[str, Any]], rank: int, num_ranks: int) -> tuple[Terms
 
 
 def set_random(state: Random) -> None:
-    """Go on drawing from where this was taken."""
+    """Restore the random state."""
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -1,8 +1,8 @@
-"""Several processes that train together: how they meet, what the first tells the others, and how a dead one is found.
+"""Several processes that train together: how they connect, how rank 0 sends orders, and how a lost process is detected.
 
-Numbers of a step travel through torch.distributed. All else - what to do next, signs of life - goes through the store
-that they met by, the latter in a thread of its own: so a process may wait for hours for a stage that the first one runs
-alone, and still learns within a minute that nobody will answer.
+The tensors of a step are exchanged through torch.distributed. Orders and heartbeats go through the store (``TCPStore``)
+by which the processes connected; heartbeats have their own thread. So a process can wait for hours while only rank 0
+runs a stage, and still detect within a minute that rank 0 is lost.
 """
 
 from __future__ import annotations
@@ -23,78 +23,83 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distill.core import stop
 from distill.core.errors import MachineError
 from distill.core.world import ADDRESS, PORT, World
 
 BEAT_S = 1.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 MEET_S = 600.0
-"""Seconds that a process waits for the others to come."""
+"""Seconds that a process waits until all others are connected."""
+NUM_WATCHED = 3
+"""Processes whose heartbeats each process reads, beside that of rank 0."""
 COLLECTIVE_S = 1800.0
-"""Seconds that an exchange of numbers may take: that of a living process which writes a checkpoint, at most."""
+"""Timeout of collectives, in seconds. It is longer than rank 0 needs to write a checkpoint while the others wait."""
 
 
 class Ranks:
-    """The other processes, as one of them sees them. Made by :func:`meet`.
+    """The connection of this process to the others; :func:`meet` creates it.
 
     Attributes:
-        world: which one this is.
+        world: all processes of the run, and the rank of this process.
 
     Args:
-        world: likewise.
-        silence_s: without a sign of life, after which a process is taken for lost.
-        server: the store that all have met by, where this process holds it.
+        world: all processes of the run, and the rank of this process.
+        silence_s: number of seconds without a heartbeat after which a process counts as lost.
+        server: the store, in the process that runs it; None in the other processes.
     """
 
     def __init__(self, world: World, silence_s: float, server: dist.Store | None = None):
         self.world, self.silence_s, self._server = world, silence_s, server
         self._told = 0
         self._closed = threading.Event()
-        self._store, self._beats = _client(), _client()  # a client each, as one blocks while it is asked
-        self._beats.set_timeout(timedelta(seconds=silence_s))  # whoever holds the store may be the one that is frozen
+        self._store, self._beats = _client(), _client()  # one client per thread, because a client blocks while it waits
+        self._beats.set_timeout(timedelta(seconds=silence_s))  # the process that runs the store may be lost itself
         self._beats.set(f"host/{world.rank}", f"process {os.getpid()} on {socket.gethostname()}")
         self._beats.set(f"beat/{world.rank}", "0")
 
     def wait_for_all(self) -> None:
-        """Until each has given its first sign of life.
+        """Wait for the first heartbeat of each process.
 
         Raises:
-            RuntimeError: one never does.
+            RuntimeError: a process is missing after ``MEET_S`` seconds.
         """
         keys, until = [f"beat/{rank}" for rank in range(self.world.size)], time.monotonic() + MEET_S
-        while not self._store.check(keys):  # not within the store, where no signal would reach us
+        while not self._store.check(keys):  # polled, because no signal interrupts a wait of the store
+            stop.check()
             if time.monotonic() > until:
-                raise RuntimeError(f"not all came in {MEET_S:.0f} s")
+                raise RuntimeError(f"not all connected in {MEET_S:.0f} s")
             time.sleep(0.05)
 
     def watch(self) -> None:
-        """Give signs of life from now on, and end this process when another one gives none any more."""
-        threading.Thread(target=self._watch, daemon=True, name="signs of life").start()
+        """Start to send heartbeats, and to end this process if another process sends none."""
+        threading.Thread(target=self._watch, daemon=True, name="heartbeats").start()
 
     def tell(self, order: dict[str, Any] | None) -> None:
-        """Rank 0: what all others do next; None ends them."""
+        """On rank 0: send an order to all other ranks. The order None ends them."""
         self._store.set(f"order/{self._told}", json.dumps(order))
         self._told += 1
 
     def hear(self) -> dict[str, Any] | None:
-        """Any other rank: wait for what rank 0 tells.
+        """On the other ranks: wait for the next order of rank 0.
 
         Raises:
-            MachineError: the process that holds the store is gone.
+            MachineError: the process that runs the store is lost.
         """
         key = f"order/{self._told}"
         with _lost_peer_is_one_line(self.world):
             while not self._store.check([key]):
-                time.sleep(0.05)  # not within the store, where no signal would reach us
+                stop.check()
+                time.sleep(0.05)  # polled, because no signal interrupts a wait of the store
             self._told += 1
             order: dict[str, Any] | None = json.loads(self._store.get(key))
         return order
 
     def leave(self, wait_s: float | None = None) -> None:
-        """Say that this process ends as it should; the one that holds the store stays until all have said that they do.
+        """Announce that this process ends normally. The process that runs the store waits for all others first.
 
         Args:
-            wait_s: most seconds that it stays; unset: as long as a silence may last.
+            wait_s: largest number of seconds to wait; None for ``silence_s``.
         """
         self._closed.set()
         self._store.set(f"left/{self.world.rank}", "")
@@ -104,32 +109,49 @@ class Ranks:
 
     def _all_end(self) -> bool:
         return all(
-            self._store.check([f"left/{rank}"]) or self._store.check([f"forsaken/{rank}"])
+            self._store.check([f"left/{rank}"]) or self._store.check([f"failed/{rank}"])
             for rank in range(self.world.size)
         )
 
-    def forsake(self) -> None:
-        """This process ends badly, and what becomes of the others is no news to it; it is still to be missed by those
-        that go on, but not waited for by one that ends too."""
+    def fail(self) -> None:
+        """Announce that this process ends with an error.
+
+        Running processes detect it by its missing heartbeats; a process that ends does not wait for it.
+        """
+        self.share_stop()
         self._closed.set()
-        with suppress(Exception):  # the store may be what has gone
-            self._store.set(f"forsaken/{self.world.rank}", "")
+        with suppress(Exception):  # the store itself may be gone
+            self._store.set(f"failed/{self.world.rank}", "")
+
+    def share_stop(self) -> None:
+        """Exchange stop signals with the other processes, because a signal may have reached only one of them."""
+        with suppress(Exception):  # the store itself may be gone
+            _share_stop(self._store)
 
     def _watch(self) -> None:
-        heard = {rank: (b"", time.monotonic()) for rank in range(self.world.size) if rank != self.world.rank}
+        heard = {rank: (b"", time.monotonic()) for rank in watched(self.world)}
         number = 0
         while not self._closed.wait(BEAT_S):
             number += 1
             try:
                 self._beats.set(f"beat/{self.world.rank}", str(number))
+                _share_stop(self._beats)
                 silent = self._silent(heard)
+                if silent:  # not all processes watch that one
+                    self._beats.set("silent", silent)
+                elif self._beats.check(["silent"]):
+                    silent = self._beats.get("silent").decode()
             except Exception as error:
-                return self._give_up(f"the process that they all met by is gone ({_first_line(error)})")
+                return self._give_up(f"the process that runs the store is gone ({_first_line(error)})")
             if silent:
-                return self._give_up(f"{silent} has given no sign of life for {self.silence_s:.0f} s")
+                return self._give_up(f"{silent} has sent no heartbeat for {self.silence_s:.0f} s")
 
     def _silent(self, heard: dict[int, tuple[bytes, float]]) -> str | None:
-        """Whoever has been silent for too long and has not left, by what was ``heard`` of each and when."""
+        """The rank and host of a process that sent no heartbeat for too long and has not left; None if there is none.
+
+        Args:
+            heard: rank -> its last heartbeat, and the time when it was received.
+        """
         now = time.monotonic()
         for rank, (last, since) in heard.items():
             beat = self._beats.get(f"beat/{rank}")
@@ -140,12 +162,28 @@ class Ranks:
         return None
 
     def _give_up(self, why: str) -> None:
-        """End at once: the main thread may wait for the lost process in a library, where no exception reaches it."""
+        """End this process immediately, because its main thread may be blocked in a library."""
         if self._closed.is_set():
             return
         print(f"rank {self.world.rank}: {why}; stopped, the same command goes on", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr)
-        os._exit(MachineError.exit_code)
+        os._exit(stop.exit_code(MachineError.exit_code))
+
+
+def watched(world: World) -> list[int]:
+    """The ranks whose heartbeats a process reads: those that follow it, and the first, which all depend on.
+
+    Each rank is watched by others, and the requests to the store grow with the number of processes, not its square.
+    """
+    following = [(world.rank + step) % world.size for step in range(1, NUM_WATCHED + 1)]
+    return [rank for rank in dict.fromkeys([*following, 0]) if rank != world.rank]
+
+
+def _share_stop(store: dist.Store) -> None:
+    if number := stop.asked():
+        store.set("asked", str(number))
+    elif store.check(["asked"]):
+        stop.ask(int(store.get("asked")))
 
 
 def _tcp(*, is_master: bool = False) -> dist.TCPStore:
@@ -159,27 +197,27 @@ def _tcp(*, is_master: bool = False) -> dist.TCPStore:
 
 
 def _client() -> dist.Store:
-    """A connection to the store; the keys of an attempt before a restart are not seen."""
+    """A connection to the store. It does not see keys from before a restart by torchrun."""
     return dist.PrefixStore(f"distill/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", _tcp())
 
 
 @contextmanager
 def meet(world: World, silence_s: float, device: str) -> Iterator[Ranks | None]:
-    """Bring the processes of a world together for as long as the block lasts; nothing to do for one alone.
+    """Connect the processes of a run within the ``with`` block; does nothing if there is only one process.
 
     Args:
-        world: of more than one process.
-        silence_s: without a sign of life, after which a process is taken for lost.
-        device: ``"cuda"`` gives each process of a machine a GPU of its own, before it loads anything onto one.
+        world: all processes of the run, and the rank of this process.
+        silence_s: number of seconds without a heartbeat after which a process counts as lost.
+        device: if ``"cuda"``, each process of a machine gets its own GPU, before it loads anything.
 
     Raises:
-        MachineError: they do not find each other.
+        MachineError: the processes cannot connect.
     """
     if world.size == 1:
         yield None
         return
     try:
-        # torchrun's agent holds a store for its workers, or leaves it to the first of them; so does distill itself
+        # the store runs in torchrun's agent, or in rank 0
         held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         server = None if held or world.rank else _tcp(is_master=True)
         ranks = Ranks(world, silence_s, server)
@@ -194,25 +232,26 @@ def meet(world: World, silence_s: float, device: str) -> Iterator[Ranks | None]:
     ranks.watch()
     try:
         yield ranks
-    except BaseException:  # nobody is waited for: whoever started us ends the others
-        ranks.forsake()
+    except BaseException:  # the launcher ends the others, so this process does not wait for them
+        ranks.fail()
         raise
     ranks.leave()
 
 
 @contextmanager
 def together(world: World, device: str, name: str) -> Iterator[None]:
-    """Let the processes exchange numbers within the block, which all of them must enter; nothing to do for one alone.
+    """Create a process group within the ``with`` block, on all processes; does nothing if there is only one process.
 
-    Not for longer: libraries that find a process group wait for the others where the first one works by itself.
+    There is no process group outside the block: a library that finds one would wait for the other ranks in stages that
+    only rank 0 runs.
 
     Args:
-        world: whose processes have met.
-        device: ``"cuda"`` or ``"cpu"``: where the numbers are.
-        name: of the stage.
+        world: all processes of the run, which are connected.
+        device: device of the tensors, ``"cuda"`` or ``"cpu"``.
+        name: name of the stage.
 
     Raises:
-        MachineError: another process is gone.
+        MachineError: another process is lost.
     """
     if world.size == 1:
         yield
@@ -222,9 +261,10 @@ def together(world: World, device: str, name: str) -> Iterator[None]:
         store = dist.PrefixStore(f"group/{name}", client)
         if world.rank == 0:
             store.set("first", "")
-        while not store.check(["first"]):  # it may read and calibrate for longer than a library waits
-            if client.check(["left/0"]) or client.check(["forsaken/0"]):
-                raise MachineError(f"rank {world.rank}: the first process has ended before the training; it says why")
+        while not store.check(["first"]):  # rank 0 may load and calibrate for longer than the library's timeout
+            stop.check()
+            if client.check(["left/0"]) or client.check(["failed/0"]):
+                raise MachineError(f"rank {world.rank}: rank 0 has ended before the training; its log says why")
             time.sleep(0.05)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
@@ -239,7 +279,7 @@ def together(world: World, device: str, name: str) -> Iterator[None]:
 
 @contextmanager
 def _lost_peer_is_one_line(world: World) -> Iterator[None]:
-    """An exchange that fails because another process is gone is the machine's fault, and no traceback of ours."""
+    """Convert the error of a collective whose peer is lost into one line."""
     try:
         yield
     except RuntimeError as error:
@@ -252,7 +292,7 @@ def _lost_peer_is_one_line(world: World) -> Iterator[None]:
 
 
 def from_first(value: Any) -> Any:
-    """Rank 0's value on every rank."""
+    """Broadcast the value of rank 0 to all ranks."""
     if not several():
         return value
     box = [value]
@@ -261,7 +301,7 @@ def from_first(value: Any) -> Any:
 
 
 def from_each(value: Any) -> list[Any]:
-    """The values of all ranks, in order, on every rank."""
+    """Gather the values of all ranks, in the order of ranks, on all ranks."""
     if not several():
         return [value]
     values = [None] * dist.get_world_size()
@@ -270,7 +310,7 @@ def from_each(value: Any) -> list[Any]:
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum over all ranks, on the device where the values are."""
+    """The sum over all ranks; the result is on the device of ``values``."""
     if several():
         values = values.clone()
         dist.all_reduce(values)
@@ -278,7 +318,7 @@ def summed(values: Tensor) -> Tensor:
 
 
 def largest(value: int) -> int:
-    """The largest value of any rank; costs the device nothing."""
+    """The largest value of all ranks; it is exchanged on the CPU."""
     if not several():
         return value
     box = torch.tensor(value)
@@ -287,7 +327,7 @@ def largest(value: int) -> int:
 
 
 def several() -> bool:
-    """Whether this process trains with others."""
+    """Whether several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

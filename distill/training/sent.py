@@ -1,8 +1,8 @@
-"""A model that the first process has read, sent to others that have built only its shapes, a part at a time.
+"""Sends a model, part by part, from rank 0, which has loaded it, to the other ranks, which have only its shapes.
 
-So a machine of many GPUs reads a model once and holds it once, and each process no more than its shares and one part.
-What is sent is whatever the first one has, to the last bit - read, converted, rounded, drawn by chance -, so nobody
-else need know how it came about; buffers that no file holds are sent as well.
+So a machine with many GPUs reads a model once and holds it once in CPU memory, and each process holds only its shards
+and one part. The tensors of rank 0 are sent unchanged, whether they were loaded, converted, rounded or randomly
+initialised, so the other ranks need not know how they were made. Buffers that are in no file are sent too.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from distill.training.ranks import from_first, largest
 
 
 def is_to_be_sent(model: nn.Module) -> bool:
-    """Whether any process has only the shapes of a model; all must ask."""
+    """Whether any process has only the shapes of a model. This is a collective call."""
     return bool(largest(any(tensor.is_meta for _, tensor in _tensors(model))))
 
 
 def send(part: nn.Module, device: torch.device) -> None:
-    """Give all processes the first one's parameters and buffers, in place; those that are shared out stay as they are.
+    """Broadcast the parameters and buffers of rank 0 to all ranks, in place. Tensors that are already sharded stay.
 
     Args:
-        part: of the same build in every process.
-        device: where they arrive, and the first process sends from.
+        part: module with the same architecture in every process.
+        device: device on which the tensors are sent and received.
 
     Raises:
-        DistillError: one has built another one than the first; all raise it.
+        DistillError: a process has built a different module than rank 0; all processes raise it.
     """
     ours = dict(_tensors(part))
     sent = from_first({name: (tensor.shape, tensor.dtype) for name, tensor in ours.items()})
@@ -47,21 +47,21 @@ def send(part: nn.Module, device: torch.device) -> None:
 
 
 def _tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name, each once; of blocks that are shared out already, none."""
+    """Parameters and buffers by name, without duplicates and without tensors that are already sharded."""
     for name, tensor in (*part.named_parameters(), *part.named_buffers()):
         if not isinstance(tensor, DTensor):
             yield name, tensor
 
 
 def _broadcast(tensor: Tensor) -> Tensor:
-    """As bytes: not every backend knows every type."""
+    """Broadcast a tensor as bytes, because not every backend supports every dtype."""
     if tensor.numel():
         dist.broadcast(tensor.view(-1).view(torch.uint8), src=0)
     return tensor
 
 
 def _take(ours: Tensor, value: Tensor) -> None:
-    """Put a value where a tensor is, which stays the same object to all that hold it (a tied weight, an adapter)."""
+    """Set the value of a tensor in place, so that all references to it stay valid (a tied weight, an adapter)."""
     if ours.is_meta:
         new = nn.Parameter(value, requires_grad=ours.requires_grad) if isinstance(ours, nn.Parameter) else value
         torch.utils.swap_tensors(ours, new)

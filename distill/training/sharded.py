@@ -1,10 +1,10 @@
-"""Student and teacher shared out among the ranks: FSDP2, through Lightning's ``ModelParallelStrategy``.
+"""Student and teacher sharded over the ranks: FSDP2, through Lightning's ``ModelParallelStrategy``.
 
-Each block of a body is a unit whose weights are gathered when it runs. A body is entered by itself and its head a chunk
-of tokens at a time, so the head is no unit: its weights are shards (``DTensor``), and whoever asks for the head
-(:func:`distill.models.head.output_head`) gathers them for one micro-batch, with a gradient back to the shards.
+Each block of a body is a unit whose weights are gathered when it runs. The head is called outside of the body, a chunk
+of tokens at a time, so it is no unit: its weights are shards (``DTensor``), and
+:func:`distill.models.head.output_head` gathers them for one micro-batch, with a gradient back to the shards.
 
-A checkpoint is the same file as that of one process: it can be taken up by any number of ranks, sharded or not.
+A checkpoint is the same file as that of one process, so any number of ranks can load it, sharded or not.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from distill.training.sent import is_to_be_sent, send
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from distill.training.module import DistillationModule
+    from distill.training.teacher import Teacher
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What this rank holds of each."""
+    """The part of each tensor that this rank holds."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, gathered from all ranks where it is shared out."""
+    """The whole tensor, gathered from all ranks where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Sharded(ModelParallelStrategy):
-    """FSDP2 over all ranks, with checkpoints in one file that says nothing of shards.
+    """FSDP2 over all ranks, with checkpoints in one file that knows nothing of shards.
 
     Args:
         num_ranks: of the run.
@@ -54,11 +54,38 @@ class Sharded(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning hands us the optimizer's state."""
+        """True: Lightning gives the optimizer's state to :meth:`load_optimizer_state_dict`."""
         return True
 
+    def shard(
+        self, student: PreTrainedModel, maps: Iterable[nn.Module], teacher: Teacher | None, *, bf16: bool
+    ) -> None:
+        """Shard what a module trains and learns from, in place; nothing to do the second time.
+
+        Args:
+            student: the model that is trained.
+            maps: learned beside it.
+            teacher: shards what it has in memory beside the student.
+            bf16: whether the student computes in it.
+
+        Raises:
+            InputError: the student's weights are masked.
+        """
+        if isinstance(student.base_model, FSDPModule):
+            return
+        if any(p._backward_hooks for p in student.parameters()):
+            raise InputError("compute.strategy: fsdp cannot hold a mask of zeros; use ddp")
+        mesh = self.device_mesh["data_parallel"]
+        # a grid is computed of the fp32 weights that are shipped, so these must not be gathered in another dtype
+        half = bf16 and not fake_quant_layers(student)
+        shard(student, mesh, torch.bfloat16 if half else None)
+        for linear in maps:
+            fully_shard(linear, mesh=mesh)
+        if teacher is not None:
+            teacher.shard(mesh)
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What is trained, gathered, on rank 0; what is frozen as it is, and copies of the small rest."""
+        """On rank 0 what is trained, gathered; what is frozen as shards; and copies of everything else."""
         assert self.lightning_module is not None
         trained = {
             name for name, p in self.lightning_module.named_parameters(remove_duplicate=False) if p.requires_grad
@@ -68,7 +95,7 @@ class Sharded(ModelParallelStrategy):
         return {name: value if name in frozen else self._gathered(value) for name, value in state.items()}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """As an optimizer of whole parameters has it, on rank 0."""
+        """On rank 0 the state of an optimizer of whole parameters."""
         state = getattr(optimizer, "_optimizer", optimizer).state_dict()
         moments = {
             number: {name: self._gathered(value) for name, value in of_parameter.items()}
@@ -83,28 +110,28 @@ class Sharded(ModelParallelStrategy):
             self.checkpoint_io.write(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Every rank reads the same file, mapped: only the pages of its own shards come into memory."""
+        """Every rank maps the same file, so that only the pages of its own shards are read into memory."""
         loaded: dict[str, Any] = torch.load(Path(checkpoint_path), map_location="cpu", weights_only=True, mmap=True)
         return loaded
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Take this rank's share of each parameter."""
+        """Copy this rank's shard of each parameter."""
         assert self.lightning_module is not None
         ours, saved = self.lightning_module.state_dict(), checkpoint["state_dict"]
         if ours.keys() != saved.keys():
             raise InputError(f"the checkpoint is of another model: {sorted(ours.keys() ^ saved.keys())[:3]} differ")
         with torch.no_grad():
             for name, value in ours.items():
-                if not isinstance(saved[name], DTensor):  # a frozen one stands in for itself
-                    _share_of(saved[name], value, into=value)
+                if not isinstance(saved[name], DTensor):  # a frozen one is the parameter itself
+                    _shard_of(saved[name], value, into=value)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this rank's share of each moment."""
+        """Load this rank's shard of each moment."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             moments = {
                 number: {
-                    name: _share_of(value, parameters[number]) if value.ndim else value
+                    name: _shard_of(value, parameters[number]) if value.ndim else value
                     for name, value in of_parameter.items()
                 }
                 for number, of_parameter in saved["state"].items()
@@ -112,15 +139,15 @@ class Sharded(ModelParallelStrategy):
             optimizer.load_state_dict({"state": moments, "param_groups": saved["param_groups"]})
 
     def _gathered(self, value: Any) -> Any:
-        """On rank 0 a copy of the whole of it, in the machine's own memory; all ranks must ask."""
+        """On rank 0 a copy of the whole value on the CPU; all ranks must call it."""
         if not isinstance(value, DTensor):
             return copied(value)
         full = value.full_tensor()
         return full.cpu() if self.is_global_zero else full.new_empty(0)
 
 
-def _share_of(full: Tensor, like: Tensor, into: Tensor | None = None) -> Tensor:
-    """``full`` shared out as ``like`` is; no rank talks to another."""
+def _shard_of(full: Tensor, like: Tensor, into: Tensor | None = None) -> Tensor:
+    """``full`` sharded as ``like`` is, without communication between ranks."""
     if isinstance(like, DTensor):
         full = distribute_tensor(full.to(like.to_local().device), like.device_mesh, like.placements, src_data_rank=None)
     if into is not None:
@@ -128,34 +155,11 @@ def _share_of(full: Tensor, like: Tensor, into: Tensor | None = None) -> Tensor:
     return full
 
 
-def shard_module(module: DistillationModule) -> None:
-    """Share out student, learned maps and a teacher beside the student, where the strategy is :class:`Sharded`.
-
-    Raises:
-        InputError: the stage has something that shards cannot do.
-    """
-    strategy = module.trainer.strategy
-    if not isinstance(strategy, Sharded) or isinstance(module.student.base_model, FSDPModule):
-        return
-    if module.on_policy is not None:
-        raise InputError("compute.strategy: fsdp cannot write the student's own sequences (on_policy); use ddp")
-    if any(p._backward_hooks for p in module.student.parameters()):
-        raise InputError("compute.strategy: fsdp cannot hold a mask of zeros; use ddp")
-    mesh = strategy.device_mesh["data_parallel"]
-    # a grid is taken of the fp32 weights that are shipped, so these must not be gathered in another type
-    half = "bf16" in str(module.trainer.precision) and not fake_quant_layers(module.student)
-    shard(module.student, mesh, torch.bfloat16 if half else None)
-    for projection in module.states.projections.values() if module.states is not None else ():
-        fully_shard(projection, mesh=mesh)
-    if module.teacher is not None:
-        module.teacher.shard(mesh)
-
-
 def shard(model: PreTrainedModel, mesh: Any, compute_dtype: torch.dtype | None = None) -> None:
-    """Share a causal model out over a mesh, in place.
+    """Shard a causal model over a mesh, in place.
 
     Args:
-        model: whole on every rank, or on the first, and on the others of the same build on the device "meta".
+        model: whole on every rank; or on rank 0 alone, and of the same architecture on the device "meta" on the others.
         mesh: of one dimension.
         compute_dtype: in which weights are gathered; None is their own.
     """
@@ -171,8 +175,8 @@ def shard(model: PreTrainedModel, mesh: Any, compute_dtype: torch.dtype | None =
         send(model, device)
     names = {id(p): name for name, p in body.named_parameters()}
     head = model.get_output_embeddings()
-    tied = {name: names.get(id(p)) for name, p in head.named_parameters()}  # by the body, which is about to be shared
-    # the root is let go of after a forward too: it holds the embeddings, often a tenth of the model
+    tied = {name: names.get(id(p)) for name, p in head.named_parameters()}  # before the body's parameters are replaced
+    # the root is freed after a forward too: it holds the embeddings, often a tenth of the model
     fully_shard(body, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for name, in_body in tied.items():
         owner, _, leaf = name.rpartition(".")
@@ -186,11 +190,11 @@ def _shards(parameter: nn.Parameter, mesh: Any) -> nn.Parameter:
 
 
 def unshard(model: PreTrainedModel, *, keep: bool) -> None:
-    """Make a shared-out model a plain one again, in place, on the CPU; all ranks must call it.
+    """Turn a sharded model into a plain one again, in place, on the CPU; all ranks must call it.
 
     Args:
         model: of :func:`shard`.
-        keep: whether this rank wants it; else its weights are gone.
+        keep: whether this rank needs the weights; otherwise they are dropped.
     """
     gathered: dict[int, nn.Parameter] = {}
     for part in model.modules():
@@ -199,7 +203,11 @@ def unshard(model: PreTrainedModel, *, keep: bool) -> None:
             state = part._get_fsdp_state()
             for handle in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
                 handle.remove()
-            part.__class__ = type(part).__bases__[1]  # FSDP2 mixes a class in, and offers no way back
+            # Private API of torch: ``fully_shard`` makes the module an instance of a new class, FSDP<name>, whose
+            # bases are FSDPModule and the module's own class, and offers no way back. Otherwise the model would keep
+            # that class and its hooks: merging adapters, converting and saving look at classes and call forward, which
+            # would gather weights from ranks that have left already.
+            part.__class__ = type(part).__bases__[1]
     for part in model.modules():
         for name, p in part._parameters.items():
             if isinstance(p, DTensor):

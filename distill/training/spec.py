@@ -1,38 +1,45 @@
-"""What a training stage is told (``TrainSpec``) and on what machine it runs (``ComputeSpec``)."""
+"""Settings of training stages (``BudgetSpec``, ``DistillSpec``) and of the machine (``ComputeSpec``)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from distill.core.errors import InputError
 from distill.core.spec import DEVICE, Spec
+from distill.data.chat_spec import ChatSpec
+from distill.data.mixture import Mixture
+from distill.data.spec import FULL, DataSpec, Packing
 from distill.losses import LOSSES, AnyLossSpec, ForwardKL, LossSpec, StateLossSpec
 from distill.losses.schedule import Schedule, Share
 
+LARGEST_BATCH = 2**31 - 1
+"""Largest number of sequences per step. There must be a limit, because all divisors of a batch are listed."""
+
 
 class OptimizerSpec(Spec):
-    """AdamW with a warmed-up schedule (arXiv 1711.05101)."""
+    """AdamW (arXiv 1711.05101) and its learning rate schedule with linear warm-up."""
 
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the running mean and square of the gradient."""
+    """Decay rates of the running means of the gradient and of its square."""
     weight_decay: float = Field(0.1, ge=0)
-    """Decoupled decay of matrices (norms and biases have none); 0 is off."""
+    """Decoupled weight decay of matrices (norms and biases are not decayed); 0 is off."""
     clip_norm: float = Field(1.0, ge=0)
-    """Largest norm of the whole gradient; 0 is off."""
+    """Largest norm of the gradient of all parameters; larger gradients are scaled down. 0 is off."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up."""
+    """Learning rate schedule after the warm-up."""
     warmup_steps: int | None = Field(None, ge=0)
-    """Steps of linear warm-up; unset: 5 % of all steps."""
+    """Number of steps of linear warm-up; unset: 5 % of all steps."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    """Last learning rate as a share of the peak (cosine and linear)."""
+    """Final learning rate as a fraction of the peak (cosine and linear)."""
 
     def factor(self, step: int, num_steps: int) -> float:
-        """Learning rate at ``step`` (from 0) of ``num_steps``, as a share of the peak."""
+        """Learning rate at ``step`` (from 0) of ``num_steps``, as a fraction of the peak."""
         warmup = round(0.05 * num_steps) if self.warmup_steps is None else self.warmup_steps
         if step < warmup:
             return (step + 1) / (warmup + 1)
@@ -44,20 +51,21 @@ class OptimizerSpec(Spec):
 
 
 class BudgetSpec(Spec):
-    """How long and with what batch a stage trains; the budget is in tokens or in steps."""
+    """How long a stage trains, in tokens or in steps, and its batch size."""
 
     num_tokens: int | None = Field(None, ge=0)
-    """Tokens to train on, rounded up to whole steps; 0 trains nothing. Exclusive with num_steps."""
+    """Number of tokens to train on, rounded up to whole steps; 0 trains nothing. Exclusive with num_steps."""
     num_steps: int | None = Field(None, ge=0)
-    """Optimizer steps. Exclusive with num_tokens."""
-    batch_size: int = Field(16, ge=1)
-    """Sequences an optimizer step, over all devices and micro-batches."""
+    """Number of optimizer steps. Exclusive with num_tokens."""
+    batch_size: int = Field(16, ge=1, le=LARGEST_BATCH)
+    """Number of sequences per optimizer step, over all devices and micro-batches."""
     optimizer: OptimizerSpec = OptimizerSpec()
-    """AdamW and its schedule."""
+    """Settings of AdamW and of its schedule."""
     validate_every_steps: int | None = Field(None, ge=1)
-    """Steps between two looks at the validation split; unset: four times a run."""
+    """Number of steps between two validations; unset: a quarter of all steps."""
     max_skipped_steps: int = Field(5, ge=1)
-    """Steps in a row whose loss or gradient is not finite until the run stops; each of them is passed over."""
+    """Number of consecutive steps with a loss or gradient that is not finite after which the run stops. Each such step
+    is skipped."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> BudgetSpec:
@@ -66,18 +74,39 @@ class BudgetSpec(Spec):
         return self
 
     def steps(self, tokens_per_sequence: float) -> int:
-        """Optimizer steps of the budget, by the tokens of text in a sequence, on average."""
+        """Number of optimizer steps of the budget.
+
+        Args:
+            tokens_per_sequence: mean number of tokens of text per sequence.
+        """
         if self.num_steps is not None:
             return self.num_steps
         assert self.num_tokens is not None
         return math.ceil(self.num_tokens / (self.batch_size * tokens_per_sequence))
 
+    def in_words(self, sequence_length: int, packing: Packing) -> list[str]:
+        """What the stage trains, as phrases for the plan."""
+        return [self.budget_in_words(sequence_length, packing)]
+
+    def budget_in_words(self, sequence_length: int, packing: Packing) -> str:
+        """The budget as a phrase for the plan. With some packings, the tokens per row are known only after reading."""
+        steps = self.steps(sequence_length)
+        if steps == 0:
+            return "no training"
+        tokens = steps * self.batch_size * sequence_length
+        of = f"{steps:,} steps of {self.batch_size} x {sequence_length}"
+        if packing in FULL:
+            return f"{tokens:,} tokens = {of}"
+        if self.num_tokens is None:
+            return f"at most {tokens:,} tokens = {of}"
+        return f"{self.num_tokens:,} tokens = at least {of}"
+
 
 def split_batch(budget: BudgetSpec, compute: ComputeSpec, num_processes: int = 1) -> tuple[int, int]:
-    """Micro-batch size of a process, and how many micro-batches it takes to a step.
+    """Micro-batch size of a process, and number of micro-batches per step on each process.
 
     Raises:
-        InputError: the batch is not a whole number of micro-batches on each process.
+        InputError: the batch cannot be divided into equal micro-batches on all processes.
     """
     if budget.batch_size % num_processes:
         raise InputError(
@@ -95,83 +124,143 @@ def split_batch(budget: BudgetSpec, compute: ComputeSpec, num_processes: int = 1
 
 
 class AlarmSpec(Spec):
-    """What is held to be wrong with the student's own sequences: measured over each row of the metrics, and where the
-    text can be measured too, against the passages that stand in its place."""
+    """Limits for degenerate on-policy samples, which are checked for each row of the metrics.
+
+    Length and repetition are compared with the text's own continuations of the same prompts.
+    """
 
     at_limit: float | None = Field(0.5, gt=0, le=1)
-    """So much larger a share of own sequences than of the text's passages reaches max_new_tokens without an end (0.5:
-    80 % of them where 30 % of the text's do). Null is off."""
+    """Largest difference between the fraction of samples that reach max_new_tokens without an end-of-text token and the
+    same fraction of the text's continuations (0.5: 80 % of the samples, where 30 % of the continuations do). Null is
+    off."""
     repetition: float | None = Field(0.3, gt=0, le=1)
-    """So much larger a share of 4-grams stood in the same sequence before than in the text's passages. Null is off."""
+    """Largest difference between the fraction of 4-grams that already occurred in the same sample and the same fraction
+    of the text's continuations. Null is off."""
     min_entropy: float | None = Field(0.1, gt=0)
-    """The student's distribution has less entropy than this on average, in nats a token. Null is off."""
+    """Smallest mean entropy of the student's distribution, in nats per token. Null is off."""
 
 
 class OnPolicySpec(Spec):
-    """Steps that learn from sequences which the student writes itself, at prompts from the text (GKD)."""
+    """On-policy distillation (GKD): some steps learn from the student's own continuations of prompts from the text."""
 
     share: Share = 0.5
-    """Probability that an optimizer step learns from own sequences in place of the text: 0 is never, 1 always. May
-    follow a schedule. Every step counts as whole blocks in the budget; the metrics count the tokens really read."""
-    prompt_tokens: int = Field(32, ge=1)
-    """Tokens at the start of a training block that the student goes on from."""
+    """Probability that an optimizer step learns from samples instead of text: 0 is never, 1 always. May follow a
+    schedule. In the budget, every step counts as full rows; the metrics count the tokens that were read."""
+    prompt_tokens: int | None = Field(None, ge=1)
+    """Number of tokens at the start of a row that the student continues; unset: 32. Not for conversations, where the
+    prompt is everything before a turn of the assistant."""
     max_new_tokens: int = Field(128, ge=1)
-    """Most tokens that it writes; with the prompt they must fit a block of data.sequence_length."""
+    """Largest number of sampled tokens. Together with the prompt they must fit in data.sequence_length. In
+    conversations, turns with a prompt that is too long for this are not chosen."""
     temperature: float = Field(1.0, gt=0)
-    """Of the sampling (not of a loss); 1 is the student's own distribution, which is what the method asks for."""
+    """Temperature of the sampling (not of a loss); 1 samples from the student's own distribution, as in GKD."""
     alarms: AlarmSpec = AlarmSpec()
-    """When own sequences are degenerate: {at_limit: 0.5, repetition: 0.3, min_entropy: 0.1}, each null for off."""
+    """Limits for degenerate samples: {at_limit: 0.5, repetition: 0.3, min_entropy: 0.1}; null switches one off."""
     on_alarm: Literal["warn", "stop"] = "warn"
-    """stop: end the run with an error when num_alarms rows of metrics in a row gave an alarm."""
+    """What to do with degenerate samples. warn: print a line; stop: end the run with an error after num_alarms rows."""
     num_alarms: int = Field(3, ge=1)
-    """Rows of metrics in a row that must give an alarm before on_alarm: stop stops."""
+    """Number of consecutive rows of metrics that must exceed a limit before on_alarm: stop ends the run."""
 
     def share_at(self, step: int, num_steps: int) -> float:
-        """The share with which optimizer step ``step`` (from 0) of ``num_steps`` is drawn."""
+        """The share at optimizer step ``step`` (from 0) of ``num_steps``."""
         return self.share.at(step, num_steps) if isinstance(self.share, Schedule) else self.share
 
+    @property
+    def of_text(self) -> int:
+        """Number of tokens of a prompt from text."""
+        return 32 if self.prompt_tokens is None else self.prompt_tokens
+
     def num_tokens(self) -> int:
-        """Tokens of the longest sequence, prompt and all."""
-        return self.prompt_tokens + self.max_new_tokens
+        """Number of tokens of the longest sequence from text, including its prompt."""
+        return self.of_text + self.max_new_tokens
 
 
 class DistillSpec(BudgetSpec):
-    """A budget and the losses against a teacher."""
+    """A budget, and the losses with which the student learns from the teacher."""
 
     may_be_untaught: ClassVar[bool] = False
-    """Whether the stage has another purpose than to learn from a teacher."""
+    """Whether the stage can also train without a teacher."""
 
     losses: list[Annotated[AnyLossSpec, LOSSES]] = Field([ForwardKL()], min_length=1)
-    """Losses, each with its weight; a loss is on when it is named."""
+    """Losses, each with its weight. Only the losses that are listed are used."""
     on_policy: OnPolicySpec | None = None
-    """Learn from the student's own sequences too, {share: 0.5, prompt_tokens: 32, max_new_tokens: 128}; unset is off.
-    Needs a teacher that runs, which ends a text as the student does."""
+    """Train on samples of the student too: {share: 0.5, prompt_tokens: 32, max_new_tokens: 128}; unset is off. It needs
+    a live teacher (not a cache) with the same end-of-text tokens as the student."""
 
     @model_validator(mode="after")
     def _each_loss_once(self) -> DistillSpec:
         kinds = [loss.kind for loss in self.losses]
         if len(set(kinds)) < len(kinds):
-            raise ValueError(f"each kind of loss stands once (got {', '.join(kinds)}); add up their weights instead")
+            raise ValueError(f"each kind of loss is given once (got {', '.join(kinds)}); add up their weights instead")
         if all(isinstance(loss, StateLossSpec) for loss in self.losses):
-            raise ValueError(f"{kinds[0]} teaches no prediction; add a loss on the logits, such as forward_kl")
+            raise ValueError(f"{kinds[0]} does not train the output head; add a loss on logits, such as forward_kl")
         return self
 
     @model_validator(mode="after")
-    def _looks_at_the_teacher(self) -> DistillSpec:
+    def _reads_the_teacher(self) -> DistillSpec:
         if not self.is_taught() and not self.may_be_untaught:
-            raise ValueError("no loss looks at the teacher; use kind: finetune to train without one")
+            raise ValueError("no loss reads the teacher; use kind: finetune to train without one")
         return self
 
     def is_taught(self) -> bool:
-        """Whether any loss looks at the teacher."""
+        """Whether any loss reads the teacher."""
         return any(loss.needs_teacher for loss in self.losses)
 
+    def mistakes(self, data: DataSpec) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """Settings of on_policy that do not fit the data: sequences longer than a row, or prompts that do not exist."""
+        policy, length = self.on_policy, data.sequence_length
+        if policy is None:
+            return
+        if not data.holds_conversations:
+            if (wanted := policy.num_tokens()) > length:
+                yield (
+                    ("on_policy",),
+                    f"prompt_tokens ({policy.of_text}) + max_new_tokens ({policy.max_new_tokens}) = {wanted} must fit "
+                    f"a row of data.sequence_length ({length}); lower one of them or raise it",
+                )
+            return
+        if policy.prompt_tokens is not None:
+            yield (
+                ("on_policy", "prompt_tokens"),
+                "has no effect on conversations, whose prompts are everything before a turn of the assistant; "
+                "remove it",
+            )
+        if policy.max_new_tokens >= length:
+            yield (
+                ("on_policy",),
+                f"max_new_tokens ({policy.max_new_tokens}) leaves no room for a prompt in a row of "
+                f"data.sequence_length ({length}); lower it",
+            )
+        if isinstance(data.train, Mixture) and (texts := data.train.texts()):
+            yield (
+                ("on_policy",),
+                f"continues prompts before a turn of the assistant, and the mixture's {', '.join(texts)} has no turns; "
+                "give this stage its own data section with conversations only",
+            )
+        if (data.chat or ChatSpec()).learn_from == "all":
+            yield (
+                ("on_policy",),
+                "continues prompts before a turn of the assistant, which data.chat.learn_from: all does not mark; set "
+                "it to assistant",
+            )
+
+    def in_words(self, sequence_length: int, packing: Packing) -> list[str]:
+        """Phrases for the plan: the budget and, unless it is 0, the losses and the fraction of on-policy steps."""
+        said = super().in_words(sequence_length, packing)
+        if not self.steps(sequence_length):
+            return said
+        losses = " + ".join(loss.kind for loss in self.losses)
+        if self.on_policy is None:
+            return [*said, losses]
+        share = self.on_policy.share
+        return [*said, f"{losses}, {f'{share:.0%}' if isinstance(share, float) else 'a share'} of steps on-policy"]
+
     @model_validator(mode="after")
-    def _own_sequences_have_a_loss(self) -> DistillSpec:
+    def _samples_have_a_loss(self) -> DistillSpec:
         bound = [loss.kind for loss in self.losses if loss.needs_text]
         if self.on_policy is None or not bound:
             return self
-        why = f"{', '.join(bound)} needs the text's next token, and the student's own sequences have none"
+        why = f"{', '.join(bound)} needs the text's next token, which samples of the student do not have"
         if all(loss.needs_text for loss in self.losses if isinstance(loss, LossSpec)):
             raise ValueError(f"{why}; add a loss such as reverse_kl, or remove on_policy")
         if self.on_policy.share == 1.0:
@@ -180,41 +269,44 @@ class DistillSpec(BudgetSpec):
 
 
 class ComputeSpec(Spec):
-    """The machine: nothing here changes what a run means, only where and how fast it runs."""
+    """Settings of the machine. They change where and how fast a run computes, but not what it computes."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """Device to use; auto takes a GPU where there is one."""
+    """Device to train on; auto is a GPU if there is one."""
     devices: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Processes on each machine that train together, one a GPU; auto is every GPU, and 1 on a CPU."""
+    """Number of processes per machine, one per GPU; auto is the number of GPUs, or 1 on a CPU."""
     num_nodes: int = Field(1, ge=1)
-    """Machines; more than 1 are started by torchrun or srun, with the same command on each."""
+    """Number of machines. For more than 1, start the same command on each with torchrun or srun."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """ddp: each process holds the whole student and teacher. fsdp: each holds a share of both, for what does not fit.
-    auto is ddp where there are several."""
+    """ddp: each process holds the whole student and teacher. fsdp: each process holds a shard of both, for models that
+    do not fit on one GPU. auto is ddp if there are several processes."""
     silence_s: float = Field(60.0, ge=1)
-    """Seconds without a sign of life from one of several processes until the others stop."""
+    """Number of seconds without a heartbeat from a process after which the other processes stop."""
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
-    """Arithmetic of training; auto is bf16-mixed on a GPU and 32-true on a CPU."""
+    """Precision of training; auto is bf16-mixed on a GPU and 32-true on a CPU."""
     teacher_device: str = Field("auto", pattern=DEVICE)
-    """Where a teacher that is in memory runs, such as cpu or cuda:1; auto is beside the student."""
+    """Device of a live teacher, such as cpu or cuda:1; auto is the student's device."""
     teacher_precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights and arithmetic of that teacher; auto is its file's precision on a GPU and float32 on a CPU."""
+    """Dtype of a live teacher; auto is the dtype of its file on a GPU and float32 on a CPU."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Sequences in a process's memory at once (gradients accumulate to batch_size); unset: its share of the batch."""
+    """Number of sequences per forward pass of a process (gradients are accumulated to batch_size); unset: the whole
+    batch of the process."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Whether to recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile student and teacher: minutes at the start, faster steps on a GPU; a CPU gains nothing."""
+    """Whether to compile student and teacher with torch.compile: takes minutes at the start, and makes steps faster on
+    a GPU, but not on a CPU."""
     num_workers: int = Field(0, ge=0)
-    """Processes that prepare batches; 0 does it in the training process."""
+    """Number of processes that prepare batches; 0 prepares them in the training process."""
     checkpoint_every_steps: int = Field(200, ge=1)
-    """Optimizer steps between two checkpoints of a training stage."""
+    """Number of optimizer steps between two checkpoints of a training stage."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Checkpoints kept while a stage trains; they go when it has finished."""
+    """Number of checkpoints to keep while a stage trains; all are deleted when it has finished."""
     write_checkpoints: Literal["at_once", "behind"] = "at_once"
-    """behind: training goes on while a checkpoint is written, from one more copy of it in the machine's memory."""
+    """at_once: training waits until a checkpoint is written. behind: it continues while a copy in CPU memory is
+    written."""
     log_every_steps: int = Field(10, ge=1)
-    """Optimizer steps between two rows of the metrics."""
+    """Number of optimizer steps between two rows of the metrics."""
 
     @model_validator(mode="after")
     def _several_teachers_are_not_on_one_gpu(self) -> ComputeSpec:
@@ -222,15 +314,18 @@ class ComputeSpec(Spec):
         return self
 
     def check_teacher(self, num_here: int) -> None:
-        """Whether so many processes of a machine can have their teachers where they are to be.
+        """Check that the processes of one machine do not put all their teachers on one GPU.
+
+        Args:
+            num_here: number of processes on the machine.
 
         Raises:
-            ValueError: all of them on one GPU.
+            ValueError: they do.
         """
         if num_here > 1 and self.names_gpu_of_teacher:
             raise ValueError(
                 f"teacher_device: {self.teacher_device} would hold the teachers of all {num_here} processes; use "
-                "auto (each beside its student) or cpu, or devices: 1"
+                "auto (each on its student's GPU) or cpu, or devices: 1"
             )
 
     @property
@@ -239,5 +334,5 @@ class ComputeSpec(Spec):
         return self.teacher_device.startswith("cuda:")
 
     def known_processes(self) -> int:
-        """Processes that train together, as far as this says it: ``devices: auto`` is counted as one a machine."""
+        """Number of processes that train together, according to the recipe; ``auto`` counts as one per machine."""
         return self.num_nodes * (1 if self.devices == "auto" else self.devices)

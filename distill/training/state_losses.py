@@ -1,6 +1,6 @@
-"""Losses on inner states in training: which layers meet, how their widths are brought together, and the sum of them.
+"""Losses on hidden states during training: the pairs of layers, the projections between widths, and the sum.
 
-What is learned for it (a linear map a loss) is trained, saved and resumed with the student and is no part of it.
+A linear map that is learned for a loss is trained, saved and resumed with the student, but is not part of the student.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
 
 class StateLosses(nn.Module):
-    """The losses of a run that read inner states. The models stay outside its module tree.
+    """The losses of a run that read hidden states. The models are not registered as submodules.
 
     Args:
-        losses: those on inner states.
-        student: is trained.
-        teacher: is not.
-        origin: where the student's layers and channels were in the teacher; None when it was not cut out of it.
+        losses: losses on hidden states.
+        student: model that is trained.
+        teacher: model whose states are the targets.
+        origin: layers and channels of the teacher from which the student was pruned; None if it was not.
 
     Attributes:
-        student: the student's states; record them in its forward pass.
-        teacher: the same of the teacher, which may be the same model.
-        widths: channels of the hidden states, the student's and the teacher's.
-        pairs: kind of a loss -> (student's layer, teacher's layer).
-        projections: kind of a loss -> linear map from the student's channels to the teacher's, where one is learned.
+        student: recorder of the student's states, which must be active during the forward pass.
+        teacher: recorder of the teacher's states; the teacher may be the same model.
+        widths: number of channels of the student's and the teacher's hidden states.
+        pairs: kind of the loss -> (student layer, teacher layer) pairs.
+        projections: kind of the loss -> linear map from the student's to the teacher's channels, if one is learned.
 
     Raises:
-        InputError: a loss that these two models cannot serve.
+        InputError: a loss cannot be computed between these two models.
     """
 
     def __init__(
@@ -56,7 +56,9 @@ class StateLosses(nn.Module):
         self.widths = tuple(one.hidden_size for one in shapes)
         size = (shapes[0].num_layers, self.widths[0])
         if origin is not None and (len(origin.layers), len(origin.hidden_channels)) != size:
-            raise ValueError(f"{origin} is that of another student than one of {size[0]} layers x {size[1]} channels")
+            raise ValueError(
+                f"{origin} does not belong to this student, which has {size[0]} layers x {size[1]} channels"
+            )
         self.pairs = {loss.kind: pairs_of(loss, *shapes, origin.layers if origin else None) for loss in losses}
         self.projections = nn.ModuleDict()
         channels = torch.tensor(origin.hidden_channels) if origin and self.widths[0] != self.widths[1] else None
@@ -72,30 +74,33 @@ class StateLosses(nn.Module):
             self.projections[loss.kind] = self._linear()
 
     def _linear(self) -> nn.Linear:
-        """From the student's channels to the teacher's; starts with those known to meet, else as a rotation."""
+        """A linear map from the student's to the teacher's channels, with a weight [teacher width, student width].
+
+        It is initialised to select the channels that were kept, if they are known; otherwise to a random rotation.
+        """
         linear = nn.utils.skip_init(nn.Linear, *self.widths, bias=False)
         if self.channels is not None:
             nn.init.zeros_(linear.weight).data[self.channels, torch.arange(len(self.channels))] = 1.0
         elif self.widths[0] == self.widths[1]:
             nn.init.eye_(linear.weight)
-        else:  # a generator of its own: no other random number moves because of a loss
+        else:  # with its own generator, so that other random numbers do not depend on the losses
             nn.init.orthogonal_(linear.weight, generator=torch.Generator().manual_seed(0))
         return linear
 
     def forward(
         self, batch: dict[str, Tensor], losses: Sequence[tuple[str, StateLossSpec]]
     ) -> tuple[Tensor, dict[str, LossTerm]]:
-        """The weighted sum of the losses over the recorded batch, and every unweighted term without graph.
+        """The weighted sum of the losses over the recorded batch (scalar), and the unweighted terms without a graph.
 
         Args:
-            batch: see :class:`distill.training.module.DistillationModule`; nothing of tokens that its mask leaves out
-                reaches loss or gradient.
-            losses: (kind, loss) with numbers for weights.
+            batch: see :class:`distill.training.module.DistillationModule`. Tokens where its mask is False affect
+                neither losses nor gradients.
+            losses: (kind, loss) pairs. Their weights must be numbers, not schedules.
         """
-        mask, positions = batch["mask"], batch.get("position_ids")
-        documents = None if positions is None else (positions == 0).cumsum(1)
-        hide = ~mask.unsqueeze(-1)
-        ours, theirs = (
+        mask, positions = batch["mask"], batch.get("position_ids")  # [batch, sequence]
+        documents = None if positions is None else (positions == 0).cumsum(1)  # index of each token's document
+        hide = ~mask.unsqueeze(-1)  # [batch, sequence, 1]
+        ours, theirs = (  # (part, layer) -> [batch, sequence, width]
             {state: seen.to(mask.device).masked_fill(hide, 0) for state, seen in states.take().items()}
             for states in (self.student, self.teacher)
         )
@@ -110,7 +115,7 @@ class StateLosses(nn.Module):
     def _met(
         self, loss: StateLossSpec, ours: dict[State, Tensor], theirs: dict[State, Tensor]
     ) -> Iterator[tuple[StateLossSpec, Tensor, Tensor]]:
-        """What a loss compares: the student's states beside the teacher's, of one width where that is needed."""
+        """The pairs of states that a loss compares, projected to the same width if necessary."""
         for part in loss.parts:
             settled = loss.between(self.student.shapes.parts[part], self.teacher.shapes.parts[part])
             for i, j in self.pairs[loss.kind]:
@@ -123,13 +128,13 @@ class StateLosses(nn.Module):
                 yield settled, student, teacher
 
     def summary(self) -> list[str]:
-        """A line a loss for people: which layers meet, and how widths are brought together."""
+        """One line per loss for the log: which layers are compared, and how different widths are projected."""
         lines = []
         for kind, pairs in self.pairs.items():
             line = f"{kind}: layers of the student <- teacher: " + ", ".join(f"{i} <- {j}" for i, j in pairs)
             if kind in self.projections:
-                line += "; {} -> {} channels by a linear map that is learned and not kept".format(*self.widths)
+                line += "; {} -> {} channels through a linear map that is trained and then removed".format(*self.widths)
             lines.append(line)
         if self.channels is not None:
-            lines.append("hidden states meet in the {} of {} channels that were kept".format(*self.widths))
+            lines.append("hidden states are compared in the {} of {} channels that were kept".format(*self.widths))
         return lines

@@ -1,4 +1,4 @@
-"""One optimizer step: what its micro-batches add up to on a rank, and numbers over all ranks and shards."""
+"""One optimizer step: sums over its micro-batches on one rank, and results over all ranks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from distill.training.sharded import local, whole
 
 @dataclass
 class Step:
-    """What the micro-batches of a step have added up so far, on this rank.
+    """Sums over the micro-batches of the current step, on this rank.
 
     Attributes:
-        total: the trained sum of losses, scalar.
-        tokens: that count, int64 scalar.
-        sequences: that were looked at for own sequences.
-        terms: the losses apart.
+        total: weighted sum of the losses, which is minimised; scalar.
+        tokens: number of tokens in the sum, int64 scalar.
+        sequences: number of sequences; only counted with ``on_policy``.
+        terms: unweighted losses by name.
     """
 
     total: Tensor
@@ -30,11 +30,11 @@ class Step:
 
     @classmethod
     def begin(cls, device: torch.device | None = None) -> Step:
-        """Nothing so far."""
+        """The sums before the first micro-batch: all are 0."""
         return cls(torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device))
 
     def add(self, total: Tensor, tokens: Tensor, terms: dict[str, LossTerm]) -> None:
-        """One micro-batch more."""
+        """Add a micro-batch."""
         self.total = self.total + total
         self.tokens = self.tokens + tokens
         for name, term in terms.items():
@@ -42,14 +42,14 @@ class Step:
 
 
 def gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Of every parameter that has one."""
+    """The gradients of all parameters that have one."""
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def norm_of(optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tensor:
-    """The norm of the whole gradient, over all shards; and the gradient made no longer than ``clip``.
+    """Clip the gradient to the norm ``clip`` in place, and return the norm before clipping, over all shards (scalar).
 
-    As ``torch.nn.utils.clip_grad_norm_``, whose own factor does not act on a part of the gradient.
+    This is ``torch.nn.utils.clip_grad_norm_`` for sharded gradients: each rank scales its own shards.
     """
     gradients = gradients_of(optimizer)
     norm = whole(torch.nn.utils.get_total_norm(gradients))
@@ -59,7 +59,7 @@ def norm_of(optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tens
 
 
 def means_of(terms: dict[str, LossTerm]) -> dict[str, float]:
-    """Mean of each term per token of all ranks (this synchronises with the device)."""
+    """Mean of each term per token, over all ranks (synchronises with the device)."""
     if several() and terms:
         sums = torch.stack([torch.stack([term.sum.double(), term.count.double()]) for term in terms.values()])
         terms = {name: LossTerm(*pair) for name, pair in zip(terms, summed(sums), strict=True)}

@@ -1,4 +1,4 @@
-"""The contract of a teacher: a source of signal for the batches that a student trains on."""
+"""The contract of a teacher, which gives the signal that a student learns from."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ if TYPE_CHECKING:
 
 
 class Teacher(ABC):
-    """Says for each batch what a student should learn. Never a part of the student's module tree.
+    """Gives what the student should learn from each batch. It is never a submodule of the training module.
 
     Attributes:
-        model: runs forward at every batch; None when nothing is computed.
+        model: model that computes the signal for every batch; None if there is none (a cache).
     """
 
     model: PreTrainedModel | None = None
 
     def check(self, losses: Iterable[LossSpec]) -> None:
-        """Refuse what cannot be taught, once, before anything is trained.
+        """Check, before training, that the losses can be computed from this teacher's signal.
 
         Raises:
-            InputError: with the loss, or what else it is, by name.
+            InputError: a loss cannot, or something else is wrong with this teacher.
         """
         return
 
     @abstractmethod
     def move(self, device: torch.device) -> None:
-        """Make ready for batches on the student's device; called at the start of every training and validation."""
+        """Prepare for batches on this device (the student's); called before every training and validation."""
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """Share out what is in memory of a model of its own among the ranks, for the rest of its life."""
+        """Shard the teacher's model over the ranks of the mesh, if there is a model in memory."""
         return
 
     @abstractmethod
     def signal(self, batch: dict[str, Tensor]) -> Signal | SparseSignal:
-        """The teacher's side of a batch (see :class:`distill.training.module.DistillationModule`), without graph.
+        """The teacher's signal for a batch (see :class:`distill.training.module.DistillationModule`), without a graph.
 
         Raises:
-            InputError: it has nothing to say about this batch.
+            InputError: the teacher has no signal for this batch.
         """

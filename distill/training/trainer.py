@@ -1,4 +1,4 @@
-"""A Lightning Trainer from our specs, and one call that trains a module from where it was left."""
+"""A Lightning Trainer from our specs, and one call that trains a module from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -15,21 +15,28 @@ import torch
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 
+from distill.core import stop
 from distill.core.errors import InputError, MachineError
 from distill.core.run import CHECKPOINTS
-from distill.core.world import ALONE, World
+from distill.core.world import SINGLE_PROCESS, World
 from distill.training.alarms import Alarms
-from distill.training.callbacks import Checkpoints, Record, ShowProgress, Waited
-from distill.training.checkpoint import AtomicCheckpointIO, check_made_of, checkpoint_step, newest_valid
+from distill.training.ask import Asked, AskQuestions
+from distill.training.checkpoint import AtomicCheckpointIO, check_provenance, checkpoint_step, newest_valid, restoring
 from distill.training.compile import compiled_bodies
+from distill.training.external_cluster import ExternalCluster
 from distill.training.guard import BAD_BATCHES, Guard
-from distill.training.joined import Joined
+from distill.training.half_weights import HalfWeights
 from distill.training.metrics import MetricsLog, is_validated
 from distill.training.module import DistillationModule
+from distill.training.outlook import Outlook
+from distill.training.rank_batches import RankBatches
 from distill.training.ranks import from_first, summed
+from distill.training.record import Record, TimedLoader
+from distill.training.saver import STEP_S, Checkpoints
 from distill.training.sharded import Sharded, unshard
-from distill.training.share import Share
+from distill.training.show_progress import ShowProgress
 from distill.training.spec import BudgetSpec, ComputeSpec, split_batch
+from distill.training.threads import Threads
 
 Loader = Iterable[Any]
 
@@ -52,6 +59,12 @@ def resolve_device(compute: ComputeSpec) -> str:
     return "cuda" if compute.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def dtype_on(device: str) -> str:
+    """The precision in which a model is loaded that is not trained: that of its file on a GPU; fp32 on a CPU, which is
+    slow in bf16."""
+    return "auto" if device == "cuda" else "float32"
+
+
 def resolve_teacher(compute: ComputeSpec) -> tuple[torch.device, str]:
     """Where a teacher runs, and the precision to load it in (fp32 on a CPU, which is slow in bf16).
 
@@ -64,7 +77,7 @@ def resolve_teacher(compute: ComputeSpec) -> tuple[torch.device, str]:
         raise MachineError(
             f"compute.teacher_device: {wanted}: PyTorch sees {torch.cuda.device_count()} GPUs here; use auto or cpu"
         )
-    auto = "auto" if device.type == "cuda" else "float32"
+    auto = dtype_on(device.type)
     return device, auto if compute.teacher_precision == "auto" else compute.teacher_precision
 
 
@@ -80,39 +93,41 @@ def fit(
     validation_loader: Loader,
     logger: Logger | None = None,
     say: Callable[[str], None] = print,
-    world: World = ALONE,
-    made_of: dict[str, str] | None = None,
-) -> int:
+    world: World = SINGLE_PROCESS,
+    provenance: dict[str, str] | None = None,
+    ask: Asked | None = None,
+) -> float:
     """Train for the budget, from the newest valid checkpoint in ``folder`` if there is one.
 
     Args:
-        module: what to train.
-        budget: how long, with what batch.
-        compute: on what.
-        name: shown to people.
-        folder: of the stage; checkpoints go to ``checkpoints/``, metrics beside them.
-        tokens_per_sequence: of text, on average.
+        module: the module to train.
+        budget: how long to train, with which batch.
+        compute: the machine.
+        name: name of the stage, for messages.
+        folder: folder of the stage; checkpoints are written to ``checkpoints/``, metrics beside them.
+        tokens_per_sequence: tokens of text in a sequence, on average.
         train_loader: (micro-batch size, sequences consumed already) -> this rank's batches without end.
         validation_loader: the validation split in a fixed order, the same on every rank.
         logger: Lightning's logger, for W&B.
         say: prints a line.
         world: the processes that train together; see :func:`distill.training.ranks.together`.
-        made_of: what the training reads -> its hash; a checkpoint of anything else is refused.
+        provenance: what the training reads -> its hash; a checkpoint of anything else is refused.
+        ask: questions for the model between two steps; None: there are none.
 
     Returns:
-        Optimizer steps of the budget.
+        Seconds of training, with those of earlier processes up to their last checkpoint.
 
     Raises:
-        InputError: the batch cannot be split, the checkpoint is of another training, or none of several is whole.
+        InputError: the batch cannot be split, the checkpoint is of another training, or all of several are damaged.
         MachineError: no memory or no disk is left.
-        Interrupted: by Ctrl-C; what was done is saved.
-        Preempted: likewise, by SIGTERM or SIGUSR1.
+        Interrupted: Ctrl-C; the steps so far are saved.
+        Preempted: the same by SIGTERM, SIGUSR1 or SIGHUP.
     """
     _quiet_lightning()
     num_steps = budget.steps(tokens_per_sequence)
     micro, accumulate = split_batch(budget, compute, world.size)
     validate_every = min(budget.validate_every_steps or max(1, num_steps // 4), num_steps)
-    # one looks for all: ranks that went on from different steps would be lost
+    # rank 0 looks for all ranks: they must resume from the same step
     found = newest_valid(folder / CHECKPOINTS) if world.rank == 0 else (None, [])
     checkpoint, complaints = from_first(found)
     if complaints and checkpoint is None:
@@ -123,13 +138,13 @@ def fit(
     for line in complaints:
         say(f"  warning: {line}")
     if checkpoint:
-        check_made_of(checkpoint, made_of or {})
+        check_provenance(checkpoint, provenance or {})
     step = checkpoint_step(checkpoint) if checkpoint else 0
-    owed = bool(step) and step % validate_every == 0 and from_first(not is_validated(folder, step))
+    pending_validation = bool(step) and step % validate_every == 0 and from_first(not is_validated(folder, step))
     if checkpoint:
-        say(f"  going on from step {step} of {num_steps} ({checkpoint.name})")
+        say(f"  resuming from step {step} of {num_steps} ({checkpoint.name})")
     log = MetricsLog(folder, step) if world.rank == 0 else None
-    data = Waited(train_loader(micro, step * budget.batch_size))
+    data = TimedLoader(train_loader(micro, step * budget.batch_size))
     alarms = Alarms(module.on_policy.spec, name, say) if module.on_policy is not None else None
     tokens_per_step = budget.batch_size * tokens_per_sequence
     record = Record(log, name, data, every=compute.log_every_steps, tokens_per_step=tokens_per_step, alarms=alarms)
@@ -141,20 +156,23 @@ def fit(
         rank=world.rank,
         say=say,
     )
+    threads = Threads(micro * tokens_per_sequence * module.student.config.get_text_config().hidden_size, say)
     files = AtomicCheckpointIO(compute.keep_checkpoints, behind=compute.write_checkpoints == "behind")
     saver = Checkpoints(
         folder / CHECKPOINTS,
         files,
         every=compute.checkpoint_every_steps,
-        owed=owed,
-        made_of=made_of,
+        pending_validation=pending_validation,
+        provenance=provenance,
     )
+    precision = resolve_precision(compute)
+    halved = precision == "bf16-true"  # HalfWeights sets it; Lightning takes a plugin or the argument
     trainer = pl.Trainer(
         accelerator="gpu" if resolve_device(compute) == "cuda" else "cpu",
         devices=world.local_size,
         num_nodes=world.num_nodes,
         strategy=_strategy(compute, world),
-        precision=resolve_precision(compute),
+        precision=None if halved else precision,
         max_steps=num_steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
@@ -164,32 +182,48 @@ def fit(
         num_sanity_val_steps=0,
         log_every_n_steps=compute.log_every_steps,
         logger=logger or False,
-        # the guard before the saver: what it stops at is not saved
-        callbacks=[record, guard, *([ShowProgress(record, name)] if world.rank == 0 else []), saver],
-        plugins=[files, *([Joined(world)] if world.size > 1 else [])],
+        # in this order after each step; the guard before the saver, so that a step that ends the run is not saved
+        callbacks=[
+            threads,
+            record,
+            guard,
+            *([ShowProgress(record, name)] if world.rank == 0 else []),
+            *([AskQuestions(record, ask)] if ask is not None else []),
+            Outlook(folder, name, num_steps, budget.optimizer.factor, say, record),
+            saver,
+        ],
+        plugins=[files, *([ExternalCluster(world)] if world.size > 1 else []), *([HalfWeights()] if halved else [])],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=folder,
     )
-    # Lightning's own handlers exchange numbers within a signal, and its look for one waits for the device each time
+    # Private API of Lightning: it would handle SIGTERM itself. Otherwise its handler would broadcast to the other ranks
+    # within the signal, where they may be in another collective and all would wait for ever; and nothing is saved.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    # Private API of Lightning: before each batch of several ranks it broadcasts whether one has got a signal, and reads
+    # the answer. Otherwise the CPU would wait for the device at every micro-batch; Checkpoints asks after each step.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     module.student.train()
     teacher = module.teacher.model if module.teacher is not None else None
     models = {id(model): model for model in (module.student, teacher) if model is not None}
     try:
-        with compiled_bodies(*models.values()) if compute.compile else nullcontext():
+        with (
+            stop.listening(),
+            stop.patient(STEP_S, held=True),
+            restoring(checkpoint, name),
+            compiled_bodies(*models.values()) if compute.compile else nullcontext(),
+        ):
             trainer.fit(
                 module,
                 train_dataloaders=data,
-                val_dataloaders=Share(validation_loader, world),
+                val_dataloaders=RankBatches(validation_loader, world),
                 ckpt_path=checkpoint,
                 weights_only=True,
             )
-            if owed and step == num_steps:  # with no step left to make, Lightning does not even begin
-                trainer.validate(module, Share(validation_loader, world), verbose=False)
+            if pending_validation and step == num_steps:  # with no step left Lightning does not enter its loop
+                trainer.validate(module, RankBatches(validation_loader, world), verbose=False)
             if isinstance(trainer.strategy, Sharded):
                 unshard(module.student, keep=world.rank == 0)
             module.tokens_read = summed(module.tokens_read)
@@ -204,11 +238,11 @@ def fit(
         raise
     if log is not None:
         log.close()
-    return num_steps
+    return saver.seconds()
 
 
 def _strategy(compute: ComputeSpec, world: World) -> Any:
-    """How the ranks share the work."""
+    """Lightning's strategy for the ranks: none, DDP or FSDP."""
     if world.size == 1:
         return "auto"
     if compute.strategy == "fsdp":
@@ -217,7 +251,7 @@ def _strategy(compute: ComputeSpec, world: World) -> Any:
 
 
 def _quiet_lightning() -> None:
-    """Keep Lightning's adverts and its advice about things we do on purpose out of people's way."""
+    """Silence Lightning's adverts, and its advice about things that are done here on purpose."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for advice in (

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from distill.core.batch import causal_batch
 from distill.core.errors import InputError
 from distill.models.layouts import layout_for
 from distill.pruning import CRITERIA, Activation, LeaveOneOut
-from distill.pruning.base import Scores, count, score
+from distill.pruning.base import Scores, collect_statistics, score
 from distill.pruning.layout import AXES
 
 from .architectures import MODELS, make
@@ -54,7 +55,7 @@ def rows():
     mask = torch.rand(7, 9, generator=generator) < 0.7
     mask[:, -1] = False
     mask[3] = False
-    return {"input_ids": torch.randint(0, 47, (7, 9), generator=generator), "mask": mask}
+    return causal_batch(torch.randint(0, 47, (7, 9), generator=generator), mask)
 
 
 def take(rows, index):
@@ -87,7 +88,7 @@ def test_what_does_not_count_does_not_matter(name, model, rows):
     ids = torch.cat([ids, torch.full((1, 12), 13)])
     mask = torch.zeros(8, 12, dtype=torch.bool)
     mask[:7, :9] = rows["mask"]
-    got = scored(name, model, [{"input_ids": ids, "mask": mask, "attention_mask": _attended(mask)}])
+    got = scored(name, model, [causal_batch(ids, mask, attention_mask=_attended(mask))])
     assert all(tensor.isfinite().all() for tensor in got.values())
     assert_equal(got, expected)
 
@@ -103,13 +104,16 @@ def _attended(mask):
 def test_the_tallies_of_two_ranks_add_up(name, model, rows):
     layout = layout_for(model.config.model_type)
     criterion = VARIANTS[name]
-    first, second = (count([criterion], model, layout, [take(rows, part)])[0] for part in (slice(4), slice(4, 7)))
-    whole = count([criterion], model, layout, [rows])[0]
-    together = first + second
-    assert together.sums.keys() == whole.sums.keys()
-    assert all(value.dtype == torch.float64 for value in together.sums.values())
-    expected = criterion.judge(model, layout, whole).tensors()
-    assert_equal(criterion.judge(model, layout, together).tensors(), expected)
+    first, second = (
+        collect_statistics([criterion], model, layout, [take(rows, part)])[0] for part in (slice(4), slice(4, 7))
+    )
+    whole = collect_statistics([criterion], model, layout, [rows])[0]
+    for key, value in second.sums.items():
+        first.add(key, value)
+    assert first.sums.keys() == whole.sums.keys()
+    assert all(value.dtype == torch.float64 for value in first.sums.values())
+    expected = criterion.compute_scores(model, layout, whole).tensors()
+    assert_equal(criterion.compute_scores(model, layout, first).tensors(), expected)
 
 
 @each_that_reads
@@ -122,7 +126,7 @@ def test_the_data_is_read(name, model, rows):
 @each_that_reads
 def test_data_in_which_nothing_counts_is_refused(name, model, rows):
     for batches in ([], [take(rows, [3])]):
-        with pytest.raises(InputError, match="no token of the calibration data counts"):
+        with pytest.raises(InputError, match="the masks of the calibration data select 0 tokens"):
             scored(name, model, batches)
 
 
@@ -164,9 +168,9 @@ def test_every_architecture_is_scored_on_the_axes_that_it_has(kind, architecture
     ids = torch.randint(0, 101, (3, 12), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, -1] = False
-    batches = [{"input_ids": ids, "mask": mask}]
+    batches = [causal_batch(ids, mask)]
     if layout.task != "causal_lm" and kind in ("taylor", "leave_one_out"):
-        with pytest.raises(InputError, match=f"{kind} needs the loss of the next token"):
+        with pytest.raises(InputError, match=f"{kind} needs a next-token loss"):
             criterion.score(whole, layout, batches)
         return
     outputs = []

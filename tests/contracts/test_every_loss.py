@@ -1,4 +1,4 @@
-"""Every loss on predictions through the same tests. A new one is tested by standing in LOSSES; it owes a reference."""
+"""Every loss on predictions through the same tests. A new one is tested by standing in LOSSES; it needs a reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distill.losses import LOSSES, LossSpec, LossTerm
 from distill.losses.head import KL, Head, Signal, head_losses
-from distill.losses.rows import Rows
+from distill.losses.tile import LogitTile
 
 VOCABULARY, TOKENS = 11, 24
 
@@ -140,8 +140,10 @@ class _ClosedForm(torch.autograd.Function):
         gradient = torch.zeros_like(student).flatten(0, -2)
         value = torch.zeros(())
         if on.any():
-            value, of_rows = loss.value_and_gradient(Rows(ours, theirs, targets.flatten()[on], alone=True))
-            gradient[on.nonzero(), torch.arange(of_rows.shape[-1])] = of_rows.to(student.dtype)
+            tile = LogitTile(ours, theirs, targets.flatten()[on])
+            alone = loss.in_place(tile) if theirs is not None else None
+            value, found = loss.value_and_gradient(tile) if alone is None else (alone.value, tile.shared()[0])
+            gradient[on.nonzero(), torch.arange(found.shape[-1])] = found.to(student.dtype)
         ctx.gradient = gradient.view_as(student)
         return value
 
@@ -151,7 +153,8 @@ class _ClosedForm(torch.autograd.Function):
 
 
 def _call(loss: Any, student: Tensor, teacher: Tensor | None, targets: Tensor, mask: Tensor) -> LossTerm:
-    return LossTerm(_ClosedForm.apply(student, teacher, targets, mask, loss), mask.sum())
+    plain = MEMBERS[loss.kind].model_construct(**dict(loss))  # its own call, for a loss without a closed form
+    return LossTerm(_ClosedForm.apply(student, teacher, targets, mask, plain), mask.sum())
 
 
 def _members() -> list[tuple[str, Any]]:
@@ -223,7 +226,7 @@ def data() -> Data:
 
 
 def reference(loss: LossSpec, data: Data, student: Tensor | None = None) -> Array:
-    """Loss a token, [2, TOKENS / 2], float64; what carries no gradient stays where the data have it."""
+    """Loss per token, [2, TOKENS / 2], float64; what carries no gradient stays where the data have it."""
     student = data.student if student is None else student
     logits = [x.double().numpy() for x in (student, data.teacher)]
     return REFERENCES[loss.kind](loss, *logits, data.targets.numpy(), data.student.double().numpy())
@@ -369,24 +372,70 @@ def test_chunked_is_plain(loss: LossSpec, chunk_tokens: int, data: Data) -> None
     torch.testing.assert_close(terms[KL].sum, kl.sum, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("loss", [s for s in _cases() if type(s) is MEMBERS[s.kind]], ids=_name)
+closed_forms = pytest.mark.parametrize("loss", [s for s in _cases() if type(s) is MEMBERS[s.kind]], ids=_name)
+
+
+@closed_forms
 @pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
 def test_the_closed_form_is_what_autograd_finds(loss: LossSpec, size: float, data: Data) -> None:
-    """Over heads of different width too, and with what other losses have left of the same rows."""
+    """Over heads of different width too, and with what other losses have left of the same tile."""
+    student, teacher, targets = _logits(size, data)
+    expected, gradient = LossSpec.value_and_gradient(loss, LogitTile(student.clone(), teacher.clone(), targets))
+    tile = LogitTile(student.clone(), teacher.clone(), targets)
+    for spec in (LOSSES["cross_entropy"](), LOSSES["forward_kl"](), loss):  # type: ignore[call-arg]
+        value, found = spec.value_and_gradient(tile)  # type: ignore[attr-defined]
+    forms = [(value, found)]
+    tile = LogitTile(student.clone(), teacher.clone(), targets)
+    if (alone := loss.in_place(tile)) is not None:
+        forms.append((alone.value, tile.shared()[0]))
+    # what fp32 leaves of a difference of two logarithms, per token
+    rounding = 1e-6 * TOKENS * getattr(loss, "temperature", 1.0) ** 2
+    for value, found in forms:
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=rounding)
+        width = found.shape[-1]
+        atol = 1e-5 * max(1.0, gradient.abs().max().item())
+        torch.testing.assert_close(found, gradient[:, :width], rtol=1e-4, atol=atol)
+        assert not gradient[:, width:].any()
+
+
+def _logits(size: float, data: Data) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of two heads of different width, and targets, [TOKENS, ...]."""
     torch.manual_seed(0)
     student, teacher = (size * torch.randn(TOKENS, VOCABULARY + extra) for extra in (3, 1))
-    targets = data.targets.flatten()
-    expected, gradient = LossSpec.value_and_gradient(loss, Rows(student.clone(), teacher.clone(), targets))
-    rows = Rows(student.clone(), teacher.clone(), targets)
-    for spec in (LOSSES["cross_entropy"](), LOSSES["forward_kl"](), loss):  # type: ignore[call-arg]
-        value, found = spec.value_and_gradient(rows)  # type: ignore[attr-defined]
-    # what fp32 leaves of a difference of two logarithms, a token
-    rounding = 1e-6 * TOKENS * getattr(loss, "temperature", 1.0) ** 2
-    torch.testing.assert_close(value, expected, rtol=1e-5, atol=rounding)
-    width = found.shape[-1]
-    atol = 1e-5 * max(1.0, gradient.abs().max().item())
-    torch.testing.assert_close(found, gradient[:, :width], rtol=1e-4, atol=atol)
-    assert not gradient[:, width:].any()
+    return student, teacher, data.targets.flatten()
+
+
+@closed_forms
+def test_a_closed_form_overwrites_nothing_that_is_shared(loss: Any, data: Data) -> None:
+    """Neither a distribution, nor the gradient of another loss, nor what of the logits counts: all but a constant."""
+    student, teacher, targets = _logits(1.0, data)
+    tile = LogitTile(student.clone(), teacher.clone(), targets)
+    other: Any = LOSSES["reverse_kl"]()  # type: ignore[call-arg]
+    _, before = other.value_and_gradient(tile)
+    temperature = getattr(loss, "temperature", 1.0)
+    shared = [before, *tile.own(), *tile.pair(1.0), *tile.pair(temperature), tile.forward_kl(temperature)]
+    copies = [tensor.clone() for tensor in shared]
+    _, gradient = loss.value_and_gradient(tile)
+    kept = gradient.clone()
+    other.value_and_gradient(tile)
+    tile.kl()
+    assert torch.equal(gradient, kept)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(shared, copies, strict=True))
+    width = min(student.shape[-1], teacher.shape[-1])
+    for now, then in zip(tile.shared(), (student[:, :width], teacher[:, :width]), strict=True):
+        torch.testing.assert_close(now.log_softmax(-1), then.log_softmax(-1))
+
+
+@closed_forms
+def test_a_form_in_place_that_is_not_there_touches_nothing(loss: Any, data: Data) -> None:
+    student, teacher, targets = _logits(1.0, data)
+    tile = LogitTile(student.clone(), teacher.clone(), targets)
+    if loss.in_place(tile) is None:
+        assert torch.equal(tile.student, student)
+        assert torch.equal(tile.teacher, teacher)  # type: ignore[arg-type]
+    else:
+        assert loss.kind == "forward_kl"
+        assert loss.temperature == 1.0
 
 
 @every_loss

@@ -249,7 +249,7 @@ def test_bfloat16_weights_and_a_bfloat16_forward(name):
 def test_a_row_that_the_groups_do_not_divide_is_refused_with_a_way_out(name):
     spec = VARIANTS[name]
     if spec.groups(1024) != 1:
-        with pytest.raises(InputError, match=r"divide.*(try|skip)"):
+        with pytest.raises(InputError, match=r"(divide|multiple of).*(try|skip)"):
             spec.groups(40)
     else:
         assert spec.groups(40) == 1
@@ -259,8 +259,8 @@ def test_a_row_that_the_groups_do_not_divide_is_refused_with_a_way_out(name):
 def test_tells_its_name_and_its_words_for_the_formats(name):
     spec = VARIANTS[name]
     assert spec.label()
-    assert spec.gguf_type in (None, "Q8_0", "Q4_0", "TQ2_0")
-    assert (spec.gguf_type is None) or spec.scale_dtype == "float16"
+    assert spec.gguf_type in (None, "Q8_0", "Q6_K", "Q4_0", "TQ2_0")
+    assert (spec.gguf_type is None) or spec.scale_dtype == ("float32" if spec.gguf_type == "Q6_K" else "float16")
     words = spec.compressed_tensors_arguments()
     assert json.loads(json.dumps(words)) == words
     assert words["symmetric"] == (spec.quantize(weight_of()).zero_point is None)

@@ -12,9 +12,9 @@ from contracts.architectures import GROUPS, MODELS, make
 from distill.core.errors import InputError
 from distill.models.layouts import layout_for
 from distill.models.size import count_parameters
-from distill.pruning.budget import Costs, SizeBudget
+from distill.pruning.budget import SizeBudget, SizeCosts
 from distill.pruning.keep import AXIS_OF_KEY, KeepSpec
-from distill.pruning.search import Space
+from distill.pruning.search import SearchSpace
 from distill.pruning.select import target_sizes
 
 SIZED = {
@@ -34,11 +34,11 @@ def opened(name, *more):
     layout = layout_for(config["model_type"])
     sizes, joint = layout.sizes(config), layout.rule_of_hidden(config) == "heads_times_head_dim"
     axes = [key for key in (*SIZED, *more) if AXIS_OF_KEY[key] in sizes and not (joint and key in JOINT)]
-    return model, layout, config, Space(layout, config, axes, {key: SIZED.get(key, 1) for key in axes}, 0.25)
+    return model, layout, config, SearchSpace(layout, config, axes, {key: SIZED.get(key, 1) for key in axes}, 0.25)
 
 
 def costs_of(measure, layout, config):
-    return Costs(measure, layout, config, context_tokens=16, bytes_per_parameter=4)
+    return SizeCosts(measure, layout, config, context_tokens=16, bytes_per_parameter=4)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -220,7 +220,7 @@ def test_the_weight_may_follow_a_schedule(loss: StateLossSpec) -> None:
 
 @every_loss
 def test_a_cache_cannot_teach_it(loss: StateLossSpec) -> None:
-    assert f"{loss.kind} reads the teacher's layers" in str(refusal([loss]))
+    assert f"{loss.kind} reads the teacher's hidden layers" in str(refusal([loss]))
 
 
 @every_loss

@@ -178,15 +178,22 @@ def test_hash_of_is_stable_and_tells_apart() -> None:
     assert hash_of("a", "b") != hash_of("ab")
 
 
+def one_tensor(data: bytes) -> bytes:
+    """A safetensors file."""
+    header = json.dumps({"a": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
 def test_fingerprint_follows_the_content_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(one_tensor(b"weights"))
     before = fingerprint(str(tmp_path))
     (tmp_path / "distill.json").write_text("{}")
     (tmp_path / "notes.md").write_text("x")
     os.utime(tmp_path / "config.json", (0, 0))
     assert fingerprint(str(tmp_path)) == before
-    (tmp_path / "model.safetensors").write_bytes(b"WEIGHTS")
+    weights.write_bytes(one_tensor(b"WEIGHTS"))
     assert fingerprint(str(tmp_path)) != before
     assert fingerprint("org/model") == "org/model"
 

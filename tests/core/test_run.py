@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from distill.core.errors import InputError
-from distill.core.run import Done, Run
+from distill.core.run import Run
+from distill.core.stored import write_checked
 
 
 @pytest.fixture
@@ -22,12 +24,10 @@ def run(tmp_path: Path) -> Run:
 def test_a_stage_is_done_when_it_says_so(run: Run) -> None:
     run.begin("prune", "aa")
     assert run.done("prune") is None
-    done = Done("aa", 1.235, {"parameters": 3})
-    run.finish("prune", done)
+    done = run.finish("prune", "aa", 1.235, {"parameters": 3})
     assert run.done("prune") == done
-    assert done.made != Done("aa", 1.235, {"parameters": 3}).made
-    (run.stage("prune") / "DONE").write_text("{cut sho")
-    assert run.done("prune") is None
+    assert (done.input_hash, done.seconds, done.figures) == ("aa", 1.235, {"parameters": 3})
+    assert done.made != run.finish("prune", "aa", 1.235, {"parameters": 3}).made
     assert run.model("prune").location == str(run.folder / "prune" / "model")
 
 
@@ -55,8 +55,70 @@ def test_a_training_that_was_left_is_known(run: Run, within: str) -> None:
     checkpoint.parent.mkdir(parents=True)
     checkpoint.touch()
     assert run.is_left("distill")
-    run.finish("distill", Done("aa", 1.0, {}))
+    run.finish("distill", "aa", 1.0, {})
     assert not run.is_left("distill")
+
+
+@pytest.mark.parametrize("rename", [1, 2])
+def test_a_kill_as_a_stage_begins_leaves_nothing_to_move_aside(
+    run: Run, monkeypatch: pytest.MonkeyPatch, rename: int
+) -> None:
+    """The marker is renamed, then the folder with it."""
+    real, calls = os.replace, 0
+
+    def replace(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == rename:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        run.begin("distill", "aa")
+    said: list[str] = []
+    assert [path.name for path in run.begin("distill", "aa", said.append).iterdir()] == ["INPUT"]
+    assert [path.name for path in run.folder.iterdir()] == ["distill"]
+    assert said == []
+
+
+def test_what_was_moved_aside_is_told_as_it_is(run: Run) -> None:
+    said: list[str] = []
+    (run.begin("distill", "aa") / "mine").touch()
+    run.begin("distill", "bb", said.append)
+    assert said == ["  its inputs have changed; what was there is now distill.old-1"]
+    (run.folder / "prune").mkdir()
+    run.begin("prune", "aa", said.append)
+    (run.folder / "export").mkdir()
+    (run.folder / "export" / "mine").touch()
+    run.begin("export", "aa", said.append)
+    assert said[1:] == ["  a folder export that no run has begun was there; it is now export.old-1"]
+
+
+def test_a_result_is_only_what_the_stage_left(run: Run) -> None:
+    folder = run.begin("prune", "aa")
+    (folder / "plan.json").write_text("{}")
+    assert run.result("prune", "plan.json") is None  # not finished
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step=00000001.ckpt").touch()
+    run.finish("prune", "aa", 1.0, {})
+    assert not (folder / "checkpoints").exists()
+    (folder / "scores.safetensors").touch()
+    assert run.result("prune", "scores.safetensors") is None  # somebody else's
+    assert run.result("prune", "plan.json") == folder / "plan.json"
+    (folder / "plan.json").write_text("[]")
+    with pytest.raises(InputError, match=rf"^{folder}/plan.json: is not what stage prune made .*by --from prune$"):
+        run.result("prune", "plan.json")
+
+
+def test_a_marker_leads_nowhere_else(run: Run) -> None:
+    run.begin("prune", "aa")
+    mark = {"bytes": 0, "mtime_ns": 0, "sha256": "0" * 64}
+    for name in ("../other/file", "/etc/passwd"):
+        content = {"input_hash": "aa", "seconds": 1.0, "figures": {}, "files": {name: mark}, "made": "x"}
+        write_checked(run.stage("prune") / "DONE", content, about="prune")
+        with pytest.raises(InputError, match="is not within the stage's folder"):
+            run.done("prune")
 
 
 def test_begin_moves_a_folder_without_a_marker_aside(run: Run) -> None:

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 from distill.core.errors import InputError, RecipeError
-from distill.core.source import MOST_VALUES, parse, read, suggest
+from distill.core.mistakes import blamed
+from distill.core.source import DEEPEST, MOST_BYTES, MOST_VALUES, parse, read, suggest
 
 NO_STAGE = "; --set cannot add a stage, so write it into the recipe"
 
 
 def mistakes(text: str, *overrides: str) -> list[str]:
     with pytest.raises(RecipeError) as caught:
-        parse(text, "r.yaml", overrides)
+        parse(text, "r.yaml").overridden(overrides)
     return caught.value.mistakes
 
 
@@ -131,10 +132,33 @@ def test_aliases_of_aliases_do_not_fill_the_memory() -> None:
     assert f"more than {MOST_VALUES:,} values" in message
 
 
-def test_deep_nesting_is_refused_before_python_gives_up() -> None:
-    depth = sys.getrecursionlimit()
-    (message,) = mistakes("a: " + "[" * depth + "]" * depth)
-    assert message.startswith("r.yaml:1: not valid YAML")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: " + "[" * 200_000,
+        "a: " + "{a: " * 4_000,
+        "- " * 4_000,
+        "? " * 4_000,
+        "\n".join(" " * depth + "a:" for depth in range(1_000)),
+        "a: " + "[" * sys.getrecursionlimit() + "]" * sys.getrecursionlimit(),
+    ],
+    ids=lambda text: text[:6].replace("\n", "|"),
+)
+def test_nothing_is_read_beyond_the_deepest_nesting(text: str) -> None:
+    """PyYAML's time would grow with the square of the depth, until its recursion ends in an error of Python."""
+    assert mistakes(text) == [f"r.yaml:1: not valid YAML: nested more than {DEEPEST} deep"]
+
+
+def test_nothing_is_read_beyond_the_most_values() -> None:
+    text = "a:\n" + "- x\n" * 3 * MOST_VALUES + "]"  # the mistake at the end is not come to
+    assert mistakes(text) == [f"r.yaml:1: not valid YAML: more than {MOST_VALUES:,} values"]
+
+
+def test_a_file_that_is_larger_than_any_recipe_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "large.yaml").write_text("a: " + "x" * MOST_BYTES)
+    for file in (tmp_path / "large.yaml", Path("/dev/zero")):
+        with pytest.raises(InputError, match=r"larger than 1,048,576 bytes, which no recipe is; name a recipe's file"):
+            read(file)
 
 
 RECIPE = """\
@@ -149,7 +173,7 @@ stages:
 
 
 def override(*texts: str) -> Any:
-    return parse(RECIPE, "r.yaml", texts)
+    return parse(RECIPE, "r.yaml").overridden(texts)
 
 
 def test_set_changes_a_nested_value_and_its_place() -> None:
@@ -211,6 +235,15 @@ def test_the_last_set_wins_and_a_value_may_hold_an_equals_sign() -> None:
         ),
         ("seed=[1", "--set seed: the value '[1' is not valid YAML (expected ',' or ']', but got '<stream end>')"),
         ("seed={a: 1, a: 2}", "--set seed:1: a: written twice"),
+        ("a" + ".a" * 5000 + "=1", "--set: a key of 5001 parts, expected at most 50"),
+        (
+            "stages.distill.losses.\u00b2.weight=1",
+            "--set stages.distill.losses.\u00b2.weight: there is no stages.distill.losses.\u00b2 to set",
+        ),
+        (
+            f"stages.distill.losses.{'9' * 5000}.weight=1",
+            f"--set stages.distill.losses.{'9' * 5000}.weight: there is no stages.distill.losses.{'9' * 5000} to set",
+        ),
     ],
 )
 def test_what_set_cannot_do_it_says(text: str, message: str) -> None:
@@ -234,3 +267,24 @@ def test_suggest() -> None:
     assert suggest("temprature", ["temperature", "weight"]) == "; did you mean 'temperature'?"
     assert suggest("xyz", ["temperature", "weight"]) == ""
     assert suggest(3, ["temperature"]) == ""
+    assert suggest("name", (f"a{i}" for i in range(10**9))) == "", "so many are not looked at"
+
+
+def test_the_override_to_blame_is_looked_for_only_where_there_is_one() -> None:
+    """Each look validates the whole recipe again."""
+    looks: list[list[str]] = []
+
+    def mistakes_with(some: list[str]) -> list[str]:
+        looks.append(some)
+        return ["r.yaml:1: of the file"] + ["r.yaml:2: made"] * ("b=1" in some)
+
+    assert blamed(["r.yaml:1: of the file"], [], mistakes_with) == ["r.yaml:1: of the file"]
+    assert blamed(["--set a: wrong"], ["a=1"], mistakes_with) == ["--set a: wrong"]
+    assert looks == []
+    assert blamed(["r.yaml:1: of the file"], ["a=1"] * 1000, mistakes_with) == ["r.yaml:1: of the file"]
+    assert looks == [[]]
+    assert blamed(["r.yaml:2: made"], ["a=1", "b=1"], mistakes_with) == ["--set b: r.yaml:2: made"]
+    looks.clear()
+    (line,) = blamed(["r.yaml:2: made"], ["b=1"] * 1000, mistakes_with)
+    assert line.endswith("--set b: r.yaml:2: made")
+    assert len(looks) == 1

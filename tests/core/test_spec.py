@@ -100,3 +100,45 @@ def test_a_member_needs_a_kind() -> None:
 def test_the_schema_lists_every_member() -> None:
     schema = TypeAdapter(Annotated[Spec, SHAPES]).json_schema()
     assert schema["oneOf"] == [{"$ref": "#/$defs/Round"}, {"$ref": "#/$defs/Square"}]
+
+
+def _specs(base: type[Spec] = Spec) -> list[type[Spec]]:
+    import distill.recipe  # noqa: F401 - which imports every one
+
+    return [base, *(found for spec in base.__subclasses__() for found in _specs(spec))]
+
+
+def test_true_is_no_number_anywhere() -> None:
+    """Python takes it for 1, and pydantic would: ``lr: true`` would train with a learning rate of 1."""
+    looked_at = 0
+    for spec in _specs():
+        if not spec.__module__.startswith("distill."):
+            continue
+        for name in spec.model_fields:
+            if all(refused_at(spec, name, number) for number in (3, 0.5)) or not refused_at(spec, name, "true"):
+                continue  # it takes no number, or truth and texts as well
+            looked_at += 1
+            assert refused_at(spec, name, True), f"{spec.__name__}.{name} takes true for a number"
+            assert refused_at(spec, name, 10**400), f"{spec.__name__}.{name} takes any number of digits"
+    assert looked_at > 100
+
+
+def refused_at(spec: type[Spec], name: str, value: Any) -> bool:
+    """Whether validation finds this value wrong, whatever else the Spec would need."""
+    try:
+        spec.model_validate({name: value})
+    except ValidationError as error:
+        return any(item["loc"][:1] == (name,) for item in error.errors())
+    return False
+
+
+def test_a_number_in_a_list_a_mapping_or_a_schedule_is_one_too() -> None:
+    from distill.losses import ForwardKL
+    from distill.training.spec import OptimizerSpec
+
+    for wrong in ((OptimizerSpec, {"betas": [True, 0.9]}), (ForwardKL, {"temperature": True})):
+        with pytest.raises(ValidationError, match="valid number"):
+            wrong[0].model_validate(wrong[1])
+    with pytest.raises(ValidationError, match="valid number"):
+        ForwardKL.model_validate({"temperature": {"kind": "linear", "start": True, "end": 2}})
+    assert OptimizerSpec.model_validate({"lr": 1, "warmup_steps": "3"}) == OptimizerSpec(lr=1.0, warmup_steps=3)

@@ -9,9 +9,10 @@ import torch
 
 from distill.core.errors import InputError
 from distill.data import corpus as corpus_module
-from distill.data.blocks import Blocks
-from distill.data.corpus import Corpus, open_tokenizer
-from distill.data.loader import GlobalOrder
+from distill.data.corpus import Corpus, trained_tokenizer
+from distill.data.micro_batches import MicroBatches
+from distill.data.order import GlobalOrder
+from distill.data.packed_rows import PackedRows
 from distill.data.spec import DataSpec
 
 
@@ -48,17 +49,17 @@ def take(loader, count):
 
 
 def blocks_in_a_pass(corpus):
-    if isinstance(corpus.train, Blocks):
+    if isinstance(corpus.train, PackedRows):
         return len(corpus.train)
     return sum(len(row) for row in corpus.train._ids()) // corpus.train.sequence_length
 
 
 def test_the_order_is_the_same_for_every_split_into_ranks_micro_batches_and_workers(either):
     total = 24 * (blocks_in_a_pass(either) // 24 + 2)  # over the edge of a pass
-    straight = take(either.train_loader(1), total)
+    straight = take(either.train_loader(MicroBatches(1)), total)
     for micro, world, workers in ((4, 1, 0), (2, 2, 0), (1, 4, 0), (3, 2, 0), (2, 3, 2), (12, 2, 1)):
         loaders = [
-            iter(either.train_loader(micro, rank=rank, world_size=world, num_workers=workers if rank == 0 else 0))
+            iter(either.train_loader(MicroBatches(micro, 0, rank, world), workers if rank == 0 else 0))
             for rank in range(world)
         ]
         pieces = [next(loader)["input_ids"] for _ in range(total // (micro * world)) for loader in loaders]
@@ -68,55 +69,49 @@ def test_the_order_is_the_same_for_every_split_into_ranks_micro_batches_and_work
 def test_going_on_from_any_position_is_exact(either):
     in_pass = blocks_in_a_pass(either)
     total = in_pass + 12
-    straight = take(either.train_loader(1), total)
+    straight = take(either.train_loader(MicroBatches(1)), total)
     for position in (0, 1, 5, in_pass - 1, in_pass, in_pass + 1, in_pass + 7):
-        rest = take(either.train_loader(1, consumed_sequences=position), total - position)
+        rest = take(either.train_loader(MicroBatches(1, position)), total - position)
         assert torch.equal(rest, straight[position:]), position
     # Each resumed run saves its own position, and another one goes on from there with other micro-batches.
-    first = take(either.train_loader(4), 3)
-    second = take(either.train_loader(2, consumed_sequences=12), 2)
-    third = take(either.train_loader(1, consumed_sequences=16), in_pass - 10)
+    first = take(either.train_loader(MicroBatches(4)), 3)
+    second = take(either.train_loader(MicroBatches(2, 12)), 2)
+    third = take(either.train_loader(MicroBatches(1, 16)), in_pass - 10)
     assert torch.equal(torch.cat([first, second, third]), straight[: in_pass + 6])
 
 
 def test_every_pass_shows_every_block_once_in_another_order():
-    order = iter(GlobalOrder(11, seed=5, micro_batch_size=1))
+    order = iter(GlobalOrder(11, 5, MicroBatches(1)))
     passes = [[next(order)[0] for _ in range(11)] for _ in range(4)]
     assert all(sorted(numbers) == list(range(11)) for numbers in passes)
     assert len({tuple(numbers) for numbers in passes}) == 4
-    other = iter(GlobalOrder(11, seed=6, micro_batch_size=1))
+    other = iter(GlobalOrder(11, 6, MicroBatches(1)))
     assert [next(other)[0] for _ in range(11)] != passes[0]
 
 
-def test_an_order_with_an_end_has_a_length(corpus):
-    loader = corpus.train_loader(2, consumed_sequences=5, world_size=2, end_sequences=14)
-    assert len(loader) == len(list(loader)) == 3
-    assert len(corpus.train_loader(2, consumed_sequences=14, end_sequences=14)) == 0
-    with pytest.raises(TypeError):
-        len(corpus.train_loader(2))
-
-
-def test_a_stream_ends_where_it_is_told(stream):
-    assert len(list(stream.train_loader(2, consumed_sequences=5, world_size=2, end_sequences=14))) == 3
+@pytest.mark.parametrize("wrong", [(0,), (2, -1), (2, 0, 2, 2), (2, 0, -1, 2)])
+def test_no_part_of_the_list_is_refused(wrong):
+    with pytest.raises(ValueError, match="no such part of the training rows: MicroBatches"):
+        MicroBatches(*wrong)
 
 
 def test_loaders_leave_the_global_random_state_alone_and_do_not_depend_on_it(either):
     torch.manual_seed(1)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    first = take(either.train_loader(2, num_workers=1), 4), take(either.calibration_loader(4, 2), 2)
+    first = take(either.train_loader(MicroBatches(2), num_workers=1), 4), take(either.calibration_loader(4, 2), 2)
     list(either.validation_loader(2))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert np.random.get_state()[1].tolist() == before[2]
     torch.manual_seed(2)
-    assert torch.equal(take(either.train_loader(2), 4), first[0])
+    assert torch.equal(take(either.train_loader(MicroBatches(2)), 4), first[0])
     assert torch.equal(take(either.calibration_loader(4, 2), 2), first[1])
 
 
 def test_batches_keep_the_contract(either):
-    for loader in (either.train_loader(3), either.validation_loader(3), either.calibration_loader(6, 3)):
+    for loader in (either.train_loader(MicroBatches(3)), either.validation_loader(3), either.calibration_loader(6, 3)):
         batch = next(iter(loader))
-        assert set(batch) == {"input_ids", "mask"}
+        assert set(batch) == {"input_ids", "targets", "mask"}
         assert batch["input_ids"].dtype == torch.int64
         assert batch["mask"].dtype == torch.bool
         assert batch["input_ids"].shape == batch["mask"].shape
@@ -127,10 +122,10 @@ def test_batches_keep_the_contract(either):
 
 def test_validation_is_finite_fixed_and_its_bytes_are_those_of_its_predictions(either, tokenizer):
     batches = list(either.validation_loader(4))
-    again = list(either.validation_loader(4, num_workers=1))
+    again = list(either.validation_loader(4))
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True))
     assert sum(int(batch["mask"].sum()) for batch in batches) == either.validation.num_predictions()
-    assert either.validation_bytes == either.validation.block_bytes().sum()
+    assert either.validation_bytes == either.validation.bytes_of_rows().sum()
     # Every block's text, without its first token and the ends, in bytes; cut characters can only be at its edges.
     text = 0
     for batch in batches:
@@ -154,7 +149,7 @@ def test_validation_tokens_are_spread_over_the_whole(rows, tokenizer, tmp_path):
     everything = Corpus.open(spec(rows, held_out=0.5), tokenizer, tmp_path / "data", 0, 400)
     assert len(few.validation) == 4
     quarter = len(everything.validation) / 4
-    assert [int(number // quarter) for number in few.validation.chosen] == [0, 1, 2, 3]
+    assert [round(number / quarter) for number in few.validation.chosen] == [0, 1, 2, 3]
     assert few.hash != everything.hash
 
 
@@ -167,8 +162,8 @@ def test_calibration_takes_distinct_training_blocks(corpus):
     assert len(take(corpus.calibration_loader(10_000, 4), 10_000)) == len(corpus.train)
 
 
-def test_opening_again_does_not_tokenise_again(rows, tokenizer, tmp_path, monkeypatch, corpus):
-    monkeypatch.setattr(corpus_module, "write_tokens", lambda *args, **more: pytest.fail("tokenised again"))
+def test_opening_again_does_not_tokenize_again(rows, tokenizer, tmp_path, monkeypatch, corpus):
+    monkeypatch.setattr(corpus_module, "write_tokens", lambda *args, **more: pytest.fail("tokenized again"))
     again = Corpus.open(spec(rows), tokenizer, tmp_path / "data", seed=3, vocabulary_size=400)
     assert again.hash == corpus.hash
     assert again.summary() == corpus.summary()
@@ -178,7 +173,7 @@ def test_opening_again_does_not_tokenise_again(rows, tokenizer, tmp_path, monkey
         Corpus.open(spec(rows), tokenizer, tmp_path / "data", seed=3, vocabulary_size=50)
 
 
-def test_other_text_or_split_is_tokenised_anew(rows, tokenizer, tmp_path, corpus):
+def test_other_text_or_split_is_tokenized_anew(rows, tokenizer, tmp_path, corpus):
     assert Corpus.open(spec(rows, held_out=0.3), tokenizer, tmp_path / "data", 3, 400).hash != corpus.hash
     rows.write_text(rows.read_text() + '{"text": "more"}\n')
     assert Corpus.open(spec(rows), tokenizer, tmp_path / "data", 3, 400).hash != corpus.hash
@@ -211,14 +206,9 @@ def test_summary_is_one_line_and_says_what_was_left_out(rows, tokenizer, tmp_pat
     assert "stream" in stream.summary()
 
 
-def test_the_tokenizer_of_a_recipe(rows, tokenizer, tmp_path, monkeypatch):
-    tokenizer.save_pretrained(tmp_path / "teacher")
-    folder = tmp_path / "data"
-    assert open_tokenizer(spec(rows), str(tmp_path / "teacher"), folder).get_vocab() == tokenizer.get_vocab()
-    named = spec(rows, tokenizer=str(tmp_path / "teacher"))
-    assert open_tokenizer(named, "none", folder).get_vocab() == tokenizer.get_vocab()
-    new = spec(rows, tokenizer={"vocab_size": 300})
-    trained = open_tokenizer(new, "none", folder)
+def test_a_tokenizer_of_its_own_is_trained_once(rows, tmp_path, monkeypatch):
+    folder, new = tmp_path / "data", spec(rows, tokenizer={"vocab_size": 300})
+    trained = trained_tokenizer(new, new.tokenizer, folder)
     assert len(trained) == 300
     monkeypatch.setattr(corpus_module, "train_tokenizer", lambda *args: pytest.fail("trained again"))
-    assert open_tokenizer(new, "none", folder).get_vocab() == trained.get_vocab()
+    assert trained_tokenizer(new, new.tokenizer, folder).get_vocab() == trained.get_vocab()

@@ -1,5 +1,7 @@
 """Tokens on disk: nothing lost, bytes exact, whole or not at all."""
 
+import itertools
+import json
 import math
 from pathlib import Path
 
@@ -10,10 +12,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from distill.core.errors import InputError, MachineError
+from distill.data import encoder as encoder_of
 from distill.data import packing
 from distill.data.base import Document
-from distill.data.blocks import Blocks
-from distill.data.encoder import Encoder
+from distill.data.encoder import TextEncoder
+from distill.data.packed_rows import PackedRows
 from distill.data.packing import read_tokens, write_tokens
 
 
@@ -29,7 +32,7 @@ def texts(text_of):
 @pytest.fixture
 def written(tmp_path, tokenizer, texts, monkeypatch):
     monkeypatch.setattr(packing, "_BATCH_DOCUMENTS", 7)  # more than one batch
-    return write_tokens(tmp_path / "t-0.bin", documents(texts), Encoder(tokenizer), 400, with_bytes=True)
+    return write_tokens(tmp_path / "t-0.bin", documents(texts), TextEncoder(tokenizer), 400, with_bytes=True)
 
 
 def test_the_file_decodes_to_the_documents_in_their_order(written, tokenizer, texts):
@@ -42,7 +45,7 @@ def test_the_file_decodes_to_the_documents_in_their_order(written, tokenizer, te
 
 @pytest.mark.parametrize("sequence_length", [2, 7, 16, 100_000])
 def test_blocks_lose_no_token_and_count_each_prediction_once(written, sequence_length):
-    blocks = Blocks(written, sequence_length)
+    blocks = PackedRows(written, sequence_length)
     batch = blocks[list(range(len(blocks)))]
     ids, mask = batch["input_ids"], batch["mask"]
     assert ids.dtype == torch.int64
@@ -52,7 +55,7 @@ def test_blocks_lose_no_token_and_count_each_prediction_once(written, sequence_l
     lone = (written.num_tokens - 1) % sequence_length == 0  # a last token with nothing before it in its block
     kept = written.num_tokens - lone
     assert ids.flatten()[:kept].tolist() == flat[:kept].tolist()
-    assert ids.flatten()[kept:].unique().tolist() in ([], [written.end])
+    assert ids.flatten()[kept:].unique().tolist() in ([], [written.filling])
     expected = [t + 1 < kept and (t + 1) % sequence_length != 0 for t in range(ids.numel())]
     assert mask.flatten().tolist() == expected
     assert not mask[:, -1].any()
@@ -61,8 +64,8 @@ def test_blocks_lose_no_token_and_count_each_prediction_once(written, sequence_l
 
 def test_a_lone_last_token_makes_no_block(written):
     length = written.num_tokens - 1
-    assert len(Blocks(written, length)) == 1
-    assert len(Blocks(written, length - 1)) == 2
+    assert len(PackedRows(written, length)) == 1
+    assert len(PackedRows(written, length - 1)) == 2
 
 
 def test_bytes_of_tokens_are_those_of_the_byte_level_vocabulary(written, tokenizer):
@@ -73,10 +76,12 @@ def test_bytes_of_tokens_are_those_of_the_byte_level_vocabulary(written, tokeniz
     letters = {letter: byte for byte, letter in byte_letters().items()}
     for index, count in zip(ids, counts, strict=True):
         done += count
-        if index != written.end:
+        if index != written.filling:
             raw += bytes(letters[letter] for letter in tokenizer.convert_ids_to_tokens(int(index)))
         assert done == len(raw.decode("utf-8", errors="ignore").encode()), "the whole characters so far"
-    assert any(counts[i] == 0 for i, index in enumerate(ids) if index != written.end), "no character was cut: weak test"
+    assert any(counts[i] == 0 for i, index in enumerate(ids) if index != written.filling), (
+        "no character was cut: weak test"
+    )
 
 
 def byte_letters():
@@ -89,15 +94,15 @@ def byte_letters():
 @pytest.mark.parametrize("sequence_length", [2, 5, 16, 64])
 def test_block_bytes_leave_out_only_the_first_token_of_each_block(written, sequence_length):
     counts = written.bytes_of_tokens().astype(int)
-    blocks = Blocks(written, sequence_length)
+    blocks = PackedRows(written, sequence_length)
     firsts = sum(counts[i * sequence_length] for i in range(len(blocks)))
     lone = counts[-1] if (written.num_tokens - 1) % sequence_length == 0 else 0
-    assert blocks.block_bytes().sum() == written.num_bytes - firsts - lone
+    assert blocks.bytes_of_rows().sum() == written.num_bytes - firsts - lone
     batch = blocks[[1]]
     predicted = batch["input_ids"].roll(-1, 1)[batch["mask"]]
     start = sequence_length
     assert predicted.tolist() == written.ids()[start + 1 : start + sequence_length].tolist()
-    assert blocks.block_bytes()[1] == counts[start + 1 : start + sequence_length].sum()
+    assert blocks.bytes_of_rows()[1] == counts[start + 1 : start + sequence_length].sum()
 
 
 def test_bytes_are_exact_for_tokenizers_that_normalise_and_drop_spaces(text_of):
@@ -107,7 +112,7 @@ def test_bytes_are_exact_for_tokenizers_that_normalise_and_drop_spaces(text_of):
     backend.decoder = decoders.WordPiece()
     texts = ["  " + text_of(i) + "  \n" for i in range(20)] + ["…", "ﬁ ½", "   "]
     backend.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]", "[END]"]))
-    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[END]", unk_token="[UNK]"))
+    encoder = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[END]", unk_token="[UNK]"))
     ids, counts = encoder.encode_with_bytes(texts)
     for text, row, sizes in zip(texts, ids, counts, strict=True):
         assert len(row) == len(sizes)
@@ -117,15 +122,62 @@ def test_bytes_are_exact_for_tokenizers_that_normalise_and_drop_spaces(text_of):
 
 
 def test_both_ways_to_encode_agree_and_special_tokens_in_a_text_are_text(tokenizer):
-    encoder = Encoder(tokenizer)
+    encoder = TextEncoder(tokenizer)
     texts = ["a <|endoftext|> b<|pad|>", "", "東京"]
     ids, counts = encoder.encode_with_bytes(texts)
-    assert ids == encoder.encode(texts)
-    assert [row.count(encoder.end) for row in ids] == [1, 1, 1]
-    assert ids[1] == [encoder.end]
+    assert [row.tolist() for row in ids] == [row.tolist() for row in encoder.encode(texts)]
+    assert [row.tolist().count(encoder.end) for row in ids] == [1, 1, 1]
+    assert ids[1].tolist() == [encoder.end]
     assert tokenizer.decode(ids[0][:-1]) == texts[0]
     assert [int(sizes.sum()) for sizes in counts] == [len(text.encode()) for text in texts]
     assert tokenizer("<|endoftext|>")["input_ids"] == [encoder.end], "the caller's tokenizer was changed"
+
+
+@pytest.mark.parametrize("piece", [40, 64, 200])
+def test_a_long_document_is_cut_where_no_token_is(tokenizer, text_of, monkeypatch, piece):
+    """Tokenizers take hundreds of bytes of memory a character, so that one large file would fill it."""
+    texts = [" ".join(text_of(i) for i in range(20)), "short", text_of(1) * 3]
+    whole, sizes = TextEncoder(tokenizer).encode_with_bytes(texts)
+    given = []
+    monkeypatch.setattr(encoder_of, "PIECE", piece)
+    encoder = TextEncoder(tokenizer)
+    backend = encoder._backend
+
+    class Watched:
+        def encode_batch(self, some, **more):
+            given.extend(some)
+            return backend.encode_batch(some, **more)
+
+    encoder._backend = Watched()
+    ids, counts = encoder.encode_with_bytes(texts)
+    assert max(map(len, given)) <= piece
+    assert "".join(sorted(given)) != "".join(sorted(texts)), "nothing was cut"
+    assert [row.tolist() for row in ids] == [row.tolist() for row in whole]
+    assert [row.tolist() for row in counts] == [row.tolist() for row in sizes]
+    encoder._backend = backend
+    assert [row.tolist() for row in encoder.encode(texts)] == [row.tolist() for row in whole]
+
+
+@pytest.mark.parametrize("text", ["a" * 1000, "\u6771\u4eac" * 200, " " * 500, "\n" * 500, "x " + " " * 300 + "y"])
+def test_a_word_without_end_is_cut_and_nothing_of_it_is_lost(tokenizer, monkeypatch, text):
+    monkeypatch.setattr(encoder_of, "PIECE", 64)
+    encoder = TextEncoder(tokenizer)
+    (ids,), (sizes,) = encoder.encode_with_bytes([text])
+    assert tokenizer.decode(ids[:-1]) == text
+    assert int(sizes.sum()) == len(text.encode())
+    assert ids.tolist() == encoder.encode([text])[0].tolist()
+
+
+def test_bytes_of_a_piece_without_tokens_are_counted(text_of, monkeypatch):
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.train_from_iterator(
+        [text_of(1)], trainers.WordPieceTrainer(vocab_size=80, special_tokens=["[UNK]", "[END]"])
+    )
+    monkeypatch.setattr(encoder_of, "PIECE", 16)
+    encoder = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[END]", unk_token="[UNK]"))
+    _, (sizes,) = encoder.encode_with_bytes([" " * 40 + "fox"])
+    assert int(sizes.sum()) == 43
 
 
 def test_a_tokenizer_that_begins_texts_begins_documents(tokenizer):
@@ -134,15 +186,15 @@ def test_a_tokenizer_that_begins_texts_begins_documents(tokenizer):
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.post_processor = TemplateProcessing(single="<|pad|> $A", special_tokens=[("<|pad|>", 1)])
     starting = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|pad|>", eos_token="<|endoftext|>")
-    ids, counts = Encoder(starting).encode_with_bytes(["fox"])
-    assert ids[0] == [1, *Encoder(tokenizer).encode(["fox"])[0]]
+    ids, counts = TextEncoder(starting).encode_with_bytes(["fox"])
+    assert ids[0].tolist() == [1, *TextEncoder(tokenizer).encode(["fox"])[0]]
     assert counts[0][0] == 0
     assert counts[0].sum() == 3
 
 
 def test_ids_beyond_the_model_are_refused_and_nothing_stays(tmp_path, tokenizer, texts):
     with pytest.raises(InputError, match=r"d0: token id \d+, but the model's vocabulary has 100 rows"):
-        write_tokens(tmp_path / "t-0.bin", documents(texts), Encoder(tokenizer), 100)
+        write_tokens(tmp_path / "t-0.bin", documents(texts), TextEncoder(tokenizer), 100)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -151,18 +203,18 @@ def test_an_interrupted_writing_leaves_nothing(tmp_path, tokenizer, texts, monke
 
     def interrupted():
         yield from documents(texts)[:10]
-        assert len(list(tmp_path.iterdir())) == 2  # it is half-way through
+        assert len(list(tmp_path.iterdir())) == 3  # it is half-way through
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_tokens(tmp_path / "t-0.bin", interrupted(), Encoder(tokenizer), 400, with_bytes=True)
+        write_tokens(tmp_path / "t-0.bin", interrupted(), TextEncoder(tokenizer), 400, with_bytes=True)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_kill_between_the_files_and_the_header_is_not_taken_for_done(written, tmp_path):
     (tmp_path / ".tokenizer.writing").mkdir()
     (tmp_path / ".t-1.bin.writing").write_bytes(b"of a process that was killed")
-    with packing.alone(tmp_path):
+    with packing.file_lock(tmp_path):
         assert not (tmp_path / ".t-1.bin.writing").exists()
     path = tmp_path / "t-0.bin"
     assert read_tokens(path) == written
@@ -172,19 +224,54 @@ def test_a_kill_between_the_files_and_the_header_is_not_taken_for_done(written, 
     assert read_tokens(path) is None
 
 
+def test_a_file_of_an_earlier_version_is_written_anew_and_said(written, capsys):
+    path = Path(written.path)
+    header = json.loads(path.with_suffix(".json").read_text())
+    del header["version"]
+    path.with_suffix(".json").write_text(json.dumps(header))
+    assert read_tokens(path) is None
+    assert capsys.readouterr().err == "t-0.bin: of an earlier version of distill; the text is tokenized again\n"
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".bounds", ".bytes", ".json"])
+def test_tokens_that_have_changed_are_written_anew(written, suffix):
+    """A changed token, and an edited count of bytes, would be another text, and other bits per byte."""
+    path = Path(written.path)
+    file = path.with_suffix(suffix)
+    content = file.read_bytes()
+    file.write_bytes(content[:-7] + bytes([content[-7] ^ 1]) + content[-6:])
+    assert read_tokens(path) is None
+    file.write_bytes(content)
+    assert read_tokens(path) == written  # written later, and the same
+
+
+def test_an_edited_header_is_not_believed(written):
+    path = Path(written.path)
+    header = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps(header | {"num_bytes": 10 * written.num_bytes}))
+    assert read_tokens(path) is None
+
+
+def test_bounds_are_those_of_the_documents(written, tokenizer, texts):
+    ids, bounds = written.ids(), written.bounds()
+    assert [tokenizer.decode(ids[a : b - 1]) for a, b in itertools.pairwise(bounds)] == texts
+    Path(written.path).with_suffix(".bounds").unlink()
+    assert read_tokens(Path(written.path)) is None
+
+
 def test_a_full_disk_is_one_line(tmp_path, tokenizer, texts, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packing, "_write", full)
+    monkeypatch.setattr(packing.TokenWriter, "add", full)
     with pytest.raises(MachineError, match="No space left"):
-        write_tokens(tmp_path / "t-0.bin", documents(texts), Encoder(tokenizer), 400)
+        write_tokens(tmp_path / "t-0.bin", documents(texts), TextEncoder(tokenizer), 400)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_large_vocabularies_need_four_bytes(tmp_path, tokenizer, texts):
-    small = write_tokens(tmp_path / "s-0.bin", documents(texts), Encoder(tokenizer), 1 << 16)
-    large = write_tokens(tmp_path / "l-0.bin", documents(texts), Encoder(tokenizer), (1 << 16) + 1)
+    small = write_tokens(tmp_path / "s-0.bin", documents(texts), TextEncoder(tokenizer), 1 << 16)
+    large = write_tokens(tmp_path / "l-0.bin", documents(texts), TextEncoder(tokenizer), (1 << 16) + 1)
     assert (small.dtype, large.dtype) == ("uint16", "uint32")
     assert np.array_equal(small.ids(), large.ids())
 
@@ -198,7 +285,7 @@ def test_bits_per_byte_of_a_uniform_model_over_bytes(tmp_path):
         ["x"], trainers.BpeTrainer(vocab_size=257, special_tokens=["<e>"], initial_alphabet=alphabet)
     )
     plain = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
-    file = write_tokens(tmp_path / "t-0.bin", documents(["é" * 50, "abc"]), Encoder(plain), 257, with_bytes=True)
-    blocks = Blocks(file, 1000)
-    assert int(blocks.block_bytes()[0]) == 103  # the first é ends with the second token, which is predicted
+    file = write_tokens(tmp_path / "t-0.bin", documents(["é" * 50, "abc"]), TextEncoder(plain), 257, with_bytes=True)
+    blocks = PackedRows(file, 1000)
+    assert int(blocks.bytes_of_rows()[0]) == 103  # the first é ends with the second token, which is predicted
     assert blocks.num_predictions() * math.log2(257) / 103 == pytest.approx(104 / 103 * math.log2(257))

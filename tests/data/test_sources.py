@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from distill.core.errors import InputError
 from distill.data import SOURCES
-from distill.data.base import SourceSpec
+from distill.data.base import Rejected, SourceSpec
 from distill.data.hub import Hub
 from distill.data.jsonl import Jsonl
 from distill.data.python_docs import PythonDocs
@@ -35,7 +35,18 @@ def test_specs_import_nothing_heavy():
 
 
 def test_every_source_has_its_kind_and_documented_fields():
-    assert list(SOURCES) == ["python_docs", "text_files", "jsonl", "hub"]
+    assert {
+        "python_docs",
+        "text_files",
+        "jsonl",
+        "parquet",
+        "csv",
+        "saved",
+        "hub",
+        "tokens",
+        "chat",
+        "python_questions",
+    } <= {*SOURCES}
     for kind, member in SOURCES.items():
         assert member.__module__ == f"distill.data.{kind}"
         assert all(field.description for name, field in member.model_fields.items() if name != "kind"), kind
@@ -99,6 +110,55 @@ def test_text_files_fingerprint_follows_content_not_time(tmp_path):
     assert source.fingerprint() != before
 
 
+def test_the_same_text_elsewhere_is_the_same_source(tmp_path):
+    import datasets
+
+    def place(name, *, other=""):
+        folder = tmp_path / name
+        (folder / "notes").mkdir(parents=True)
+        for number in range(3):
+            (folder / "notes" / f"{number}{name}.txt").write_text(f"note {number}{other}")
+        rows = [{"text": f"row {i}{other}", "title": f"title {i}"} for i in range(5)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with gzip.GzipFile(folder / "rows.jsonl.gz", "w", mtime=0) as stream:
+            stream.write((folder / "rows.jsonl").read_bytes())
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": f"b{other}"}]
+        (folder / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+        (folder / "set").mkdir()
+        datasets.Dataset.from_list(rows).to_parquet(folder / "set" / "train.parquet")
+        return [
+            TextFiles(path=str(folder / "notes")),
+            Jsonl(path=str(folder / "rows.jsonl")),
+            Jsonl(path=str(folder / "rows.jsonl"), text="title"),
+            Jsonl(path=[str(folder / "rows.jsonl"), str(folder / "rows.jsonl.gz")]),
+            Hub(path=str(folder / "set")),
+            Hub(path=str(folder / "set"), text="title"),
+            SOURCES["chat"](path=str(folder / "chat.jsonl")),
+        ]
+
+    here, there, changed = place("here"), place("there"), place("changed", other="!")
+    identities = [source.identity() for source in here]
+    assert [source.identity() for source in there] == identities
+    assert len(set(identities)) == len(identities)  # another column, another way to read, other bytes
+    assert not {source.identity() for source in changed} & {*identities}
+    assert Hub(path="org/one").identity() != Hub(path="org/two").identity()
+    assert Hub(path="org/one").identity() != Hub(path="org/one", revision="abc").identity()
+
+
+def test_sources_within_a_source_are_identified_alike():
+    class Several(SourceSpec):
+        kind: str = "several"
+        sources: dict[str, Jsonl]
+
+        def fingerprint(self):
+            return "the same bytes"
+
+    def several(path, **more):
+        return Several(sources={"one": Jsonl(path=path, **more)}).identity()
+
+    assert several("a.jsonl") == several("b.jsonl") != several("b.jsonl", text="title")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -148,11 +208,11 @@ def test_jsonl_keeps_unicode_line_separators(tmp_path, packed):
 def test_jsonl_names_the_line_of_a_bad_row(tmp_path, row, message):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "fine"}\n\n' + row + "\n")
-    with pytest.raises(InputError) as error:
-        list(Jsonl(path=str(path)).documents())
-    assert str(error.value).startswith(f"{path}:3: ")
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+    _, rejected = Jsonl(path=str(path)).documents()
+    assert isinstance(rejected, Rejected)
+    assert rejected.id == f"{path.as_posix()}:3"
+    assert message in rejected.detail
+    assert "\n" not in rejected.detail
 
 
 @pytest.fixture
@@ -171,10 +231,11 @@ def test_hub_reads_a_local_folder(parquet, streaming, monkeypatch, tmp_path):
     source = Hub(path=str(parquet), streaming=streaming)
     assert texts(source) == texts(source) == ["one", "drei ß"]
     assert source.is_stream() == streaming
-    with pytest.raises(InputError, match=r"no column 'body' \(it has text, n\)"):
+    with pytest.raises(InputError, match=r"no column 'body' \(it has 'text', 'n'\)"):
         texts(Hub(path=str(parquet), text="body", streaming=streaming))
-    with pytest.raises(InputError, match="must hold strings"):
-        texts(Hub(path=str(parquet), text="n", streaming=streaming))
+    assert {item.detail for item in Hub(path=str(parquet), text="n", streaming=streaming).documents()} == {
+        "column 'n' must hold a string (got int)"
+    }
 
 
 def test_hub_says_in_one_line_what_is_not_there(tmp_path, monkeypatch):
@@ -182,3 +243,30 @@ def test_hub_says_in_one_line_what_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="cannot be loaded") as error:
         texts(Hub(path=str(tmp_path / "none")))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("deep", ['{"text": "a", "x": ' + "[" * 100_000, "[" * 100_000, '{"x": ' * 100_000])
+def test_a_row_that_is_nested_too_deep_is_one_line(tmp_path, deep):
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n' + deep + "\n")
+    _, rejected = Jsonl(path=f"{tmp_path}/x.jsonl").documents()
+    assert rejected.id.endswith("x.jsonl:2")
+    assert rejected.detail.startswith("not a row of JSON (maximum recursion depth exceeded")
+    assert "\n" not in rejected.detail
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.txt.gz", "x.jsonl", "x.jsonl.gz"])
+def test_a_document_larger_than_any_text_is_not_read_to_its_end(tmp_path, monkeypatch, name):
+    """A packed file of a megabyte may stand for a gigabyte of spaces."""
+    monkeypatch.setattr("distill.data.files.LARGEST", 100)
+    kind = Jsonl if "jsonl" in name else TextFiles
+
+    def write(num_characters):
+        text = "a" * num_characters
+        row = json.dumps({"text": text}) + "\n" if kind is Jsonl else text
+        data = (row * 2 if kind is Jsonl else row).encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+        return texts(kind(path=f"{tmp_path}/{name}"))
+
+    assert write(80) == ["a" * 80] * (2 if kind is Jsonl else 1)
+    with pytest.raises(InputError, match=r"x\..*: more than 100 bytes in one document; is it text\?"):
+        write(101)

@@ -74,6 +74,28 @@ def test_training_leaves_out_what_the_validation_source_has(tmp_path):
     assert [d.text for d in split.validation()] == ["b", "d"]
 
 
+ALIKE = ["The cat sat.", "the  cat\tsat. ", "\nTHE CAT SAT.\r\n", "\uff34he cat sat.", "The cat\u00a0sat."]
+APART = ["The cat sat", "Thecat sat.", "The cat sat. It"]
+
+
+def test_training_leaves_out_what_differs_from_validation_by_case_spaces_or_unicode_form(tmp_path):
+    train_path = write(tmp_path / "x.jsonl", [*ALIKE, *APART, "Stra\u00dfe", "e\u0301te\u0301"])
+    validation_path = write(tmp_path / "y.jsonl", ["The cat sat.", "STRASSE", "\u00c9t\u00e9"])
+    spec = data(train_path, validation={"kind": "jsonl", "path": str(validation_path)})
+    split = Split(spec)
+    assert [d.text for d in split.training()] == APART
+    assert split.num_repeated == 7
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_such_texts_are_held_out_together(tmp_path, text_of, seed):
+    others = [text_of(100 * seed + i) for i in range(20)]
+    texts = [one for text in others for one in (text, f" {text.upper()}\n")]
+    train, validation = sides(data(write(tmp_path / "x.jsonl", texts), held_out=0.4))
+    assert len(train) + len(validation) == len(texts)
+    assert not {text.lower().strip() for text in train} & {text.lower().strip() for text in validation}
+
+
 def test_spec_refuses_two_ways_to_validate_but_reads_its_own_dump_back(rows):
     source = {"kind": "jsonl", "path": str(rows)}
     with pytest.raises(ValidationError, match="held_out has no effect"):

@@ -5,10 +5,14 @@ import json
 import pytest
 from transformers import AutoTokenizer, Qwen2Tokenizer
 
-from distill.core.errors import InputError
+from distill.core.errors import DistillError, InputError
+from distill.data.corpus import trained_tokenizer
+from distill.data.spec import DataSpec
 from distill.data.tokenizer import (
+    _without_endless_words,
     check_read_back,
     check_same_vocabulary,
+    check_written,
     load_tokenizer,
     tokenizer_hash,
     train_tokenizer,
@@ -51,7 +55,7 @@ def test_training_stops_at_its_limit_and_refuses_nothing_to_learn_from(tmp_path)
 def test_load_refuses_in_one_line(tmp_path, tokenizer):
     (tmp_path / "empty").mkdir()
     for place in ("empty", "none"):
-        with pytest.raises(InputError, match="cannot be loaded") as error:
+        with pytest.raises(InputError, match="cannot load the tokenizer") as error:
             load_tokenizer(tmp_path / place)
         assert "\n" not in str(error.value)
     tokenizer.save_pretrained(tmp_path / "endless")
@@ -62,10 +66,27 @@ def test_load_refuses_in_one_line(tmp_path, tokenizer):
         load_tokenizer(tmp_path / "endless")
 
 
-def test_vocabularies_must_be_the_same_but_heads_may_be_padded(tmp_path, tokenizer, text_of):
-    check_same_vocabulary(tokenizer, tokenizer, 400, 512)
-    with pytest.raises(InputError, match="the teacher's head has 399 rows, its tokenizer needs 400"):
-        check_same_vocabulary(tokenizer, tokenizer, 400, 399)
+def test_a_word_without_end_does_not_hold_up_the_training(tmp_path, text_of):
+    """Its time would grow with the square of the length: hours for a megabyte."""
+    texts = [text_of(i) for i in range(50)]
+    plain = train_tokenizer(texts, 300, tmp_path / "plain")
+    word = "".join(text_of(i).replace(" ", "") for i in range(20_000))
+    assert len(word) > 1_000_000
+    given = [*texts, f"before {word} after", " " * 1_000_000]
+    tokenizer = train_tokenizer(given, 300, tmp_path / "t")
+    assert len(tokenizer) == 300
+    assert tokenizer.decode(tokenizer(word[:5000])["input_ids"]) == word[:5000]
+    pieces = list(_without_endless_words(given[-2]))
+    assert max(map(len, pieces)) <= 1010
+    assert sum(map(len, pieces)) < 101_000
+    assert pieces[0].startswith("before ")
+    assert pieces[-1].endswith(" after")
+    assert [list(_without_endless_words(text)) for text in texts] == [[text] for text in texts]
+    assert plain.get_vocab() == train_tokenizer(texts, 300, tmp_path / "again").get_vocab()
+
+
+def test_vocabularies_must_be_the_same(tmp_path, tokenizer, text_of):
+    check_same_vocabulary(tokenizer, tokenizer)
     smaller = train_tokenizer((text_of(i) for i in range(200)), 390, tmp_path / "t")
     with pytest.raises(InputError, match="student has 390 tokens, teacher 400; the first that differs is 390: None"):
         check_same_vocabulary(smaller, tokenizer)
@@ -81,6 +102,21 @@ def test_equal_tokens_with_other_merges_are_refused(tmp_path, tokenizer):
         check_same_vocabulary(load_tokenizer(tmp_path / "t"), tokenizer)
 
 
+def test_other_tokens_around_a_text_are_refused_by_name(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "t")
+    file = tmp_path / "t" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    (end,) = [entry["id"] for entry in content["added_tokens"] if entry["content"] == "<|endoftext|>"]
+    content["post_processor"] = {
+        "type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [{"SpecialToken": {"id": "E", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"E": {"id": "E", "ids": [end], "tokens": ["<|endoftext|>"]}},
+    }  # fmt: skip
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"tokenizer puts '<\|endoftext\|>' and the teacher's nothing; use"):
+        check_same_vocabulary(load_tokenizer(tmp_path / "t"), tokenizer)
+
+
 def test_a_tokenizer_that_would_be_read_as_another_one_is_refused(tokenizer):
     """Qwen2's own rules cut digits one by one; the run's do not, so the text that is read back would be another one."""
     for model_type in ("llama", "qwen3", "gpt2", "mistral", "gemma2", "phi3"):
@@ -91,3 +127,30 @@ def test_a_tokenizer_that_would_be_read_as_another_one_is_refused(tokenizer):
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
     check_read_back(Qwen2Tokenizer(vocab=model["vocab"], merges=merges), "qwen2")
+
+
+def test_a_trained_tokenizer_that_has_changed_is_trained_anew(tmp_path, text_of):
+    """Without a merge every text is cut otherwise, and the vocabulary is the same."""
+    rows = "".join(json.dumps({"text": text_of(i)}) + "\n" for i in range(40))
+    (tmp_path / "text.jsonl").write_text(rows)
+    train = {"kind": "jsonl", "path": str(tmp_path / "text.jsonl")}
+    data = DataSpec.model_validate({"train": train, "sequence_length": 8, "tokenizer": {"vocab_size": 300}})
+    trained_tokenizer(data, data.tokenizer, tmp_path / "data")
+    (file,) = (tmp_path / "data").glob("tokenizer-*/tokenizer.json")
+    whole = file.read_text()
+    content = json.loads(whole)
+    content["model"]["merges"].pop()
+    file.write_text(json.dumps(content))
+    trained_tokenizer(data, data.tokenizer, tmp_path / "data")
+    assert file.read_text() == whole
+
+
+def test_a_tokenizer_is_compared_with_what_it_is_read_back_as(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    check_written(tmp_path, tokenizer)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(DistillError, match=r"read back with another way to cut text; set data.tokenizer to one"):
+        check_written(tmp_path, tokenizer)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(DistillError, match=r"cannot load the tokenizer .*, right after it was written"):
+        check_written(tmp_path, tokenizer)

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from distill.recipes import find
-from distill.testing.chaos import chaos_recipe
-from distill.testing.workers import Workers
+from tests.faults.chaos import chaos_recipe
+from tests.faults.workers import Workers
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distill.testing.campaign import ANY_TIME, Campaign
-from distill.testing.workers import Workers
+from tests.faults.campaign import ANY_TIME, Campaign
+from tests.faults.workers import Workers
 
 
 def test_twenty_five_kills_lose_nothing(workers: Workers, chaos: Path, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from distill.testing.cells import DATA, KILLED, TRAINED, WORLDS, Cell, Text, pairs
-from distill.testing.resumes import Moved, Resumes, differing
-from distill.testing.workers import Workers
+from tests.faults.cells import DATA, KILLED, REFUSED, TRAINED, WORLDS, Cell, Text, pairs
+from tests.faults.resumes import Moved, Resumes, differing
+from tests.faults.workers import Workers
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +22,12 @@ def resumes(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Resum
     "cell",
     [
         Cell("QAT, learned scales", "stream", killed="epoch's edge", micro_batches=1, num_workers=2),
-        Cell("LoRA, its own teacher", "best_fit", killed="mid-epoch"),
+        Cell("LoRA, its own teacher", "by length", killed="mid-epoch"),
         Cell("cached teacher", "padded", killed="epoch's edge", num_workers=2),
         Cell("own sequences", "documents", killed="mid-epoch", micro_batches=1),
-        Cell("inner states", "wrapped", "2, ddp", killed="mid-epoch"),
+        Cell("inner states", "by loss", "2, ddp", killed="mid-epoch"),
+        Cell("own sequences", "chat", killed="mid-epoch", num_workers=2),
+        Cell("cached teacher", "mixture", "2, ddp", killed="epoch's edge", num_workers=2),
     ],
     ids=lambda cell: f"{cell.trained} {cell.data}",
 )
@@ -41,7 +43,7 @@ def test_another_training_is_told_apart(resumes: Resumes, tmp_path: Path) -> Non
 
 
 def test_one_process_goes_on_where_two_were(resumes: Resumes) -> None:
-    moved = resumes.moved([Cell(world="2, ddp", dropout=False), Cell(dropout=False)])
+    moved = resumes.moved([Cell(data="chat", world="2, ddp", dropout=False), Cell(data="chat", dropout=False)])
     assert moved == Moved(other_rows=0, loss_difference=pytest.approx(0, abs=1e-5))
 
 
@@ -52,4 +54,4 @@ def test_any_two_choices_meet_in_a_cell() -> None:
     for (one, ones), (other, others) in combinations(columns, 2):
         met = {(getattr(cell, one), getattr(cell, other)) for cell in chosen}
         missing = {(a, b) for a in ones for b in others} - met
-        assert missing <= {("own sequences", "2, fsdp"), ("cached teacher", "stream")}, "which are refused"
+        assert missing <= REFUSED

@@ -16,8 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from distill.testing.workers import Workers, World
 from distill.training.metrics import read_rows
+from tests.faults.workers import Workers, World
 
 DEVICES = ["--set", "compute.devices=2"]
 BOUND_S = 240
@@ -163,10 +163,10 @@ def test_a_killed_rank_ends_the_other_and_one_process_goes_on(
     world.send(signal.SIGKILL, rank=1)
     codes = world.wait(60)
     assert codes == [1, -signal.SIGKILL]
-    assert "rank 0: another process is gone" in world.said() or "no sign of life" in world.said()
+    assert "rank 0: another process is gone" in world.said() or "has sent no heartbeat" in world.said()
     assert "Traceback" not in world.said().split("Current thread")[0]
     finished(workers, quickstart, pruned, "--set", "compute.checkpoint_every_steps=1")
-    assert "going on from step" in (pruned.with_suffix(".finished") / "rank-0.log").read_text()
+    assert "resuming from step" in (pruned.with_suffix(".finished") / "rank-0.log").read_text()
     for row, expected in zip(trained(pruned), trained(together), strict=True):
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
@@ -198,7 +198,7 @@ def test_shards_are_taken_up_by_two_and_by_one(
     finished(workers, quickstart, pruned, *DEVICES, *sharded, size=2)
     finished(workers, quickstart, by_one)
     for folder in (pruned, by_one):
-        assert "going on from step" in (folder.with_suffix(".finished") / "rank-0.log").read_text()
+        assert "resuming from step" in (folder.with_suffix(".finished") / "rank-0.log").read_text()
         for row, expected in zip(trained(folder), trained(alone), strict=True):
             assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
@@ -210,7 +210,7 @@ def test_a_frozen_rank_is_found(workers: Workers, quickstart: Path, pruned: Path
         world.processes[0].join(60)
         assert world.processes[0].exitcode == 1, world.said()
         assert "rank 1 (process" in world.said()
-        assert "has given no sign of life for 10 s" in world.said()
+        assert "has sent no heartbeat for 10 s" in world.said()
     finally:
         world.send(signal.SIGKILL, rank=1)
     world.wait(10)
@@ -234,3 +234,31 @@ def test_the_command_starts_its_own_processes(chaos: Path, tmp_path: Path) -> No
     assert f"2 processes: the first speaks here, the others in {tmp_path / 'run' / 'logs'}/rank-N.log" in done.stdout
     assert (tmp_path / "run" / "train" / "model" / "model.safetensors").exists()
     assert {path.name for path in (tmp_path / "run" / "logs").iterdir()} == {"rank-1.log"}
+
+
+def test_questions_of_a_student_that_learns_from_its_own_sequences(
+    workers: Workers, quickstart: Path, tmp_path: Path
+) -> None:
+    """All count the sampled tokens together, the first asks; what is required and missed ends them all alike."""
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"query": f"row {i}", "choices": ["text", "words"], "gold": i % 2} for i in range(4)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = {"words": {"kind": "multiple_choice", "path": str(questions)}}
+    recipe = yaml.safe_load(quickstart.read_text())
+    own = {"share": 0.5, "prompt_tokens": 4, "max_new_tokens": 4}
+    learn = {"student": "teacher", "losses": ["forward_kl"], "on_policy": own, "num_steps": 4, "batch_size": 4}
+    recipe["stages"] = {
+        "distill": learn | {"evaluate_every": {"num_steps": 2, "tasks": tasks}},
+        "evaluate": {"speed": None, "tasks": tasks},
+    }
+    recipe["require"] = {"words": "> 100 %"}
+    file = tmp_path / "asked.yaml"
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    world = workers.start(arguments(file, tmp_path / "run", *DEVICES), size=2, log=tmp_path / "log")
+    codes = world.wait(BOUND_S)
+    assert codes[0] == 3, world.said()
+    assert "require.words: > 100 % is not reached" in world.logs[0].read_text()
+    assert codes[1] in (0, 3), world.said()
+    asked = [row for row in read_rows(tmp_path / "run" / "distill") if "task/words" in row]
+    assert [row["step"] for row in asked] == [2, 4]
+    assert 0 < asked[0]["tokens"] < asked[1]["tokens"]

@@ -10,20 +10,53 @@ import torch
 from torch import nn
 from torchmetrics.text import Perplexity
 
+from distill.core.batch import causal_batch
 from distill.core.errors import InputError
 from distill.evaluation.quality import measure_quality
+
+
+class Rows(nn.Module):
+    """An output head that looks logits up."""
+
+    def __init__(self, rows: torch.Tensor):
+        super().__init__()
+        self.rows, self.most_tokens = nn.Parameter(rows), 0
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.most_tokens = max(self.most_tokens, hidden[..., 0].numel())
+        return self.rows[hidden[..., 0]]
 
 
 class Table(nn.Module):
     """A bigram model: the logits of the next token are a row of a table."""
 
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=4))
+    device = torch.device("cpu")
+
     def __init__(self, known: int, width: int | None = None, seed: int = 0, scale: float = 3.0):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.rows = nn.Parameter(scale * torch.randn(known, width or known, generator=generator))
+        self.head = Rows(scale * torch.randn(known, width or known, generator=generator))
+
+    @property
+    def rows(self) -> torch.Tensor:
+        return self.head.rows
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def base_model(self, input_ids: torch.Tensor, use_cache: bool = True) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=input_ids.unsqueeze(-1))
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool = True) -> SimpleNamespace:
         return SimpleNamespace(logits=self.rows[input_ids])
+
+
+class Doubled(Table):
+    """Has an operation behind its head, so that only its forward knows its logits."""
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = True) -> SimpleNamespace:
+        return SimpleNamespace(logits=2 * self.rows[input_ids])
 
 
 def batches(sizes: list[tuple[int, int]], vocabulary: int = 11, seed: int = 1) -> list[dict[str, torch.Tensor]]:
@@ -33,7 +66,7 @@ def batches(sizes: list[tuple[int, int]], vocabulary: int = 11, seed: int = 1) -
         mask = torch.rand(rows, length, generator=generator) < (0.2 if number % 2 else 0.9)
         mask[:, -1] = False
         ids = torch.randint(vocabulary, (rows, length), generator=generator)
-        made.append({"input_ids": ids, "mask": mask})
+        made.append(causal_batch(ids, mask))
     return made
 
 
@@ -68,6 +101,20 @@ def test_against_float64_with_uneven_masks_and_widths(student_width: int, teache
     assert found.kl_to_teacher == pytest.approx(expected["kl"], rel=1e-5)
     assert found.top1_agreement == pytest.approx(expected["agree"], abs=1e-12)
     assert found.bits_per_byte == pytest.approx(expected["total"] / math.log(2) / 200, rel=1e-6)
+
+
+def test_no_more_logits_exist_at_once_than_a_chunk_of_tokens() -> None:
+    student, teacher = Table(11), Table(11, seed=5)
+    assert measure_quality(student, teacher, batches([(3, 90)]), chunk_tokens=7).tokens > 70
+    assert (student.head.most_tokens, teacher.head.most_tokens) == (7, 7)
+
+
+def test_a_model_without_a_head_of_its_own_is_asked_row_by_row() -> None:
+    data, plain, doubled = batches([(3, 9), (2, 7)]), Table(11), Doubled(11)
+    with torch.no_grad():
+        plain.rows.mul_(2)
+    found, expected = (measure_quality(model, Table(11, seed=5), data, chunk_tokens=5) for model in (doubled, plain))
+    assert (found.loss_nats, found.kl_to_teacher) == pytest.approx((expected.loss_nats, expected.kl_to_teacher))
 
 
 def test_agrees_with_torchmetrics_where_that_is_exact() -> None:
@@ -121,8 +168,8 @@ def test_without_teacher_and_modes_restored() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    empty = {"input_ids": torch.zeros(1, 4, dtype=torch.long), "mask": torch.zeros(1, 4, dtype=torch.bool)}
-    with pytest.raises(InputError, match="no token counts"):
+    empty = causal_batch(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.bool))
+    with pytest.raises(InputError, match="no token is counted"):
         measure_quality(Table(11), None, [empty])
     with pytest.raises(InputError, match="outside the model's vocabulary of 8"):
         measure_quality(Table(11, 8), None, batches([(4, 20)]))

@@ -54,5 +54,5 @@ def test_mistakes(tiny_folders: list[Path], tmp_path: Path) -> None:
         side_by_side({"t": tiny_folders[0]}, [[{"role": "user", "content": "hi"}]])
     with pytest.raises(InputError, match="no tokens"):
         side_by_side({"t": tiny_folders[0]}, [""])
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match="cannot load the tokenizer"):
         side_by_side({"t": tmp_path}, ["x"])

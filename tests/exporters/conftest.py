@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -14,6 +15,8 @@ from transformers import (
 )
 
 from distill.core.artifact import Lineage, write_lineage
+from distill.core.batch import causal_batch
+from distill.evaluation.engine import Engine
 from distill.exporters.compressed_tensors import save
 from distill.quantization import IntGroup
 from distill.quantization.convert import round_unquantized
@@ -63,7 +66,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
     ids = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, -1] = False
-    return [{"input_ids": ids, "mask": mask}]
+    return [causal_batch(ids, mask)]
 
 
 @pytest.fixture
@@ -93,3 +96,27 @@ def artifact(tmp_path: Path, trained: PreTrainedModel, tokenizer: PreTrainedToke
         ),
     )
     return folder
+
+
+@pytest.fixture
+def agrees() -> Callable[..., None]:
+    """Compares an engine for measurements with the model: whole texts, and several going on token by token."""
+
+    def compare(engine: Engine, model: PreTrainedModel, tolerance: float) -> None:
+        ids = torch.randint(0, 64, (3, 14), generator=torch.Generator().manual_seed(5))
+        with torch.no_grad():
+            expected = model(input_ids=ids).logits
+        assert engine.vocabulary == expected.shape[-1]
+        for first in (0, 5):
+            found = torch.cat([torch.from_numpy(piece) for piece in engine.logits(ids[1].tolist(), first)])
+            assert (found - expected[1, first:]).abs().max() < tolerance
+        engine.reserve(3, 14)
+        read = engine.prefill(ids[:, :10].numpy())
+        assert (torch.from_numpy(read) - expected[:, 9]).abs().max() < tolerance
+        for place in range(10, 14) if engine.decodes else []:
+            made = engine.step(ids[:, place].numpy())
+            assert (torch.from_numpy(made) - expected[:, place]).abs().max() < tolerance
+        again = engine.prefill(ids[:, :10].numpy())
+        assert numpy.array_equal(read, again), "nothing of the first time is left"
+
+    return compare

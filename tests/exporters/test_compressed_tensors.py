@@ -10,9 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from distill.core.errors import InputError
 from distill.exporters.compressed_tensors import save
+from distill.exporters.plain_transformers import verify
+from distill.exporters.stored import stored_weights
+from distill.models.load import load_model
 from distill.quantization import Q40, Q80, Binary, Fp8, Int8Channel, IntGroup, Ternary
-from distill.quantization.base import QuantizerSpec
+from distill.quantization.base import Codes, QuantizerSpec
 from distill.quantization.convert import convert, round_unquantized
+from distill.quantization.embeddings import EmbeddingsKind, embeddings_grid
 from distill.quantization.lora import absorb_lora
 from distill.quantization.prepare import prepare
 
@@ -41,8 +45,6 @@ IDS += ["fp8", "q8_0", "q4_0", "ternary", "ternary_group", "binary", "int4_embed
 def test_plain_transformers_computes_what_was_trained(
     make: Make, tmp_path: Path, batches: list[dict[str, torch.Tensor]], name: str, spec: QuantizerSpec
 ) -> None:
-    if name != "llama" and (not spec.skip or spec.include):
-        pytest.skip("a tied weight cannot be quantized")
     model, ids = make(name), batches[0]["input_ids"]
     names = prepare(model, spec)
     round_unquantized(model, getattr(torch, spec.scale_dtype))
@@ -56,7 +58,8 @@ def test_plain_transformers_computes_what_was_trained(
     assert torch.equal(loaded(ids).logits, trained)
     for layer, codes in convert(model).items():
         assert torch.equal(loaded.get_submodule(layer).weight, spec.dequantize(codes))
-    assert ("lm_head" in names) == (not spec.skip)
+    is_tied = name != "llama"
+    assert ("lm_head" in names) == (not spec.skip or (is_tied and bool(spec.include)))
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
@@ -152,3 +155,38 @@ def test_refusals(make: Make, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected torch\.bfloat16 or torch\.float32"):
         save(model, tmp_path, dtype=torch.float16)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("kind", [None, "q6_k", "int8"])
+def test_embeddings_come_back_as_they_were_trained_tied_or_not(
+    name: str, kind: EmbeddingsKind | None, tmp_path: Path, batches: list[dict[str, torch.Tensor]]
+) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model({"gemma3": "gemma3_text"}.get(name, name), **sizes, **special,
+                             tie_word_embeddings=name != "llama")
+    ).eval()  # fmt: skip
+    prepare(model, IntGroup(), embeddings=embeddings_grid(kind, IntGroup()))
+    dtype = torch.float32 if kind == "q6_k" else torch.bfloat16
+    round_unquantized(model, dtype)
+    size, ids, trained = save(model, tmp_path, dtype=dtype), batches[0]["input_ids"], convert(model)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert ("lm_head.weight" in tensors or "lm_head.weight_packed" in tensors) == (name == "llama")
+    assert tensors["model.embed_tokens.weight"].dtype == torch.int8
+    assert size.total_bytes == sum(tensor.nbytes for tensor in tensors.values())
+
+    verify(model, tmp_path, batches, max_kl=0.0)  # by plain transformers
+    read = {key: weight for key, weight in stored_weights(tmp_path) if isinstance(weight, Codes)}
+    for layer, codes in trained.items():
+        if (stored := read.get(f"{layer}.weight")) is not None:
+            assert torch.equal(stored.values, codes.values)
+            assert torch.equal(stored.scale, codes.scale)
+    assert len(read) == len(trained) - (name != "llama")
+    loaded = load_model(str(tmp_path), dtype="float32")  # by the next stage
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == (name != "llama")
+    assert {*loaded.state_dict()} == set(model.state_dict())

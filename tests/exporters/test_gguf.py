@@ -21,8 +21,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from distill.core.batch import causal_batch
 from distill.core.errors import DistillError, InputError
 from distill.data.tokenizer import load_tokenizer, train_tokenizer
+from distill.evaluation.engine import Opening
 from distill.exporters import Gguf
 from distill.exporters.base import EngineMissing
 from distill.exporters.compressed_tensors import save
@@ -30,9 +32,10 @@ from distill.exporters.gguf_blocks import code_blocks
 from distill.exporters.gguf_vocabulary import pre_tokenizer_name
 from distill.exporters.stored import stored_weights
 from distill.models.kv_cache import round_cache
-from distill.quantization import QUANTIZERS, DynamicInt8, Int8Channel
+from distill.quantization import Q40, QUANTIZERS, DynamicInt8, Int8Channel
 from distill.quantization.base import Codes
 from distill.quantization.convert import convert, round_unquantized
+from distill.quantization.embeddings import EmbeddingsKind, embeddings_grid
 from distill.quantization.fake_quant import switch
 from distill.quantization.prepare import prepare
 
@@ -90,7 +93,7 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
 @pytest.fixture
 def texts(bpe: PreTrainedTokenizerFast) -> Batches:
     ids = torch.tensor(bpe(TEXT * 3)["input_ids"][:48]).view(2, 24)
-    return [{"input_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}]
+    return [causal_batch(ids, torch.ones_like(ids, dtype=torch.bool))]
 
 
 @pytest.fixture
@@ -120,7 +123,7 @@ def test_transformers_reads_the_same_model_back(
     """A reader that is not ours finds every name, and puts the rows of queries and keys back."""
     model, source = write(name)
     notes = Gguf(embeddings="f32").export(source, tmp_path / "out", title="small")
-    assert notes[0] == "layers: 14 as F16, as they were trained"
+    assert notes[0] == "layers: 14 as F16, as trained"
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="small.gguf", dtype=torch.float32).eval()
     with torch.no_grad():
         ours, theirs = (each(texts[0]["input_ids"]).logits for each in (model, again))
@@ -163,6 +166,34 @@ def test_llama_cpp_computes_what_transformers_does(
     assert result.weight_bytes == (tmp_path / "out" / "small.gguf").stat().st_size
 
 
+@in_llama_cpp
+def test_it_is_measured_in_llama_cpp(
+    write: Callable[..., tuple[PreTrainedModel, Path]], agrees: Callable[..., None], tmp_path: Path
+) -> None:
+    model, source = write(next(iter(MODELS)))
+    Gguf(embeddings="f32").export(source, tmp_path / "out", title="small")
+    engine = Opening(str(tmp_path / "out"), Gguf.runs_in).open()
+    assert (engine.dtype, engine.decodes) == ("F16", True)
+    assert engine.name.startswith("llama.cpp (llama-cpp-python")
+    agrees(engine, model, 0.05)
+    (tmp_path / "out" / "small.gguf").write_bytes(b"no file of llama.cpp")
+    with pytest.raises(InputError, match=r"llama\.cpp cannot load the file"):
+        Opening(str(tmp_path / "out"), Gguf.runs_in).open()
+
+
+def test_the_teacher_can_be_rounded_to_the_precision_of_a_file(
+    write: Callable[..., tuple[PreTrainedModel, Path]], tmp_path: Path
+) -> None:
+    _, source = write(next(iter(MODELS)))
+    for round_to, embeddings in ((None, "f16"), ("q8_0", "q8_0"), ("q4_0", "q8_0")):
+        folder = tmp_path / f"{round_to}"
+        spec = Gguf(round_to=round_to, embeddings=embeddings, max_kl=3)
+        spec.export(source, folder, title="small")
+        assert spec.label(folder) == f"GGUF {(round_to or 'f16').upper()}"
+        assert Gguf(max_kl=3).post_training(folder) == spec, "by the file, whatever wrote it"
+        assert spec.num_bytes(folder) == (folder / "small.gguf").stat().st_size
+
+
 GRIDS = {
     "int_group": ({"bits": 4, "group_size": 32}, "Q4_0"),
     "int8_channel": ({}, "Q8_0"),
@@ -179,7 +210,7 @@ def test_codes_are_written_as_they_were_trained(
     settings, expected = GRIDS[kind]
     model, source = write("qwen3", kind, **settings)
     notes = Gguf().export(source, tmp_path / "out", title="small")
-    assert notes[0] == f"layers: 14 as {expected}, as they were trained; 14 from their codes"
+    assert notes[0] == f"layers: 14 as {expected}, as trained; 14 from their codes"
     read = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / "small.gguf").tensors}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 2)
     spec = QUANTIZERS[kind](**settings)
@@ -187,6 +218,26 @@ def test_codes_are_written_as_they_were_trained(
         tensor = read[names.get_name(f"{layer}.weight", try_suffixes=(".weight",))]
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         assert numpy.array_equal(values, spec.dequantize(codes).numpy()), layer
+
+
+def test_a_bit_that_the_disk_has_changed_is_found(
+    write: Callable[..., tuple[PreTrainedModel, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distill.exporters import gguf_file as writing
+
+    read_back = writing._read_back
+
+    def spoilt(file: Path, tensors: object) -> int:
+        tensor = next(t for t in gguf.GGUFReader(file).tensors if t.tensor_type.name == "Q4_0")
+        content = bytearray(file.read_bytes())
+        content[tensor.data_offset + 2] ^= 1  # behind a block's scale: a code
+        file.write_bytes(content)
+        return read_back(file, tensors)
+
+    monkeypatch.setattr(writing, "_read_back", spoilt)
+    _, source = write("llama", "q4_0")
+    with pytest.raises(DistillError, match=r"small\.gguf: tensor \S+ differs from what was written"):
+        Gguf().export(source, tmp_path / "out", title="small")
 
 
 @in_llama_cpp
@@ -201,7 +252,7 @@ def test_llama_cpp_runs_the_codes(
     model, source = write("llama", kind, **GRIDS[kind][0])
     Gguf().export(source, tmp_path / "out", title="small")
     assert Gguf(max_kl=0.1).verify(model, tmp_path / "out", texts, bpe).kl < 5e-3  # activations of 8 bits
-    with pytest.raises(DistillError, match="not the trained one: KL"):
+    with pytest.raises(DistillError, match="differs from the trained model: the largest KL"):
         Gguf(max_kl=0.0).verify(model, tmp_path / "out", texts, bpe)
 
 
@@ -211,7 +262,7 @@ def test_a_grid_of_the_activations_is_left_out_and_said(bpe: PreTrainedTokenizer
     save(model, tmp_path / "in", dtype=torch.float32)
     bpe.save_pretrained(tmp_path / "in")
     notes = Gguf().export(tmp_path / "in", tmp_path / "out", title="small")
-    assert any(note.startswith("activations: the grid that was trained is left out") for note in notes)
+    assert any(note.startswith("activations: the trained activation quantizer is not stored") for note in notes)
 
 
 @in_llama_cpp
@@ -225,7 +276,7 @@ def test_llama_cpp_runs_ternary_codes_in_blocks_of_256(
 ) -> None:
     model, source = write("llama_wide", "ternary", **settings)
     notes = Gguf(embeddings="f32").export(source, tmp_path / "out", title="small")
-    assert notes[0] == "layers: 14 as TQ2_0, as they were trained; 14 from their codes"
+    assert notes[0] == "layers: 14 as TQ2_0, as trained; 14 from their codes"
     assert Gguf(max_kl=0.1).verify(model, tmp_path / "out", texts, bpe).kl < 5e-3  # activations of 8 bits, by 256
 
 
@@ -256,7 +307,7 @@ def test_scales_beyond_fp16() -> None:
     assert tiny.moved_scales == 1
     values[:, 32:] = 0
     assert code_blocks("layer", Codes(values, torch.tensor([[1.0, 3e-7]]).bfloat16())).moved_scales == 0
-    with pytest.raises(InputError, match=r"layer: has a scale of 1e\+05"):
+    with pytest.raises(InputError, match=r"layer: a scale is 1e\+05"):
         code_blocks("layer", Codes(values, torch.tensor([[1e5, 1.0]])))
 
 
@@ -294,7 +345,7 @@ def test_the_tokenizer_is_in_the_file(
     assert fields["tokenizer.chat_template"].contents() == "{{ messages[0]['content'] }}"
     modelfile = (tmp_path / "chat" / "Modelfile").read_text()
     assert "TEMPLATE" not in modelfile
-    assert "PARAMETER num_ctx 8192\n# the model reads up to 131072 tokens" in modelfile
+    assert "PARAMETER num_ctx 8192\n# the model supports up to 131072 tokens" in modelfile
 
 
 @in_llama_cpp
@@ -306,7 +357,7 @@ def test_another_tokenizer_is_found(
     state["model"]["merges"] = state["model"]["merges"][:3]
     (source / "tokenizer.json").write_text(json.dumps(state))
     Gguf().export(source, tmp_path / "out", title="small")
-    with pytest.raises(DistillError, match="cuts text otherwise"):
+    with pytest.raises(DistillError, match="tokenizer differs from the trained model's"):
         Gguf().verify(model, tmp_path / "out", texts, bpe)
 
 
@@ -315,11 +366,14 @@ def test_an_engine_that_is_missing_is_named(
 ) -> None:
     model, source = write("llama")
     notes = Gguf().export(source, tmp_path / "out", title="small")
-    assert notes[-1] == "read back: 21 tensors hold what was to be written, bit for bit"
+    assert notes[-1] == "read back: all 21 tensors of the file are bitwise equal to the model's"
     monkeypatch.setattr("distill.exporters.base.find_spec", lambda module: None)
     with pytest.raises(EngineMissing, match=r"not verified in llama.cpp.*pip install 'distill\[gguf\]'"):
         Gguf().verify(model, tmp_path / "out", texts)
-    with pytest.raises(InputError, match=r"needs gguf, which is not installed: pip install 'distill\[gguf\]'"):
+    with pytest.raises(
+        InputError,
+        match=r"needs gguf, which is not installed: CMAKE_ARGS=-DGGML_NATIVE=OFF pip install 'distill\[gguf\]'",
+    ):
         Gguf().export(source, tmp_path / "new", title="small")
 
 
@@ -328,10 +382,10 @@ def test_a_full_model_can_be_rounded_and_says_so(
 ) -> None:
     _, plain = write("llama")
     notes = Gguf(round_to="q4_0", embeddings="q8_0").export(plain, tmp_path / "out", title="small")
-    assert notes[0] == "layers: 14 as Q4_0, rounded to nearest here, after training"
-    assert notes[1] == "embeddings and head: Q8_0"
+    assert notes[0] == "layers: 14 as Q4_0, rounded to nearest by the exporter, after training"
+    assert notes[1] == "embeddings and head: Q8_0, rounded by the exporter, after training"
     _, low_bit = write("llama", "q4_0")
-    with pytest.raises(InputError, match="low-bit already; leave round_to out"):
+    with pytest.raises(InputError, match="low-bit already; remove round_to"):
         Gguf(round_to="q4_0").export(low_bit, tmp_path / "again", title="small")
 
 
@@ -340,7 +394,7 @@ def test_a_full_model_can_be_rounded_and_says_so(
     ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ("mistral_wide_heads", {"sliding_window": 8}, "sliding_window 8, expected null"),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'yarn'"),
-    ("qwen2", {"hidden_size": 128}, "4 heads of"),
+    ("qwen2", {"hidden_size": 128}, "num_attention_heads 4 x head_dim 16"),
 ])  # fmt: skip
 def test_what_llama_cpp_computes_otherwise_is_refused(
     name: str, change: dict[str, object], message: str, write: Callable[..., tuple[PreTrainedModel, Path]],
@@ -359,10 +413,10 @@ def test_weights_and_codes_without_a_place_are_refused(
     write: Callable[..., tuple[PreTrainedModel, Path]], tmp_path: Path
 ) -> None:
     _, groups = write("llama", "int_group", bits=4, group_size=16)
-    with pytest.raises(InputError, match="a scale is shared by 16 weights"):
+    with pytest.raises(InputError, match="16 weights share a scale"):
         Gguf().export(groups, tmp_path / "a", title="small")
     _, shifted = write("llama", "int_group", bits=4, group_size=32, symmetry="asymmetric")
-    with pytest.raises(InputError, match="codes are asymmetric"):
+    with pytest.raises(InputError, match="no format for asymmetric codes"):
         Gguf().export(shifted, tmp_path / "b", title="small")
 
 
@@ -408,7 +462,10 @@ def test_llama_cpp_keeps_keys_and_values_as_they_were_trained(
     model.save_pretrained(tmp_path / "in")
     bpe.save_pretrained(tmp_path / "in")
     notes = Gguf(embeddings="f32").export(tmp_path / "in", tmp_path / "out", title="small")
-    assert "keys and values: for llama.cpp's cache in q4_0, so run it with `-fa on --cache-type-k q4_0" in str(notes)
+    assert (
+        "keys and values: trained for llama.cpp's KV cache in q4_0, so run it with `-fa on --cache-type-k q4_0"
+        in str(notes)
+    )
     assert "OLLAMA_KV_CACHE_TYPE=q4_0" in (tmp_path / "out" / "Modelfile").read_text()
     found = {"ours": Gguf().verify(model, tmp_path / "out", texts).kl}
     for layer in model.model.layers:
@@ -417,3 +474,79 @@ def test_llama_cpp_keeps_keys_and_values_as_they_were_trained(
     switch(model, enabled=False)
     found["none"] = Gguf(max_kl=9).verify(model, tmp_path / "out", texts).kl
     assert found["ours"] < 0.3 * min(found["order"], found["none"]), found
+
+
+ENDS = ("token_embd.weight", "output.weight")
+
+
+def ends_of(folder: Path) -> dict[str, str]:
+    """Tensor type of embeddings and head in an export's file."""
+    reader = gguf.GGUFReader(folder / "small.gguf")
+    return {tensor.name: tensor.tensor_type.name for tensor in reader.tensors if tensor.name in ENDS}
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q6_k", "int8"])
+@pytest.mark.parametrize("name", ["llama_wide", "llama_tied"])
+def test_trained_embeddings_are_written_from_their_codes(
+    name: str, kind: EmbeddingsKind, bpe: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    sizes = SIZES | {"hidden_size": 256, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=name == "llama_tied")).eval()
+    prepare(model, Q40(), embeddings=embeddings_grid(kind, Q40()))
+    round_unquantized(model, torch.float32)
+    save(model, tmp_path / "in", bpe, dtype=torch.float32)
+    notes = Gguf().export(tmp_path / "in", tmp_path / "out", title="small")
+    of_file = "Q6_K" if kind == "q6_k" else "Q8_0"
+    assert f"embeddings and head: {of_file}, from their codes" in notes
+    assert ends_of(tmp_path / "out") == dict.fromkeys(ENDS[: 1 if name == "llama_tied" else 2], of_file)
+    codes = convert(model)
+    for tensor in gguf.GGUFReader(tmp_path / "out" / "small.gguf").tensors:
+        if tensor.name in ENDS:
+            layer = "model.embed_tokens" if tensor.name == ENDS[0] else "lm_head"
+            exact = Q40().dequantize(codes[layer]).numpy()
+            assert numpy.array_equal(gguf.quants.dequantize(tensor.data, tensor.tensor_type), exact)
+    with pytest.raises(InputError, match="the embeddings are low-bit already; remove embeddings from the target"):
+        Gguf(embeddings="f16").export(tmp_path / "in", tmp_path / "again", title="small")
+    with pytest.raises(InputError, match=r"the model's embeddings are \S+.* already; remove embeddings"):
+        Gguf(embeddings="f16").check_grids([Q40()], None, embeddings_grid(kind, Q40()))
+
+
+@pytest.mark.parametrize(
+    ("trained", "target", "expected"),
+    [
+        ("q4_0", {}, "Q8_0"),  # embeddings: keep in training, rounded here
+        ("q4_0", {"embeddings": "f16"}, "F16"),
+        ("q8_0", {}, "F16"),
+        (None, {}, "F16"),
+        (None, {"round_to": "q8_0"}, "F16"),
+        (None, {"round_to": "q4_0"}, "Q8_0"),
+        (None, {"round_to": "q4_0", "embeddings": "f32"}, "F32"),
+    ],
+)
+def test_embeddings_are_rounded_where_the_layers_have_few_bits(
+    trained: str | None,
+    target: dict[str, str],
+    expected: str,
+    write: Callable[..., tuple[PreTrainedModel, Path]],
+    tmp_path: Path,
+) -> None:
+    _, source = write("qwen3", trained)
+    notes = Gguf(**target).export(source, tmp_path / "out", title="small")
+    assert ends_of(tmp_path / "out") == {ENDS[0]: expected}
+    told = ", rounded by the exporter, after training" if expected == "Q8_0" else ""
+    assert f"embeddings and head: {expected}{told}" in notes
+
+
+@in_llama_cpp
+@pytest.mark.parametrize("kind", ["q8_0", "q6_k"])
+def test_llama_cpp_runs_quantized_embeddings(
+    kind: EmbeddingsKind, texts: Batches, bpe: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    sizes = SIZES | {"hidden_size": 256, "initializer_range": 0.08}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).eval()
+    prepare(model, Q40(), embeddings=embeddings_grid(kind, Q40()))
+    round_unquantized(model, torch.float32)
+    save(model, tmp_path / "in", bpe, dtype=torch.float32)
+    Gguf().export(tmp_path / "in", tmp_path / "out", title="small")
+    assert Gguf(max_kl=0.1).verify(model, tmp_path / "out", texts, bpe).kl < 5e-3

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
+from distill.core.batch import causal_batch
 from distill.core.errors import DistillError, InputError
 from distill.exporters import HuggingFace
-from distill.exporters.huggingface import verify
+from distill.exporters.plain_transformers import verify
 from distill.quantization.convert import round_unquantized
 
 Batches = list[dict[str, torch.Tensor]]
@@ -71,7 +72,9 @@ def test_one_changed_scale_is_found(trained: PreTrainedModel, exported: Path, ba
         tensors["model.layers.1.mlp.down_proj.weight_scale"][3, 1] *= 1.5
 
     tamper(exported, change)
-    with pytest.raises(DistillError, match="the exported model is not the trained one: KL") as error:
+    with pytest.raises(
+        DistillError, match="the exported model differs from the trained model: the largest KL"
+    ) as error:
         HuggingFace().verify(trained, exported, batches)
     assert "expected at most 1e-06" in str(error.value)
     result = HuggingFace(max_kl=10.0).verify(trained, exported, batches)
@@ -84,13 +87,13 @@ def test_one_changed_code_is_found(trained: PreTrainedModel, exported: Path, bat
         tensors["model.layers.0.self_attn.v_proj.weight_packed"][0, 0] ^= 0b1000
 
     tamper(exported, change)
-    with pytest.raises(DistillError, match="not the trained one"):
+    with pytest.raises(DistillError, match="differs from the trained model"):
         HuggingFace().verify(trained, exported, batches)
 
 
 def test_a_model_that_computes_nan_is_refused(trained: PreTrainedModel, exported: Path, batches: Batches) -> None:
     tamper(exported, lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))
-    with pytest.raises(DistillError, match="not the trained one: KL nan"):
+    with pytest.raises(DistillError, match=r"differs from the trained model: .* is nan"):
         HuggingFace(max_kl=1e9).verify(trained, exported, batches)
 
 
@@ -121,21 +124,31 @@ def test_kl_is_that_of_the_masked_tokens(
     mask[0, 2] = mask[1, 5] = True
     p, q = (m(ids).logits[mask].double().softmax(-1) for m in (model, other))
     expected = (p * (p / q).log()).sum(-1)
-    result = verify(model, tmp_path, [{"input_ids": ids, "mask": mask}], max_kl=10.0)
+    result = verify(model, tmp_path, [causal_batch(ids, mask)], max_kl=10.0)
     assert result.tokens == 2
     assert result.kl == pytest.approx(expected.mean().item(), rel=1e-6)
     assert result.worst_kl == pytest.approx(expected.max().item(), rel=1e-6)
 
 
 def test_refusals(trained: PreTrainedModel, artifact: Path, exported: Path, batches: Batches, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not empty"):
+    with pytest.raises(InputError, match="not empty"):
         HuggingFace().export(artifact, exported, title="small")
     with pytest.raises(InputError, match="not a model folder"):
         HuggingFace().export(tmp_path / "nowhere", tmp_path / "new", title="small")
-    with pytest.raises(InputError, match="no token to compare"):
-        verify(trained, exported, [{"input_ids": batches[0]["input_ids"], "mask": torch.zeros(2, 9, dtype=torch.bool)}])
-    with pytest.raises(InputError, match="no token to compare"):
+    with pytest.raises(InputError, match="select 0 tokens to compare"):
+        verify(trained, exported, [causal_batch(batches[0]["input_ids"], torch.zeros(2, 9, dtype=torch.bool))])
+    with pytest.raises(InputError, match="select 0 tokens to compare"):
         verify(trained, exported, [])
+
+
+def test_a_cache_that_the_engine_lacks_is_said(artifact: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(artifact, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text()) | {"kv_cache_type": "q8_0"}
+    (source / "config.json").write_text(json.dumps(config))
+    (note,) = HuggingFace().export(source, tmp_path / "out", title="small")
+    assert note.startswith(
+        "keys and values: trained for llama.cpp's KV cache in q8_0, which plain transformers does not have"
+    )
 
 
 def test_export_holds_no_path_of_the_machine(artifact: Path, exported: Path) -> None:

@@ -1,7 +1,9 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from distill.core.artifact import Lineage
 from distill.exporters import CardFacts, HuggingFace, VerifyResult
@@ -39,7 +41,7 @@ def test_metadata_and_text(tmp_path: Path) -> None:
     assert card.text.startswith("# small") or card.text.lstrip().startswith("# small")
     assert "| small | 8.123 |" in card.text
     assert "- layers: 14 as F16" in card.text
-    assert "Loaded in plain transformers and held" in card.text
+    assert "Loaded in plain transformers and compared" in card.text
     assert "on 16 tokens: KL 2e-09" in card.text
     assert "/home/someone" not in card.text
     assert "made from: pruned, by stage small (distill)" in card.text
@@ -62,7 +64,7 @@ def test_what_is_not_known_is_not_guessed(tmp_path: Path) -> None:
     assert not {"license", "base_model", "base_model_relation"} & set(card.data.to_dict())
     assert "licence: unknown - check the base model before you publish" in card.text
     assert "base model: base" in card.text
-    assert "was not verified: nobody has held it against the trained model." in card.text
+    assert "was not verified: it has not been compared with the trained model." in card.text
     assert "Nothing was measured" in card.text
     write_card(tmp_path, title="small", facts=FACTS, engine="transformers", lineage=None, verified="no engine here")
     text = (tmp_path / "README.md").read_text()
@@ -85,3 +87,33 @@ def test_public_name(tmp_path: Path) -> None:
     assert public_name(str(tmp_path)) == tmp_path.name
     assert public_name("teacher") == "teacher"
     assert public_name("builtin:tiny") == "builtin:tiny"
+
+
+EVIL = "<script>alert(1)</script> [x](javascript:alert(1)) **y** | z\n\n# heading\n---\nlicense: mit\n```"
+
+
+def test_nothing_from_outside_is_rendered(tmp_path: Path) -> None:
+    """A licence, a path, a mask or a row's name may be anybody's words."""
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"format": EVIL}}))
+    lineage = Lineage(EVIL, EVIL, EVIL, EVIL, EVIL, EVIL, EVIL, mask=EVIL)
+    facts = HuggingFace().card(tmp_path)
+    rows, notes = [{"model": EVIL, EVIL: EVIL}], ["`-k q8_0` <script>x</script>\n---\n# y"]
+    for verified in (EVIL, VERIFIED):
+        write_card(
+            tmp_path,
+            title=EVIL,
+            facts=facts,
+            engine="x",
+            lineage=lineage,
+            notes=notes,
+            rows=rows,
+            verified=verified,
+        )
+        card = ModelCard.load(tmp_path / "README.md")
+        assert card.data.to_dict()["license"] == " ".join(EVIL.split())
+        tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(card.text)
+        inline = [child.type for token in tokens for child in token.children or []]
+        assert {token.type for token in tokens} & {"html_block", "hr"} == set()
+        assert set(inline) <= {"text", "text_special", "softbreak", "code_inline"}
+        (code,) = [token.content for token in tokens if token.type == "fence"]
+        assert f"```python\n{code}```" in facts.how_to_load

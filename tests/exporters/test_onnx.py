@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from distill.core.errors import DistillError, InputError
+from distill.evaluation.engine import Opening
 from distill.exporters import Onnx
 from distill.exporters.base import EngineMissing
 
@@ -43,7 +44,9 @@ def write(artifact: Path, exported: dict[str, Path], monkeypatch: pytest.MonkeyP
         if not folder.is_dir():
             if weights == "int8":
                 graph = once("float32") / "model.onnx"
-                monkeypatch.setattr("distill.exporters.onnx.write_graph", lambda model, file: copyfile(graph, file))
+                monkeypatch.setattr(
+                    "distill.exporters.onnx_file.write_graph", lambda model, file: copyfile(graph, file)
+                )
             notes = Onnx(weights=weights).export(artifact, folder, title="small")
             (folder / "notes.txt").write_text("\n".join(notes))
         return folder
@@ -57,7 +60,7 @@ def test_float32_is_the_trained_model(trained: PreTrainedModel, write: Callable[
     assert result.tokens == 16
     assert result.top1_agreement == 1.0
     assert result.weight_bytes == (folder / "model.onnx").stat().st_size
-    assert (folder / "notes.txt").read_text().endswith("14 layers hold the values of their codes")
+    assert (folder / "notes.txt").read_text().endswith("14 layers have the dequantized values of their codes")
 
 
 def test_int8_is_smaller_close_and_bounded(
@@ -70,10 +73,27 @@ def test_int8_is_smaller_close_and_bounded(
     assert 0 < result.kl < 0.1
     kinds = [node.op_type for node in onnx.load(folder / "model.onnx").graph.node]
     assert kinds.count("MatMulInteger") == 14  # the tied head is left out
+    assert kinds.count("MatMulNBits") == 1  # and reads the int8 codes that the lookup reads
     assert result.weight_bytes < Onnx().verify(trained, write("float32"), batches).weight_bytes
-    assert "14 layers were low-bit before, and are rounded a second time" in (folder / "notes.txt").read_text()
-    with pytest.raises(DistillError, match="not the trained one: KL"):
+    assert "14 layers were low-bit already and are rounded a second time" in (folder / "notes.txt").read_text()
+    with pytest.raises(DistillError, match="differs from the trained model: the largest KL"):
         Onnx(max_kl=0.0).verify(trained, folder, batches)
+
+
+def test_it_is_measured_in_onnx_runtime(
+    trained: PreTrainedModel, write: Callable[[str], Path], agrees: Callable[..., None]
+) -> None:
+    for weights in ("float32", "int8"):
+        exporter, folder = Onnx(weights=weights), write(weights)
+        engine = Opening(str(folder), exporter.runs_in).open()
+        assert not engine.decodes
+        assert engine.name.startswith("ONNX Runtime 1.")
+        if weights == "float32":
+            agrees(engine, trained, 1e-4)
+        assert exporter.label(folder) == f"ONNX {weights}"
+        assert exporter.num_bytes(folder) == (folder / "model.onnx").stat().st_size
+    with pytest.raises(InputError, match="ONNX Runtime cannot load the graph"):
+        Opening(str(folder.parent), exporter.runs_in).open()
 
 
 def test_any_batch_and_length_and_padding(trained: PreTrainedModel, write: Callable[[str], Path]) -> None:
@@ -113,7 +133,9 @@ def test_a_mixture_is_refused_in_one_line(tmp_path: Path, tokenizer: PreTrainedT
     config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2, vocab_size=64)
     MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
     tokenizer.save_pretrained(tmp_path / "mixtral")
-    with pytest.raises(InputError, match=r"mixtral: torch cannot write this model as ONNX \(No ONNX function") as error:
+    with pytest.raises(
+        InputError, match=r"mixtral: torch cannot export this model to ONNX \(No ONNX function"
+    ) as error:
         Onnx().export(tmp_path / "mixtral", tmp_path / "out", title="small")
     assert "\x1b" not in str(error.value)
     assert "\n" not in str(error.value)
@@ -123,7 +145,7 @@ def test_a_damaged_graph_and_missing_packages_are_named(
     trained: PreTrainedModel, artifact: Path, batches: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no graph")
-    with pytest.raises(DistillError, match="ONNX Runtime does not load it"):
+    with pytest.raises(DistillError, match="ONNX Runtime cannot load the graph"):
         Onnx().verify(trained, tmp_path, batches)
     monkeypatch.setattr("distill.exporters.base.find_spec", lambda module: None)
     with pytest.raises(EngineMissing, match="not verified in ONNX Runtime"):
@@ -144,7 +166,11 @@ def decoder() -> PreTrainedModel:
 
 
 def test_with_a_cache_it_writes_what_transformers_writes(
-    decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batches: Batches, tmp_path: Path
+    decoder: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    batches: Batches,
+    tmp_path: Path,
+    agrees: Callable[..., None],
 ) -> None:
     """Token for token, from a text of one token and from several of which one is padded on the left."""
     import onnxruntime
@@ -171,14 +197,15 @@ def test_with_a_cache_it_writes_what_transformers_writes(
             attended = numpy.concatenate([attended, numpy.ones_like(read)], 1)
             made.append(read)
         assert numpy.array_equal(numpy.concatenate(made, 1), expected[:, length:].numpy())
+    agrees(Opening(str(tmp_path / "out"), exporter.runs_in).open(), decoder, 1e-4)
     code = exporter.card(tmp_path / "out").how_to_load
     compile(code.removeprefix("```python").removesuffix("```"), "card", "exec")
-    with pytest.raises(DistillError, match="not the trained one: KL"):
+    with pytest.raises(DistillError, match="differs from the trained model: the largest KL"):
         exporter.verify(decoder.apply(decoder._init_weights), tmp_path / "out", batches)
 
 
 def test_what_has_no_cache_is_refused_by_name(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     BertForMaskedLM(BertConfig(**SIZES, num_hidden_layers=1)).save_pretrained(tmp_path / "in")
     tokenizer.save_pretrained(tmp_path / "in")
-    with pytest.raises(InputError, match=r"bert: keeps something else than keys and values.*recomputed"):
+    with pytest.raises(InputError, match=r"bert: the model's cache has other tensors than keys and values.*recomputed"):
         Onnx(keys_and_values="cached").export(tmp_path / "in", tmp_path / "out", title="small")

@@ -60,7 +60,7 @@ def test_both_ends_are_met_exactly_and_nothing_lies_beyond_them(kind: Any) -> No
     [
         ({"kind": "linear", "start": 1}, "kind: linear needs an end"),
         ({"kind": "cosine", "start": 1}, "kind: cosine needs an end"),
-        ({"kind": "constant", "start": 1, "end": 2}, "stays at start; leave end out"),
+        ({"kind": "constant", "start": 1, "end": 2}, "has no end; remove end"),
         ({"kind": "linear", "start": 1, "end": 2, "share": 0}, "greater than 0"),
         ({"kind": "linear", "start": 1, "end": 2, "share": 1.5}, "less than or equal to 1"),
         ({"kind": "linear", "start": 1, "end": math.inf}, "finite"),

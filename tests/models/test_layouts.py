@@ -99,9 +99,9 @@ def test_minitron_width_is_the_published_size():
 
 
 def test_unknown_architecture_is_refused_by_name():
-    with pytest.raises(InputError, match=r"'lama' cannot be pruned .*llama, mistral, qwen2.*mean 'llama'"):
+    with pytest.raises(InputError, match=r"model_type 'lama' .*llama, mistral, qwen2.*mean 'llama'"):
         layout_for("lama")
-    with pytest.raises(InputError, match=r"'opt' cannot be pruned .*; add its layout to distill/models/layouts"):
+    with pytest.raises(InputError, match=r"model_type 'opt' .*; add its layout to distill/models/layouts"):
         layout_for("opt")
 
 

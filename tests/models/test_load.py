@@ -11,10 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from distill.core.errors import InputError
+from distill.core.artifact import fingerprint
+from distill.core.errors import InputError, MachineError
+from distill.data.tokenizer import load_tokenizer
 from distill.exporters.compressed_tensors import save
+from distill.models.configs import config_of
 from distill.models.head import check_head, hidden_states
 from distill.models.load import check_reachable, load_config, load_model, locate, new_config, new_model
+from distill.models.size import measure_size
 from distill.quantization import Int8Channel, IntGroup
 from distill.quantization.base import QuantizerSpec
 from distill.quantization.prepare import prepare
@@ -80,7 +84,7 @@ def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
 def test_weights_of_another_shape_are_refused(folder: Path) -> None:
     change_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(33)}))
     line = refused(lambda: load_model(str(folder)))
-    assert line == f"{folder}: the weights do not fit the config: model.norm.weight is [33], not [32]"
+    assert line == f"{folder}: the weights do not fit the config: model.norm.weight has shape [33], expected [32]"
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path, folder: Path) -> None:
@@ -89,9 +93,9 @@ def test_what_is_no_model_is_refused(tmp_path: Path, folder: Path) -> None:
         assert refused(lambda call=call: call(str(tmp_path / "none"))) == f"{tmp_path / 'none'}: no such folder"
         assert "not a model folder (no config.json in it)" in refused(lambda call=call: call(str(tmp_path / "empty")))
     (folder / "config.json").write_text("{")
-    assert refused(lambda: load_config(str(folder))).startswith(f"{folder}: cannot load the config (")
+    assert refused(lambda: load_config(str(folder))).startswith(f"{folder / 'config.json'}: cannot be read as JSON (")
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "wide"}))
-    assert "expected int, got str" in refused(lambda: load_config(str(folder)))
+    assert "hidden_size is 'wide', expected a whole number" in refused(lambda: load_config(str(folder)))
     (folder / "config.json").write_text(json.dumps({"model_type": "no_such_thing"}))
     assert refused(lambda: load_model(str(folder))).startswith(f"{folder}: cannot load the config (")
 
@@ -117,20 +121,23 @@ def test_what_the_hub_does_not_give(folder: Path, monkeypatch: pytest.MonkeyPatc
     for error, line in (
         (
             OfflineModeIsEnabled("offline\nmode"),
-            "none in the Hub's cache, and HF_HUB_OFFLINE is set",
+            "not in the Hub's cache, and HF_HUB_OFFLINE is set",
         ),
-        (ConnectionError("no route"), "the Hub cannot be reached; give a folder, or check the id"),
-        (HfHubHTTPError("401 Invalid credentials\nhere", response=response), "answers '401 Invalid credentials'; look"),
+        (ConnectionError("no route"), "the Hub cannot be reached; check the name and the network"),
+        (
+            HfHubHTTPError("401 Invalid credentials\nhere", response=response),
+            "answered '401 Invalid credentials'; check",
+        ),
         (
             RepositoryNotFoundError("401", response=response),
-            "no such model on the Hub, or a private one; give",
+            "no such model on the Hub (or a private one); check",
         ),
-        (RemoteEntryNotFoundError("404", response=response), "has no config.json, so it is no model of transformers"),
-        (GatedRepoError("403", response=response), "closed until you accept its terms on its page"),
+        (RemoteEntryNotFoundError("404", response=response), "not a transformers model (no config.json on the Hub)"),
+        (GatedRepoError("403", response=response), "accept its terms on its Hub page"),
     ):
         answer(error)
         assert line in refused(lambda: check_reachable("who/none"))
-    assert "a Hub id is <who>/<model>" in refused(lambda: check_reachable("who/none/else"))
+    assert "not a Hub id (expected OWNER/MODEL)" in refused(lambda: check_reachable("who/none/else"))
     check_reachable(str(folder))
 
 
@@ -138,8 +145,17 @@ def test_a_cut_file_is_refused(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     line = refused(lambda: load_model(str(folder)))
-    assert line.startswith(f"{folder}: cannot load the model (")
-    assert line.endswith("its file is damaged: download or copy it again)")
+    assert line == f"{weights}: begins with no whole header of safetensors; download or copy it again"
+
+
+@pytest.mark.parametrize("change", [-1, 7])
+def test_half_a_download_is_refused_by_its_length(folder: Path, change: int) -> None:
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes((data + bytes(9))[: len(data) + change])
+    line = f"{weights}: has {len(data) + change:,} bytes, expected {len(data):,} by its own header; download or copy it"
+    for read in (load_config, load_model, fingerprint, config_of):
+        assert refused(lambda read=read: read(str(folder))).startswith(line)
 
 
 def test_pickled_weights_are_not_read(folder: Path, model: LlamaForCausalLM) -> None:
@@ -205,17 +221,45 @@ def test_a_new_config() -> None:
         ({"model_type": "lama"}, "no model_type 'lama'; did you mean 'llama'?"),
         ({"hidden_size": 32}, "model_type is missing"),
         ({"model_type": "llama", "zzz": 1}, "llama has no key 'zzz'"),
-        ({"model_type": "llama", "hidden_size": 33, "num_attention_heads": 2}, "llama refuses these values"),
-        ({"model_type": "llama", "hidden_size": "wide"}, "llama refuses these values"),
+        ({"model_type": "llama", "hidden_size": 33, "num_attention_heads": 2}, "llama rejects the values"),
+        (
+            {"model_type": "llama", "hidden_size": "wide"},
+            "hidden_size is 'wide', expected a whole number",
+        ),
+        ({"model_type": "llama", "rms_norm_eps": "small"}, "llama rejects the values"),
     ],
 )
 def test_a_wrong_config_is_one_line(keys: dict[str, Any], message: str) -> None:
     assert message in refused(lambda: new_config(keys))
 
 
+def test_a_model_beyond_all_memory_is_refused_before_it_is_made(folder: Path) -> None:
+    huge = {"hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_hidden_layers": 64}
+    with pytest.raises(MachineError, match=r"^llama: 1\.06e\+15 parameters need 4,222,126 GB of memory, and"):
+        new_model(new_config({"model_type": "llama", **SIZES, **huge}), seed=0)
+    with pytest.raises(MachineError, match=r"^mpt: .* parameters need [\d,]{5,} GB of memory"):  # it has no layout
+        new_model(new_config({"model_type": "mpt", "d_model": 1 << 18, "n_layers": 8}), seed=0)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | huge))
+    with pytest.raises(MachineError, match=f"^{folder}: 8.44e\\+14 parameters need 3,377,727 GB"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "mistral", "gemma2"])
+def test_a_thousand_million_layers_are_refused(kind: str, folder: Path) -> None:
+    """Configs of some architectures make a list with an entry for each."""
+    (folder / "config.json").write_text(json.dumps({"model_type": kind, "num_hidden_layers": 10**9}))
+    line = f"{folder / 'config.json'}: num_hidden_layers is 1000000000, expected a whole number up to 4,096"
+    for read in (load_config, load_model, config_of, load_tokenizer, measure_size):
+        assert refused(lambda read=read: read(str(folder))) == line
+    assert "config: num_hidden_layers is" in refused(
+        lambda: new_config({"model_type": kind, "num_hidden_layers": 10**9})
+    )
+
+
 def test_references() -> None:
     assert locate("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
-    assert "no such builtin model" in refused(lambda: locate("builtin:no-such-model"))
+    assert "no such built-in model" in refused(lambda: locate("builtin:no-such-model"))
 
 
 def test_a_folder_stays_itself(folder: Path) -> None:

@@ -70,7 +70,7 @@ def test_merging_is_the_sum_and_keeps_the_function(model: LlamaForCausalLM, targ
 
 def test_an_adapter_on_a_shared_weight_is_refused() -> None:
     """Merged into a tied head it would change the embeddings too."""
-    with pytest.raises(InputError, match=r"embed_tokens and lm_head share a weight.*adapter on lm_head.*leave it out"):
+    with pytest.raises(InputError, match=r"embed_tokens and lm_head share a weight.*adapter on lm_head.*remove it"):
         add_lora(make(tie_word_embeddings=True), LoraSpec(target_modules=("q_proj", "lm_head")))
     model = make(tie_word_embeddings=True)
     merged = merge_lora(trained(add_lora(model, LoraSpec())))

@@ -80,7 +80,7 @@ def test_what_keeps_documents_apart_is_taken(kind: str, attention: str, dtype: t
 @pytest.mark.parametrize("kind", MIXES)
 def test_what_lets_them_see_each_other_is_refused_by_name(kind: str, dtype: torch.dtype) -> None:
     model = make(kind, "eager", dtype)
-    with pytest.raises(InputError, match=rf"{type(model).__name__} does not keep the documents of one row apart"):
+    with pytest.raises(InputError, match=rf"{type(model).__name__} does not separate the documents in one row"):
         check_apart(model)
 
 

@@ -51,5 +51,5 @@ def test_same_logits(model_type: str, keys: dict[str, object], tmp_path: Path) -
 def test_a_head_that_is_no_linear_layer_is_refused(tmp_path: Path) -> None:
     model = model_of("llama")
     model.set_output_embeddings(torch.nn.Sequential(model.get_output_embeddings()))
-    with pytest.raises(InputError, match="no linear layer"):
+    with pytest.raises(InputError, match="not a linear layer"):
         save_head(model, tmp_path / "head.safetensors")

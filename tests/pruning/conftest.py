@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from distill.core.batch import causal_batch
 from distill.models.layouts import layout_for
 
 
@@ -34,4 +35,4 @@ def batches():
     mask = torch.rand(5, 9, generator=generator) < 0.6
     mask[:, -1] = False
     mask[3] = False  # a sample in which nothing counts
-    return [{"input_ids": ids[:2], "mask": mask[:2]}, {"input_ids": ids[2:], "mask": mask[2:]}]
+    return [causal_batch(ids[:2], mask[:2]), causal_batch(ids[2:], mask[2:])]

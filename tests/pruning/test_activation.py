@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from distill.core.batch import causal_batch
 from distill.core.errors import InputError
 from distill.pruning.activation import Activation, activation
 from distill.pruning.base import Scores
@@ -61,10 +62,10 @@ def test_activation_does_not_depend_on_batching_or_masked_tokens(model, layout, 
     reference = Activation().score(model, layout, batches)
     singles = [{k: v[i : i + 1] for k, v in b.items()} for b in batches for i in range(len(b["mask"]))]
     padded = [
-        {
-            "input_ids": torch.cat([b["input_ids"], torch.full((len(b["mask"]), 4), 7)], 1),
-            "mask": torch.cat([b["mask"], torch.zeros(len(b["mask"]), 4, dtype=torch.bool)], 1),
-        }
+        causal_batch(
+            torch.cat([b["input_ids"], torch.full((len(b["mask"]), 4), 7)], 1),
+            torch.cat([b["mask"], torch.zeros(len(b["mask"]), 4, dtype=torch.bool)], 1),
+        )
         for b in batches
     ]
     for other in (Activation().score(model, layout, singles), Activation().score(model, layout, padded)):
@@ -104,18 +105,14 @@ def test_every_aggregation_equals_the_naive_one(model, layout, batches, sequence
 
 
 def test_nothing_to_read_is_refused(model, layout, batches):
-    empty = [{"input_ids": b["input_ids"], "mask": torch.zeros_like(b["mask"])} for b in batches]
+    empty = [causal_batch(b["input_ids"], torch.zeros_like(b["mask"])) for b in batches]
     for data in (empty, []):
-        with pytest.raises(InputError, match="no token of the calibration data counts"):
+        with pytest.raises(InputError, match="the masks of the calibration data select 0 tokens"):
             Activation().score(model, layout, data)
-    with pytest.raises(InputError, match="expected bool"):
-        Activation().score(model, layout, [{"input_ids": batches[0]["input_ids"], "mask": batches[0]["mask"].long()}])
+    with pytest.raises(InputError, match=r"expected torch\.bool"):
+        Activation().score(model, layout, [causal_batch(batches[0]["input_ids"], batches[0]["mask"].long())])
 
 
-def test_scores_merge_and_refuse_what_is_not_finite():
-    one, two = Scores(hidden_channels=torch.ones(3)), Scores(layers=torch.ones(2))
-    assert set(one.merge(two).tensors()) == {"hidden_channels", "layers"}
-    with pytest.raises(InputError, match="two criteria score layers"):
-        one.merge(two).merge(two)
-    with pytest.raises(InputError, match="scores of layers are not finite"):
+def test_scores_refuse_what_is_not_finite():
+    with pytest.raises(InputError, match="scores of layers contain NaN"):
         Scores(layers=torch.tensor([1.0, float("nan")]))

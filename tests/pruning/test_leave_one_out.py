@@ -59,11 +59,11 @@ def test_what_stands_before_is_not_computed_again(exact, layout, batches):
 
 def test_a_contiguous_cut_measures_its_own_block():
     keep = KeepSpec(num_hidden_layers=5, layer_choice="contiguous")
-    assert LeaveOneOut().fitted_to(keep, 8).block_layers == 3
-    assert LeaveOneOut().fitted_to(KeepSpec(num_hidden_layers=5), 8).block_layers == 1
-    with pytest.raises(InputError, match=r"block_layers \(2\) must be the number of layers that the plan drops.*3"):
-        LeaveOneOut(block_layers=2).fitted_to(keep, 8)
-    with pytest.raises(InputError, match="must be less than the model's 3 layers"):
+    assert LeaveOneOut().resolved_for(keep, 8).block_layers == 3
+    assert LeaveOneOut().resolved_for(KeepSpec(num_hidden_layers=5), 8).block_layers == 1
+    with pytest.raises(InputError, match=r"block_layers \(2\) must equal the number of .*\(3\)"):
+        LeaveOneOut(block_layers=2).resolved_for(keep, 8)
+    with pytest.raises(InputError, match="must be less than the number of layers \\(3\\)"):
         LeaveOneOut(block_layers=3)._length(3)
 
 

@@ -9,7 +9,7 @@ from distill.core.errors import InputError
 from distill.models.layouts import layout_for
 from distill.pruning.mask import (
     apply_mask,
-    hold_zeros,
+    freeze_zeros,
     masked_layers,
     nonzero_share,
     squares_of_inputs,
@@ -22,7 +22,7 @@ from distill.quantization import Int8Channel, IntGroup
 def test_two_of_four_keeps_the_larger_two():
     importance = torch.tensor([[4.0, 1, 3, 2, 1, 1, 1, 1]])
     assert two_of_four(importance).tolist() == [[True, False, True, False, False, False, True, True]]
-    with pytest.raises(InputError, match=r"multiple of 4 weights \(got 6\)"):
+    with pytest.raises(InputError, match=r"multiple of 4 \(got 6\)"):
         two_of_four(torch.ones(2, 6))
 
 
@@ -64,7 +64,7 @@ def test_held_zeros_stay_zero_to_the_last_bit(model, layout, batches):
     apply_mask(layers, "unstructured", 0.6, {})
     zero = {name: layer.weight == 0 for name, layer in layers.items()}
     before = copy.deepcopy(held.state_dict())
-    hold_zeros(layers)
+    freeze_zeros(layers)
     optimizer = torch.optim.AdamW(held.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(3):
         for batch in batches:  # gradients of two batches add up

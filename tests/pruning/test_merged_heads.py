@@ -9,6 +9,7 @@ import torch
 from contracts.architectures import make
 
 from distill.core.errors import InputError
+from distill.core.stored import parse_stored
 from distill.models.layouts import layout_for
 from distill.pruning.base import Scores
 from distill.pruning.layout import config_of
@@ -56,7 +57,7 @@ def four_in_a_group():
 def test_the_last_to_stay_meet_the_first_to_go(heads, order_of_pairs):
     model, config, layout, sizes = four_in_a_group()
     the_plan = plan(scored(sizes), {"num_attention_heads": heads, "head_choice": "merge"}, layout, config)
-    assert the_plan == Plan.from_dict(json.loads(json.dumps(the_plan.to_dict())))
+    assert the_plan == parse_stored(json.dumps(the_plan.to_dict()), Plan, "plan.json", "prune again")
     assert any("merged" in line for line in the_plan.summary())
     got = apply(model, the_plan, layout)
     dropped = apply(model, plan(scored(sizes), {"num_attention_heads": heads}, layout, config), layout)
@@ -95,7 +96,7 @@ def test_fused_and_normed_queries_too(name):
 def test_a_kv_group_for_each_head_is_refused():
     _, config, layout, sizes = opened("llama_biases_no_groups")
     assert sizes["kv_groups"] == sizes["attention_heads"]
-    with pytest.raises(InputError, match="needs heads that share keys and values"):
+    with pytest.raises(InputError, match="needs query heads that share a KV group"):
         plan(scored(sizes), {"num_attention_heads": 1, "head_choice": "merge"}, layout, config)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from distill.core.batch import causal_batch
 from distill.core.errors import InputError
 from distill.models.layouts import layout_for
 from distill.pruning.plan import plan
@@ -35,7 +36,7 @@ def passing(model, path, batch):
 def text():
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 53, (12, 16), generator=generator)
-    return [{"input_ids": part, "mask": torch.ones_like(part, dtype=torch.bool)} for part in ids.split(5)]
+    return [causal_batch(part, torch.ones_like(part, dtype=torch.bool)) for part in ids.split(5)]
 
 
 def test_the_first_projection_is_the_ridge_solution(model, layout, text):
@@ -106,7 +107,7 @@ def test_tokens_that_do_not_count_change_nothing(model, layout, batches):
         # Causal attention: only positions after the last that counts can be changed without changing what is read.
         last = [batch["mask"].nonzero()[:, 1].max() for batch in batches]
         given = [
-            {"mask": b["mask"], "input_ids": torch.where(torch.arange(9) > end, g["input_ids"], b["input_ids"])}
+            causal_batch(torch.where(torch.arange(9) > end, g["input_ids"], b["input_ids"]), b["mask"])
             for b, g, end in zip(batches, given, last, strict=True)
         ]
         reconstruct(pruned, model, made, layout, given, ridge=0.01)
@@ -125,5 +126,5 @@ def test_the_whole_model_is_its_own_reconstruction(model, layout, text):
 
 def test_a_cut_vocabulary_is_refused(model, layout, text):
     pruned, made = cut(model, layout, {"intermediate_size": 12}, vocabulary=range(20))
-    with pytest.raises(InputError, match="cut the vocabulary in a stage of its own"):
+    with pytest.raises(InputError, match="cut the vocabulary in another prune stage"):
         reconstruct(pruned, model, made, layout, text, ridge=0.01)

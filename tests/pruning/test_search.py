@@ -7,9 +7,9 @@ from pydantic import ValidationError
 
 from distill.core.errors import InputError
 from distill.models.layouts import layout_for
-from distill.pruning.budget import Costs, SizeBudget
-from distill.pruning.latency import Latency
-from distill.pruning.search import Candidate, Space
+from distill.pruning.budget import SizeBudget, SizeCosts
+from distill.pruning.latency import LatencyModel
+from distill.pruning.search import Candidate, SearchSpace
 
 CONFIG = {
     "model_type": "llama",
@@ -25,11 +25,11 @@ AXES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_l
 
 
 def space(*axes, share=0.5, config=CONFIG, **multiple_of):
-    return Space(LAYOUT, config, axes or AXES, multiple_of, share)
+    return SearchSpace(LAYOUT, config, axes or AXES, multiple_of, share)
 
 
 def costs(measure="parameters", config=CONFIG):
-    return Costs(measure, LAYOUT, config, context_tokens=64, bytes_per_parameter=2)
+    return SizeCosts(measure, LAYOUT, config, context_tokens=64, bytes_per_parameter=2)
 
 
 def test_sizes_are_what_hardware_likes_and_the_whole():
@@ -95,14 +95,16 @@ def test_knots_span_each_axis_and_can_be_built():
 def test_what_cannot_be_reached_is_refused_with_what_can():
     it, cost = space(), costs()
     smallest = it.sizes({key: sizes[0] for key, sizes in it.grid.items()})
-    message = rf"no architecture of the search has as few as 1,000; the smallest has {cost.of(smallest):,.0f}"
+    message = rf"the smallest architecture of the search has {cost.of(smallest):,.0f}, expected at most 1,000"
     with pytest.raises(InputError, match=message):
         it.candidates(cost, 950, 1000)
-    with pytest.raises(InputError, match=r"cuts nothing, as the model has"):
+    with pytest.raises(InputError, match=r"is not below the model's own"):
         it.candidates(cost, 1, 1e12)
     depth, whole = space("num_hidden_layers"), cost.of(it.before)
     near = [cost.of(depth.sizes({"num_hidden_layers": layers})) for layers in (6, 7)]
-    with pytest.raises(InputError, match=rf"the nearest have {near[0]:,.0f} and {near[1]:,.0f}; raise budget.tol"):
+    with pytest.raises(
+        InputError, match=rf"the nearest have {near[0]:,.0f} and {near[1]:,.0f}; raise search.budget.tol"
+    ):
         depth.candidates(cost, sum(near) / 2, sum(near) / 2 + 1)
     assert whole > near[1]
 
@@ -111,9 +113,9 @@ def test_axes_that_the_architecture_lacks_are_refused():
     with pytest.raises(InputError, match=r"llama has no experts"):
         space("num_experts")
     gpt2 = {"model_type": "gpt2", "vocab_size": 9, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 8}
-    with pytest.raises(InputError, match="hidden_size of gpt2 can only be cut together with"):
-        Space(layout_for("gpt2"), gpt2, ("hidden_size",), {}, 0.5)
-    with pytest.raises(InputError, match=r"architectures are more than can be looked at"):
+    with pytest.raises(InputError, match="hidden_size and num_attention_heads of gpt2 must be cut together"):
+        SearchSpace(layout_for("gpt2"), gpt2, ("hidden_size",), {}, 0.5)
+    with pytest.raises(InputError, match=r"architectures, expected at most"):
         space("hidden_size", "intermediate_size", "num_hidden_layers", share=0.01, hidden_size=1, intermediate_size=1)
 
 
@@ -137,9 +139,9 @@ def test_latency_is_forecast_from_few_and_never_falls_with_size():
     def ms(sizes):
         return 1.5 + 0.25 * sizes["layers"] + 3e-8 * flops.of(sizes)
 
-    forecast = Latency(flops, [(sizes, ms(sizes)) for sizes in probes])
+    forecast = LatencyModel(flops, [(sizes, ms(sizes)) for sizes in probes])
     other = the_space.sizes({"hidden_size": 320, "intermediate_size": 960, "num_hidden_layers": 5})
     assert forecast.of(other) == pytest.approx(ms(other))
     # depth and width seem to cost nothing where a small model is all overhead; then that is what the forecast says
-    backwards = Latency(flops, [(sizes, 3.0 - 0.1 * sizes["layers"]) for sizes in probes])
+    backwards = LatencyModel(flops, [(sizes, 3.0 - 0.1 * sizes["layers"]) for sizes in probes])
     assert backwards.of(the_space.before) >= backwards.of(other) > 0

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from distill.pruning import Fluctuation, Wanda
-from distill.pruning.tally import Tally
-from distill.pruning.watch import Counted, Passage
+from distill.pruning.observe import ModuleIO, TokenMask
+from distill.pruning.statistics import Statistics
 
 
 def columns(model, batches, module):
@@ -55,10 +55,10 @@ def test_a_large_mean_does_not_drown_the_variance(layout):
     generator = torch.Generator().manual_seed(0)
     values = 1000 + 0.01 * torch.randn(4, 50, 1, generator=generator).double()
     mask = torch.ones(4, 50, dtype=torch.bool)
-    tally = Tally()
-    path, watcher = next(iter(Fluctuation().watchers(layout, {"layers": 1}, tally)))
+    statistics = Statistics()
+    path, watcher = next(iter(Fluctuation().observers(layout, {"layers": 1}, statistics)))
     for half in (slice(2), slice(2, 4)):
-        watcher(Passage(values[half], values[half], Counted(mask[half], values.device)))
-    tokens, total, squares = (tally[f"{path} {name}"] for name in ("tokens", "sum", "squares"))
+        watcher(ModuleIO(values[half], values[half], TokenMask(mask[half], values.device)))
+    tokens, total, squares = (statistics[f"{path} {name}"] for name in ("tokens", "sum", "squares"))
     got = (squares / tokens - (total / tokens) ** 2).item()
     assert got == pytest.approx(values.var(correction=0).item(), rel=0.02)

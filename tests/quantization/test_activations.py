@@ -103,7 +103,7 @@ def test_ranges_follow_the_observer_and_not_the_batches(llama: nn.Module, ids: t
     assert calibrate(llama, one_by_one, lambda batch: llama(**batch)) == pytest.approx(scales, rel=0.01)
 
 
-def test_padding_is_not_looked_at(llama: nn.Module, ids: torch.Tensor) -> None:
+def test_padding_is_not_looked_at_and_a_prompt_is(llama: nn.Module, ids: torch.Tensor) -> None:
     prepare(llama, Int8Channel(), activations=StaticInt8(observer="minmax"))
 
     def scales(batch: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -113,7 +113,9 @@ def test_padding_is_not_looked_at(llama: nn.Module, ids: torch.Tensor) -> None:
     padded = torch.cat([ids, torch.full((2, 5), 7)], 1)
     attended = torch.cat([torch.ones_like(ids), torch.zeros(2, 5, dtype=torch.long)], 1)
     assert scales({"input_ids": padded, "attention_mask": attended}) == pytest.approx(expected, rel=0.01)
-    with pytest.raises(InputError, match="no finite activation"):
+    learned_from = torch.zeros_like(ids, dtype=torch.bool)
+    assert calibrate(llama, [{"input_ids": ids, "mask": learned_from}], lambda b: llama(b["input_ids"])) == expected
+    with pytest.raises(InputError, match="no finite input activation"):
         calibrate(llama, [], lambda batch: None)
 
 

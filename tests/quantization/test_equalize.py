@@ -110,11 +110,11 @@ def test_a_norm_that_something_else_reads_is_refused(uneven: LlamaForCausalLM) -
 
     uneven.model.layers[0].mlp = Router(uneven.model.layers[0].mlp)
     prepare(uneven, IntGroup())
-    with pytest.raises(InputError, match="something else than linear layers reads them"):
+    with pytest.raises(InputError, match="another module than a linear layer reads a norm"):
         equalize(uneven, batches_of(), partial(logits, uneven), "awq")
     model = nn.Sequential(nn.Linear(32, 32))
     prepare(model, IntGroup())
-    with pytest.raises(InputError, match="awq has no norm to fold scales into"):
+    with pytest.raises(InputError, match="awq folds scales into the norms that quantized"):
         equalize(model, [{"x": torch.ones(1, 4, 32)}], lambda batch: model(batch["x"]), "awq")
 
 

@@ -67,3 +67,16 @@ def test_prepared_models_can_be_copied_and_pickled(llama: nn.Module, ids: torch.
     expected = llama(ids).logits
     assert torch.equal(copy.deepcopy(llama)(ids).logits, expected)
     assert torch.equal(pickle.loads(pickle.dumps(llama))(ids).logits, expected)
+
+
+@pytest.mark.parametrize("spec", BOTH, ids=lambda spec: spec.kind)
+def test_a_large_weight_keeps_the_scale_that_it_is_given(spec: QuantizerSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As gptq gives one to a quantizer that learns none; large weights are quantized some rows at a time."""
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    scale = 1.3 * spec.quantize(weight).scale.float()
+    expected = fake_quantize(weight, spec, scale.log().flatten())
+    plain = fake_quantize(weight, spec)
+    monkeypatch.setattr("distill.quantization.fake_quant.LARGE", 64)
+    assert torch.equal(fake_quantize(weight, spec, scale.log().flatten()), expected)
+    assert torch.equal(fake_quantize(weight, spec), plain)
+    assert not torch.equal(expected, plain)

@@ -113,5 +113,8 @@ def test_inputs_that_are_always_zero_and_padding() -> None:
 
 def test_grids_that_it_cannot_round_to_are_refused(llama: nn.Module) -> None:
     prepare(llama, IntGroup(symmetry="asymmetric"))
-    with pytest.raises(InputError, match=r"q_proj: gptq rounds to symmetric integer grids, not int4.*use nearest"):
+    with pytest.raises(
+        InputError,
+        match=r"q_proj: rounding: gptq supports symmetric integer quantizers .got int4.*use rounding: nearest",
+    ):
         gptq(llama, [], lambda batch: None)

@@ -54,7 +54,12 @@ def test_a_new_scale_for_a_dequantized_weight_is_another_grid() -> None:
 
 @pytest.mark.parametrize(
     ("in_features", "group_size", "proposal"),
-    [(4096, 96, "try 64 or 128"), (96, 64, "try 32$"), (48, 32, "no group of 32"), (100, 32, "no group of 32")],
+    [
+        (4096, 96, "try 64 or 128"),
+        (96, 64, "try 32$"),
+        (48, 32, "no group size of 32"),
+        (100, 32, "no group size of 32"),
+    ],
 )
 def test_a_group_size_that_does_not_divide_is_refused(in_features: int, group_size: int, proposal: str) -> None:
     with pytest.raises(

@@ -71,7 +71,7 @@ def test_the_gradient_passes_and_a_token_is_rounded_alone(dtype: torch.dtype) ->
 
 def test_what_no_cache_holds_is_refused() -> None:
     check_cache("q8_0", 96)
-    with pytest.raises(InputError, match=r"q8_0 has blocks of 32, which do not divide head_dim \(80\)"):
+    with pytest.raises(InputError, match=r"q8_0 needs head_dim \(80\) to be a multiple of its block size \(32\)"):
         check_cache("q8_0", 80)
     with pytest.raises(InputError, match="kv_cache: got 'int3', expected one of q8_0, q4_0"):
         check_cache("int3", 64)

@@ -110,9 +110,9 @@ def test_what_the_merged_weight_cannot_express_is_refused(settings: dict[str, An
 
 def test_the_order_is_prepare_adapt_absorb_merge_convert(llama: nn.Module) -> None:
     model = adapted(llama)
-    with pytest.raises(InputError, match="prepare the model first"):
+    with pytest.raises(InputError, match="call prepare first"):
         absorb_lora(model)
-    with pytest.raises(InputError, match="prepare it first"):
+    with pytest.raises(InputError, match="call prepare first"):
         prepare(model, IntGroup())
     llama = model.unload()
     prepare(llama, IntGroup())

@@ -14,7 +14,7 @@ from distill.quantization.convert import convert
 from distill.quantization.fake_quant import fake_quant_layers
 from distill.quantization.lora import absorb_lora
 from distill.quantization.prepare import prepare, unprepare
-from distill.quantization.scales import expect_held, hold_scales, renew_scales
+from distill.quantization.scales import allocate_held_scales, hold_scales, reset_learned_scales
 
 GRIDS: dict[str, QuantizerSpec] = {
     **{kind: member() for kind, member in QUANTIZERS.items()},
@@ -120,7 +120,7 @@ def test_a_renewed_scale_is_that_of_the_merged_weight(llama: nn.Module) -> None:
     model = get_peft_model(llama, config).eval()
     absorb_lora(model)
     stale = {name: layer.log_scale.clone() for name, layer in fake_quant_layers(llama).items()}
-    renew_scales(llama)
+    reset_learned_scales(llama)
     learned = {name: layer.log_scale.clone() for name, layer in fake_quant_layers(llama).items()}
     for name, layer in fake_quant_layers(model.merge_and_unload()).items():
         found = next(scale for key, scale in learned.items() if key.replace(".base_layer", "") == name)
@@ -136,9 +136,9 @@ def test_the_state_finds_back_and_no_cast_rounds_it(name: str) -> None:
     unprepare(other)
     assert list(other.state_dict()) == ["0.weight"]
     prepare(other, GRIDS[name])
-    assert not expect_held(other, {"0.weight": model[0].weight})
+    assert not allocate_held_scales(other, {"0.weight": model[0].weight})
     state = {f"student.{key}": tensor for key, tensor in model.state_dict().items()}
-    assert expect_held(other, state, "student.")
+    assert allocate_held_scales(other, state, "student.")
     other.to(torch.bfloat16)  # as a trainer in that precision does between the two
     other.to(torch.float32)
     other.load_state_dict(model.state_dict())

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from distill.core.batch import causal_batch
 from distill.core.errors import InputError
 from distill.quantization import Int8Channel, IntGroup
 from distill.quantization.fake_quant import fake_quant_layers
@@ -19,7 +20,7 @@ def test_each_layer_alone_against_quantizing_it_alone(llama: nn.Module, ids: tor
     full = llama(ids).logits[mask].double().log_softmax(-1)
     names = prepare(llama, IntGroup())
     quantized = llama(ids).logits
-    parts = [{"input_ids": ids[:1], "mask": mask[:1]}, {"input_ids": ids[1:], "mask": mask[1:]}]
+    parts = [causal_batch(ids[:1], mask[:1]), causal_batch(ids[1:], mask[1:])]
     found = sensitivity(llama, GRIDS, parts, lambda batch: llama(batch["input_ids"]).logits)
     assert torch.equal(llama(ids).logits, quantized)
     assert [one.layer for one in found] == names
@@ -60,5 +61,5 @@ def test_the_choice_spends_the_budget_where_it_saves_most() -> None:
         assert cost(got) <= bits
         best = min(loss(c) for c in itertools.product(range(3), repeat=3) if cost(c) <= bits)
         assert loss(got) <= best + 0.1
-    with pytest.raises(InputError, match=r"bits \(1\.9\) is less than the 2\.000 of the cheapest"):
+    with pytest.raises(InputError, match=r"bits \(1\.9\) must be at least 2\.000"):
         choose(found, 1.9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 
 from distill.core.spec import Spec
+from distill.data.csv import Csv
+from distill.data.mixture import Mixture
+from distill.data.spec import DataSpec
 from distill.recipe import Recipe
 from distill.training.spec import BudgetSpec
 
@@ -94,6 +98,20 @@ TEACHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         SIZES | {"intermediate_size": 96, "head_dim": 16},
     ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (
+        {
+            "model_type": "llama",
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+        },
+        # rows of llama.cpp's blocks of 32
+        SIZES | {"hidden_size": 96, "intermediate_size": 96, "num_attention_heads": 3},
+    ),
     "builtin:quickstart-teacher": (
         {
             "model_type": "llama",
@@ -109,6 +127,12 @@ TEACHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 """Reference -> (the real config's sizes, what the tiny twin has in their place: the same shape, the same grouping)."""
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] + ':' + m.content + (eos_token if m.role == 'assistant' else '\n') }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+"""Chat template of the tiny teachers."""
 
 WORDS = (
     "the",
@@ -143,12 +167,24 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A training and a validation file of conversations, JSON Lines."""
+    folder = tmp_path_factory.mktemp("chats")
+    for name, numbers in (("train", range(120)), ("validation", range(120, 140))):
+        rows = [{"prompt": f"the {number}?", "response": _text(number)[:12]} for number in numbers]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder / "train.jsonl", folder / "validation.jsonl"
+
+
+@pytest.fixture(scope="session")
 def real_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Reference -> a folder that holds a config with the teacher's real sizes, and nothing else."""
 
     def write(reference: str) -> Path:
         folder = tmp_path_factory.mktemp("config")
         (folder / "config.json").write_text(json.dumps(TEACHERS[reference][0]), encoding="utf-8")
+        if "Instruct" in reference:
+            (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
         return folder
 
     return write
@@ -169,6 +205,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
             real, tiny = TEACHERS[reference]
             keys = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "eos_token_id": tokenizer.eos_token_id}
             new_model(new_config(real | keys | tiny), seed=0).bfloat16().save_pretrained(folder)
+            tokenizer.chat_template = TEMPLATE if "Instruct" in reference else None
             tokenizer.save_pretrained(folder)
         return made[reference]
 
@@ -176,13 +213,26 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 
 @pytest.fixture
-def shrink(tiny_teacher: Callable[[str], Path], texts: tuple[Path, Path]) -> Callable[[Path], list[str]]:
+def shrink(
+    tiny_teacher: Callable[[str], Path], texts: tuple[Path, Path], chats: tuple[Path, Path]
+) -> Callable[[Path], list[str]]:
     """Recipe file -> the ``set`` that makes it run offline in seconds, and leaves its stages and their order alone."""
 
     def overrides(file: Path) -> list[str]:
         recipe = Recipe.load(file)
-        train, validation = (f"{{kind: jsonl, path: {path}}}" for path in texts)
-        found = [f"data.train={train}", "data.sequence_length=16", "data.validation_tokens=200"]
+        kind, files, length = ("chat", chats, 64) if recipe.data.holds_conversations else ("jsonl", texts, 16)
+        train, validation = (f"{{kind: {kind}, path: {path}}}" for path in files)
+        if isinstance(recipe.data.train, Csv):  # read as the recipe says, from a small file with its columns
+            found = [f"data.train.path={_table(files[0], recipe.data.train.columns or ['text'])}"]
+        elif isinstance(recipe.data.train, Mixture):
+            kinds = {name: one.holds_conversations() for name, one in recipe.data.train.sources.items()}
+            own = {name: ("chat", chats) if is_chat else ("jsonl", texts) for name, is_chat in kinds.items()}
+            found = [f"data.train.sources.{n}={{kind: {kind}, path: {path}}}" for n, (kind, (path, _)) in own.items()]
+            held_out = ", ".join(f"{n}: {{kind: {kind}, path: {path}}}" for n, (kind, (_, path)) in own.items())
+            found.append(f"data.train.validation={{{held_out}}}")
+        else:
+            found = [f"data.train={train}"]
+        found += [f"data.sequence_length={length}", "data.validation_tokens=200"]
         found += ["data.calibration_sequences=8", "logging.wandb=disabled", "compute.micro_batch_size=1"]
         if recipe.data.validation is not None:
             found.append(f"data.validation={validation}")
@@ -193,10 +243,13 @@ def shrink(tiny_teacher: Callable[[str], Path], texts: tuple[Path, Path]) -> Cal
             found.append(f"teacher={tiny_teacher(recipe.teacher)}")
         for name, stage in recipe.stages.items():
             at = f"stages.{name}"
+            if isinstance(getattr(stage, "data", None), DataSpec):
+                found += [f"{at}.data.train={train}", f"{at}.data.sequence_length={length}"]
             if isinstance(stage, BudgetSpec) and stage.steps(recipe.data.sequence_length):
                 found += [f"{at}.num_tokens=null", f"{at}.num_steps=2", f"{at}.batch_size=2"]
             if getattr(stage, "on_policy", None):
-                found += [f"{at}.on_policy.prompt_tokens=4", f"{at}.on_policy.max_new_tokens=8"]
+                found += [f"{at}.on_policy.max_new_tokens=8"]
+                found += [f"{at}.on_policy.prompt_tokens=4"] * (kind == "jsonl")
             if getattr(stage, "lora", None):
                 found += [f"{at}.lora.r=2", f"{at}.lora.alpha=2"]
             if getattr(stage, "search", None):
@@ -221,6 +274,14 @@ def shrink(tiny_teacher: Callable[[str], Path], texts: tuple[Path, Path]) -> Cal
         return found
 
     return overrides
+
+
+def _table(file: Path, columns: list[str]) -> Path:
+    """The texts of a JSON Lines file as a CSV file without a header, one in each column."""
+    with file.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            csv.writer(stream).writerow([json.loads(line)["text"]] * len(columns))
+    return file.with_suffix(".csv")
 
 
 def _scaled(keep: Any, real: dict[str, int], tiny: dict[str, int]) -> dict[str, Any]:

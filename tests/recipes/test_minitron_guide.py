@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "minitron.md").read_text(encoding="utf-8")
 COMMANDS = [line for line in GUIDE.splitlines() if line.startswith("distill run ")]
 TEACHER = "meta-llama/Llama-3.1-8B"
-MULTIPLYING = r"(\d\.\d{3})B for the teacher, (\d\.\d{3})B for the width student,\s(\d\.\d{3})B for the depth student"
+MULTIPLYING = r"(\d\.\d{3})B for the teacher, (\d\.\d{3})B for the width student,\s(\d\.\d{3})B for the\sdepth student"
 FLOPS_PER_HOUR = 0.35 * 989e12 * 3600
 """As the guide assumes."""
 
@@ -42,6 +42,38 @@ def test_its_files_exist() -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", GUIDE) if not link.startswith("https://")]
     assert [link for link in links if not (ROOT / "docs" / link).resolve().is_file()] == []
     assert links
+
+
+SHARDED = ("compute.devices=2", "compute.strategy=fsdp")
+
+
+@pytest.mark.parametrize(
+    ("settings", "cached", "gigabytes", "said"),
+    [
+        ((), False, "96.2", "One GPU with 141 GB for the recipe as it is"),
+        (("stages.distill.lora={r: 256}",), False, "45.5", "the last row fits into 80 GB (`check`: 45.5 GB)"),
+        (("compute.devices=1", "compute.teacher_device=cuda:1"), False, "81.2", "need 81.2 GB in total"),
+        (SHARDED, False, "53.4", "53.4 GB each with the teacher"),
+        (SHARDED, True, "46.4", "46.4 GB each from a cache of its hidden states"),
+    ],
+)
+def test_its_memory_is_what_check_says(
+    settings: tuple[str, ...], cached: bool, gigabytes: str, said: str, real_config: Callable[[str], Path]
+) -> None:
+    text = (ROOT / "recipes" / "llama-3.1-8b-to-4b-width.yaml").read_text(encoding="utf-8")
+    if cached:
+        cache = "  cache: {kind: cache_teacher, teacher: corrected_teacher, codec: hidden}\n  distill:"
+        text = text.replace("\n  distill:", f"\n{cache}")
+        settings = (*settings, "stages.distill.teacher=cache", "data.train.streaming=false")
+    teacher = real_config(TEACHER)
+    config = json.loads((teacher / "config.json").read_text()) | {"dtype": "bfloat16"}  # as the Hub has it
+    (teacher / "config.json").write_text(json.dumps(config))
+    settings = (*settings, f"teacher={teacher}", "compute.accelerator=gpu")
+    plan = describe(Recipe.from_text(text, set=settings), 80)
+    assert f"memory of a GPU: {gigabytes} GB" in plan.split("] distill")[1]
+    assert said in " ".join(GUIDE.split())
+    assert "a checkpoint is 54.2 GB, up to 3 on disk at a time" in plan or "lora={r: 256}" in settings[0]
+    assert "up to three checkpoints of 54 GB" in GUIDE
 
 
 def _multiplying(real_config: Callable[[str], Path], name: str | None) -> int:

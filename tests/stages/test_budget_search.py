@@ -10,12 +10,13 @@ import pytest
 
 from distill.core.errors import InputError, RecipeError
 from distill.core.run import Run
+from distill.core.stored import CHECK
 from distill.forecast import describe
 from distill.recipe import Recipe
 from distill.runner import run
-from distill.stages.search import trials
-from distill.stages.search.clock import Clock
-from distill.stages.search.ranking import ranking as ranking_of
+from distill.stages.prune.search import clock, trials
+from distill.stages.prune.search.clock import Clock
+from distill.stages.prune.search.ranking import ranking as ranking_of
 
 RECIPE = """\
 name: tiny
@@ -88,7 +89,7 @@ def test_the_best_after_training_is_cut_out_and_told(straight: tuple[Run, list[s
     assert {key: config[key] for key in ranking[0]["keep"]} == ranking[0]["keep"]
     assert not (folder / "checkpoints").exists()
 
-    table = ranking_of(folder)
+    table = ranking_of(folder / "search.json")
     assert len({len(line) for line in table}) == 1
     assert table[1][1:3] == [str(ranking[0]["keep"].get(key, "whole")) for key in table[0][1:3]]
     assert any(f"{ranking[0]['trained']['kl']:.4f}" in line for line in said)
@@ -120,7 +121,7 @@ def test_a_kill_loses_one_candidate_and_changes_nothing(
         with pytest.raises(PulledPlug):
             run(recipe_of(teacher, text), tmp_path / "run", say=lambda line: None)
     state = json.loads((tmp_path / "run" / "prune" / "checkpoints" / "search.json").read_text())
-    assert len(state) == left
+    assert len({*state} - {CHECK}) == left
 
     measured: list[int] = []
     loss = trials.Trials._loss
@@ -131,13 +132,13 @@ def test_a_kill_loses_one_candidate_and_changes_nothing(
 
 
 def test_the_teacher_is_loaded_once_for_all_trainings(teacher, text, tmp_path, monkeypatch) -> None:
-    from distill.stages import train
+    from distill.stages import models
 
     loads: list[str] = []
-    load = train.load_frozen
-    monkeypatch.setattr(train, "load_frozen", lambda *a: loads.append(a[1]) or load(*a))
+    load = models.load_in_vocabulary
+    monkeypatch.setattr(models, "load_in_vocabulary", lambda *a: loads.append(a[1]) or load(*a))
     run(recipe_of(teacher, text), tmp_path / "run", say=lambda line: None)
-    assert loads == ["teacher"]
+    assert loads == [str(teacher)]
 
 
 def is_slow(sizes: dict[str, int]) -> bool:
@@ -236,7 +237,7 @@ def test_latency_is_that_of_the_candidate_s_own_config(teacher, text, tmp_path, 
         asked.append(json.loads((folder / "config.json").read_text()) | settings)
         return speed.Speed("real", "", speed.SpeedSettings(), "cpu", decode_tokens_per_s_p50=500.0)
 
-    monkeypatch.setattr(speed, "measure_speed", measured)
+    monkeypatch.setattr(clock, "measure_speed", measured)
     keys = SEARCH.replace("non_embedding_parameters: 70%", "decode_ms_per_token: 3")
     with pytest.raises(InputError, match=r"the model took 2\.000 ms, and 2\.000 ms by what smaller ones took"):
         run(recipe_of(teacher, text, keys), tmp_path / "run", say=lambda line: None)
@@ -263,7 +264,7 @@ def test_check_shows_the_space_and_how_many_fit(straight: tuple[Run, list[str]],
 
 def test_check_and_run_refuse_a_budget_out_of_reach_alike(teacher: Path, text: Path, tmp_path: Path) -> None:
     recipe = recipe_of(teacher, text, SEARCH.replace("70%", "5%"))
-    message = r"stages\.prune: search\.budget\.non_embedding_parameters: no architecture .* smallest has"
+    message = r"stages\.prune: search\.budget\.non_embedding_parameters: the smallest architecture of the search has"
     with pytest.raises(RecipeError, match=message):
         describe(recipe)
     with pytest.raises(InputError, match=message):

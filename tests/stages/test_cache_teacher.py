@@ -67,9 +67,24 @@ def test_a_cached_run_is_near_the_live_one(codec: str, recipe: Any, tmp_path: Pa
         for key in one:
             if key.endswith("kl") and close is not None:
                 assert other[key] == pytest.approx(one[key], rel=close), key
-    assert any("bytes a token" in line and "on disk" in line for line in said)
+    assert any("bytes per token" in line and "on disk" in line for line in said)
     lineage = json.loads((folder / "cached" / "model" / "distill.json").read_text())
     assert lineage["teacher"] == "teacher"
+
+
+def test_the_same_text_elsewhere_has_the_same_cache(text: Path, recipe: Any, tmp_path: Path) -> None:
+    folder, there = tmp_path / "run", tmp_path / "moved.jsonl"
+    shared = (f"stages.cache.folder={tmp_path / 'shared'}",)
+    run(recipe(set=shared), folder, say=quiet)
+    weights = (folder / "cached" / "model" / "model.safetensors").read_bytes()
+    there.write_bytes(text.read_bytes())
+    said: list[str] = []
+    run(recipe(set=shared, text=there), folder, say=said.append)
+    assert sum("finished before" in line for line in said) == 4
+    said.clear()
+    run(recipe(set=shared, text=there), tmp_path / "other", say=said.append)
+    assert any("rows are in the cache already" in line for line in said)
+    assert (tmp_path / "other" / "cached" / "model" / "model.safetensors").read_bytes() == weights
 
 
 def test_students_share_a_cache_and_no_teacher_is_loaded(
@@ -80,12 +95,10 @@ def test_students_share_a_cache_and_no_teacher_is_loaded(
     run(first, folder, say=quiet)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "shared").rglob("*.safetensors")}
 
-    import distill.stages.train as training
-
     def never(*_: Any) -> Any:
         raise AssertionError("a teacher was loaded")
 
-    monkeypatch.setattr(training, "load_frozen", never)
+    monkeypatch.setattr("distill.stages.models.load_in_vocabulary", never)
     other = ("stages.cached.batch_size=2", "stages.cached.num_steps=8", "stages.prune.keep={intermediate_size: 16}")
     again = recipe(set=(f"stages.cache.folder={tmp_path / 'shared'}", *other, "compute.micro_batch_size=1"))
     without_live = Recipe.model_validate(
@@ -125,7 +138,7 @@ def test_the_plan_says_what_a_cache_holds_and_when_it_may_be_too_short(recipe: A
     assert "cache_teacher): reads teacher; sampled of all sequences that later stages take" in describe(recipe())
     plan = describe(recipe(set=("stages.cache.num_sequences=15",)))
     assert "sampled of 15 sequences - too few if the text has more: cached takes 16;" in plan
-    assert "too few" not in describe(recipe(set=("stages.cache.num_sequences=16",)))
+    assert "too few if" not in describe(recipe(set=("stages.cache.num_sequences=16",)))
 
 
 def test_a_whole_cache_says_so(recipe: Any, tmp_path: Path) -> None:
@@ -172,9 +185,8 @@ def test_rows_of_another_length_and_packing_read_the_cache_and_say_so(
 ) -> None:
     shared = f"stages.cache.folder={tmp_path / 'shared'}"
     run(recipe("hidden", set=(shared, "stages.cached.num_steps=500")), tmp_path / "run", say=quiet)
-    import distill.stages.train as training
 
-    monkeypatch.setattr(training, "load_frozen", None)
+    monkeypatch.setattr("distill.stages.models.load_in_vocabulary", None)
     other = ("data.sequence_length=24", "data.packing=documents", "stages.cached.num_steps=2")
     again = recipe("hidden", set=(shared, *other))
     without_live = Recipe.model_validate(

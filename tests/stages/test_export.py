@@ -57,7 +57,10 @@ def test_what_is_not_installed_is_said_before_the_run(
     assert not (tmp_path / "run" / "evaluate").exists()
     lacking(monkeypatch, "llama_cpp")
     monkeypatch.setattr("distill.exporters.gguf.Gguf.writers", lambda self: ())
-    unverified = "gguf, not verified in llama.cpp, which is not installed: pip install 'distill[gguf]' and run again"
+    unverified = (
+        "gguf, not verified in llama.cpp, which is not installed: "
+        "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install 'distill[gguf]', then run the same command again"
+    )
     assert unverified in describe(recipe_of("gguf"))
 
 
@@ -69,12 +72,13 @@ def test_what_is_not_installed_is_said_before_the_run(
             "gguf",
             "no format for int4, group 32, asymmetric; train",
         ),
-        ("quantizer: {kind: int_group, group_size: 16}", "gguf", "share a scale among 32 weights; set a group_size"),
+        ("quantizer: {kind: int_group, group_size: 16}", "gguf", "set group_size to a multiple of 32"),
         ("quantizer: q4_0, layers: [{match: q_proj, quantizer: fp8}]", "gguf", "no format for fp8"),
-        ("quantizer: q4_0", "{kind: gguf, round_to: q4_0}", "low-bit already; leave round_to out"),
-        ("quantizer: fp8", "torchao", "its tensors hold integer codes only, not those of fp8"),
-        ("quantizer: int8_channel, activations: dynamic_int8", "torchao", "activations dynamic_int8 round inputs"),
-        ("quantizer: {kind: q8_0, include: [embed_tokens]}", "torchao", "codes of embeddings"),
+        ("quantizer: q4_0", "{kind: gguf, round_to: q4_0}", "low-bit already; remove round_to"),
+        ("quantizer: fp8", "torchao", "supports integer codes only (got fp8"),
+        ("quantizer: int8_channel, activations: dynamic_int8", "torchao", "no quantized activations (got dynamic_int8"),
+        ("quantizer: q4_0", "{kind: gguf, embeddings: f16}", "embeddings are Q8_0 already; remove embeddings from the"),
+        ("embeddings: int8", "{kind: torchao, embeddings: int8}", "embeddings are int8, per channel already; remove"),
         (None, "torchao", "not low-bit; set round_to: int8"),
     ],
 )
@@ -120,6 +124,17 @@ def test_what_was_not_verified_is_verified_once_its_engine_is_there(
     changed = Recipe.from_text(recipe.dump().replace("verify_sequences: 1", "verify_sequences: 2"))
     with pytest.raises(InputError, match=r"stages\.export: target huggingface needs gone"):
         run(changed, tmp_path / "run")
+
+
+def test_the_stage_prints_what_the_comparison_found(recipe_of: Callable[[str], Recipe], tmp_path: Path) -> None:
+    said: list[str] = []
+    run(recipe_of("huggingface"), tmp_path / "run", say=said.append)
+    place, number = re.escape(str(tmp_path / "run" / "export" / "small")), r"[\d.e+-]+"
+    expected = (
+        rf" *{place}: {number} MB; run by plain transformers, in fp32: logit difference {number} at most, "
+        rf"{number} in the mean; KL {number}, {number} at worst; same first token 100.0%"
+    )
+    assert [line for line in said if re.fullmatch(expected, line)], said
 
 
 def test_an_encoder_is_exported_and_else_refused(text: Path, tmp_path: Path) -> None:

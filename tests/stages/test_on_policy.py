@@ -98,11 +98,11 @@ def test_weights_and_then_adapters_under_fake_quant_learn_from_own_sequences(rec
     [
         (
             ("stages.distill.on_policy.max_new_tokens=13",),
-            "stages.distill.on_policy: prompt_tokens (4) + max_new_tokens (13) = 17 must fit a block",
+            "stages.distill.on_policy: prompt_tokens (4) + max_new_tokens (13) = 17 must fit a row",
         ),
         (
             ("stages.distill.on_policy.share=2",),
-            "stages.distill.on_policy.share: input should be less than or equal to 1",
+            "stages.distill.on_policy.share: must be at most 1",
         ),
         (
             ("stages.quantize.num_steps=0",),

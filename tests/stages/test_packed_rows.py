@@ -107,7 +107,7 @@ def test_calibration_reads_packed_rows_too(teacher: Path, short_text: Path, tmp_
 def test_the_plan_says_what_it_cannot_know_yet(packing: str, line: str, teacher: Path, short_text: Path) -> None:
     plan = describe(recipe(teacher, short_text, packing))
     assert line in plan
-    assert f"blocks of 32 tokens ({packing})" in plan
+    assert f"rows of 32 tokens ({packing})" in plan
 
 
 def test_a_model_that_mixes_documents_is_refused(teacher: Path, short_text: Path, tmp_path: Path) -> None:
@@ -129,5 +129,5 @@ def test_a_model_that_mixes_documents_is_refused(teacher: Path, short_text: Path
         text = (RECIPE[: RECIPE.index("  cache:")] + stage + tail).format(
             teacher=folder, text=short_text, packing="documents"
         )
-        with pytest.raises(InputError, match="OPTForCausalLM does not keep the documents of one row apart"):
+        with pytest.raises(InputError, match="OPTForCausalLM does not separate the documents in one row"):
             run(Recipe.from_text(text), tmp_path / name, say=lambda _: None)

@@ -10,10 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from distill.core.batch import causal_batch
 from distill.core.errors import InputError, RecipeError
 from distill.recipe import Recipe
 from distill.runner import run
-from distill.stages.scoring import calibration_hash
+from distill.stages.prune import scoring
+from distill.stages.prune.scoring import calibration_hash
 
 RECIPE = """\
 name: tiny
@@ -59,12 +61,10 @@ def recipe_of(teacher: Path, text: Path, *stages: str) -> Recipe:
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Kinds of the criteria of each time that a model is really scored."""
-    from distill.pruning import base
-
     seen: list[list[str]] = []
-    score = base.score
+    score = scoring.score
     monkeypatch.setattr(
-        base, "score", lambda criteria, *rest: seen.append([c.kind for c in criteria]) or score(criteria, *rest)
+        scoring, "score", lambda criteria, *rest: seen.append([c.kind for c in criteria]) or score(criteria, *rest)
     )
     return seen
 
@@ -101,6 +101,14 @@ def test_scores_are_made_once_for_all_plans(teacher, text, tmp_path, passes):
     run(recipe_of(teacher, text, stages[0].replace("48", "40"), *stages[1:]), tmp_path / "run")
     assert passes == [["fluctuation"]]
 
+    # one bit of a score is another one
+    passes.clear()
+    content = bytearray(files[-1].read_bytes())
+    content[-2] ^= 1
+    files[-1].write_bytes(content)
+    run(recipe_of(teacher, text, stages[0].replace("48", "44"), *stages[1:]), tmp_path / "run")
+    assert passes == [["fluctuation"]]
+
 
 def test_other_text_is_another_calibration_set(teacher, text, tmp_path, passes):
     stage = "prune: {keep: {intermediate_size: 48}}"
@@ -113,13 +121,13 @@ def test_other_text_is_another_calibration_set(teacher, text, tmp_path, passes):
 
 def test_the_calibration_hash_is_that_of_the_rows():
     ids, mask = torch.arange(24).view(4, 6), torch.ones(4, 6, dtype=torch.bool)
-    one = calibration_hash([{"input_ids": ids, "mask": mask}])
-    split = [{"input_ids": ids[:1], "mask": mask[:1]}, {"input_ids": ids[1:], "mask": mask[1:]}]
+    one = calibration_hash([causal_batch(ids, mask)])
+    split = [causal_batch(ids[:1], mask[:1]), causal_batch(ids[1:], mask[1:])]
     assert calibration_hash(split) == one
     assert calibration_hash(reversed(split)) != one
     mask = mask.clone()
     mask[2, 5] = False
-    assert calibration_hash([{"input_ids": ids, "mask": mask}]) != one
+    assert calibration_hash([causal_batch(ids, mask)]) != one
 
 
 def test_a_contiguous_cut_is_measured_as_a_whole_and_drawn(teacher, text, tmp_path):
@@ -135,12 +143,12 @@ def test_a_contiguous_cut_is_measured_as_a_whole_and_drawn(teacher, text, tmp_pa
     first = 1 + int(scores["layer_blocks"][1:3].argmin())
     assert layers == [layer for layer in range(5) if layer not in (first, first + 1)]
     page = (the_run.stage("report") / "index.html").read_text()
-    assert "blocks: what each unit is worth" in page
-    assert "Hollow: the block that is cut." in page
+    assert "blocks: scores" in page
+    assert "Hollow: the removed block." in page
     assert (the_run.stage("report") / "plots" / "scores_blocks_layer_blocks.png").is_file()
 
     wrong = stages[0].replace("leave_one_out", "{kind: leave_one_out, block_layers: 3}")
-    with pytest.raises(InputError, match=r"stages\.blocks: depth_criterion\.block_layers \(3\) must be .* 2"):
+    with pytest.raises(InputError, match=r"stages\.blocks: depth_criterion\.block_layers \(3\) must equal .*\(2\)"):
         run(recipe_of(teacher, text, wrong), tmp_path / "wrong")
 
 

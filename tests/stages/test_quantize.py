@@ -8,8 +8,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from distill.core.errors import InputError, RecipeError
+from distill.core.errors import DistillError, InputError, RecipeError
+from distill.core.stored import write_checked
 from distill.forecast import describe
 from distill.recipe import Recipe
 from distill.runner import run
@@ -56,6 +58,7 @@ def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
             f"from_gptq: {{kind: quantize, student: teacher, rounding: gptq, {LEARNED}, {TRAINING}}}",
             f"q4_0: {{kind: quantize, student: teacher, quantizer: q4_0, freeze_scales: 0.4, {TRAINING}}}",
             f"on_text: {{kind: quantize, student: teacher, losses: [cross_entropy], quantizer: q8_0, {TRAINING}}}",
+            f"ends: {{kind: quantize, student: teacher, quantizer: q8_0, embeddings: int8, {TRAINING}}}",
             "evaluate: {speed: null}",
             "report: {prompts: []}",
         ),
@@ -65,14 +68,16 @@ def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
     kept = (the_run.folder / "recipe.yaml").read_text(encoding="utf-8")
     assert Recipe.from_text(kept).dump() == kept  # what resuming, comparing and other processes read
     schemes = {
-        "by_layer": "int4, group 32; *.down_proj: int8, per channel; k_proj: fp8, per channel",
-        "mixed": "int4, group 32; awq; mixed, 5 bits",
-        "gptq": "int3, group 32, mse; gptq",
+        "by_layer": "int4, group 32; *.down_proj: int8, per channel; k_proj: fp8, per channel; "
+        "embeddings int8, group 32",
+        "mixed": "int4, group 32; embeddings int8, group 32; awq; mixed, 5 bits",
+        "gptq": "int3, group 32, mse; embeddings int8, group 32; gptq",
         "w8a8": "int8, per channel; smooth_quant; int8 activations, mse",
-        "learned": "int2, group 32, learned",
-        "from_gptq": "int3, group 32, learned; gptq",
-        "q4_0": "Q4_0",
+        "learned": "int2, group 32, learned; embeddings int8, group 32",
+        "from_gptq": "int3, group 32, learned; embeddings int8, group 32; gptq",
+        "q4_0": "Q4_0; embeddings Q8_0",
         "on_text": "Q8_0",
+        "ends": "Q8_0; embeddings int8, per channel",
     }
     for name, scheme in schemes.items():
         figures = the_run.done(name).figures
@@ -84,7 +89,8 @@ def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
     config = json.loads((the_run.stage("by_layer") / "model" / "config.json").read_text())
     groups = config["quantization_config"]["config_groups"].values()
     assert [(len(group["targets"]), group["format"]) for group in groups] == [
-        (10, "pack-quantized"), (2, "naive-quantized"), (2, "pack-quantized"),
+        (1, "naive-quantized"), (10, "pack-quantized"), (2, "naive-quantized"), (2, "pack-quantized"),
+        (1, "pack-quantized"),
     ]  # fmt: skip
     scan = json.loads((the_run.stage("mixed") / "sensitivity.json").read_text())
     assert len(scan) == 14
@@ -99,7 +105,7 @@ def test_every_way_runs_and_is_verified(teacher, text, tmp_path):
         f"{count} as {grid}" for grid, count in counts.items()
     )
     page = (the_run.stage("report") / "index.html").read_text()
-    assert re.findall(r"<h3>(\w+): what each layer costs", page) == ["mixed"]
+    assert re.findall(r"<h3>(\w+): sensitivity of each layer", page) == ["mixed"]
     assert (the_run.stage("report") / "plots" / "sensitivity_mixed.png").is_file()
     rows = {row["name"]: row for row in json.loads((the_run.stage("evaluate") / "rows.json").read_text())}
     assert rows["gptq"]["perplexity"] != rows["teacher"]["perplexity"]
@@ -125,10 +131,13 @@ def test_what_has_no_effect_or_cannot_be_is_refused(teacher, text, tmp_path):
             "num_tokens: 0, batch_size: 4, validate_every_steps: 9, max_skipped_steps: 2",
             "without effect: batch_size, validate_every_steps, max_skipped_steps; remove",
         ),
-        ("num_tokens: 0, rounding: gptq, quantizer: ternary", "gptq rounds to symmetric integer grids, not ternary"),
+        (
+            "num_tokens: 0, rounding: gptq, quantizer: ternary",
+            r"gptq supports symmetric integer quantizers \(got ternary",
+        ),
         (
             "num_tokens: 0, rounding: gptq, mixed: {bits: 5, also: [fp8]}",
-            "gptq rounds to symmetric integer grids, not fp8",
+            r"gptq supports symmetric integer quantizers \(got fp8",
         ),
         (f"lora: {{r: 2, dropout: 0.1}}, {TRAINING}", r"lora.dropout \(0.1\) has no effect on fake-quantized layers"),
         (f"losses: [cross_entropy], teacher: self, {TRAINING}", "so teacher has no effect"),
@@ -137,27 +146,21 @@ def test_what_has_no_effect_or_cannot_be_is_refused(teacher, text, tmp_path):
         with pytest.raises(RecipeError, match=message):
             recipe_of(teacher, text, f"quantize: {{{start}, {settings}}}")
     layers = "num_tokens: 0, rounding: gptq, layers: [{match: k_proj, quantizer: binary}]"
-    with pytest.raises(RecipeError, match="k_proj: rounding: gptq rounds to symmetric integer grids, not binary"):
+    with pytest.raises(RecipeError, match=r"k_proj: rounding: gptq supports symmetric integer quantizers \(got binary"):
         describe(recipe_of(teacher, text, f"quantize: {{{start}, {layers}}}"))
     for grid, message in (
-        ("skip: [upproj]", "skip: 'upproj' fits no layer (they are called down_proj"),
-        ("include: [wte]", "include: 'wte' fits no layer"),
+        ("skip: [upproj]", "skip: 'upproj' matches no layer (the model has down_proj"),
+        ("include: [wte]", "include: 'wte' matches no layer"),
     ):
         stage = f"quantize: {{{start}, {TRAINING}, quantizer: {{kind: int_group, {grid}}}}}"
         with pytest.raises(RecipeError, match=re.escape(f"stages.quantize: {message}")):
             describe(recipe_of(teacher, text, stage))
-    config = json.loads((teacher / "config.json").read_text())
-    (tmp_path / "tied").mkdir()
-    (tmp_path / "tied" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    for grid, mend in (
-        ("skip: []", "add"),
-        ("include: [embed_tokens]", "remove model.embed_tokens from include, and add"),
-    ):
-        stage = f"quantize: {{{start}, {TRAINING}, quantizer: {{kind: int_group, {grid}}}}}"
-        with pytest.raises(
-            RecipeError, match=rf"lm_head shares its weight with model.embed_tokens, .*; {mend} 'lm_head'"
-        ):
-            describe(recipe_of(tmp_path / "tied", text, stage))
+    wide = r"stages.quantize: Q6_K needs rows \(32\) to be a multiple of its block size \(256\); use q8_0"
+    with pytest.raises(RecipeError, match=wide):
+        describe(recipe_of(teacher, text, f"quantize: {{{start}, {TRAINING}, embeddings: q6_k}}"))
+    both = f"{TRAINING}, quantizer: {{kind: int_group, include: [embed_tokens]}}, embeddings: q8_0"
+    with pytest.raises(RecipeError, match=r"include puts embeddings on the grid of the layers.*remove one of them"):
+        recipe_of(teacher, text, f"quantize: {{{start}, {both}}}")
     with pytest.raises(InputError, match=r"from_step \(3\) must be less than the stage's 3 steps"):
         run(recipe_of(teacher, text, f"quantize: {{{start}, from_step: 3, {TRAINING}}}"), tmp_path / "run")
     early = f"quantize: {{{start}, from_step: 2, freeze_scales: 0.5, {TRAINING}}}"
@@ -186,6 +189,26 @@ def test_before_its_step_training_is_in_full_precision(teacher, text, tmp_path):
     assert losses("now")[0] != losses("plain")[0]
 
 
+def test_what_is_not_what_was_trained_is_not_kept(teacher, text, tmp_path, monkeypatch):
+    from distill.stages.quantize import run as stage
+
+    save = stage.save
+
+    def spoilt(model, folder, **settings):
+        size = save(model, folder, **settings)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.0.mlp.up_proj.weight_scale"][0] *= 1.5
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return size
+
+    monkeypatch.setattr(stage, "save", spoilt)
+    rounded = recipe_of(teacher, text, "quantize: {kind: quantize, student: teacher, num_tokens: 0}")
+    with pytest.raises(DistillError, match="differs from the trained model: the largest KL"):
+        run(rounded, tmp_path / "run")
+    assert not (tmp_path / "run" / "quantize" / "DONE").exists()
+    assert not (tmp_path / "run" / "quantize" / "model").exists()
+
+
 def test_a_scan_is_made_once_for_the_same_inputs(teacher, text, tmp_path):
     def go(bits: float) -> list[dict]:
         mixed = f"{{bits: {bits}, also: [{{kind: int_group, bits: 2}}], num_sequences: 1}}"
@@ -202,10 +225,12 @@ def test_a_scan_is_made_once_for_the_same_inputs(teacher, text, tmp_path):
     (run_dir / "mixed" / "DONE").unlink()
     for row in scan:
         row["chosen"] = "int2, group 32"
+    write_checked(run_dir / "mixed" / "checkpoints" / "sensitivity.json", {"layers": scan})
     (run_dir / "mixed" / "sensitivity.json").write_text(json.dumps(scan))
     assert go(4) == scan
     config = json.loads((run_dir / "mixed" / "model" / "config.json").read_text())
-    assert [group["weights"]["num_bits"] for group in config["quantization_config"]["config_groups"].values()] == [2]
+    groups = config["quantization_config"]["config_groups"].values()
+    assert [group["weights"]["num_bits"] for group in groups] == [8, 2, 8]  # of embeddings, layers and head
     # another budget is another scan
     assert {row["chosen"] for row in go(4.5)} == {"int4, group 32"}
     assert (run_dir / "mixed.old-1").is_dir()
@@ -230,7 +255,7 @@ def test_a_cache_is_trained_for_and_stays_with_the_model(new_teacher, text, tmp_
     rows = {row["name"]: row["perplexity"] for row in measured}
     assert abs(rows["rounded"] / rows["teacher"] - 1) > 4 * abs(rows["plain"] / rows["teacher"] - 1)
     narrow = recipe_of(new_teacher(tmp_path / "narrow", 0), text, f"{start}, {TRAINING}}}")
-    with pytest.raises(RecipeError, match=r"q4_0 has blocks of 32, which do not divide head_dim \(8\)"):
+    with pytest.raises(RecipeError, match=r"q4_0 needs head_dim \(8\) to be a multiple of its block size"):
         describe(narrow)
-    with pytest.raises(InputError, match=r"q4_0 has blocks of 32, which do not divide head_dim \(8\)"):
+    with pytest.raises(InputError, match=r"q4_0 needs head_dim \(8\) to be a multiple of its block size"):
         run(narrow, tmp_path / "narrow-run")

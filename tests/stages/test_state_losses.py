@@ -11,6 +11,7 @@ import pytest
 
 from distill.core.artifact import Artifact, Lineage
 from distill.core.errors import InputError, RecipeError
+from distill.core.run import Run
 from distill.forecast import describe
 from distill.pruning.origin import Origin
 from distill.recipe import Recipe
@@ -84,7 +85,7 @@ def test_a_pruned_student_learns_from_what_it_was_cut_out_of(recipe: Any, tmp_pa
     pairs = ", ".join(f"{i} <- {j}" for i, j in enumerate(plan["layers"]))
     assert f"  hidden_mse: layers of the student <- teacher: {pairs}" in said
     assert f"  attention_relation: layers of the student <- teacher: 1 <- {plan['layers'][1]}" in said
-    assert "  hidden states meet in the 24 of 32 channels that were kept" in said
+    assert "  hidden states are compared in the 24 of 32 channels that were kept" in said
     rows = [json.loads(line) for line in (folder / "student" / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in rows if "train/kl" in row]
     assert all({"train/hidden_mse", "train/attention_relation", "train/forward_kl"} <= set(row) for row in trained)
@@ -108,7 +109,7 @@ def test_a_learned_map_goes_on_where_it_was_and_stays_behind(
     learned = recipe("stages.student.losses.1.projection=learned")
     said: list[str] = []
     straight = run(learned, tmp_path / "straight", say=said.append).folder
-    assert any("24 -> 32 channels by a linear map that is learned and not kept" in line for line in said)
+    assert any("24 -> 32 channels through a linear map that is trained and then removed" in line for line in said)
 
     step = DistillationModule.training_step
 
@@ -123,7 +124,7 @@ def test_a_learned_map_goes_on_where_it_was_and_stays_behind(
             run(learned, tmp_path / "resumed", say=quiet)
     said.clear()
     resumed = run(learned, tmp_path / "resumed", say=said.append).folder
-    assert any("going on from step 2 of 4" in line for line in said)
+    assert any("resuming from step 2 of 4" in line for line in said)
     files = [folder / "student" / "model" / "model.safetensors" for folder in (straight, resumed)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -131,7 +132,7 @@ def test_a_learned_map_goes_on_where_it_was_and_stays_behind(
 @pytest.mark.parametrize(
     ("losses", "says"),
     [
-        ("[hidden_mse]", "hidden_mse teaches no prediction; add a loss on the logits, such as forward_kl"),
+        ("[hidden_mse]", "hidden_mse does not train the output head; add a loss on logits, such as forward_kl"),
         ("[forward_kl, {kind: hidden_mse, layers: first}]", "layers: needs auto, last, or pairs such as"),
         ("[forward_kl, {kind: hidden_mse, layers: [[0, -1]]}]", "layers: needs auto, last, or pairs such as"),
         ("[forward_kl, {kind: hidden_cosine, projection: none}]", "projection"),
@@ -149,7 +150,9 @@ def test_a_cache_is_refused_by_name(codec: str, recipe: Any, teacher: Path, text
     cached = RECIPE.replace("teacher: corrected", "teacher: cache").replace(
         "  student:\n", f"  cache: {{{{kind: cache_teacher, teacher: corrected, codec: {codec}}}}}\n  student:\n"
     )
-    with pytest.raises(RecipeError, match=r"hidden_mse reads the teacher's layers and a cache holds its output alone"):
+    with pytest.raises(
+        RecipeError, match=r"hidden_mse reads the teacher's hidden layers, and a cache stores only its output"
+    ):
         Recipe.from_text(cached.format(teacher=teacher, text=text))
 
 
@@ -172,14 +175,20 @@ def test_what_the_models_cannot_serve_is_said_before_the_run(loss: str, says: st
 
 
 class Models:
-    """Stands for a session: model folders of this run, and any other place."""
+    """Stands for a session: finished stages of a run, and any other place."""
 
     def __init__(self, run: Path, stages: list[str], teacher: str):
-        self.run, self.stages, self.teacher = run, stages, teacher
+        self.run, self.stages, self.teacher = Run(run), stages, teacher
+        for stage in stages:
+            self.run.finish(stage, "hash", 0.0, {})
+
+    def teacher_behind(self, reference: str) -> str:
+        return reference  # no stage is a cache
 
     def artifact(self, reference: str) -> Artifact:
-        place = self.run / reference / "model" if reference in self.stages else reference
-        return Artifact(reference, str(self.teacher if reference == "teacher" else place))
+        if reference in self.stages:
+            return self.run.model(reference)
+        return Artifact(reference, self.teacher if reference == "teacher" else reference)
 
 
 def _stage(run: Path, name: str, kind: str, parent: str, plan: Origin | None = None, root: str = "who/model") -> None:
@@ -218,4 +227,6 @@ def test_the_origin_follows_the_lineages(tmp_path: Path) -> None:
     assert origin_of(elsewhere, folder, "teacher") == Origin((0, 3), (1, 5))
     assert origin_of(elsewhere, folder, str(tmp_path / "middle" / "model")) == second
     (tmp_path / "second" / "plan.json").unlink()
-    assert origin_of(session, "last", "teacher") is None
+    with pytest.raises(InputError, match=r"plan.json: "):
+        origin_of(session, "last", "teacher")
+    assert origin_of(elsewhere, folder, "teacher") is None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +14,10 @@ from typing import Any
 import pytest
 import wandb
 
+from distill.reporting.tables import measured_figures, whole_table
+from distill.reporting.tradeoff import Row
 from distill.tracking import wandb as tracking
 from distill.tracking.spec import LoggingSpec
-from distill.tracking.tradeoff import Row
 
 KEY = "a" * 40
 
@@ -21,12 +25,12 @@ KEY = "a" * 40
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A run folder, and a machine on which nobody has ever used wandb."""
+    wandb.teardown()  # first, as WANDB_SERVICE comes back afterwards and must not name a service that is gone
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_SERVICE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.chdir(tmp_path)
-    wandb.teardown()
     yield tmp_path / "run"
     wandb.teardown()
 
@@ -41,8 +45,9 @@ def use(logger: tracking.SafeLogger | None, folder: Path) -> str | None:
         for step in range(3):
             logger.log_metrics({"train/loss": 1.0 / (1 + step)}, step=step)
     rows = [Row("teacher", "teacher", perplexity=3.0), Row("int4", kernel="simulated", perplexity=4.0)]
+    table, figures = whole_table(rows), measured_figures(rows)
     prompts = [{"prompt": "p", "answers": {"teacher": {"text": "x"}}}]
-    tracking.log_tradeoff(logger, rows, html=page, prompts=prompts)
+    tracking.log_report(logger, table, figures, html=page, prompts=prompts)
     return tracking.finish(logger)
 
 
@@ -93,7 +98,7 @@ def test_online_that_fails_to_open_falls_back(
 
     monkeypatch.setattr(wandb, "init", refuse)
     assert "offline-run" in str(use(make("online", folder), folder))
-    assert caplog.messages == ["W&B cannot be opened online, the run goes on (CommError: 401)"]
+    assert caplog.messages == ["W&B cannot be opened online, the run continues (CommError: 401)"]
 
 
 def test_not_even_offline_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
@@ -102,7 +107,7 @@ def test_not_even_offline_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(wandb, "init", refuse)
     assert make("offline", folder) is None
-    assert caplog.messages == ["W&B cannot be opened offline, the run goes on (OSError: disk full)"]
+    assert caplog.messages == ["W&B cannot be opened offline, the run continues (OSError: disk full)"]
 
 
 def test_disabled_is_none(folder: Path) -> None:
@@ -123,10 +128,32 @@ def test_a_failure_in_the_middle_is_said_once(
     monkeypatch.setattr(logger.experiment, "log", fail)
     with caplog.at_level(logging.WARNING):
         assert "wandb sync" in str(use(logger, folder))
-    assert caplog.messages == ["W&B logging stopped, the run goes on (OSError: pipe broke)"]
+    assert caplog.messages == ["W&B logging stopped, the run continues (OSError: pipe broke)"]
     assert logger.broken
 
 
 def test_whether_a_host_answers() -> None:
     assert not tracking.answers("http://127.0.0.1:9", 2)
     assert not tracking.answers("", 1)
+
+
+def test_what_a_kill_leaves_is_in_the_run_folder_and_goes_at_the_next_start(folder: Path, tmp_path: Path) -> None:
+    """wandb makes temporary folders as it is imported, and removes them only when it ends as it should."""
+    code = (
+        "import os, sys\n"
+        "from distill.tracking.spec import LoggingSpec\n"
+        "from distill.tracking.wandb import make_logger\n"
+        "assert 'wandb' not in sys.modules, 'else it would be too late'\n"
+        "assert make_logger(LoggingSpec(wandb='offline'), sys.argv[1], 'run1', 'name', {}) is not None\n"
+        "os._exit(7)\n"
+    )
+    elsewhere = tmp_path / "tmp"
+    elsewhere.mkdir()
+    left = []
+    for _ in range(2):
+        command = [sys.executable, "-c", code, str(folder)]
+        assert subprocess.run(command, env=os.environ | {"TMPDIR": str(elsewhere)}).returncode == 7
+        left.append({path.name for path in (folder / tracking.TEMPORARY).iterdir()})
+    assert [path for path in elsewhere.iterdir() if path.is_dir() and path.name.startswith("tmp")] == []
+    assert left[0]
+    assert left[0].isdisjoint(left[1])

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from distill.core.batch import causal_batch
 from distill.losses import CrossEntropy, ForwardKL
 from distill.models.layouts import layout_for
 from distill.models.lora import LoraSpec
-from distill.pruning.mask import apply_mask, hold_zeros, masked_layers
+from distill.pruning.mask import apply_mask, freeze_zeros, masked_layers
 from distill.quantization import Int8Channel, IntGroup
 from distill.quantization.base import QuantizerSpec
 from distill.training.assemble import Student, assemble
@@ -31,7 +32,8 @@ def row(position: int) -> Batch:
     """One sequence; every fifth counts for nothing, the others for one to seven tokens."""
     random = torch.Generator().manual_seed(1000 + position)
     mask = torch.arange(LENGTH) < (0 if position % 5 == 0 else 1 + position * 3 % 7)
-    return {"input_ids": torch.randint(0, VOCABULARY, (LENGTH,), generator=random), "mask": mask}
+    ids = torch.randint(0, VOCABULARY, (LENGTH,), generator=random)
+    return causal_batch(ids, mask)
 
 
 def rows(start: int, count: int) -> Batch:
@@ -121,8 +123,9 @@ def student(llama: Callable[..., LlamaForCausalLM]) -> Callable[..., Student]:
             if "masked" in way:
                 layers = masked_layers(model, layout_for("llama"))
                 apply_mask(layers, "2:4", 0.5, {})
-                hold_zeros(layers)
-            return assemble(model, quantizer=head if "quant" in way else None, lora=lora)
+                freeze_zeros(layers)
+            ends = Int8Channel() if "ends" in way else None
+            return assemble(model, quantizer=head if "quant" in way else None, embeddings=ends, lora=lora)
 
     return make
 
@@ -161,12 +164,19 @@ def train(tmp_path: Path) -> Callable[..., list[str]]:
         *,
         micro: int = 2,
         at: dict[int, Callable[[], Any]] | None = None,
+        num_steps: int = 6,
+        validate_every_steps: int | None = 2,
         **compute: Any,
     ) -> list[str]:
         said: list[str] = []
         fit(
             module,
-            BudgetSpec(num_steps=6, batch_size=4, validate_every_steps=2, optimizer=module.optimizer_spec),
+            BudgetSpec(
+                num_steps=num_steps,
+                batch_size=4,
+                validate_every_steps=validate_every_steps,
+                optimizer=module.optimizer_spec,
+            ),
             ComputeSpec(
                 **{"accelerator": "cpu", "micro_batch_size": micro, "checkpoint_every_steps": 3, "log_every_steps": 2}
                 | compute

@@ -16,8 +16,12 @@ import torch
 from rich.progress import Progress
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.training.callbacks import ShowProgress, StepEnd, flops_per_token
+from distill.training import record
+from distill.training.flops import flops_per_token
+from distill.training.gpu_peaks import peak_of
 from distill.training.metrics import read_rows
+from distill.training.show_progress import ShowProgress
+from distill.training.step_end import StepEnd
 
 
 class Steps(StepEnd):
@@ -50,7 +54,7 @@ def test_a_log_file_gets_plain_lines(module: Any, train: Any, capsys: pytest.Cap
     out, err = capsys.readouterr()
     (line,) = out.splitlines()
     assert line.startswith("  distill step 6/6  forward_kl ")
-    for part in ("cross_entropy ", "kl ", "val ", " tokens/s", "  in 0:0"):
+    for part in ("cross_entropy ", "kl ", "val ", " tokens/s", "  in "):
         assert part in line
     assert "\x1b" not in out + err
     assert "step" not in err
@@ -152,5 +156,38 @@ def test_only_a_due_row_reads_from_the_device(way: str, module: Any, train: Any)
     assert counts[1]["means_of"] - counts[6]["means_of"] == 5 * names
     differing = {name for name in counts[1] if counts[1][name] != counts[6][name]}
     assert differing == {"means_of", "counted_tokens"}
+    counts[6].pop("_save")  # of the last step alone: a read a weight
     once_a_step = {name: count for name, count in counts[6].items() if count >= 12}  # two micro-batches each
     assert set(once_a_step) <= {"signal", "batch_losses"}, "transformers' look for packed rows, once a forward"
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"), [("NVIDIA H200", "bf16-mixed", 989e12), ("NVIDIA L4", "bf16-true", 121e12)]
+)
+def test_the_peak_of_new_gpus_is_known(name: str, precision: str, peak: float, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    trainer: Any = SimpleNamespace(precision=precision)
+    assert record._peak_flops(torch.device("cuda"), trainer) == peak
+    assert record._peak_flops(torch.device("cpu"), trainer) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA RTX A1000", None), ("NVIDIA T400 4GB", None), ("Tesla T4", 65e12),
+     ("NVIDIA GH200 480GB", 989e12), ("NVIDIA GeForce RTX 4090", 165e12)],
+)  # fmt: skip
+def test_the_peak_of_a_gpu_is_by_its_whole_name(name: str, peak: float | None) -> None:
+    assert peak_of(name) == peak
+
+
+def test_the_peak_of_memory_is_that_of_the_stage(monkeypatch: Any) -> None:
+    reset: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    monkeypatch.setattr(record, "flops_per_token", lambda module: 1.0)
+    monkeypatch.setattr(record, "_peak_flops", lambda device, trainer: None)
+    trainer: Any = SimpleNamespace(global_step=0)
+    for device in ("cuda", "cpu"):
+        module: Any = SimpleNamespace(device=torch.device(device), counted_tokens=lambda: 0)
+        one = record.Record(None, "stage", record.TimedLoader([]), every=1, tokens_per_step=1.0)
+        one.on_train_start(trainer, module)
+    assert reset == [torch.device("cuda")]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 import threading
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from distill.core.errors import InputError, MachineError
+from distill.training import checkpoint
 from distill.training.checkpoint import (
     AtomicCheckpointIO,
-    check_made_of,
+    check_provenance,
     checkpoint_path,
     checkpoints,
     copied,
@@ -41,6 +43,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         save(tmp_path, 5)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, done, replace = checkpoint_path(tmp_path, 7), [], os.replace
+    monkeypatch.setattr(checkpoint, "sync", lambda place: done.append(f"sync {place.name}"))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append(f"rename to {new.name}"), replace(old, new)))
+    save(tmp_path, 7)
+    assert done == [f"sync .{path.name}.writing", f"rename to {path.name}", f"sync {tmp_path.name}"]
 
 
 def test_a_kill_in_the_middle_leaves_the_old_file_and_the_rest_is_overwritten(
@@ -196,7 +206,60 @@ def test_a_copy_is_of_everything_in_the_machines_own_memory() -> None:
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     path, ours = tmp_path / "step=00000001.ckpt", {"recipe": "aa", "teacher": "bb"}
-    AtomicCheckpointIO().save_checkpoint({"made_of": ours}, path)
-    check_made_of(path, ours)
-    with pytest.raises(InputError, match=r"it is of another training \(teacher differ\)"):
-        check_made_of(path, ours | {"teacher": "cc"})
+    AtomicCheckpointIO().save_checkpoint({"provenance": ours}, path)
+    check_provenance(path, ours)
+    with pytest.raises(InputError, match=r"belongs to another training \(teacher differ\)"):
+        check_provenance(path, ours | {"teacher": "cc"})
+
+
+@pytest.mark.parametrize("step", [28, 30, 99_999_999, 9])
+def test_a_checkpoint_of_another_name_is_not_believed(tmp_path: Path, step: int) -> None:
+    older, path = save(tmp_path, 5), save(tmp_path, 10)
+    renamed = path.rename(checkpoint_path(tmp_path, step))
+    assert newest_valid(tmp_path) == (older, [f"{renamed}: damaged (its name has step {step}, its content step 10)"])
+
+
+def test_steps_of_more_digits_are_newer(tmp_path: Path) -> None:
+    newest, _ = (save(tmp_path, step) for step in (100_000_000, 99_999_999))
+    assert newest_valid(tmp_path)[0] == newest
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(checkpoint_path(tmp_path, 3))
+    assert newest_valid(tmp_path) == (None, [f"{checkpoint_path(tmp_path, 3)}: damaged (no regular file)"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("state_dict"),
+        lambda state: state.update(loops=None),
+        lambda state: state["loops"].clear(),
+        lambda state: state["optimizer_states"].clear(),
+        lambda state: state["state_dict"].pop("a"),
+        lambda state: state["state_dict"].update(a=torch.zeros(7)),
+        lambda state: state["state_dict"].update(a=state["state_dict"]["a"].half()),
+        lambda state: state["loops"]["fit_loop"].update(ready=9),
+        lambda state: state.update(more=1),
+        lambda state: state.pop("check"),
+    ],
+)
+def test_what_is_sealed_well_and_is_not_what_was_written_is_damaged(tmp_path: Path, change: Any) -> None:
+    """``torch.save`` gives every file the right checksums."""
+    older, path = (
+        AtomicCheckpointIO().save_checkpoint(
+            {
+                "global_step": step,
+                "state_dict": {"a": torch.randn(3)},
+                "loops": {"fit_loop": {"ready": 3}},
+                "optimizer_states": [{0: {"exp_avg": torch.zeros(3)}}],
+            },
+            checkpoint_path(tmp_path, step),
+        )
+        or checkpoint_path(tmp_path, step)
+        for step in (1, 2)
+    )
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    assert newest_valid(tmp_path) == (older, [f"{path}: damaged (its content is not what was written)"])

@@ -62,7 +62,7 @@ def test_it_trains_the_same_weights_and_a_kill_changes_no_bit(
             train(trained, folder, **settings)
         finally:
             for model in (trained.student, trained.teacher.model):
-                assert model.base_model._compiled_call_impl is None
+                assert all(part._compiled_call_impl is None for part in model.modules())
 
     fit("plain")
     assert not counters["stats"]["unique_graphs"]
@@ -115,3 +115,28 @@ def test_packed_rows_stay_apart(traced: None, llama: Any) -> None:
     with torch.no_grad():
         alone = [hidden_states(model, some) for some in ids.split((4, 6), 1)]
     torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_all_layers_share_one_graph_and_attention_has_no_mask(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch, llama: Any
+) -> None:
+    """A dense mask would keep attention from the flash kernel."""
+    graphs, attention = [], []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]  # a checkpoint has its own
+        nodes = [node for part in parts for node in part.graph.nodes]
+        attention.extend(node.kwargs for node in nodes if "scaled_dot" in str(node.target))
+        return graph.forward
+
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    model = llama(num_hidden_layers=3).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with compiled_bodies(model):
+        hidden_states(model, torch.arange(64).unsqueeze(0) % 16).sum().backward()
+    assert all(p.grad is not None for p in model.base_model.parameters())
+    assert len(graphs) == 1
+    assert [(call["attn_mask"], call["is_causal"]) for call in attention] == [(None, True)]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +12,20 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from distill.data.blocks import Blocks
 from distill.data.loader import train_batches
-from distill.data.packing import TokenFile
+from distill.data.micro_batches import MicroBatches
+from distill.data.packed_rows import PackedRows
+from distill.data.packing import store_tokens
 from distill.data.teacher_cache import Sampled
-from distill.data.teacher_cache.cache import CachedBlocks, Place
+from distill.data.teacher_cache.cache import CachedRows, Place
 from distill.data.teacher_cache.identity import Identity
 from distill.data.teacher_cache.write import Live, fill
 from distill.losses import AttentionRelation, CrossEntropy, ForwardKL, HiddenCosine, HiddenMSE
 from distill.models.head import hidden_states, output_head, save_head
 from distill.training.cached_teacher import CachedTeacher
 from distill.training.module import DistillationModule
+from tests.faults.workers import Workers
+from tests.training import two_ranks
 
 VOCABULARY, LENGTH = 32, 8  # of the student in conftest
 
@@ -62,13 +63,11 @@ def test_two_ranks_take_the_step_of_one(inner: bool, tmp_path: Path, module: Any
 def test_two_ranks_read_one_cache_and_take_the_step_of_one(tmp_path: Path, llama: Any) -> None:
     student, teacher = llama(0), llama(1)
     ids = np.random.default_rng(0).integers(1, VOCABULARY, 30 * LENGTH).astype(np.uint16)
-    ids[:: 2 * LENGTH - 3] = 0  # the ends of documents
-    ids.tofile(tmp_path / "train.bin")
-    tokens = TokenFile(str(tmp_path / "train.bin"), "uint16", len(ids), 1, 1, VOCABULARY - 1, 0)
-    codec, read = Sampled(draws=20), Blocks(tokens, 2 * LENGTH, packing="documents")
+    tokens = store_tokens(tmp_path / "train.bin", np.array_split(ids, 2 * LENGTH - 3), 0)
+    codec, read = Sampled(draws=20), PackedRows(tokens, 2 * LENGTH, packing="documents")
     place = Place(tmp_path / "cache", Identity.of("t", "k", read, codec), codec, VOCABULARY, VOCABULARY)
     live = Live(lambda batch: hidden_states(teacher, **batch), output_head(teacher).logits, torch.device("cpu"))
-    blocks = Blocks(tokens, LENGTH)  # not the rows that the teacher read
+    blocks = PackedRows(tokens, LENGTH)  # not the rows that the teacher read
     wanted = place.needed(blocks, range(len(blocks)))
     fill(place, tokens, wanted, lambda: live, batch_size=4, what="train", say=lambda line: None)
     save_head(teacher, tmp_path / "head.safetensors")
@@ -78,7 +77,7 @@ def test_two_ranks_read_one_cache_and_take_the_step_of_one(tmp_path: Path, llama
         **described(single, teacher),
         "cache": {"tokens": asdict(tokens), "length": LENGTH, "folder": str(place.folder)},
     }
-    pieces = list(train_batches(CachedBlocks(blocks, place), 3, 2, end_sequences=16))
+    pieces = list(islice(train_batches(CachedRows(blocks, place), 3, MicroBatches(2)), 8))
     hold_against_two_ranks(single, pieces, given, tmp_path)
 
 
@@ -112,12 +111,8 @@ def test_a_bad_gradient_on_one_rank_is_passed_over_by_both(tmp_path: Path, modul
 def in_two_processes(given: dict[str, Any], tmp_path: Path) -> list[dict[str, Any]]:
     """Train what is given, and what each rank leaves."""
     torch.save(given, tmp_path / "given.pt")
-    script = Path(__file__).with_name("two_ranks.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [sys.executable, script, tmp_path], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    with Workers() as workers:
+        workers.call(two_ranks.train, tmp_path, log=tmp_path / "log", seconds=240)
     return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 

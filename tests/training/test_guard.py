@@ -41,7 +41,7 @@ def test_a_bad_step_is_passed_over_and_kept(module: Any, train: Any, batch: Any,
     assert len(seen) == 3, "and once to read the batch again"
     before, after = seen[0], seen[-1]
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert said == [f"  warning: loss or gradient not finite, passed over: step 3 (see {tmp_path}/stage/bad-batches)"]
+    assert said == [f"  warning: loss or gradient not finite, skipped: step 3 (see {tmp_path}/stage/bad-batches)"]
     (file,) = (tmp_path / "stage" / "bad-batches").iterdir()
     assert file.name == "step=00000003.rank=0.safetensors"
     kept = load_file(file)
@@ -57,7 +57,7 @@ def test_a_bad_step_is_passed_over_and_kept(module: Any, train: Any, batch: Any,
 def test_too_many_in_a_row_end_the_run(module: Any, train: Any, tmp_path: Path) -> None:
     trained = spoil(module(), {1, 2, 3, 4, 5})
     with pytest.raises(
-        DistillError, match=r"not finite in 5 steps in a row, the last at step 6; no weight has changed"
+        DistillError, match=r"not finite in 5 steps in a row, the last at step 6; no weight was changed"
     ):
         train(trained, log_every_steps=1, checkpoint_every_steps=1)
     kept = sorted(path.name for path in (tmp_path / "stage" / "checkpoints").iterdir())

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
+
+import pytest
 
 from distill.training.metrics import ROWS, TABLE, MetricsLog, as_csv, read_rows
 
@@ -50,3 +53,27 @@ def test_the_table_has_a_column_a_key(tmp_path: Path) -> None:
     assert rows == [{"step": "1", "train/kl": "0.5", "val/kl": ""}, {"step": "1", "train/kl": "", "val/kl": "0.25"}]
     assert as_csv([]).strip() == ""
     assert read_rows(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": "1", "tokens": 2}',
+        '{"step": true, "tokens": 2}',
+        '{"step": -1, "tokens": 2}',
+        '{"step": 1, "tokens": "2"}',
+        '{"step": 1, "tokens": NaN}',
+        '{"step": 1, "tokens": -2}',
+        '{"step": 1, "val/kl": "0.5"}',
+        '{"step": 1, "val/kl": null}',
+        '{"step": 1, "val/kl": [0.5]}',
+        '{"step": 1, "val/kl": 1' + "0" * 400 + "}",
+        '{"tokens": 2}',
+        '[{"step": 1}]',
+        "[" * 100_000,
+    ],
+)
+def test_a_row_of_anything_but_numbers_is_left_out(tmp_path: Path, line: str) -> None:
+    rows = [{"step": 1, "tokens": 2, "val/kl": 0.5}, {"step": 2, "tokens": 4.5, "val/kl": 1}]
+    (tmp_path / ROWS).write_text(f"{json.dumps(rows[0])}\n{line}\n{json.dumps(rows[1])}\n")
+    assert read_rows(tmp_path) == rows

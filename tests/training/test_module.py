@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from distill.core.batch import KEPT, causal_batch
 from distill.losses import CrossEntropy, ForwardKL
 from distill.training.module import DistillationModule
 from distill.training.own_weights import OwnWeights
@@ -167,10 +168,10 @@ def test_documents_of_one_row_teach_what_each_teaches_alone(source: str, module:
     ids = torch.randint(1, 32, (2, 11))
     places = torch.cat([torch.arange(size) for size in (3, 5, 3)]).expand(2, -1)
     mask = places.roll(-1, 1) > 0
-    packed = {"input_ids": ids, "mask": mask, "position_ids": places}
+    packed = causal_batch(ids, mask, position_ids=places)
     total, terms = model.batch_losses(packed, model.losses)
     alone = [
-        model.batch_losses({"input_ids": some, "mask": on}, model.losses)
+        model.batch_losses(causal_batch(some, on), model.losses)
         for some, on in zip(ids.split((3, 5, 3), 1), mask.split((3, 5, 3), 1), strict=True)
     ]
     assert float(terms["kl"].per_token()) > 0.01
@@ -246,3 +247,21 @@ def test_drained_terms_are_means_per_token_since_the_last_time(module: Any, batc
     model.configure_gradient_clipping(model.configure_optimizers()["optimizer"])
     assert model.drain_terms() == pytest.approx({name: float(t.per_token()) for name, t in terms.items()}, rel=1e-5)
     assert model.drain_terms() == {}
+
+
+def test_what_counts_is_found_before_the_batch_is_on_a_gpu(module: Any, loader: Any) -> None:
+    """The loss is that of a batch whose positions are found by the losses, and the bits are the same."""
+    trained, batch = module(), next(iter(loader(1)))
+    ready = trained.on_before_batch_transfer(batch, 0)
+    assert ready[KEPT].tolist() == batch["mask"].flatten().nonzero().squeeze(1).tolist()
+    assert KEPT not in batch
+    found, told = (trained.batch_losses(one, trained.losses)[0] for one in (batch, ready))
+    assert torch.equal(found, told)
+
+
+def test_position_ids_stay_only_where_they_restart(module: Any, loader: Any) -> None:
+    trained, batch = module(), next(iter(loader(1)))
+    places = torch.arange(batch["mask"].shape[1]).expand_as(batch["mask"])
+    assert "position_ids" not in trained.on_before_batch_transfer({**batch, "position_ids": places}, 0)
+    restarts = places.remainder(3)
+    assert trained.on_before_batch_transfer({**batch, "position_ids": restarts}, 0)["position_ids"] is restarts

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from distill.core.batch import causal_batch
 from distill.core.errors import DistillError, InputError
 from distill.losses import CrossEntropy, ForwardKL, JensenShannon, LossSpec, ReverseKL, Schedule
 from distill.training.alarms import Alarms
@@ -23,6 +24,7 @@ from distill.training.ends import agreed_ends
 from distill.training.metrics import read_rows
 from distill.training.module import DistillationModule
 from distill.training.on_policy import OnPolicy, repetition, sample, until_end
+from distill.training.sharded import Sharded
 from distill.training.spec import DistillSpec, OnPolicySpec, OptimizerSpec
 
 VOCABULARY, LENGTH, PROMPT, NEW = 32, 8, 3, 5
@@ -45,7 +47,12 @@ def texts(start: int, count: int) -> dict[str, Tensor]:
     ]
     mask = torch.ones(count, LENGTH, dtype=torch.bool)
     mask[:, -1] = False
-    return {"input_ids": torch.stack(rows), "mask": mask}
+    return causal_batch(torch.stack(rows), mask)
+
+
+def whole(prompts: Tensor) -> Tensor:
+    """Lengths of prompts without filling."""
+    return torch.full((len(prompts),), prompts.shape[1])
 
 
 def uniform(rows: int, start: int = 0) -> Tensor:
@@ -54,7 +61,7 @@ def uniform(rows: int, start: int = 0) -> Tensor:
 
 @pytest.fixture
 def own(student: Any, llama: Any) -> Any:
-    """A distillation with own sequences in every step."""
+    """A distillation with on-policy samples in every step."""
 
     def make(way: str = "full", losses: list[LossSpec] | None = None, lr: float = 1e-2, **settings: Any) -> Any:
         model = {key: settings.pop(key) for key in ("attention_dropout",) if key in settings}
@@ -75,6 +82,7 @@ def written(module: DistillationModule, batch: dict[str, Tensor], start: int = 0
     return sample(
         module.student,
         batch["input_ids"][:, :PROMPT],
+        torch.full((len(batch["mask"]),), PROMPT),
         None,
         uniform(len(batch["mask"]), start),
         spec(),
@@ -107,7 +115,9 @@ def one_step(module: DistillationModule, batch: dict[str, Tensor], micro: int, *
 def test_each_token_is_the_one_that_its_number_falls_on(temperature: float, llama: Any) -> None:
     """Against the distributions of whole forward passes in float64, without a cache."""
     model, prompts, numbers = llama().double(), texts(0, 20)["input_ids"][:, :PROMPT], uniform(20)
-    sequences, entropy = sample(model, prompts, None, numbers, spec(temperature=temperature), ENDS, VOCABULARY)
+    sequences, entropy = sample(
+        model, prompts, whole(prompts), None, numbers, spec(temperature=temperature), ENDS, VOCABULARY
+    )
     found, ended = until_end(sequences[:, PROMPT:], ENDS)
     assert ended.any()
     assert not ended.all()
@@ -125,11 +135,25 @@ def test_what_is_drawn_follows_the_distribution(llama: Any) -> None:
     """20,000 first tokens at one prompt: each one's share within five standard errors."""
     model, prompt, count = llama(), texts(3, 1)["input_ids"][:, :PROMPT], 20_000
     numbers = torch.rand(count, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    drawn, _ = sample(model, prompt.expand(count, -1), None, numbers, spec(max_new_tokens=1), ENDS, VOCABULARY)
+    many = prompt.expand(count, -1)
+    drawn, _ = sample(model, many, whole(many), None, numbers, spec(max_new_tokens=1), ENDS, VOCABULARY)
     with torch.no_grad():
         p = model(prompt).logits[0, -1].softmax(-1)
     share = torch.bincount(drawn[:, -1], minlength=VOCABULARY) / count
     assert ((share - p).abs() <= 5 * (p * (1 - p) / count).sqrt() + 1e-9).all()
+
+
+def test_prompts_of_different_lengths_are_continued_as_each_alone(llama: Any) -> None:
+    model, ids, lengths = llama().double(), texts(0, 12)["input_ids"], torch.arange(12) % 4 + 2
+    together, entropy = sample(model, ids, lengths, None, uniform(12), spec(), ENDS, VOCABULARY)
+    for row, length in enumerate(lengths.tolist()):
+        prompt = ids[row : row + 1, :length]
+        alone, own = sample(model, prompt, whole(prompt), None, uniform(1, row), spec(), ENDS, VOCABULARY)
+        wrote, _ = until_end(alone[:, length:], ENDS)
+        end = length + int(wrote.sum())
+        assert together[row, :end].tolist() == alone[0, :end].tolist()
+        assert set(together[row, end:].tolist()) <= {*ENDS}  # nothing of the prompt behind it
+        torch.testing.assert_close(entropy[row, : int(wrote.sum())], own[wrote], rtol=0, atol=1e-6)
 
 
 def test_rows_that_pad_the_head_are_never_written(llama: Any) -> None:
@@ -138,9 +162,9 @@ def test_rows_that_pad_the_head_are_never_written(llama: Any) -> None:
         model.lm_head.weight[30:] = 0
         model.lm_head.weight[:30] *= 0.01  # so that the padding would be drawn
     prompts = texts(0, 40)["input_ids"][:, :PROMPT] % 20
-    wide, _ = sample(model, prompts, None, uniform(40), spec(), ENDS, VOCABULARY)
+    wide, _ = sample(model, prompts, whole(prompts), None, uniform(40), spec(), ENDS, VOCABULARY)
     assert wide.max() >= 20
-    narrow, _ = sample(model, prompts, None, uniform(40), spec(), ENDS, 20)
+    narrow, _ = sample(model, prompts, whole(prompts), None, uniform(40), spec(), ENDS, 20)
     assert narrow.max() < 20
 
 
@@ -170,8 +194,8 @@ def test_the_sampling_leaves_no_trace(way: str, own: Any) -> None:
 
 def test_what_counts_is_what_was_written_up_to_its_end(own: Any) -> None:
     module, batch = own(), texts(0, 12)
-    turn = module.on_policy.turn(module.student, batch, module.losses, 0, 6, 0)
-    ids, mask = turn.batch["input_ids"], turn.batch["mask"]
+    source = module.on_policy.source(module.student, batch, module.losses, 0, 6, 0)
+    ids, mask = source.batch["input_ids"], source.batch["mask"]
     assert torch.equal(ids[:, :PROMPT], batch["input_ids"][:, :PROMPT])
     lengths = []
     for row, counted in zip(ids.tolist(), mask.tolist(), strict=True):
@@ -181,47 +205,48 @@ def test_what_counts_is_what_was_written_up_to_its_end(own: Any) -> None:
         assert predicted == list(range(PROMPT, PROMPT + first))
         lengths.append(first)
     assert 1 <= min(lengths) < max(lengths) == NEW
-    assert int(turn.tokens) == sum(lengths) + 12 * PROMPT
-    figures = {name: float(term.per_token()) for name, term in turn.figures.items()}
+    assert int(source.tokens) == sum(lengths) + 12 * PROMPT
+    figures = {name: float(term.per_token()) for name, term in source.figures.items()}
     assert figures["on_policy/length"] == pytest.approx(sum(lengths) / 12)
     assert figures["on_policy/generated_share"] == 1.0
-    assert int(turn.figures["on_policy/generated_share"].count) == sum(lengths)
+    assert int(source.figures["on_policy/generated_share"].count) == sum(lengths)
 
 
 def test_a_block_that_ends_within_its_prompt_counts_for_nothing(own: Any) -> None:
     module, batch = own(), texts(0, 2)
     batch["mask"][1, PROMPT - 2 :] = False
-    turn = module.on_policy.turn(module.student, batch, module.losses, 0, 6, 0)
-    assert turn.batch["mask"].any(1).tolist() == [True, False]
-    assert int(turn.figures["on_policy/at_limit"].count) == 1
-    assert int(turn.tokens) == PROMPT + int(turn.batch["mask"].sum())
+    source = module.on_policy.source(module.student, batch, module.losses, 0, 6, 0)
+    assert source.batch["mask"].any(1).tolist() == [True, False]
+    assert int(source.figures["on_policy/at_limit"].count) == 1
+    assert int(source.tokens) == PROMPT + int(source.batch["mask"].sum())
 
 
 def test_a_short_block_gives_its_prompt_all_the_same(own: Any) -> None:
     """Rows of short documents may be shorter than prompt and sequence."""
     module, batch = own(), texts(0, 4)
     short = {key: value[:, : PROMPT + 1] for key, value in batch.items()}
-    whole, cut = (module.on_policy.turn(module.student, b, module.losses, 0, 6, 0).batch for b in (batch, short))
-    assert torch.equal(whole["input_ids"], cut["input_ids"])
-    assert torch.equal(whole["mask"], cut["mask"])
+    long, cut = (module.on_policy.source(module.student, b, module.losses, 0, 6, 0).batch for b in (batch, short))
+    assert torch.equal(long["input_ids"], cut["input_ids"])
+    assert torch.equal(long["mask"], cut["mask"])
 
 
 def test_where_documents_are_kept_apart_the_last_one_is_gone_on_from(own: Any) -> None:
     module, batch = own(), texts(0, 6)
     batch["position_ids"] = torch.arange(LENGTH).expand(6, -1).clone()
     batch["position_ids"][2:4, 1:] -= 1  # a document of one token stands before
-    turn = module.on_policy.turn(module.student, batch, module.losses, 0, 6, 0)
-    alone, _ = sample(module.student, batch["input_ids"][2:4, 1:PROMPT], None, uniform(2, 2), spec(), ENDS, VOCABULARY)
+    source = module.on_policy.source(module.student, batch, module.losses, 0, 6, 0)
+    short = batch["input_ids"][2:4, 1:PROMPT]
+    alone, _ = sample(module.student, short, whole(short), None, uniform(2, 2), spec(), ENDS, VOCABULARY)
     new = alone.shape[1] - (PROMPT - 1)
-    ours = turn.batch["input_ids"][2:4, PROMPT:][:, :new]
+    ours = source.batch["input_ids"][2:4, PROMPT:][:, :new]
     wrote, _ = until_end(ours, ENDS)
     assert torch.equal(ours[wrote], alone[:, PROMPT - 1 :][wrote])
-    places = turn.batch["position_ids"]
-    assert places.shape == turn.batch["input_ids"].shape
+    places = source.batch["position_ids"]
+    assert places.shape == source.batch["input_ids"].shape
     assert places[0].tolist() == list(range(places.shape[1]))
     assert places[2].tolist() == [0, *range(places.shape[1] - 1)]
     without = {key: value for key, value in batch.items() if key != "position_ids"}
-    mixed = module.on_policy.turn(module.student, without, module.losses, 0, 6, 0).batch["input_ids"]
+    mixed = module.on_policy.source(module.student, without, module.losses, 0, 6, 0).batch["input_ids"]
     assert not torch.equal(mixed[2:4, PROMPT:][:, :2], ours[:, :2])
 
 
@@ -293,14 +318,14 @@ def test_share_1_learns_nothing_from_the_text(own: Any) -> None:
 def test_two_ranks_write_what_one_writes(own: Any) -> None:
     module, batch = own(), texts(0, 8)
     wrote: list[Tensor] = []
-    turn = module.on_policy.turn
+    draw = module.on_policy.source
 
     def keep(*arguments: Any) -> Any:
-        result = turn(*arguments)
+        result = draw(*arguments)
         wrote.extend(row[: PROMPT + NEW] for row in functional.pad(result.batch["input_ids"], (0, NEW)))
         return result
 
-    module.on_policy.turn = keep
+    module.on_policy.source = keep
 
     def step(world_size: int, rank: int, parts: list[slice]) -> list[list[int]]:
         trainer = SimpleNamespace(world_size=world_size, global_rank=rank, global_step=0)
@@ -308,7 +333,7 @@ def test_two_ranks_write_what_one_writes(own: Any) -> None:
         module._step.sequences = 0
         wrote.clear()
         for part in parts:
-            module._turn(module.on_policy, {key: value[part] for key, value in batch.items()}, module.losses)
+            module._text_or_samples(module.on_policy, {key: value[part] for key, value in batch.items()}, module.losses)
         kept = [until_end(row[None, PROMPT:], ENDS)[0][0] for row in wrote]
         return [row[PROMPT:][on].tolist() for row, on in zip(wrote, kept, strict=True)]
 
@@ -326,7 +351,7 @@ def test_seed_and_step_alone_decide_which_steps_are_own() -> None:
     def own_steps(share: Any, seed: int = 0) -> list[bool]:
         chosen = OnPolicy(spec(share=share), seed=seed, ends=ENDS, vocabulary=VOCABULARY)
         torch.rand(7)
-        return [chosen.is_own(step, 1000) for step in range(1000)]
+        return [chosen.is_on_policy(step, 1000) for step in range(1000)]
 
     assert sum(own_steps(0.3)) == pytest.approx(300, abs=60)
     assert own_steps(0.3) == own_steps(0.3) != own_steps(0.3, seed=1)
@@ -385,7 +410,7 @@ def test_a_kill_changes_no_bit(own: Any, train: Any, tmp_path: Path) -> None:
     assert rows[0] == rows[1]
     shares = [row["on_policy/generated_share"] for row in rows[0] if "lr" in row]
     assert max(shares) > 0
-    # the budget of 6 steps of 4 blocks is an upper bound: own sequences are shorter
+    # the budget of 6 steps of 4 blocks is an upper bound: samples are shorter
     assert 0 < rows[0][-1]["tokens"] < 6 * 4 * LENGTH
 
 
@@ -431,7 +456,7 @@ def test_a_degenerate_student_is_warned_of_in_a_line(own: Any, train: Any, tmp_p
     said = train(degenerate(own(**LONG, alarms={"at_limit": 0.05})))
     (line,) = [line for line in said if "warning" in line]
     assert line.startswith(
-        "  warning: distill step 2: own sequences reach max_new_tokens (7) without an end (100%, the text"
+        "  warning: distill step 2: on-policy samples reach max_new_tokens (7) without an end (100%, the text"
     )
     assert "repeat their own 4-grams (75%, the text 0%) and are nearly certain (entropy 0.000 nats" in line
     row = next(row for row in read_rows(tmp_path / "stage") if "lr" in row)
@@ -462,7 +487,7 @@ def test_a_sound_student_and_alarms_that_are_off_are_quiet(own: Any, train: Any)
     assert train(degenerate(own(**LONG, alarms=off, on_alarm="stop", num_alarms=1)), "off") == []
 
 
-def test_alarms_look_at_rows_in_a_row_and_past_those_without_own_sequences() -> None:
+def test_alarms_look_at_rows_in_a_row_and_past_those_without_samples() -> None:
     good = {
         "length": 5.0,
         "entropy": 1.0,
@@ -477,7 +502,7 @@ def test_alarms_look_at_rows_in_a_row_and_past_those_without_own_sequences() -> 
     for step, figures in enumerate((bad, good, bad, {}, bad | {"length": 0.0})):
         alarms.look({f"on_policy/{name}": value for name, value in figures.items()}, step)
     assert len(said) == 2
-    with pytest.raises(DistillError, match="distill step 9: own sequences are nearly certain"):
+    with pytest.raises(DistillError, match="distill step 9: on-policy samples are nearly certain"):
         alarms.look({f"on_policy/{name}": value for name, value in bad.items()}, 9)
 
 
@@ -510,6 +535,12 @@ def test_settings_that_cannot_work(settings: Any, message: str) -> None:
         DistillSpec.model_validate({"num_steps": 1} | settings)
 
 
+def test_shards_are_refused_by_name() -> None:
+    asked: Any = SimpleNamespace(trainer=SimpleNamespace(strategy=Sharded(2)), on_policy=object())
+    with pytest.raises(InputError, match=r"compute.strategy: fsdp cannot sample .* \(on_policy\); use ddp"):
+        DistillationModule.configure_model(asked)
+
+
 def test_a_teacher_that_does_not_run_is_refused(llama: Any, tmp_path: Path) -> None:
     from distill.training.cached_teacher import CachedTeacher
 
@@ -520,6 +551,6 @@ def test_a_teacher_that_does_not_run_is_refused(llama: Any, tmp_path: Path) -> N
             DistillationModule(llama(), losses, teacher, on_policy=policy())
 
 
-def test_a_module_without_a_loss_for_own_sequences_is_refused(llama: Any) -> None:
+def test_a_module_without_a_loss_for_samples_is_refused(llama: Any) -> None:
     with pytest.raises(InputError, match="on_policy needs a loss that does without the text's next token"):
         DistillationModule(llama(), [CrossEntropy()], llama(1), on_policy=policy())

@@ -36,7 +36,7 @@ def step(module: DistillationModule, batch: dict[str, Tensor]) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("way", ["lora", "lora head", "quant lora", "quant lora head"])
+@pytest.mark.parametrize("way", ["lora", "lora head", "quant lora", "quant lora head", "quant ends lora"])
 def test_loss_and_gradient_are_those_of_a_live_copy_of_the_start(
     way: str, checkpointing: bool, student: Any, llama: Any, batch: Any
 ) -> None:
@@ -85,5 +85,7 @@ def test_training_moves_the_student_and_not_its_teacher(student: Any, train: Any
 @pytest.mark.parametrize("way", ["full", "quant"])
 def test_a_student_whose_weights_are_trained_has_no_start(way: str, student: Any) -> None:
     model = student(way).model
-    with pytest.raises(InputError, match=r"embed_tokens\.weight is trained, so its start is lost; train adapters"):
+    with pytest.raises(
+        InputError, match=r"embed_tokens\.weight is trained, so its initial weights are lost; train adapters"
+    ):
         DistillationModule(model, LOSSES, OwnWeights(model))

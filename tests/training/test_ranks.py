@@ -14,8 +14,8 @@ from distill.core.errors import InputError, MachineError
 from distill.core.world import ADDRESS, PORT, World
 from distill.losses import LossTerm
 from distill.training import rank_state, ranks
+from distill.training.rank_batches import RankBatches
 from distill.training.ranks import Ranks, meet
-from distill.training.share import Share
 from distill.training.spec import BudgetSpec, ComputeSpec, split_batch
 
 
@@ -36,14 +36,14 @@ def test_a_batch_is_split_over_processes() -> None:
 @pytest.mark.parametrize("count", [1, 5, 6])
 def test_validation_is_shared_without_loss_or_repetition(count: int, batch: Any) -> None:
     batches = [batch(2 * i, 2) for i in range(count)]
-    parts = [list(Share(batches, World(rank, 3, rank, 3))) for rank in range(3)]
+    parts = [list(RankBatches(batches, World(rank, 3, rank, 3))) for rank in range(3)]
     assert len({len(part) for part in parts}) == 1, "all ranks run as many forward passes"
     assert len(parts[0]) == -(-count // 3)
     counted = [one for part in parts for one in part if one["mask"].any()]
     assert sorted(int(one["input_ids"].sum()) for one in counted) == sorted(
         int(one["input_ids"].sum()) for one in batches if one["mask"].any()
     )
-    assert [list(Share(batches, World()))[i] is one for i, one in enumerate(batches)] == [True] * count
+    assert [list(RankBatches(batches, World()))[i] is one for i, one in enumerate(batches)] == [True] * count
 
 
 def state(tokens: int, **terms: float) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def state(tokens: int, **terms: float) -> dict[str, Any]:
 @pytest.mark.parametrize("now", [1, 2, 3])
 def test_what_was_counted_before_a_checkpoint_is_counted_once(now: int) -> None:
     saved = [state(3, kl=1.0, ce=4.0), state(4, kl=2.0)]
-    taken = [rank_state.share(saved, rank, now) for rank in range(now)]
+    taken = [rank_state.for_rank(saved, rank, now) for rank in range(now)]
     assert {frozenset(terms) for terms, _, _ in taken} == {frozenset({"kl", "ce"})}
     assert sum(float(terms["kl"].sum) for terms, _, _ in taken) == 3.0
     assert sum(int(terms["kl"].count) for terms, _, _ in taken) == 7
@@ -67,7 +67,7 @@ def test_what_was_counted_before_a_checkpoint_is_counted_once(now: int) -> None:
 def test_random_state_is_taken_up_where_it_was() -> None:
     kept = state(0)
     drawn = torch.rand(3)
-    rank_state.set_random(rank_state.share([kept], 0, 1)[2] or {})
+    rank_state.set_random(rank_state.for_rank([kept], 0, 1)[2] or {})
     assert torch.equal(torch.rand(3), drawn)
 
 
@@ -97,7 +97,7 @@ def test_the_holder_of_the_store_stays_until_all_have_heard(place: TCPStore) -> 
 
 def test_one_that_ends_badly_is_missed_but_not_waited_for(place: TCPStore) -> None:
     first, second = Ranks(FIRST, 0.5, place), Ranks(SECOND, 0.5)
-    second.forsake()
+    second.fail()
     assert "rank 1 (process" in (first._silent({1: (b"0", time.monotonic() - 1)}) or "")
     with ThreadPoolExecutor() as pool:
         pool.submit(first.leave, 60).result(5)
@@ -139,3 +139,33 @@ def test_a_gpu_is_chosen_before_anything_is_loaded(place: TCPStore, monkeypatch:
         for met in pool.map(come, (FIRST, SECOND)):
             assert met
     assert sorted(chosen) == [0, 1]
+
+
+def test_a_few_processes_watch_each_one() -> None:
+    for size in (2, 3, 8, 64):
+        watching = {rank: ranks.watched(World(rank, size, rank, size)) for rank in range(size)}
+        assert all(len(heard) <= ranks.NUM_WATCHED + 1 for heard in watching.values())
+        for rank in range(size):
+            watchers = [other for other, heard in watching.items() if rank in heard]
+            assert len(watchers) >= min(ranks.NUM_WATCHED, size - 1)
+            assert rank not in watchers
+        assert all(0 in heard for rank, heard in watching.items() if rank)
+
+
+def test_whoever_does_not_watch_a_silent_process_hears_of_it(place: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 4 of 9 is silent; rank 3 watches it, and rank 5 does not."""
+    monkeypatch.setattr(ranks, "BEAT_S", 0.02)
+    processes = {rank: Ranks(World(rank, 9, rank, 9), 0.3) for rank in range(9)}
+    gave_up: dict[int, str] = {}
+    for rank, process in processes.items():
+        monkeypatch.setattr(process, "_give_up", lambda why, rank=rank: gave_up.setdefault(rank, why))
+        if rank != 4:
+            process.watch()
+    assert 4 not in ranks.watched(processes[5].world)
+    until = time.monotonic() + 10
+    while len(gave_up) < 8 and time.monotonic() < until:
+        time.sleep(0.02)
+    for process in processes.values():
+        process._closed.set()
+    assert sorted(gave_up) == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert all("rank 4 (process" in why for why in gave_up.values())

@@ -74,7 +74,7 @@ def test_a_kill_changes_no_bit(scheduled: Any, train: Any, tmp_path: Path) -> No
     train(scheduled(), "straight", log_every_steps=1)
     with pytest.raises(Pulled):
         train(scheduled(), "resumed", at={4 * BATCH: pull}, log_every_steps=1)
-    assert train(scheduled(), "resumed", log_every_steps=1) == ["  going on from step 3 of 6 (step=00000003.ckpt)"]
+    assert train(scheduled(), "resumed", log_every_steps=1) == ["  resuming from step 3 of 6 (step=00000003.ckpt)"]
     ours, theirs = (
         torch.load(checkpoint_path(tmp_path / name / "checkpoints", STEPS), weights_only=True)["state_dict"]
         for name in ("resumed", "straight")

@@ -20,8 +20,8 @@ from distill.models.load import empty_model, load_empty, new_config, new_model
 from distill.models.lora import LoraSpec
 from distill.quantization import Int8Channel, IntGroup
 from distill.quantization.static_int8 import StaticInt8
-from distill.stages.base import Session
-from distill.stages.train import hold_mask, load_trainable
+from distill.stages.models import hold_mask, load_trainable
+from distill.stages.session import Session
 from distill.training.assemble import assemble
 from distill.training.sent import is_to_be_sent, send
 from distill.training.sharded import local, shard
@@ -42,7 +42,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def in_two(work: Callable[[int], None], folder: Path) -> None:
     """Run a function of this module in two processes that meet."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distill.testing.preloaded"])
+    context.set_forkserver_preload(["tests.faults.preloaded"])
     processes = [context.Process(target=_met, args=(work, rank, folder)) for rank in range(2)]
     for process in processes:
         process.start()

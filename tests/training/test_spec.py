@@ -51,8 +51,8 @@ def test_losses_of_a_distillation() -> None:
     assert spec.losses == [ReverseKL(), CrossEntropy(weight=2)]
     assert DistillSpec(num_steps=1).losses == [ForwardKL()]
     for losses, message in (
-        (["forward_kl", "forward_kl"], "stands once.*add up their weights"),
-        (["cross_entropy"], "no loss looks at the teacher; use kind: finetune"),
+        (["forward_kl", "forward_kl"], "is given once.*add up their weights"),
+        (["cross_entropy"], "no loss reads the teacher; use kind: finetune"),
         ([], "at least 1"),
         (["backward_kl"], "no such loss"),
     ):

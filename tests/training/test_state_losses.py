@@ -283,7 +283,7 @@ class Written(Teacher):
 
 
 def test_what_cannot_be_served_is_refused_by_name(llama: Any, distillation: Any) -> None:
-    with pytest.raises(InputError, match=r"losses: hidden_mse reads the teacher's layers and a cache"):
+    with pytest.raises(InputError, match=r"losses: hidden_mse reads the teacher's hidden layers, and a cache"):
         DistillationModule(llama(**DEEP), [CrossEntropy(), HiddenMSE()], Written())
     with pytest.raises(ValueError, match="no loss on the predictions"):
         DistillationModule(llama(**DEEP), [HiddenMSE()], llama(**DEEP))
@@ -293,16 +293,16 @@ def test_what_cannot_be_served_is_refused_by_name(llama: Any, distillation: Any)
         distillation(losses=[ForwardKL(), AttentionRelation(num_relation_heads=5)])
     with pytest.raises(InputError, match=r"hidden_mse\.layers: the teacher has no layer 3"):
         distillation(losses=[ForwardKL(), HiddenMSE(layers=((0, 3),))])
-    with pytest.raises(ValueError, match="another student"):
+    with pytest.raises(ValueError, match="does not belong to this student"):
         StateLosses([HiddenMSE()], llama(**DEEP), llama(1, **WIDE), Origin((0, 1, 2), tuple(range(16))))
 
 
 def test_an_unknown_architecture_is_refused_by_name(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distill.models.states.LAYOUTS", {})
-    with pytest.raises(InputError, match=r"'llama': where its layers are is not known"):
+    with pytest.raises(InputError, match=r"'llama' has no layout"):
         DistillationModule(llama(), [ForwardKL(), HiddenMSE()], llama())
 
 
 def test_a_module_that_is_passed_by_is_an_error(distillation: Any) -> None:
-    with pytest.raises(InputError, match=r"the block of layer 0 was not seen"):
+    with pytest.raises(InputError, match=r"the output 'block' of layer 0 was not recorded"):
         distillation().states.student.take()

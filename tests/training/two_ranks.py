@@ -1,11 +1,7 @@
-"""Run by test_distributed: trains over two processes and leaves what their optimizers saw.
-
-A script, not a function of the test, so that the processes fork from one that has imported everything and run nothing.
-"""
+"""Trains over two processes and leaves what their optimizers saw, for test_distributed."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +10,11 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distill.data.blocks import Blocks
 from distill.data.loader import train_batches
+from distill.data.micro_batches import MicroBatches
+from distill.data.packed_rows import PackedRows
 from distill.data.packing import TokenFile
-from distill.data.teacher_cache.cache import CachedBlocks, Place
+from distill.data.teacher_cache.cache import CachedRows, Place
 from distill.losses import LOSSES
 from distill.training.cached_teacher import CachedTeacher
 from distill.training.module import DistillationModule
@@ -47,13 +44,13 @@ class Ranks(pl.LightningDataModule):
         assert self.trainer is not None
         rank = self.trainer.global_rank
         if "cache" in self.given:
-            return train_batches(cached_blocks(self.given["cache"]), 3, 2, rank=rank, world_size=2, end_sequences=16)
+            return train_batches(cached_rows(self.given["cache"]), 3, MicroBatches(2, 0, rank, 2))
         return DataLoader(self.given["batches"][rank], batch_size=None)
 
 
-def cached_blocks(cache: dict[str, Any]) -> CachedBlocks:
-    blocks = Blocks(TokenFile(**cache["tokens"]), cache["length"])
-    return CachedBlocks(blocks, Place.there(Path(cache["folder"])))
+def cached_rows(cache: dict[str, Any]) -> CachedRows:
+    blocks = PackedRows(TokenFile(**cache["tokens"]), cache["length"])
+    return CachedRows(blocks, Place.there(Path(cache["folder"])))
 
 
 def model(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> LlamaForCausalLM:
@@ -62,7 +59,8 @@ def model(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> LlamaForC
     return made
 
 
-def main(folder: Path) -> None:
+def train(folder: Path) -> None:
+    """Train what ``given.pt`` of the folder holds; in a process that has imported everything and run nothing."""
     given = torch.load(folder / "given.pt", weights_only=True)
     student, source = (model(given["config"][name], given[name]) for name in ("student", "teacher"))
     teacher: Any = source
@@ -94,7 +92,3 @@ class Keep(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
         left = {"skipped": module.drain_skipped(), "seen": module.seen, "weights": module.state_dict()}
         torch.save(left, self.folder / f"rank{trainer.global_rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

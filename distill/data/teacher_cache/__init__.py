@@ -1,8 +1,15 @@
-"""What a teacher said about a text, on disk: codecs, the cache itself, its writer and its fidelity."""
+"""What a teacher said about a text, on disk: codecs, the cache itself, its writer and its fidelity.
+
+A codec is one file, and one line here.
+"""
 
 from distill.core.spec import Family
-from distill.data.teacher_cache.hidden import Hidden
-from distill.data.teacher_cache.sampled import Sampled
-from distill.data.teacher_cache.top_k import TopK
+from distill.data.teacher_cache.base import CodecSpec
 
-CODECS = Family("codec", TopK, Sampled, Hidden)
+# they are listed in this order
+# isort: off
+from distill.data.teacher_cache.top_k import TopK
+from distill.data.teacher_cache.sampled import Sampled
+from distill.data.teacher_cache.hidden import Hidden
+
+CODECS = Family.among("codec", globals(), CodecSpec)

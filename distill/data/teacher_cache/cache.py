@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from distill.core.errors import InputError
-from distill.data.blocks import Blocks
+from distill.data.packed_rows import PackedRows
+from distill.data.packing import TokenFile
+from distill.data.spec import Packing
+from distill.data.teacher_cache import CODECS
 from distill.data.teacher_cache.base import CodecSpec
 from distill.data.teacher_cache.identity import HEADER, Identity, check_version, read_header
-from distill.data.teacher_cache.positions import Positions, predicted
+from distill.data.teacher_cache.positions import Positions, kept_of, predicted
 from distill.data.teacher_cache.shards import Shard, open_shards
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from distill.data.packing import TokenFile
-    from distill.data.spec import Packing
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,6 @@ class Place:
         Raises:
             InputError: there is none, or one of another version of distill.
         """
-        from distill.data.teacher_cache import CODECS
-
         header = read_header(folder)
         if header is None:
             raise InputError(f"{folder}: no teacher cache there (no {HEADER} in it)")
@@ -70,22 +66,22 @@ class Place:
             self.identity.check(self.folder, header)
         return header
 
-    def rows(self, tokens: TokenFile) -> Blocks:
+    def rows(self, tokens: TokenFile) -> PackedRows:
         """The rows in which the teacher reads a text."""
-        return Blocks(tokens, self.identity.window, packing=cast("Packing", self.identity.packing))
+        return PackedRows(tokens, self.identity.window, packing=cast("Packing", self.identity.packing))
 
-    def needed(self, blocks: Blocks, numbers: Iterable[int]) -> list[int]:
-        """The teacher's rows that hold what the rows ``numbers`` of ``blocks`` predict, in rising order.
+    def needed(self, packed: PackedRows, numbers: Iterable[int]) -> list[int]:
+        """The teacher's rows that hold what the rows ``numbers`` of ``packed`` predict, in rising order.
 
         Raises:
             InputError: the teacher's packing leaves some of it out.
         """
-        places, wanted = Positions(self.rows(blocks.tokens)), [predicted(blocks, number) for number in numbers]
+        places, wanted = Positions(self.rows(packed.tokens)), [predicted(packed, number) for number in numbers]
         rows, _ = places.find(np.concatenate(wanted))
         if (rows < 0).any():
             raise InputError(
                 f"{self.folder}: read with packing {self.identity.packing}, which leaves out what is a single token in "
-                f"its row, and this run's packing {blocks.packing} learns from it; set data.packing to the same, or "
+                f"its row, and this run's packing {packed.packing} learns from it; set data.packing to the same, or "
                 "another folder"
             )
         return [int(row) for row in np.unique(rows)]
@@ -102,29 +98,29 @@ class Place:
         return sorted(set(wanted) - there)
 
 
-class CachedBlocks(Blocks):
+class CachedRows(PackedRows):
     """Rows of a text whose batches also hold what the teacher said about them.
 
     Args:
-        blocks: the student's rows, which need not be the teacher's.
+        packed: the student's rows, which need not be the teacher's.
         place: the cache of their text.
 
     Raises:
-        InputError: there is no cache, or it is another's.
+        InputError: there is no cache, or it belongs to another teacher, tokenizer or text.
     """
 
-    def __init__(self, blocks: Blocks, place: Place):
-        super().__init__(blocks.tokens, blocks.sequence_length, blocks.chosen, packing=blocks.packing)
+    def __init__(self, packed: PackedRows, place: Place):
+        super().__init__(packed.tokens, packed.sequence_length, packed.chosen, packing=packed.packing)
         if place.header() is None:
             raise InputError(f"{place.folder}: no teacher cache there; run its cache_teacher stage first")
         self.place = place
-        self.read = place.rows(blocks.tokens)
+        self.read = place.rows(packed.tokens)
         self._positions = Positions(self.read)
         self._shards: list[Shard] | None = None
         self._where: dict[int, tuple[int, int]] = {}
 
     def __getitem__(self, numbers: int | list[int]) -> dict[str, Tensor]:
-        """As in :class:`Blocks`, and the codec's keys: [batch, sequence] or [batch, sequence, any], 0 where no
+        """As in :class:`PackedRows`, and the codec's keys: [batch, sequence] or [batch, sequence, any], 0 where no
         prediction counts.
 
         Without these keys when something is not cached: loaders read ahead, over the end of training, and only who uses
@@ -145,8 +141,9 @@ class CachedBlocks(Blocks):
     def _decoded(self, row: int) -> dict[str, Tensor]:
         shard, index = self._find(row) or (None, 0)
         assert shard is not None
-        ids = ids_of(self.read, row)
-        return self.place.codec.decode(shard.read(index, ids), len(ids), self.place.width)
+        ids, cached = ids_of(self.read, row), kept_of(self.read, row)
+        num_positions = len(ids) if cached is None else int(cached.sum())
+        return shard.decoded(index, ids, num_positions, self.place.codec, self.place.width)
 
     def _any_row(self) -> int:
         self._open()
@@ -198,7 +195,6 @@ def _placed(rows: list[Tensor], mask: Tensor) -> Tensor:
     return out
 
 
-def ids_of(read: Blocks, row: int) -> np.ndarray:
-    """The token ids of a row, without filling. int64 [positions]"""
-    size = sum(size for _, size in read.rows.spans(row))
-    return Blocks.__getitem__(read, row)["input_ids"][0, :size].numpy()
+def ids_of(read: PackedRows, row: int) -> np.ndarray:
+    """The token ids of a row that stand in the file, as they follow each other. int64 [positions]"""
+    return PackedRows.__getitem__(read, row)["input_ids"][0].numpy()[read.columns(row)]

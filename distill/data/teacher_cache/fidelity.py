@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from distill.core.stop import stoppable
 from distill.data.teacher_cache.base import ENTROPY, HIDDEN, IDS, PROBS, TAIL, CodecSpec
 from distill.losses.forward_kl import forward_kl
 from distill.losses.head import Head, Signal
 from distill.losses.sparse import SparseSignal, sparse_forward_kl
+from distill.numerics.term import LossTerm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,12 +23,12 @@ _CHUNK = 512
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How near a codec is to the teacher.
+    """Difference between the teacher's distribution and what a codec stores of it.
 
     Attributes:
         bytes_per_token: on disk.
-        kl: mean KL(teacher || decoded) in nats a token, a tail spread evenly over its tokens; None where it is infinite
-            because the code is an estimate with zeros in it, which is right on average only.
+        kl: mean KL(teacher || decoded) in nats per token, with the rest of the probability spread evenly over the other
+            tokens; None if it is infinite, because an unbiased estimate contains zeros.
         gradient_cosine: mean over tokens of the cosine between the gradients of forward KL in the student's logits,
             with the whole and with the decoded distribution. The student is the teacher at temperature 2.
         summed_cosine: the same of the gradients summed over the sample: what a step sees. Noise averages out in it,
@@ -42,10 +44,10 @@ class Fidelity:
 
     def line(self) -> str:
         """For people."""
-        kl = "KL to the teacher infinite a token, unbiased" if self.kl is None else f"KL to the teacher {self.kl:.2g}"
+        kl = "KL to the teacher infinite per token, unbiased" if self.kl is None else f"KL to the teacher {self.kl:.2g}"
         return (
-            f"{self.bytes_per_token:.1f} bytes a token, {kl}, gradient cosine {self.gradient_cosine:.4f} a token and "
-            f"{self.summed_cosine:.4f} over {self.tokens:,}"
+            f"{self.bytes_per_token:.1f} bytes per token, {kl}, gradient cosine {self.gradient_cosine:.4f} per token "
+            f"and {self.summed_cosine:.4f} over {self.tokens:,}"
         )
 
 
@@ -79,9 +81,10 @@ def measure(
         vocabulary: rows of the teacher's head.
         logits: the teacher's head.
     """
-    kl, cosine, tokens = 0.0, 0.0, sum(len(hidden) for hidden, _ in pairs)
+    kl = LossTerm(torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64))
+    cosine, tokens = 0.0, sum(len(hidden) for hidden, _ in pairs)
     sums = torch.zeros(2, vocabulary, dtype=torch.float64)
-    for hidden, data in pairs:
+    for hidden, data in stoppable(pairs):
         decoded = codec.decode(data, len(hidden), width)
         for start in range(0, len(hidden), _CHUNK):
             rows = slice(start, start + _CHUNK)
@@ -95,13 +98,13 @@ def measure(
             signal = signal_of(part, vocabulary, Head(logits))
             again = _logits_of(signal)
             if again is not None:
-                kl += _sum_kl(exact, again)
+                kl += _kl(exact, again)
             whole, coded = _gradient(exact, exact), _gradient(exact, signal, again)
             cosine += float(torch.cosine_similarity(whole, coded, dim=-1).sum())
             sums += torch.stack([whole.double().sum(0).cpu(), coded.double().sum(0).cpu()])
     return Fidelity(
         bytes_per_token=sum(len(data) for _, data in pairs) / tokens,
-        kl=None if codec.kind == "sampled" else kl / tokens,
+        kl=None if codec.kind == "sampled" else kl.per_token().item(),
         gradient_cosine=cosine / tokens,
         summed_cosine=float(torch.cosine_similarity(sums[0], sums[1], dim=0)),
         tokens=tokens,
@@ -121,8 +124,10 @@ def _logits_of(signal: Signal | SparseSignal) -> Tensor | None:
     return tail.log().unsqueeze(-1).expand(-1, signal.vocabulary).scatter(-1, signal.ids, probs.log())
 
 
-def _sum_kl(teacher: Tensor, decoded: Tensor) -> float:
-    return float(forward_kl(decoded, teacher, torch.ones(len(teacher), dtype=torch.bool, device=teacher.device)).sum)
+def _kl(teacher: Tensor, decoded: Tensor) -> LossTerm:
+    """Forward KL of logits [tokens, vocabulary], on the CPU."""
+    term = forward_kl(decoded, teacher, torch.ones(len(teacher), dtype=torch.bool, device=teacher.device))
+    return LossTerm(term.sum.double().cpu(), term.count.cpu())
 
 
 def _gradient(teacher: Tensor, signal: Tensor | Signal | SparseSignal, logits: Tensor | None = None) -> Tensor:

@@ -36,5 +36,8 @@ class Hidden(CodecSpec):
 
         return {HIDDEN: from_bytes(data, torch.bfloat16, num_positions, width)}
 
+    def bytes_per_token(self, vocabulary: int, hidden: int) -> float:
+        return 2.0 * hidden
+
     def refuses(self, vocabulary: int) -> str | None:
         return None

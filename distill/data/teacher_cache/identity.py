@@ -10,17 +10,19 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from distill.core.artifact import hash_of
 from distill.core.errors import InputError
+from distill.core.stored import CHECK
+from distill.data.packed_rows import PackedRows
+from distill.data.packing import TokenFile
+from distill.data.teacher_cache import CODECS
 from distill.data.teacher_cache.base import CodecSpec
-
-if TYPE_CHECKING:
-    from distill.data.blocks import Blocks
-    from distill.data.packing import TokenFile
+from distill.data.teacher_cache.fidelity import Fidelity
 
 HEADER = "cache.json"
 VERSION = 2
@@ -32,6 +34,9 @@ _CALLED = {
     "packing": "another packing",
     "codec": "a codec",
 }
+
+STRETCH = 1 << 24
+"""Tokens that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Identity:
     codec: dict[str, Any]
 
     @classmethod
-    def of(cls, teacher: str, tokenizer: str, read: Blocks, codec: CodecSpec) -> Identity:
+    def of(cls, teacher: str, tokenizer: str, read: PackedRows, codec: CodecSpec) -> Identity:
         """Of a teacher and a tokenizer given as hashes, and the rows that the teacher reads."""
         text = hash_of_tokens(read.tokens)
         return cls(teacher, tokenizer, text, read.sequence_length, read.packing, codec.model_dump(mode="json"))
@@ -93,6 +98,8 @@ def read_header(folder: Path) -> dict[str, Any] | None:
         header = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         header = None
+    if isinstance(header, dict) and header.pop(CHECK, hash_of("", header)) != hash_of("", header):
+        header = None
     if not isinstance(header, dict) or "identity" not in header or not (_is_other(header) or _is_whole(header)):
         raise InputError(f"{file}: not the header of a teacher cache, or damaged; name another folder, or remove it")
     return header
@@ -105,9 +112,6 @@ def _is_other(header: dict[str, Any]) -> bool:
 
 def _is_whole(header: dict[str, Any]) -> bool:
     """Whether all is there that a header says, and of its type."""
-    from distill.data.teacher_cache import CODECS
-    from distill.data.teacher_cache.fidelity import Fidelity
-
     try:
         identity = TypeAdapter(Identity).validate_python(header["identity"])
         TypeAdapter(Fidelity).validate_python(header["fidelity"])
@@ -133,9 +137,26 @@ def check_version(folder: Path, header: dict[str, Any]) -> None:
 
 
 def hash_of_tokens(tokens: TokenFile) -> str:
-    """Stands for the ids of a token file; where it lies does not matter."""
-    digest = hashlib.sha256()
-    with Path(tokens.path).open("rb") as stream:
-        while piece := stream.read(16 << 20):
-            digest.update(piece)
-    return hash_of(digest.hexdigest(), tokens.dtype, tokens.end)
+    """Stands for the ids of a token file and of what its rows begin with; where it lies does not matter."""
+    digests, beside = [_digest(Path(tokens.path))], Path(tokens.path).with_suffix
+    if tokens.num_learned is not None:
+        digests += [_digest(beside(suffix)) for suffix in (".bounds", ".learned")]
+    elif not _ids_tell_bounds(tokens):
+        digests.append(_digest(beside(".bounds")))
+    digests += [str(part.tokens.num_tokens) for part in tokens.parts]  # which decide how rows are cut
+    # the first tokens of rows decide what the teacher has seen; where there are none, caches of earlier versions stay
+    return hash_of(*digests, tokens.dtype, tokens.filling, *tokens.start)
+
+
+def _ids_tell_bounds(tokens: TokenFile) -> bool:
+    """Whether each document ends with the filling token, and nothing else is one; so it is for plain text."""
+    ids, stretches = tokens.ids(), range(0, tokens.num_tokens, STRETCH)
+    if not (ids[tokens.bounds()[1:] - 1] == tokens.filling).all():
+        return False
+    found = sum(int(np.count_nonzero(ids[start : start + STRETCH] == tokens.filling)) for start in stretches)
+    return found == tokens.num_documents
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

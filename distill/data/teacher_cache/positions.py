@@ -1,8 +1,9 @@
 """From positions in a token file to the rows in which the teacher read them.
 
-A cache holds what the teacher said at each position of the file, in the rows that *it* read: its window, its packing.
-A student's rows may be cut in any other way; what it gets at a position is what the teacher said there, having seen
-what stood before it in the teacher's own row.
+A cache holds what the teacher said at positions of the file, in the rows that *it* read: its window, its packing. These
+are all positions, or, where only some tokens are learned from, those that predict one. A student's rows may be cut in
+any other way; what it gets at a position is what the teacher said there, having seen what stood before it in the
+teacher's own row.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from distill.data.blocks import Blocks
+    from distill.data.packed_rows import PackedRows
 
 
 class Positions:
@@ -22,10 +23,14 @@ class Positions:
         read: the rows that the teacher reads.
     """
 
-    def __init__(self, read: Blocks):
-        rows = read.rows
+    def __init__(self, read: PackedRows):
+        rows, self._read = read.rows, read
         order = np.argsort(rows.starts)
-        before = np.cumsum(rows.sizes) - rows.sizes
+        sizes = rows.sizes
+        if (learned := read.learned()) is not None:
+            stretches = zip(rows.starts.tolist(), rows.sizes.tolist(), strict=True)
+            sizes = np.array([np.count_nonzero(_kept(learned, *stretch)) for stretch in stretches], np.int64)
+        before = np.cumsum(sizes) - sizes  # cached positions before each piece
         counts = np.diff(rows.bounds)
         self._starts = rows.starts[order]
         self._ends = self._starts + rows.sizes[order]
@@ -33,19 +38,41 @@ class Positions:
         self._offsets = (before - np.repeat(before[rows.bounds[:-1]], counts))[order]
 
     def find(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Number of the teacher's row of each position, -1 where none has it, and the position within that row.
+        """The teacher's row of each position, -1 where none has it, and its place among the cached positions there.
 
         Args:
-            wanted: int64 [positions], in the file.
+            wanted: int64 [positions], in the file; each predicts a token that is learned from.
 
         Returns:
             Both int64 [positions].
         """
         piece = np.searchsorted(self._starts, wanted, "right") - 1
         there = (piece >= 0) & (wanted < self._ends[piece])
-        return np.where(there, self._rows[piece], -1), self._offsets[piece] + wanted - self._starts[piece]
+        within = wanted - self._starts[piece]
+        if (learned := self._read.learned()) is not None:
+            found = np.flatnonzero(there)
+            found = found[np.argsort(piece[found], kind="stable")]
+            for some in np.split(found, np.flatnonzero(np.diff(piece[found])) + 1):  # those of one piece each
+                if len(some):
+                    start, end = int(self._starts[piece[some[0]]]), int(self._ends[piece[some[0]]])
+                    within[some] = (np.cumsum(_kept(learned, start, end - start)) - 1)[within[some]]
+        return np.where(there, self._rows[piece], -1), self._offsets[piece] + within
 
 
-def predicted(blocks: Blocks, number: int) -> np.ndarray:
+def kept_of(read: PackedRows, row: int) -> np.ndarray | None:
+    """Which positions of one of the teacher's rows are cached; None where all are. bool [positions]"""
+    learned = read.learned()
+    if learned is None:
+        return None
+    return np.concatenate([_kept(learned, start, size) for start, size in read.rows.spans(row)])
+
+
+def _kept(learned: np.ndarray, start: int, size: int) -> np.ndarray:
+    """Which positions of a stretch of the file predict a token that is learned from. bool [size]"""
+    following = learned[start + 1 : start + size + 1]
+    return np.pad(following, (0, size - len(following)))  # nothing follows the file's last
+
+
+def predicted(packed: PackedRows, number: int) -> np.ndarray:
     """Positions in the file at which the predictions of a row count, in the row's order. int64 [positions]"""
-    return np.concatenate([np.arange(start, start + size - 1) for start, size in blocks.pieces(number)])
+    return packed.predicted(number) - 1  # the teacher said it at the token before

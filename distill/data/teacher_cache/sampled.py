@@ -11,6 +11,7 @@ distribution as the proposal (importance weights of 1), which needs no weights b
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -57,6 +58,10 @@ class Sampled(CodecSpec):
         rising = pack_sorted(last // self.draws * width + ids.numpy(), len(entropy) * width)
         bits = np.packbits(draws, bitorder="little")
         return torch.cat([as_bytes(entropy), torch.from_numpy(np.concatenate([bits, rising]))])
+
+    def bytes_per_token(self, vocabulary: int, hidden: int) -> float:
+        different = min(self.draws, vocabulary) / 2  # about half of 50 draws repeat an id
+        return 2 + self.draws / 8 + different * (math.log2(vocabulary / different) + 2.5) / 8
 
     def decode(self, data: Tensor, num_positions: int, width: int) -> dict[str, Tensor]:
         import numpy as np

@@ -12,17 +12,16 @@ import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
+from distill.core import stop
 from distill.core.artifact import sync
-from distill.core.errors import MachineError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from distill.core.errors import InputError, MachineError
+from distill.data.teacher_cache.base import CodecSpec, decoded
 
 _ARRAYS = ("rows", "sizes", "offsets", "checks")
 
@@ -60,8 +59,6 @@ def write_shard(file: Path, coded: list[Coded]) -> None:
     Raises:
         MachineError: the disk is full or not writable.
     """
-    from safetensors.torch import save_file
-
     tensors = {
         "rows": torch.tensor([row.number for row in coded]),
         "sizes": torch.tensor([row.size for row in coded]),
@@ -73,9 +70,10 @@ def write_shard(file: Path, coded: list[Coded]) -> None:
     try:
         save_file(tensors, temporary)
         sync(temporary)
+        stop.confirm()
         os.replace(temporary, file)
         sync(file.parent)
-    except Exception as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) or "(os error " in str(error):  # safetensors' own error is no OSError
             raise MachineError(f"{file}: cannot be written ({error}); the shards before it are kept") from error
@@ -91,6 +89,8 @@ class Shard:
 
     def __init__(self, file: Path):
         self.file = file
+        if not file.is_file():
+            raise ValueError(f"{file}: no regular file")
         with file.open("rb") as stream:
             size, length = file.stat().st_size, int.from_bytes(stream.read(8), "little")
             if 8 + length > size:
@@ -99,7 +99,7 @@ class Shard:
                 layout = json.loads(stream.read(length))
                 places = {name: tuple(layout[name]["data_offsets"]) for name in (*_ARRAYS, "payload")}
                 end = max(end for _, end in places.values())
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"{file}: damaged") from None
         if 8 + length + end != size:
             raise ValueError(f"{file}: cut off")
@@ -135,6 +135,50 @@ class Shard:
     def damaged(self) -> list[int]:
         """Numbers of the rows whose bytes have changed."""
         return [int(row) for index, row in enumerate(self.rows) if not self._whole(index, self._data(index))]
+
+    def decoded(
+        self, index: int, ids: np.ndarray, num_positions: int, codec: CodecSpec, width: int
+    ) -> dict[str, Tensor]:
+        """What the teacher said at the cached positions of the row at an index of ``rows``.
+
+        Args:
+            index: of the row.
+            ids: int64, the token ids that it should belong to.
+            num_positions: that are cached of it.
+            codec: of the cache.
+            width: what the codec codes.
+
+        Raises:
+            MachineError: as :meth:`read`.
+            InputError: its bytes are those that were written, and no teacher can have said what they hold.
+        """
+        try:
+            return decoded(codec, self.read(index, ids), num_positions, width)
+        except ValueError as error:
+            raise InputError(
+                f"{self.file}: row {self.rows[index]} is not what {codec.kind} writes ({error}); remove this file and "
+                "run again"
+            ) from None
+
+    def nonsense(self, codec: CodecSpec, width: int, window: int) -> list[int]:
+        """Numbers of the rows whose bytes are those that were written, and which no teacher can have said.
+
+        Args:
+            codec: of the cache.
+            width: what it codes.
+            window: tokens in a row, at most.
+        """
+        found = []
+        for index, row in enumerate(self.rows):
+            size, data = int(self.sizes[index]), self._data(index)
+            try:
+                if not 0 <= size <= window:
+                    raise ValueError(f"{size} positions")
+                if size:
+                    decoded(codec, torch.from_numpy(data), size, width)
+            except ValueError:
+                found.append(int(row))
+        return found
 
     def num_bytes(self) -> int:
         """Of all rows."""

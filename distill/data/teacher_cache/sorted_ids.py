@@ -38,24 +38,35 @@ def unpack_sorted(data: np.ndarray, count: int, universe: int) -> np.ndarray:
         data: uint8, their bytes and whatever stands behind these.
         count: of the numbers.
         universe: as it was then.
+
+    Raises:
+        ValueError: the bytes hold no such numbers.
     """
     low = _low_bits(universe, count)
     length = count + (universe >> low) + 1
     split = -(-length // 8)
     ones = np.flatnonzero(np.unpackbits(data[:split], count=length, bitorder="little").view(bool))
+    stop = split + -(-count * low // 8)
+    if len(ones) != count or len(data) < stop:
+        raise ValueError(f"{len(data)} bytes with {len(ones)} numbers, expected {stop} bytes with {count}")
     upper = ones - np.arange(count)
     if low == 0:
-        return upper
-    stop = split + -(-count * low // 8)
+        return _rising(upper)
     words = np.ndarray(stop - split, "<u4", np.append(data[split:stop], np.zeros(3, np.uint8)), strides=(1,))
     at = np.arange(count) * low
-    return upper << low | words[at >> 3] >> (at & 7).astype(np.uint32) & np.uint32((1 << low) - 1)
+    return _rising(upper << low | words[at >> 3] >> (at & 7).astype(np.uint32) & np.uint32((1 << low) - 1))
 
 
 def num_bytes(count: int, universe: int) -> int:
     """How long :func:`pack_sorted` of so many numbers is."""
     low = _low_bits(universe, count)
     return -(-(count + (universe >> low) + 1) // 8) + -(-count * low // 8)
+
+
+def _rising(values: np.ndarray) -> np.ndarray:
+    if (np.diff(values) <= 0).any():
+        raise ValueError("numbers that do not rise")
+    return values
 
 
 def _low_bits(universe: int, count: int) -> int:

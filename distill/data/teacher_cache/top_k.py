@@ -8,6 +8,7 @@ Source: arXiv 2503.16870 shows what leaving the tail out does to a student.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -47,6 +48,11 @@ class TopK(CodecSpec):
         rising = ids + width * torch.arange(len(ids)).unsqueeze(1)
         packed = pack_sorted(rising.flatten().numpy(), len(ids) * width)
         return torch.cat([torch.from_numpy(packed), as_bytes(values)])
+
+    def bytes_per_token(self, vocabulary: int, hidden: int) -> float:
+        kept = min(self.k, vocabulary)
+        value = 4 if self.value_dtype == "float32" else 2
+        return value * (kept + 1) + kept * (math.log2(vocabulary / kept) + 2.5) / 8
 
     def decode(self, data: Tensor, num_positions: int, width: int) -> dict[str, Tensor]:
         import torch

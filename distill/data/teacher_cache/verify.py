@@ -37,7 +37,7 @@ def describe(place: Place) -> str:
             f"  teacher {identity.teacher}, tokenizer {identity.tokenizer}, text {identity.text}",
             f"  read as {identity.packing} rows of {identity.window} tokens, vocabulary {place.vocabulary:,}",
             f"  {tokens:,} tokens in {_shards(len(shards))}, {size / 1e6:,.1f} MB, "
-            f"{size / max(tokens, 1):.1f} bytes a token",
+            f"{size / max(tokens, 1):.1f} bytes per token",
             f"  when it was begun: {Fidelity(**header['fidelity']).line()}",
         ]
     )
@@ -53,13 +53,18 @@ def damages(place: Place) -> Iterator[str]:
         yield f"{place.folder}: holds nothing"
     for file in shard_files(place.folder):
         try:
-            damaged = Shard(file).damaged()
+            shard = Shard(file)
         except ValueError as error:
             yield str(error)
             continue
-        if damaged:
-            shown = ", ".join(map(str, damaged[:8])) + (f" and {len(damaged) - 8} more" if len(damaged) > 8 else "")
-            yield f"{file}: damaged (rows {shown})"
+        if damaged := shard.damaged():
+            yield f"{file}: damaged (rows {_some(damaged)})"
+        elif wrong := shard.nonsense(place.codec, place.width, place.identity.window):
+            yield f"{file}: not what {place.codec.kind} writes, though its checksums are right (rows {_some(wrong)})"
+
+
+def _some(rows: list[int]) -> str:
+    return ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
 
 
 def verify(folder: Path) -> str:
@@ -74,8 +79,8 @@ def verify(folder: Path) -> str:
     lines = [line for place in places for line in damages(place)]
     lines += [f"{head}: damaged" for head in heads if head.is_file() and not is_whole(head)]
     if lines:
-        mend = f"remove {'these' if len(lines) > 1 else 'it'}; the next run writes anew what was there"
-        raise MachineError("\n".join([*lines, mend]))
+        fix = f"remove {'these' if len(lines) > 1 else 'it'}; the next run writes anew what was there"
+        raise MachineError("\n".join([*lines, fix]))
     shards = [shard for place in places for shard in open_shards(place.folder)]
     rows = sum(len(shard.rows) for shard in shards)
-    return f"{folder}: {rows:,} rows in {_shards(len(shards))}, every checksum is right"
+    return f"{folder}: {rows:,} rows in {_shards(len(shards))}, every checksum is right and every row can be read"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -13,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distill.core.artifact import hash_of, write_text
+from distill.core.artifact import hash_of
 from distill.core.batch import model_inputs
 from distill.core.errors import MachineError
-from distill.data.blocks import Blocks
-from distill.data.packing import alone
+from distill.core.stop import stoppable
+from distill.core.stored import write_checked
+from distill.data.packed_rows import PackedRows
+from distill.data.packing import file_lock
 from distill.data.teacher_cache.cache import Place, ids_of
 from distill.data.teacher_cache.fidelity import Fidelity, measure
 from distill.data.teacher_cache.identity import HEADER, VERSION
+from distill.data.teacher_cache.positions import kept_of
 from distill.data.teacher_cache.shards import Coded, checksum, open_shards, shard_file, write_shard
 
 if TYPE_CHECKING:
@@ -79,13 +81,13 @@ def fill(
         InputError: the cache there is another's, or the codec cannot code this vocabulary.
         MachineError: the disk is full or not writable.
     """
-    with alone(place.folder):
+    with file_lock(place.folder):
         missing = place.missing(wanted)
         header = place.header()
         if missing:
             teacher, read = live(), place.rows(tokens)
             header = header or _begin(place, read, missing, teacher)
-            _announce(place, Fidelity(**header["fidelity"]), int(read.lengths()[missing].sum()), what, say)
+            _announce(place, Fidelity(**header["fidelity"]), _num_cached(read, missing), what, say)
             _write(place, read, missing, teacher, header["rows_per_shard"], batch_size, what)
         elif wanted:
             say(f"{what}: all {len(wanted):,} rows are in the cache already")
@@ -93,7 +95,7 @@ def fill(
         return header
 
 
-def _begin(place: Place, read: Blocks, missing: Sequence[int], live: Live) -> dict[str, Any]:
+def _begin(place: Place, read: PackedRows, missing: Sequence[int], live: Live) -> dict[str, Any]:
     """Measure the codec on a sample, spread over the rows to come, and write the header."""
     count = min(len(missing), max(1, _SAMPLE_TOKENS // read.sequence_length))
     sample = [missing[i * len(missing) // count] for i in range(count)]
@@ -107,7 +109,7 @@ def _begin(place: Place, read: Blocks, missing: Sequence[int], live: Live) -> di
         "rows_per_shard": max(1, round(_SHARD_BYTES / (fidelity.bytes_per_token * read.sequence_length))),
         "fidelity": asdict(fidelity),
     }
-    write_text(place.folder / HEADER, json.dumps(header, indent=2) + "\n")
+    write_checked(place.folder / HEADER, header)
     return header
 
 
@@ -123,9 +125,9 @@ def _announce(place: Place, fidelity: Fidelity, tokens: int, what: str, say: Cal
 
 
 def _write(
-    place: Place, read: Blocks, missing: list[int], live: Live, per_shard: int, batch_size: int, what: str
+    place: Place, read: PackedRows, missing: list[int], live: Live, per_shard: int, batch_size: int, what: str
 ) -> None:
-    progress = _Progress(f"caching the teacher: {what}", len(missing))
+    progress = RowProgress(f"caching the teacher: {what}", len(missing))
     names = _free_names(place.folder)
     for start in range(0, len(missing), per_shard):
         coded = []
@@ -136,7 +138,7 @@ def _write(
 
 
 def _free_names(folder: Path) -> Iterator[Path]:
-    """Names that no whole shard has; one that is not whole is written over."""
+    """Names of shards to write: those that do not exist, or are damaged and written again."""
     whole = {shard.file for shard in open_shards(folder)}
     number = 0
     while True:
@@ -147,21 +149,31 @@ def _free_names(folder: Path) -> Iterator[Path]:
 
 @torch.inference_mode()
 def _encode(
-    place: Place, read: Blocks, numbers: Sequence[int], live: Live, batch_size: int
+    place: Place, read: PackedRows, numbers: Sequence[int], live: Live, batch_size: int
 ) -> Iterator[tuple[Tensor, Coded]]:
-    """The teacher's hidden states [positions, hidden] and the coded bytes of each row, at every token of it.
+    """The teacher's hidden states [positions, hidden] and the coded bytes of each row: at every token of it, or at
+    those that predict one that is learned from.
 
-    The last one of a row too: another way to cut the text goes on there.
+    The last one of a row too: another way to cut the text goes on there. Not at what is put in front of a piece.
     """
-    sizes = read.lengths()
-    for start in range(0, len(numbers), batch_size):
+    for start in stoppable(range(0, len(numbers), batch_size)):
         some = list(numbers[start : start + batch_size])
         batch = read[some]
         states = live.hidden(model_inputs(batch, live.device))
         for number, state in zip(some, states, strict=True):
-            hidden = state[: sizes[number]]
+            columns = torch.from_numpy(read.columns(number)).to(state.device)
+            hidden, cached = state[columns], kept_of(read, number)
+            if cached is not None:
+                hidden = hidden[torch.from_numpy(cached).to(hidden.device)]
             data = encode_row(place, hidden, number, live)
             yield hidden, Coded(number, len(hidden), checksum(ids_of(read, number)), data)
+
+
+def _num_cached(read: PackedRows, rows: Sequence[int]) -> int:
+    """Positions of rows that are cached."""
+    if read.tokens.num_learned is None:
+        return sum(size for row in rows for _, size in read.rows.spans(row))
+    return sum(int(kept.sum()) for row in rows if (kept := kept_of(read, row)) is not None)
 
 
 def encode_row(place: Place, hidden: Tensor, number: int, live: Live) -> Tensor:
@@ -175,7 +187,7 @@ def encode_row(place: Place, hidden: Tensor, number: int, live: Live) -> Tensor:
     return place.codec.pack([torch.cat(parts).cpu() for parts in zip(*fields, strict=True)], place.width)
 
 
-class _Progress:
+class RowProgress:
     """A line to standard error now and then, with the time that is left."""
 
     def __init__(self, what: str, total: int):

@@ -1,4 +1,4 @@
-"""One layout an architecture; add a file and its name here to prune another one (docs/add-an-architecture.md)."""
+"""Layouts, one file per architecture; to add one, write a file and add it here (docs/add-an-architecture.md)."""
 
 from collections.abc import Mapping
 
@@ -40,7 +40,7 @@ def layout_for(model_type: str) -> Layout:
     """
     if model_type not in LAYOUTS:
         raise InputError(
-            f"model_type {model_type!r} cannot be pruned (expected one of {', '.join(LAYOUTS)})"
+            f"pruning does not know model_type {model_type!r} (expected one of {', '.join(LAYOUTS)})"
             + (suggest(model_type, LAYOUTS) or "; add its layout to distill/models/layouts")
         )
     return LAYOUTS[model_type]

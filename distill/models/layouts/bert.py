@@ -1,4 +1,4 @@
-"""BERT with its head for masked words: post-norm encoder with LayerNorm and learned positions."""
+"""BERT with its masked-language-modelling head: post-norm encoder with LayerNorm and learned positions."""
 
 from distill.models.layouts.parts import HEADS, HIDDEN, NEURONS, SIZE_KEYS, layer_norm, linear
 from distill.pruning.layout import Layout, Parameter
@@ -12,7 +12,7 @@ ENCODER_SIZE_KEYS = {
 
 
 def encoder(model_type: str, prefix: str, head: list[Parameter], pinned_tokens: tuple[str, ...] = ()) -> Layout:
-    """An encoder whose modules are named as BERT's are, under a prefix."""
+    """The layout of an encoder whose modules have BERT's names, under a prefix."""
     layer = f"{prefix}.encoder.layer.{{layer}}"
     return Layout(
         model_type=model_type,

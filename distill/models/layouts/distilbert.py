@@ -1,4 +1,4 @@
-"""DistilBERT with its head for masked words: BERT without token types, and an epsilon that the class fixes at 1e-12."""
+"""DistilBERT with its masked-language-modelling head: BERT without token types; the class fixes epsilon at 1e-12."""
 
 from distill.models.layouts.bert import TIED
 from distill.models.layouts.parts import HEADS, HIDDEN, NEURONS, layer_norm, linear

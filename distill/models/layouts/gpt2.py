@@ -1,4 +1,4 @@
-"""GPT-2: pre-norm decoder with LayerNorm, learned positions, and weights that stand [inputs, outputs] (Conv1D)."""
+"""GPT-2: pre-norm decoder with LayerNorm, learned positions, and weights stored as [inputs, outputs] (Conv1D)."""
 
 from distill.models.layouts.parts import HEADS, HIDDEN, NEURONS, layer_norm
 from distill.pruning.layout import Dimension, Layout, Parameter

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: LayerNorm, rotary positions on a part of each head, q, k and v interleaved head by head."""
+"""GPT-NeoX and Pythia: LayerNorm, rotary positions on part of each head, one projection with q, k and v per head."""
 
 from distill.models.layouts.parts import HEADS, HIDDEN, NEURONS, SIZE_KEYS, layer_norm, linear
 from distill.pruning.layout import Layout, Parameter

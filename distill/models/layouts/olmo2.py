@@ -1,7 +1,7 @@
-"""OLMo 2: attention and MLP read the residual stream as it is; norms stand behind them, and on q and k.
+"""OLMo 2: no norms before attention and MLP, but norms on their outputs, and on q and k.
 
-The norms on q and k run over the channels of all heads together. With fewer heads they run over those that stay, so
-that a head's queries keep their size; the root mean square over all heads is lost with the heads that go.
+The norms on q and k are over the channels of all heads. After pruning they are over the kept heads only: the size of
+the queries stays about the same, but the exact root mean square over the original heads is lost.
 """
 
 from distill.models.layouts.parts import LAYER, attention, decoder, gated_mlp, rms_norm

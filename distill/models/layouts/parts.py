@@ -1,4 +1,4 @@
-"""What layouts are put together from: rows of the table for linear layers, norms and whole decoders of one build."""
+"""Building blocks of layouts: the parameters of linear layers, norms, attention, MLPs and Llama-like decoders."""
 
 from __future__ import annotations
 
@@ -21,48 +21,50 @@ GATE_AND_UP = (NEURONS, NEURONS)
 
 
 def linear(
-    path: str, rows: Dimension, columns: Dimension, *, bias: bool | str = True, grows: bool = False
+    path: str, rows: Dimension, columns: Dimension, *, bias: bool | str = True, rescaled: bool = False
 ) -> list[Parameter]:
-    """Weight and bias of a linear layer.
+    """Weight [rows, columns] and bias [rows] of a linear layer.
 
     Args:
         path: of the module.
-        rows: what the outputs are.
-        columns: what the inputs are.
-        bias: never, always, or the config key that decides.
-        grows: whether its output must grow along when a norm behind it reads the epsilon that hidden pruning rescales.
+        rows: axis of the outputs.
+        columns: axis of the inputs.
+        bias: False: none; True: always; or the config key that decides.
+        rescaled: True if a norm after the layer reads the epsilon that hidden pruning rescales, so that the layer's
+            output must be rescaled with it.
     """
-    growth: Literal["weight", "no"] = "weight" if grows else "no"
-    weight = Parameter(f"{path}.weight", (rows, columns), grows=growth)
+    scaling: Literal["weight", "no"] = "weight" if rescaled else "no"
+    weight = Parameter(f"{path}.weight", (rows, columns), rescaled=scaling)
     if bias is False:
         return [weight]
-    return [weight, Parameter(f"{path}.bias", (rows,), bias if isinstance(bias, str) else None, grows=growth)]
+    return [weight, Parameter(f"{path}.bias", (rows,), bias if isinstance(bias, str) else None, rescaled=scaling)]
 
 
 def rms_norm(path: str, *, one_plus: bool = False) -> Parameter:
-    """The weight of an RMSNorm over the hidden channels; ``one_plus`` where the module adds one to it."""
-    return Parameter(f"{path}.weight", (HIDDEN,), grows="one_plus_weight" if one_plus else "weight")
+    """The weight of an RMSNorm over the hidden channels; ``one_plus`` if the module adds one to the weight."""
+    return Parameter(f"{path}.weight", (HIDDEN,), rescaled="one_plus_weight" if one_plus else "weight")
 
 
 def layer_norm(path: str) -> list[Parameter]:
     """Weight and bias of a LayerNorm over the hidden channels."""
-    return [Parameter(f"{path}.weight", (HIDDEN,), grows="weight"), Parameter(f"{path}.bias", (HIDDEN,))]
+    return [Parameter(f"{path}.weight", (HIDDEN,), rescaled="weight"), Parameter(f"{path}.bias", (HIDDEN,))]
 
 
 def attention(
     *, qkv_bias: bool | str = False, out_bias: bool | str = False, norms: Literal["none", "head", "width"] = "none"
 ) -> list[Parameter]:
-    """Rows of q, k, v and o as Llama names them, and of norms on q and k.
+    """The parameters of q, k, v and o under Llama's names, and of norms on q and k.
 
     Args:
         qkv_bias: whether q, k and v have biases, or the config key that decides.
-        out_bias: the same of o.
-        norms: over each head's own channels, or over the channels of all heads; both read the other norms' epsilon.
+        out_bias: the same for o.
+        norms: none, over the channels of each head ("head"), or over the channels of all heads ("width"). Both kinds
+            read the same epsilon as the other norms.
     """
     path, normed = f"{LAYER}.self_attn", norms != "none"
     rows = [
-        *linear(f"{path}.q_proj", HEADS, HIDDEN, bias=qkv_bias, grows=normed),
-        *linear(f"{path}.k_proj", GROUPS, HIDDEN, bias=qkv_bias, grows=normed),
+        *linear(f"{path}.q_proj", HEADS, HIDDEN, bias=qkv_bias, rescaled=normed),
+        *linear(f"{path}.k_proj", GROUPS, HIDDEN, bias=qkv_bias, rescaled=normed),
         *linear(f"{path}.v_proj", GROUPS, HIDDEN, bias=qkv_bias),
         *linear(f"{path}.o_proj", HIDDEN, HEADS, bias=out_bias),
     ]
@@ -73,7 +75,7 @@ def attention(
 
 
 def gated_mlp(*, bias: bool | str = False) -> list[Parameter]:
-    """Rows of gate, up and down as Llama names them."""
+    """The parameters of gate, up and down under Llama's names."""
     path = f"{LAYER}.mlp"
     return [
         *linear(f"{path}.gate_proj", NEURONS, HIDDEN, bias=bias),
@@ -83,7 +85,7 @@ def gated_mlp(*, bias: bool | str = False) -> list[Parameter]:
 
 
 def expert_mlp() -> list[Parameter]:
-    """Rows of a router and its experts, as transformers stacks them: all experts of a layer in two tensors."""
+    """The parameters of a router and its experts; transformers stacks all experts of a layer in two tensors."""
     path = f"{LAYER}.mlp"
     return [
         Parameter(f"{path}.gate.weight", ("experts", HIDDEN)),
@@ -93,7 +95,7 @@ def expert_mlp() -> list[Parameter]:
 
 
 def ends() -> list[Parameter]:
-    """Rows of the embeddings, the last norm and the head as Llama names them."""
+    """The parameters of the embeddings, the last norm and the head under Llama's names."""
     return [
         Parameter("model.embed_tokens.weight", ("vocabulary", HIDDEN)),
         rms_norm("model.norm"),
@@ -102,12 +104,12 @@ def ends() -> list[Parameter]:
 
 
 def decoder(model_type: str, layer: list[Parameter], *, of: list[Parameter] | None = None, **fields: Any) -> Layout:
-    """A layout whose modules are named as Llama's are.
+    """The layout of a decoder whose modules have Llama's names.
 
     Args:
         model_type: of the config.
-        layer: rows of a layer, in ``{layer}``.
-        of: rows outside the layers; as :func:`ends` gives them if left out.
+        layer: the parameters of a layer, with ``{layer}`` in their paths.
+        of: the parameters outside the layers; default: :func:`ends`.
         fields: fields of :class:`Layout` that differ from Llama's.
     """
     start: dict[str, Any] = {
@@ -124,5 +126,5 @@ def decoder(model_type: str, layer: list[Parameter], *, of: list[Parameter] | No
 
 
 def pre_norms() -> list[Parameter]:
-    """Rows of a layer's two norms, one before the attention and one before the MLP."""
+    """The weights of a layer's two norms, before the attention and before the MLP."""
     return [rms_norm(f"{LAYER}.input_layernorm"), rms_norm(f"{LAYER}.post_attention_layernorm")]

@@ -1,7 +1,7 @@
 """Phi-3, Phi-3.5 and Phi-4: Llama with q, k and v in one projection, and gate and up in another.
 
-With long contexts (LongRoPE) the config class counts the rotary factors against hidden size / heads, whatever
-``head_dim`` says, so there the two must keep their ratio.
+With long contexts (LongRoPE) the config class checks the number of rotary factors against hidden size / heads and
+ignores ``head_dim``, so hidden size and heads must keep their ratio.
 """
 
 from distill.models.layouts.parts import GATE_AND_UP, GROUPS, HEADS, HIDDEN, LAYER, NEURONS, decoder, linear, pre_norms
@@ -9,7 +9,7 @@ from distill.pruning.layout import Config, HiddenRule
 
 
 def hidden_rule(config: Config) -> HiddenRule:
-    """What the class demands of the hidden size."""
+    """What the config class requires of the hidden size."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return "heads_times_head_dim" if rope.get("short_factor") else "free"
 

@@ -1,4 +1,4 @@
-"""Qwen3: Llama with q and k normalised over each head's own channels, under the same epsilon as the other norms."""
+"""Qwen3: Llama with norms on q and k over the channels of each head, with the same epsilon as the other norms."""
 
 from distill.models.layouts.parts import attention, decoder, gated_mlp, pre_norms
 

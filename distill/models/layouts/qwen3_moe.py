@@ -1,4 +1,4 @@
-"""Qwen3's mixtures of experts: Qwen3 with experts in place of the MLP, in every layer."""
+"""Qwen3 mixture of experts: Qwen3 with experts instead of the MLP, in every layer."""
 
 from distill.models.layouts.parts import LAYER, NEURONS, SIZE_KEYS, attention, decoder, expert_mlp, pre_norms
 

@@ -1,4 +1,4 @@
-"""RoBERTa with its head for masked words: BERT by other names; positions are counted from the padding token's id on."""
+"""RoBERTa with its masked-language-modelling head: BERT with other names; positions start after pad_token_id."""
 
 from distill.models.layouts.bert import TIED, encoder
 from distill.models.layouts.parts import HIDDEN, layer_norm, linear

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.data.blocks import Blocks
-from distill.data.packing import TokenFile
+from distill.data.packed_rows import PackedRows
+from distill.data.packing import store_tokens
 from distill.data.teacher_cache import Hidden, Sampled, TopK
 from distill.data.teacher_cache.base import CodecSpec
 from distill.data.teacher_cache.cache import Place
@@ -51,10 +51,9 @@ def value_and_gradient(student: Tensor, signal: Tensor | SparseSignal) -> tuple[
     return float(term.sum.detach()), torch.autograd.grad(term.sum, student)[0]
 
 
-def make_blocks(file: Path, seed: int = 0) -> Blocks:
+def make_blocks(file: Path, seed: int = 0) -> PackedRows:
     ids = np.random.default_rng(seed).integers(0, VOCABULARY, 19 * LENGTH + 7).astype(np.uint16)
-    ids.tofile(file)
-    return Blocks(TokenFile(str(file), "uint16", len(ids), 1, 1, VOCABULARY - 1, 0), LENGTH)
+    return PackedRows(store_tokens(file, [ids], 0), LENGTH)
 
 
 class Teacher:
@@ -78,7 +77,7 @@ class Teacher:
         return Live(self.hidden, lambda rows: 3 * self.head(rows), torch.device("cpu"))
 
 
-def place_of(folder: Path, blocks: Blocks, codec: CodecSpec, teacher: str = "t", tokenizer: str = "k") -> Place:
+def place_of(folder: Path, blocks: PackedRows, codec: CodecSpec, teacher: str = "t", tokenizer: str = "k") -> Place:
     width = WIDTH if codec.reads == "hidden" else VOCABULARY
     return Place(folder, Identity.of(teacher, tokenizer, blocks, codec), codec, width, VOCABULARY)
 
@@ -86,7 +85,7 @@ def place_of(folder: Path, blocks: Blocks, codec: CodecSpec, teacher: str = "t",
 every_codec = pytest.mark.parametrize("codec", [TopK(k=4), Sampled(draws=5), Hidden()], ids=lambda codec: codec.kind)
 
 
-def fill_all(place: Place, blocks: Blocks, wanted: Any = range(20), teacher: Teacher | None = None) -> list[str]:
+def fill_all(place: Place, blocks: PackedRows, wanted: Any = range(20), teacher: Teacher | None = None) -> list[str]:
     said: list[str] = []
     wanted = place.needed(blocks, list(wanted))
     fill(place, blocks.tokens, wanted, teacher or Teacher(), batch_size=2, what="train", say=said.append)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.data.blocks import Blocks
+from distill.data.packed_rows import PackedRows
 from distill.data.teacher_cache import write as writing
 
 from .caches import (
@@ -15,7 +15,7 @@ from .caches import (
 
 
 @pytest.fixture
-def blocks(tmp_path: Path) -> Blocks:
+def blocks(tmp_path: Path) -> PackedRows:
     """20 blocks, the last of them not full."""
     return make_blocks(tmp_path / "train.bin")
 

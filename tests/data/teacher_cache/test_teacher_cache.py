@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from math import isfinite, log
 from pathlib import Path
 
@@ -12,14 +15,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from distill.core.errors import InputError, MachineError
-from distill.data.blocks import Blocks
 from distill.data.loader import train_batches
+from distill.data.micro_batches import MicroBatches
+from distill.data.packed_rows import PackedRows
 from distill.data.teacher_cache import CODECS, Hidden, Sampled, TopK
 from distill.data.teacher_cache import write as writing
 from distill.data.teacher_cache.base import HIDDEN, IDS, PROBS, TAIL, CodecSpec
-from distill.data.teacher_cache.cache import CachedBlocks
+from distill.data.teacher_cache.cache import CachedRows, ids_of
 from distill.data.teacher_cache.fidelity import measure
 from distill.data.teacher_cache.head_file import head_file, seal
+from distill.data.teacher_cache.shards import Coded, Shard, shard_file, write_shard
 from distill.data.teacher_cache.verify import describe, verify
 from distill.data.teacher_cache.write import Live, fill
 from distill.training.cached_teacher import CachedTeacher
@@ -43,10 +48,10 @@ def test_every_codec_is_tested() -> None:
 
 
 @every_codec
-def test_what_is_read_is_what_the_teacher_says(codec: CodecSpec, blocks: Blocks, tmp_path: Path) -> None:
+def test_what_is_read_is_what_the_teacher_says(codec: CodecSpec, blocks: PackedRows, tmp_path: Path) -> None:
     place = place_of(tmp_path / "cache", blocks, codec)
     fill_all(place, blocks)
-    cached, teacher, numbers = CachedBlocks(blocks, place), Teacher(), [7, 19, 0]
+    cached, teacher, numbers = CachedRows(blocks, place), Teacher(), [7, 19, 0]
     batch = cached[numbers]
     assert torch.equal(batch["input_ids"], blocks[numbers]["input_ids"])
     mask = batch["mask"]
@@ -68,11 +73,13 @@ def test_what_is_read_is_what_the_teacher_says(codec: CodecSpec, blocks: Blocks,
 
 
 @every_codec
-def test_a_block_is_the_same_in_any_order_batch_and_process(codec: CodecSpec, blocks: Blocks, tmp_path: Path) -> None:
+def test_a_block_is_the_same_in_any_order_batch_and_process(
+    codec: CodecSpec, blocks: PackedRows, tmp_path: Path
+) -> None:
     place = place_of(tmp_path / "cache", blocks, codec)
     fill_all(place, blocks, [3, 11])  # two at first, the others later
     fill_all(place, blocks)
-    cached = CachedBlocks(blocks, place)
+    cached = CachedRows(blocks, place)
     alone = cached[5]
     among = cached[[9, 5, 19]]
     workers = DataLoader(cached, sampler=[[5], [9, 5, 19]], batch_size=None, num_workers=2)  # type: ignore[arg-type]
@@ -85,7 +92,7 @@ def test_a_block_is_the_same_in_any_order_batch_and_process(codec: CodecSpec, bl
 
 
 @every_codec
-def test_a_killed_writing_goes_on_to_the_same_files(codec: CodecSpec, blocks: Blocks, tmp_path: Path) -> None:
+def test_a_killed_writing_goes_on_to_the_same_files(codec: CodecSpec, blocks: PackedRows, tmp_path: Path) -> None:
     whole, torn = (place_of(tmp_path / name, blocks, codec) for name in ("whole", "torn"))
     fill_all(whole, blocks)
     with pytest.raises(KeyboardInterrupt):
@@ -101,19 +108,19 @@ def test_a_killed_writing_goes_on_to_the_same_files(codec: CodecSpec, blocks: Bl
 
 
 @every_codec
-def test_two_ranks_read_what_one_reads(codec: CodecSpec, blocks: Blocks, tmp_path: Path) -> None:
+def test_two_ranks_read_what_one_reads(codec: CodecSpec, blocks: PackedRows, tmp_path: Path) -> None:
     place = place_of(tmp_path / "cache", blocks, codec)
     fill_all(place, blocks)
-    cached = CachedBlocks(blocks, place)
-    one = list(train_batches(cached, 3, 4, end_sequences=8))
-    two = [list(train_batches(cached, 3, 2, rank=rank, world_size=2, end_sequences=8)) for rank in range(2)]
+    cached = CachedRows(blocks, place)
+    one = list(islice(train_batches(cached, 3, MicroBatches(4)), 2))
+    two = [list(islice(train_batches(cached, 3, MicroBatches(2, 0, rank, 2)), 2)) for rank in range(2)]
     for whole, *parts in zip(one, *two, strict=True):
         for key, values in whole.items():
             for part, expected in zip(parts, values.split(2), strict=True):
                 assert torch.equal(part[key], expected[..., : part[key].shape[-1]])
 
 
-def test_processes_that_fill_at_once_share_the_work(blocks: Blocks, tmp_path: Path) -> None:
+def test_processes_that_fill_at_once_share_the_work(blocks: PackedRows, tmp_path: Path) -> None:
     whole, shared = (place_of(tmp_path / name, blocks, TopK(k=4)) for name in ("whole", "shared"))
     fill_all(whole, blocks)
     teachers = [Teacher(), Teacher()]
@@ -123,21 +130,21 @@ def test_processes_that_fill_at_once_share_the_work(blocks: Blocks, tmp_path: Pa
     assert min(teacher.batches for teacher in teachers) == 0
 
 
-def test_a_block_that_is_not_there_is_a_mistake_of_who_uses_it(blocks: Blocks, tmp_path: Path) -> None:
+def test_a_block_that_is_not_there_is_a_mistake_of_who_uses_it(blocks: PackedRows, tmp_path: Path) -> None:
     place = place_of(tmp_path / "cache", blocks, TopK(k=4))
     fill_all(place, blocks, [1, 2])
-    cached = CachedBlocks(blocks, place)
+    cached = CachedRows(blocks, place)
     assert IDS in cached[[1, 2]]
     assert IDS not in cached[[1, 3]]  # a loader reads ahead, beyond the end of training
     with pytest.raises(InputError, match="not in the teacher's cache"):
         CachedTeacher(VOCABULARY, tmp_path, whole=False).signal(cached[[1, 3]])
 
 
-def test_a_full_cache_loads_no_teacher(blocks: Blocks, tmp_path: Path) -> None:
+def test_a_full_cache_loads_no_teacher(blocks: PackedRows, tmp_path: Path) -> None:
     place = place_of(tmp_path / "cache", blocks, TopK(k=4))
     said = fill_all(place, blocks)
     assert len(said) == 1
-    assert "bytes a token" in said[0]
+    assert "bytes per token" in said[0]
     assert "on disk" in said[0]
 
     def never() -> Live:
@@ -147,7 +154,7 @@ def test_a_full_cache_loads_no_teacher(blocks: Blocks, tmp_path: Path) -> None:
     assert said[1:] == ["train: all 20 rows are in the cache already"]
 
 
-def test_a_cut_shard_is_written_anew_and_a_damaged_block_is_refused(blocks: Blocks, tmp_path: Path) -> None:
+def test_a_cut_shard_is_written_anew_and_a_damaged_block_is_refused(blocks: PackedRows, tmp_path: Path) -> None:
     place = place_of(tmp_path / "cache", blocks, TopK(k=4))
     fill_all(place, blocks)
     before = files(place.folder)
@@ -161,15 +168,15 @@ def test_a_cut_shard_is_written_anew_and_a_damaged_block_is_refused(blocks: Bloc
     damaged[-3] ^= 1  # in whichever tensor stands last
     file.write_bytes(damaged)
     with pytest.raises(MachineError, match=r"damaged|other text"):
-        CachedBlocks(blocks, place)[list(range(20))]
+        CachedRows(blocks, place)[list(range(20))]
 
 
-def test_verify_names_every_damaged_file(blocks: Blocks, tmp_path: Path) -> None:
+def test_verify_names_every_damaged_file(blocks: PackedRows, tmp_path: Path) -> None:
     place = place_of(tmp_path / "cache" / "train", blocks, TopK(k=4))
     fill_all(place, blocks)
     assert "20 rows in" in verify(tmp_path / "cache")
     assert "every checksum is right" in verify(place.folder)
-    for line in ("top_k (k 4, value_dtype float16)", "rows of 16 tokens", "311 tokens in", "bytes a token, KL"):
+    for line in ("top_k (k 4, value_dtype float16)", "rows of 16 tokens", "311 tokens in", "bytes per token, KL"):
         assert line in describe(place)
     whole = {file: file.read_bytes() for file in sorted(place.folder.glob("shard-*"))}
     first, second, *_ = whole
@@ -205,7 +212,7 @@ def test_verify_names_every_damaged_file(blocks: Blocks, tmp_path: Path) -> None
         verify(tmp_path)
 
 
-def test_another_text_teacher_tokenizer_or_codec_is_refused_by_name(blocks: Blocks, tmp_path: Path) -> None:
+def test_another_text_teacher_tokenizer_or_codec_is_refused_by_name(blocks: PackedRows, tmp_path: Path) -> None:
     fill_all(place_of(tmp_path / "cache", blocks, TopK(k=4)), blocks)
     (tmp_path / "other").mkdir()
     other = make_blocks(tmp_path / "other" / "train.bin", seed=1)
@@ -219,12 +226,12 @@ def test_another_text_teacher_tokenizer_or_codec_is_refused_by_name(blocks: Bloc
         with pytest.raises(InputError, match=f"written with {name}"):
             fill_all(place, blocks)
         with pytest.raises(InputError, match=f"written with {name}"):
-            CachedBlocks(blocks, place)
+            CachedRows(blocks, place)
     with pytest.raises(InputError, match="no teacher cache there"):
-        CachedBlocks(blocks, place_of(tmp_path / "nowhere", blocks, TopK(k=4)))
+        CachedRows(blocks, place_of(tmp_path / "nowhere", blocks, TopK(k=4)))
 
 
-def test_a_moved_text_keeps_its_cache(blocks: Blocks, tmp_path: Path) -> None:
+def test_a_moved_text_keeps_its_cache(blocks: PackedRows, tmp_path: Path) -> None:
     (tmp_path / "moved").mkdir()
     assert place_of(tmp_path, make_blocks(tmp_path / "moved" / "x.bin"), TopK()).identity == (
         place_of(tmp_path, blocks, TopK()).identity
@@ -232,13 +239,17 @@ def test_a_moved_text_keeps_its_cache(blocks: Blocks, tmp_path: Path) -> None:
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(
-    blocks: Blocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    blocks: PackedRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = place_of(tmp_path / "cache", blocks, TopK(k=4))
     monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    said: list[str] = []
     with pytest.raises(MachineError, match="GB are free"):
-        fill_all(place, blocks)
+        fill(place, blocks.tokens, range(20), Teacher(), batch_size=2, what="train", say=said.append)
     assert not files(place.folder)
+    assert re.search(r"[\d.]+ bytes per token.* KL .* MB on disk", said[0]), (
+        "its cost and its loss, before it is written"
+    )
 
 
 def test_a_very_sure_teacher_has_a_fidelity_too() -> None:
@@ -250,7 +261,7 @@ def test_a_very_sure_teacher_has_a_fidelity_too() -> None:
     assert isfinite(found.gradient_cosine)
 
 
-def test_the_fidelity_report_tells_the_codecs_apart(blocks: Blocks, tmp_path: Path) -> None:
+def test_the_fidelity_report_tells_the_codecs_apart(blocks: PackedRows, tmp_path: Path) -> None:
     found = {}
     for codec in (TopK(k=2), TopK(k=20), TopK(k=40, value_dtype="float32"), Sampled(draws=50), Hidden()):
         folder = tmp_path / f"cache{len(found)}"
@@ -266,3 +277,82 @@ def test_the_fidelity_report_tells_the_codecs_apart(blocks: Blocks, tmp_path: Pa
     assert hidden["kl"] < 1e-3
     assert hidden["bytes_per_token"] == 2 * WIDTH
     assert few["bytes_per_token"] == pytest.approx(3 * 2 + 2 * (log(VOCABULARY / 2, 2) + 2.5) / 8, abs=0.5)
+
+
+@pytest.mark.parametrize("data", ["noise", "zeros", "ones", "shorter", "longer", "nothing"])
+@every_codec
+def test_a_row_that_no_teacher_can_have_said_is_found_though_its_checksum_is_right(
+    codec: CodecSpec, data: str, blocks: PackedRows, tmp_path: Path
+) -> None:
+    place = place_of(tmp_path / "cache", blocks, codec)
+    fill_all(place, blocks)
+    file = shard_file(place.folder, 0)
+    shard, generator = Shard(file), torch.Generator().manual_seed(0)
+    rows = []
+    for index, (number, size) in enumerate(zip(shard.rows.tolist(), shard.sizes.tolist(), strict=True)):
+        whole = shard.read(index, ids_of(place.rows(blocks.tokens), number))
+        wrong = {
+            "noise": torch.randint(0, 256, whole.shape, dtype=torch.uint8, generator=generator),
+            "zeros": torch.zeros_like(whole),
+            "ones": torch.full_like(whole, 255),
+            "shorter": whole[: len(whole) // 3],
+            "longer": torch.cat([whole[1:], whole]),
+            "nothing": whole[:0],
+        }
+        if codec.whole and data in ("noise", "zeros"):
+            pytest.skip("any finite numbers may be hidden states")
+        rows.append(Coded(number, size, int(shard.checks[index, 0]), wrong[data] if index == 1 else whole))
+    write_shard(file, rows)
+    number = rows[1].number
+    with pytest.raises(
+        InputError, match=rf"^{file}: row {number} is not what {codec.kind} writes \(.*\); remove"
+    ) as one:
+        CachedRows(blocks, place)[[number]]
+    assert "\n" not in str(one.value)
+    with pytest.raises(MachineError, match=rf"{file}: not what {codec.kind} writes.* \(rows {number}\)"):
+        verify(place.folder)
+
+
+def test_a_row_of_a_size_that_no_row_has_is_found(blocks: PackedRows, tmp_path: Path) -> None:
+    place = place_of(tmp_path / "cache", blocks, Sampled(draws=4))
+    fill_all(place, blocks)
+    file = shard_file(place.folder, 0)
+    for size in (-1, 10**12):
+        write_shard(file, [Coded(3, size, 0, torch.zeros(40, dtype=torch.uint8))])
+        with pytest.raises(MachineError, match=rf"{file}: not what sampled writes"):
+            verify(place.folder)
+
+
+def test_a_damaged_row_is_one_line_from_a_worker_too(blocks: PackedRows, tmp_path: Path) -> None:
+    place = place_of(tmp_path / "cache", blocks, TopK(k=4))
+    fill_all(place, blocks)
+    file = shard_file(place.folder, 0)
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    cached = CachedRows(blocks, place)
+    with pytest.raises(MachineError) as refusal:
+        list(islice(train_batches(cached, 3, MicroBatches(4), 1), 5))
+    assert str(refusal.value).startswith(f"{file}: row ")
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_edited_header_is_refused(blocks: PackedRows, tmp_path: Path) -> None:
+    place = place_of(tmp_path / "cache", blocks, TopK(k=4))
+    fill_all(place, blocks)
+    header = place.folder / "cache.json"
+    content = json.loads(header.read_text())
+    content["fidelity"]["gradient_cosine"] = 1.0
+    header.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"{header}: not the header of a teacher cache, or damaged"):
+        fill_all(place, blocks)
+
+
+def test_a_pipe_in_the_place_of_a_shard_is_not_waited_for(blocks: PackedRows, tmp_path: Path) -> None:
+    place = place_of(tmp_path / "cache", blocks, TopK(k=4))
+    fill_all(place, blocks)
+    file = shard_file(place.folder, 0)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(MachineError, match=f"{file}: no regular file"):
+        verify(place.folder)

@@ -1,0 +1,77 @@
+"""Parquet files and batches of Arrow as plain rows; what cannot be one is named, and the others are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from distill.core.errors import InputError
+from distill.data import files
+from distill.data.columns import ColumnsSpec, Numbered
+from distill.data.files import File
+from distill.data.message import Unusable
+
+BUFFER = 1 << 20
+"""Bytes of a column that are read at once."""
+BATCH = 256
+"""Rows in memory at once."""
+
+
+def rows_of(batch: pyarrow.RecordBatch, *, from_disk: bool = False) -> Iterator[Any]:
+    """The rows of a batch one by one, each a dict of Python values by column, or the reason why it cannot be read.
+
+    Args:
+        batch: the rows.
+        from_disk: whether its buffers are those of a file, which may be damaged: all of them are checked first.
+
+    Raises:
+        pyarrow.ArrowInvalid: its buffers lead out of themselves.
+    """
+    batch.validate(full=from_disk)
+    names, columns = batch.schema.names, batch.columns
+    for place in range(batch.num_rows):
+        try:
+            yield {name: column[place].as_py() for name, column in zip(names, columns, strict=True)}
+        except UnicodeDecodeError as error:
+            yield Unusable("not text", f"a column is not UTF-8 ({error.reason} at byte {error.start})")
+        except (ValueError, OverflowError) as error:
+            yield Unusable("wrong type", f"a value is out of range ({' '.join(str(error).split())[:100]})")
+
+
+def parquet_rows(file: File, columns: frozenset[str] | None, source: ColumnsSpec | None) -> Iterator[Numbered]:
+    """The rows of a parquet file, numbered from 1.
+
+    Args:
+        file: where it is.
+        columns: those that are read; None: all.
+        source: whose text the rows must be able to have; None: anything goes.
+
+    Raises:
+        InputError: the file is not a complete parquet file, or has no column that the text is made of.
+    """
+    if file.suffix in files.PACKED:
+        raise InputError(f"{file}: parquet is compressed inside, and is not read in another compressed file; unpack it")
+    number = 0
+    with files.raw(file, seekable=True) as stream:
+        try:
+            # BUFFER bytes of a column are read at a time, not the whole column
+            how: dict[str, Any] = {"buffer_size": BUFFER, "pre_buffer": False}
+            opened = pyarrow.parquet.ParquetFile(stream, **how)
+            schema = opened.schema_arrow
+            if source is not None and (why := source.missing(schema.names)) is not None:
+                raise InputError(f"{file}: {why}")
+            # a text that is stored once for many rows stays so: its copies might fill the memory
+            texts = [field.name for field in schema if pyarrow.types.is_string(field.type)]
+            opened = pyarrow.parquet.ParquetFile(stream, metadata=opened.metadata, read_dictionary=texts, **how)
+            wanted = None if columns is None else [name for name in schema.names if name in columns]
+            for batch in opened.iter_batches(batch_size=BATCH, columns=wanted, use_threads=False):
+                for row in rows_of(batch):
+                    number += 1
+                    yield f"{file.as_posix()}:row {number}", row
+        except (OSError, pyarrow.ArrowException, MemoryError, OverflowError, ValueError) as error:
+            where = f" behind row {number:,}" if number else ""
+            why = " ".join(str(error).split())[:200]
+            raise InputError(f"{file}: not a whole parquet file{where} ({why}); fetch or write it again") from None

@@ -1,0 +1,110 @@
+"""Training rows that a recipe has left out: those that repeat other rows, and those that hold rows of a test set.
+
+Rows are looked at one after the other, in the order of the sources, before anything is tokenized. So what is left out
+depends on the text and the recipe alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+from distill.core.stop import stoppable
+from distill.data.base import Conversation, Document, Item, Rejected, Removed, digest, normalised
+from distill.data.clean_spec import CleanSpec
+from distill.data.mixture_split import OneText
+from distill.data.near_duplicates import NearDuplicates
+from distill.data.overlap import TestRows
+from distill.data.tally import Tally
+from distill.data.words import words_of
+
+RULE = "1: equal normalised texts; MinHash of 5 words, 14 bands of 8, 0.75, from 50 words; half of 8-grams"
+"""What is left out, for tokens on disk that were made by another rule."""
+
+
+class Cleaner:
+    """Goes over the training rows of all sources of a text once, in their order.
+
+    Args:
+        spec: what is left out.
+        texts: the sources, those of a mixture in its order.
+    """
+
+    def __init__(self, spec: CleanSpec, texts: Sequence[OneText]):
+        self.spec, self.texts = spec, texts
+        self._seen: dict[bytes, str] = {}
+        self._near = NearDuplicates()
+        self._num_read = 0  # of the texts
+
+    def identity(self) -> list[Any]:
+        """Stands for what is left out of the texts; they themselves are not in it, but their order is."""
+        tests = [source.identity() for _, source in self.spec.tests()]
+        return [RULE, self.spec.duplicates, self.spec.of_validation, *tests, [text.name for text in self.texts]]
+
+    def training(self, text: OneText) -> Iterator[Item]:
+        """The training side of one of the texts; rows that are left out are :class:`Removed`.
+
+        Its rows may repeat those of an earlier text; an earlier text that has not been read yet is read first.
+
+        Raises:
+            InputError: a test set cannot be read, or too many of its rows.
+        """
+        number = self.texts.index(text)
+        if number < self._num_read:
+            raise ValueError(f"{text.name!r} was read already; ask for the texts in their order")
+        while self._num_read < number and self.spec.duplicates is not None:
+            for _ in self._pass(self.texts[self._num_read]):
+                pass
+        yield from self._pass(text)
+
+    def _pass(self, text: OneText) -> Iterator[Item]:
+        self._num_read = self.texts.index(text) + 1
+        for item in text.split.training():
+            yield item if isinstance(item, Rejected) else self._kept(item)
+
+    def _kept(self, item: Document | Conversation) -> Item:
+        needs_words = self.spec.decontaminate or self.spec.duplicates == "near"
+        words = words_of(item.text) if needs_words else None
+        if words is not None and self.spec.decontaminate and (hit := self._tests.find(item, words)) is not None:
+            return Removed(item.id, "in a test set", f"it holds {hit.share:.0%} of {hit.id}")
+        if self.spec.duplicates is None:
+            return item
+        key = _digest(item)
+        if (first := self._seen.get(key)) is not None:
+            return Removed(item.id, "repeated", f"as {first}")
+        self._seen[key] = item.id
+        if words is None or self.spec.duplicates == "exact" or isinstance(item, Conversation):
+            return item
+        like_it = self._near.find_or_keep(item.id, words)
+        return item if like_it is None else Removed(item.id, "nearly repeated", f"as {like_it}")
+
+    @cached_property
+    def _tests(self) -> TestRows:
+        return TestRows(self._test_rows())
+
+    def _test_rows(self) -> Iterator[Document | Conversation]:
+        for key, source in self.spec.tests():
+            tally = Tally()
+            for item in stoppable(source.documents()):
+                if isinstance(item, Rejected):
+                    tally.drop(item)
+                else:
+                    tally.note({})
+                    yield item
+            tally.check(key, self.texts[0].data.max_dropped)
+            for line in tally.lines(key):
+                print(line, file=sys.stderr, flush=True)
+        for text in self.texts if self.spec.of_validation else ():
+            yield from (item for item in text.split.validation() if not isinstance(item, Rejected))
+
+
+def _digest(item: Document | Conversation) -> bytes:
+    """Stands for all that a model reads of an item, but for what :func:`normalised` leaves out."""
+    if not isinstance(item, Conversation):
+        return digest(normalised(item.text))
+    said = [[message["role"], normalised(message["content"])] for message in item.messages]
+    more = [{key: value for key, value in message.items() if key != "content"} for message in item.messages]
+    return digest(json.dumps([said, more, item.learned, item.tools, item.arguments], sort_keys=True, default=str))

@@ -1,0 +1,62 @@
+"""Sources whose rows have columns: the text of a row is one of them, or a template over several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import field_validator
+
+from distill.data.base import Document, Rejected, SourceSpec
+from distill.data.message import Unusable
+from distill.data.text_template import TextOf
+
+Numbered = tuple[str, Any]
+"""What a message calls a row, and the row, or why it cannot be read."""
+
+
+class ColumnsSpec(SourceSpec):
+    """A source of rows with columns. A row that cannot be used is yielded with the reason, and counted."""
+
+    text: str = "text"
+    """The column that holds the text, or a Jinja template over columns, such as "{{ title }}\\n\\n{{ body }}"."""
+
+    def rows(self, columns: frozenset[str] | None) -> Iterator[Numbered]:
+        """Every row, in a fixed order.
+
+        Args:
+            columns: those that are read, where leaving the others out saves time; None: all.
+
+        Raises:
+            InputError: a file cannot be read, or none of its rows can have a text.
+        """
+        raise NotImplementedError
+
+    def documents(self) -> Iterator[Document | Rejected]:
+        """One document per row, in order; rows with an empty text are skipped."""
+        text_of = TextOf(self.text)
+        for id, row in self.rows(text_of.columns):
+            try:
+                if isinstance(row, Unusable):
+                    raise row
+                text = text_of(row)
+            except Unusable as why:
+                # it may quote half a surrogate pair, which cannot be printed
+                yield Rejected(id, why.reason, why.detail.encode("utf-8", "backslashreplace").decode())
+                continue
+            if text.strip():
+                yield Document(id, text)
+
+    def drops_rows(self) -> bool:
+        """True: rows that cannot be used are yielded as :class:`~distill.data.base.Rejected`."""
+        return True
+
+    def missing(self, columns: list[str]) -> str | None:
+        """Why no row with these columns can have a text, in words; None when rows can."""
+        return TextOf(self.text).missing(columns)
+
+    @field_validator("text")
+    @classmethod
+    def _is_a_template_that_may_be_used(cls, text: str) -> str:
+        TextOf(text)
+        return text

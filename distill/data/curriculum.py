@@ -1,0 +1,60 @@
+"""An order of rows in which the first ones come from easy to hard.
+
+The usual order decides which rows stand at its first positions, and these are sorted. So a training reads the same
+rows as without, and a cache of its teacher holds them. They are sorted into :data:`LEVELS` levels of about as many rows
+each; within a level they stand as they did. So a batch is not made of copies of a row where the rows are read several
+times, nor of rows of one length alone. In a mixture the places of each source stay its own: its weight holds from the
+beginning.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from distill.data.order import EndlessOrder
+from distill.data.packed_rows import PackedRows
+
+LEVELS = 32
+
+
+class EasyFirst(EndlessOrder):
+    """Another order whose first rows are sorted from easy to hard.
+
+    Args:
+        usual: the order without it.
+        num_sorted: positions, from the first one on, whose rows are sorted.
+        hardness: of each row. [rows]
+        source: of a mixture, which source each row is of; of any other text all 0. int64 [rows]
+    """
+
+    def __init__(self, usual: EndlessOrder, num_sorted: int, hardness: np.ndarray, source: np.ndarray):
+        super().__init__(usual.taken)
+        self.usual, self.num_sorted, self.hardness, self.source = usual, num_sorted, hardness, source
+
+    def row_at(self, position: int) -> int:
+        """See :class:`~distill.data.order.EndlessOrder`."""
+        return int(self._sorted[position]) if position < self.num_sorted else self.usual.row_at(position)
+
+    @cached_property
+    def _sorted(self) -> np.ndarray:
+        """The rows of the sorted positions. int64 [num_sorted]"""
+        rows = np.array([self.usual.row_at(position) for position in range(self.num_sorted)], np.int64)
+        for source in np.unique(self.source[rows]):
+            places = np.flatnonzero(self.source[rows] == source)
+            own = rows[places]
+            rows[places] = own[np.argsort(levels(self.hardness[own]), kind="stable")]
+        return rows
+
+
+def levels(hardness: np.ndarray) -> np.ndarray:
+    """The level of each row, from 0 on; rows that are as hard as each other are in one. int64 [rows]"""
+    edges = np.sort(hardness)[np.arange(1, LEVELS) * len(hardness) // LEVELS]
+    return np.searchsorted(edges, hardness, "right")
+
+
+def longest_documents(packed: PackedRows) -> np.ndarray:
+    """Tokens of the longest document, or part of one, in each row. int64 [rows]"""
+    longest = np.maximum.reduceat(packed.rows.sizes, packed.rows.bounds[:-1])
+    return np.asarray(longest[packed.chosen])

@@ -1,0 +1,82 @@
+"""The tokens that a tokenizer puts around every text: a model trained with some in front never saw a row without them.
+
+Gemma, Llama 2 and Llama 3 put ``<bos>`` before each text, and their models give it most of their attention. A row that
+is cut out of the middle of a document lacks it, and the model predicts it far worse than the text deserves. So each
+stretch of text that a model reads by itself begins with the tokens that its tokenizer puts there, and they count in
+``sequence_length``. They are known from the text alone, no engine ever asks for them, so they are never predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from distill.core.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_PROBE = "a"
+
+
+def around(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """Ids that a tokenizer puts before and after a text.
+
+    Args:
+        tokenizer: asked as it is used outside of training, with its special tokens.
+    """
+    encode = tokenizer.backend_tokenizer.encode
+    whole, inner = encode(_PROBE).ids, encode(_PROBE, add_special_tokens=False).ids
+    at = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
+    return whole[:at], whole[at + len(inner) :]
+
+
+def room_of(sequence_length: int, start: Sequence[int]) -> int:
+    """Tokens of text in a row that begins in the middle of a document.
+
+    Raises:
+        InputError: too few to predict one from another.
+    """
+    room = sequence_length - len(start)
+    if room < 2:
+        raise InputError(
+            f"data.sequence_length ({sequence_length}) must be at least {len(start) + 2}, as each row begins with "
+            f"{len(start)} token{'s' * (len(start) > 1)} that the tokenizer puts before a text"
+        )
+    return room
+
+
+def written_start(backend: dict[str, Any]) -> list[str] | None:
+    """The tokens before a text by a ``tokenizer.json``; None where it does not tell.
+
+    Args:
+        backend: the file's content.
+    """
+    try:
+        return _written_start(backend.get("post_processor") or {})
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError):  # damaged; whoever loads it says so
+        return None
+
+
+def _written_start(processor: dict[str, Any]) -> list[str] | None:
+    for one in processor.get("processors", [processor]):
+        if one.get("type") == "TemplateProcessing":
+            names = [next(iter(part.items())) for part in one["single"]]
+            before = [value["id"] for kind, value in names[: [kind for kind, _ in names].index("Sequence")]]
+            special = one["special_tokens"]
+            return [token for name in before for token in special[name]["tokens"]]
+        if one.get("type") in ("RobertaProcessing", "BertProcessing"):
+            return [one["cls"][0]]
+        if one.get("type") not in (None, "ByteLevel"):
+            return None
+    return []
+
+
+def described(start: Sequence[str]) -> str:
+    """For people: what rows begin with."""
+    if not start:
+        return "rows begin with no further token, as the tokenizer puts none before a text"
+    return (
+        f"each row begins with {' '.join(map(repr, start))}, which the tokenizer puts before a text; it counts in "
+        "sequence_length and is never predicted"
+    )

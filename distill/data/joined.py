@@ -1,0 +1,72 @@
+"""Token files of several sources, end to end in one file, so that all that reads a text reads a mixture too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+
+from distill.core.stop import stoppable
+from distill.data.packing import Part, TokenFile, read_tokens, writing
+
+STRETCH = 1 << 24
+"""Tokens that are copied at once."""
+SUMS = ("num_tokens", "num_documents", "num_bytes", "num_repeated")
+
+
+def join_tokens(path: Path, parts: Sequence[Part]) -> TokenFile:
+    """The tokens of all parts in one file, written where it is not there yet; whole or not at all.
+
+    Args:
+        path: the ``.bin`` file.
+        parts: at least one; all with the bytes of tokens, or none; all with a mask of what is learned from, or none.
+
+    Raises:
+        MachineError: the disk is full or not writable.
+    """
+    joined = read_tokens(path) or _written(path, [part.tokens for part in parts])
+    return replace(joined, parts=tuple(parts))
+
+
+def _written(path: Path, files: Sequence[TokenFile]) -> TokenFile:
+    dtype = "uint32" if any(file.dtype == "uint32" for file in files) else "uint16"
+    columns = {".bin": ([file.ids() for file in files], dtype), ".bounds": (_bounds(files), "int64")}
+    if files[0].num_learned is not None:
+        columns[".learned"] = ([learned for file in files if (learned := file.learned()) is not None], "bool")
+    if Path(files[0].path).with_suffix(".bytes").is_file():
+        columns[".bytes"] = ([file.bytes_of_tokens() for file in files], "uint32")
+    with writing(path, list(columns)) as (streams, header):
+        for suffix, (arrays, kind) in columns.items():
+            for array in arrays:
+                for start in stoppable(range(0, len(array), STRETCH)):
+                    streams[suffix].write(np.asarray(array[start : start + STRETCH]).astype(kind).tobytes())
+        # all fields but these are the same for all files
+        header |= {
+            one.name: getattr(files[0], one.name) for one in fields(TokenFile) if one.name not in ("path", "parts")
+        }
+        header |= {"dtype": dtype, "largest": max(file.largest for file in files), "start": _start(files)}
+        header |= {name: sum(getattr(file, name) for file in files) for name in SUMS}
+        if files[0].num_learned is not None:
+            header["num_learned"] = sum(file.num_learned or 0 for file in files)
+        header["tally"] = {}  # that of each source is in its own file
+    joined = read_tokens(path)
+    assert joined is not None
+    return joined
+
+
+def _start(files: Sequence[TokenFile]) -> tuple[int, ...]:
+    """What rows begin with; those of conversations begin as the template writes them."""
+    found = {file.start for file in files if file.start} or {()}
+    assert len(found) == 1, "one tokenizer wrote all of them"
+    return found.pop()
+
+
+def _bounds(files: Sequence[TokenFile]) -> list[np.ndarray]:
+    """First tokens of all documents, and the end of the last one."""
+    first, found = 0, [np.zeros(1, np.int64)]
+    for file in files:
+        found.append(np.asarray(file.bounds()[1:]) + first)
+        first += file.num_tokens
+    return found

@@ -1,0 +1,72 @@
+"""The two sides of a mixture's text: each source is split for itself, and what one validates on none trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from distill.core.artifact import hash_of
+from distill.data.base import Item, Rejected, digest, normalised
+from distill.data.mixture import Mixture
+from distill.data.spec import DataSpec
+from distill.data.split import Split
+
+
+@dataclass(frozen=True)
+class OneText:
+    """One source with its validation text.
+
+    Attributes:
+        name: of the source in its mixture; empty where it is the only one.
+        data: the recipe's section, with this source alone.
+        split: of its documents.
+        others: stands for the sources beside it, which decide what of it is left out.
+    """
+
+    name: str
+    data: DataSpec
+    split: Split
+    others: str | None = None
+
+    def key(self, side: str) -> str:
+        """Where in the recipe one side of it stands, below ``data``; the first part of the name of its token file."""
+        if not self.name:
+            return side
+        return f"train.{'sources' if side == 'train' else 'validation'}.{self.name}"
+
+
+class SplitBeside(Split):
+    """The split of one source of a mixture: training leaves out what another source validates on.
+
+    Attributes:
+        others: splits of the other sources.
+    """
+
+    others: tuple[Split, ...] = ()
+
+    def training(self) -> Iterator[Item]:
+        """See :meth:`Split.training`."""
+        found = 0
+        seen = [other.validation_digests for other in self.others]
+        for document in super().training():
+            if not isinstance(document, Rejected):
+                key = digest(normalised(document.text))
+                if any(key in some for some in seen):
+                    found += 1
+                    continue
+            yield document
+        self.num_repeated = found + (self.num_repeated if self.data.validation is not None else 0)
+
+
+def texts_of(data: DataSpec) -> list[OneText]:
+    """The sources of a recipe's text: those of a mixture, or the one that there is."""
+    if not isinstance(data.train, Mixture):
+        return [OneText("", data, Split(data))]
+    mixture, found, others = data.train, [], hash_of(data.train.fingerprint())
+    for name, source in mixture.sources.items():
+        own = data.model_copy(update={"train": source, "validation": mixture.validation.get(name)})
+        found.append(OneText(name, own, SplitBeside(own, f"data.train.sources.{name}"), others))
+    for one in found:
+        assert isinstance(one.split, SplitBeside)
+        one.split.others = tuple(other.split for other in found if other is not one)
+    return found

@@ -1,0 +1,193 @@
+"""A flat file of tokens seen as rows for a model, and the batch that it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from distill.core.batch import causal_batch
+from distill.data.packing import TokenFile
+from distill.data.rows import Span, belongs_to_start, cut_into_rows, document_spans
+from distill.data.spec import APART
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distill.data.spec import Packing
+
+
+class PackedRows(Dataset[dict[str, "Tensor"]]):
+    """Rows of tokens. ``packing`` decides how the file is cut into them, and what each token sees.
+
+    Where a row is not full, end-of-text tokens that do not count fill it up.
+
+    Args:
+        tokens: the file.
+        sequence_length: tokens in a row, at most.
+        chosen: numbers of the rows to show, in order; None shows all.
+        packing: see :mod:`distill.data.rows`.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenFile,
+        sequence_length: int,
+        chosen: np.ndarray | None = None,
+        *,
+        packing: Packing = "wrapped",
+    ):
+        self.tokens = tokens
+        self.sequence_length = sequence_length
+        self.packing = packing
+        self.rows = cut_into_rows(tokens, sequence_length, packing)
+        self.chosen = np.arange(len(self.rows)) if chosen is None else chosen
+        self._ids: np.ndarray | None = None
+        self._bounds: np.ndarray | None = None
+        self._learned: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, numbers: int | list[int]) -> dict[str, Tensor]:
+        """The rows ``numbers`` as a batch; see :func:`batch_of`."""
+        rows = [
+            (self.pieces(number), self.leads(number)) for number in ([numbers] if isinstance(numbers, int) else numbers)
+        ]
+        sizes = [sum(size for _, size in pieces) + sum(leads) for pieces, leads in rows]
+        width = max(sizes) if self.packing == "padded" else self.sequence_length
+        file, start = self._file(), np.asarray(self.tokens.start, np.int64)
+        ids = np.full((len(rows), width), self.tokens.filling, np.int64)  # [batch, sequence]
+        learned = np.ones(ids.shape, bool)
+        for number, ((pieces, leads), size) in enumerate(zip(rows, sizes, strict=True)):
+            spans = [(slice(at, at + count), lead) for (at, count), lead in zip(pieces, leads, strict=True)]
+            ids[number, :size] = np.concatenate([part for span, lead in spans for part in (start[:lead], file[span])])
+            if self._learned is not None or len(start):
+                counted = [(self._counted(np.arange(span.start, span.stop)), lead) for span, lead in spans]
+                learned[number, :size] = np.concatenate([np.pad(which, (lead, 0)) for which, lead in counted])
+        pieces_of_rows, leads_of_rows = [pieces for pieces, _ in rows], [leads for _, leads in rows]
+        return batch_of(ids, pieces_of_rows, learned, apart=self.packing in APART, leads=leads_of_rows)
+
+    def pieces(self, number: int) -> list[Span]:
+        """Where in the file the pieces of a row are; a token is predicted from those before it in its piece."""
+        spans = self.rows.spans(int(self.chosen[number]))
+        if self.packing != "documents":
+            return spans
+        self._file()
+        assert self._bounds is not None
+        return [document for span in spans for document in document_spans(self._bounds, *span)]
+
+    def leads(self, number: int) -> list[int]:
+        """How many of the tokenizer's first tokens are put in front of each piece of a row."""
+        leads = self.rows.leads_in(int(self.chosen[number]))
+        # of the documents in a stretch of the file only the first one can be without its beginning
+        return leads + [0] * (len(self.pieces(number)) - 1) if self.packing == "documents" else leads
+
+    def columns(self, number: int) -> np.ndarray:
+        """Where in its row each token of a row's pieces stands. int64 [tokens of the file]"""
+        sizes, leads = np.array([size for _, size in self.pieces(number)]), np.array(self.leads(number))
+        return np.arange(sizes.sum()) + np.repeat(np.cumsum(leads), sizes)
+
+    def predicted(self, number: int) -> np.ndarray:
+        """Tokens of the file that a row's counted predictions are of, in the row's order. int64 [predictions]"""
+        # the first token of a piece has nothing of the text before it that could predict it
+        places = np.concatenate([np.arange(start + 1, start + size) for start, size in self.pieces(number)])
+        self._file()
+        return places[self._counted(places)] if self._learned is not None or self.tokens.start else places
+
+    def _counted(self, places: np.ndarray) -> np.ndarray:
+        """Whether each of some tokens of the file counts where it is predicted. bool [places]"""
+        assert self._ids is not None
+        assert self._bounds is not None
+        counted = ~belongs_to_start(self.tokens.start, self._bounds, self._ids, places)
+        return counted if self._learned is None else counted & self._learned[places]
+
+    def only(self, numbers: np.ndarray) -> PackedRows:
+        """Some of the rows. numbers: int64 [rows]"""
+        some = copy(self)
+        some.chosen = self.chosen[numbers]
+        return some
+
+    def originals(self) -> PackedRows:
+        """The rows without copies that ``data.augment`` added."""
+        files = [part.tokens for part in self.tokens.parts] or [self.tokens]
+        if not any(file.tally.copies for file in files):
+            return self
+        begins = np.cumsum([0, *(file.num_tokens for file in files[:-1])])
+        limits = begins + [file.end_of_originals() for file in files]  # [sources]
+        ends = np.maximum.reduceat(self.rows.starts + self.rows.sizes, self.rows.bounds[:-1])[self.chosen]  # [rows]
+        return self.only(np.flatnonzero(ends <= limits[self.source_of_rows()]))
+
+    def lengths(self) -> np.ndarray:
+        """Tokens in each row, without filling. int64 [rows]"""
+        return self.rows.lengths()[self.chosen]
+
+    def source_of_rows(self) -> np.ndarray:
+        """Which part of the file each row is of; 0 where there is one text. int64 [rows]"""
+        ends = np.cumsum([part.tokens.num_tokens for part in self.tokens.parts] or [self.tokens.num_tokens])
+        return np.searchsorted(ends, self.rows.starts[self.rows.bounds[self.chosen]], "right")
+
+    def bytes_of_rows(self) -> np.ndarray:
+        """UTF-8 bytes that the counted predictions of each row stand for. int64 [rows]"""
+        sizes = self.tokens.bytes_of_tokens()  # [tokens]
+        return np.array([sizes[self.predicted(number)].sum(dtype=np.int64) for number in range(len(self))], np.int64)
+
+    def learned(self) -> np.ndarray | None:
+        """Which tokens of the file are learned from, memory-mapped; None when all are. bool [tokens]"""
+        self._file()
+        return self._learned
+
+    def num_predictions(self) -> int:
+        """Predictions that count in all rows together."""
+        return sum(len(self.predicted(number)) for number in range(len(self)))
+
+    def _file(self) -> np.ndarray:
+        if self._ids is None:
+            self._ids, self._bounds, self._learned = self.tokens.ids(), self.tokens.bounds(), self.tokens.learned()
+        return self._ids
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a worker maps the files itself, they are not sent to it
+        return self.__dict__ | {"_ids": None, "_bounds": None, "_learned": None}
+
+
+def batch_of(
+    ids: np.ndarray,
+    pieces: Sequence[Sequence[Span]],
+    learned: np.ndarray,
+    *,
+    apart: bool,
+    leads: Sequence[Sequence[int]] | None = None,
+) -> dict[str, Tensor]:
+    """A batch from rows of ids, with its targets and mask.
+
+    Args:
+        ids: int64 [batch, sequence].
+        pieces: of each row, as they follow each other in it; what comes after them is filling.
+        learned: which tokens are learned from, bool [batch, sequence].
+        apart: whether the pieces of a row must not see each other.
+        leads: tokens in the row in front of each piece, which are not among its own; None: nowhere any.
+
+    Returns:
+        See :mod:`distill.core.batch`. The mask is True where the next token belongs to the same piece and is learned
+        from. With ``apart`` there are ``position_ids``, which start anew with each piece: transformers takes that for
+        the sign of a packed row and keeps attention inside each piece.
+    """
+    leads = leads or [[0] * len(row) for row in pieces]
+    places = np.zeros(ids.shape, np.int64)  # [batch, sequence], of each token in its piece, leads counted
+    predictable = np.zeros(ids.shape, bool)  # [batch, sequence]
+    for number, (row, before) in enumerate(zip(pieces, leads, strict=True)):
+        # [tokens of the row]
+        run = np.concatenate([np.arange(lead + size) for (_, size), lead in zip(row, before, strict=True)])
+        places[number, : len(run)] = run
+        # the tokens in front say nothing about the text before the piece, so its first token is not predicted from them
+        first = np.repeat(before, [lead + size for (_, size), lead in zip(row, before, strict=True)])
+        predictable[number, : len(run)] = run > first
+    mask = np.zeros(ids.shape, bool)
+    mask[:, :-1] = predictable[:, 1:] & learned[:, 1:]
+    more = {"position_ids": torch.from_numpy(places)} if apart else {}
+    return causal_batch(torch.from_numpy(ids), torch.from_numpy(mask), **more)

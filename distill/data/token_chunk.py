@@ -1,0 +1,94 @@
+"""What an encoder makes of a batch of documents or conversations, as arrays that are written and sent as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from distill.data.base import Conversation, Item, Rejected
+from distill.data.encoder import Encoded, TextEncoder
+from distill.data.replace_words import Copy
+
+
+class Used(NamedTuple):
+    """An item that is used.
+
+    Attributes:
+        id: what a message calls it.
+        noted: as of :class:`~distill.data.encoder.Encoded`.
+        num_bytes: UTF-8 bytes of its text.
+        num_rows: that it has become.
+        is_conversation: and no document.
+        words: in it, and of them replaced; None where it is no copy of a document.
+    """
+
+    id: str
+    noted: Mapping[str, int]
+    num_bytes: int
+    num_rows: int
+    is_conversation: bool
+    words: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A batch of items, encoded.
+
+    Attributes:
+        items: what became of each.
+        ids: of all rows, end to end. [tokens]
+        lengths: tokens of each row. int64 [rows]
+        learned: which tokens are learned from, bool [tokens]; None: all.
+        sizes: UTF-8 bytes that each token stands for, uint32 [tokens]; None: not counted.
+        num_bytes: UTF-8 bytes that were read for it.
+    """
+
+    items: list[Used | Rejected]
+    ids: np.ndarray
+    lengths: np.ndarray
+    learned: np.ndarray | None
+    sizes: np.ndarray | None
+    num_bytes: int
+
+
+def chunk_of(batch: Sequence[Item], encoder: TextEncoder, *, with_bytes: bool) -> Chunk:
+    """Encode a batch.
+
+    Args:
+        batch: in the order in which it shall stand.
+        encoder: text to ids.
+        with_bytes: also say what bytes each token stands for.
+    """
+    usable: list[Any] = [item for item in batch if not isinstance(item, Rejected)]
+    encoded = iter(encoder.rows(usable, with_bytes=with_bytes))
+    items: list[Used | Rejected] = []
+    rows = []
+    num_bytes = 0
+    for item in batch:
+        size = len(item.text.encode("utf-8"))
+        num_bytes += size
+        made: Encoded | Rejected = item if isinstance(item, Rejected) else next(encoded)
+        if isinstance(made, Rejected):
+            items.append(made)
+            continue
+        counted = size if made.num_bytes is None else made.num_bytes
+        words = (item.num_words, item.num_replaced) if isinstance(item, Copy) else None
+        items.append(Used(item.id, made.noted, counted, len(made.rows), isinstance(item, Conversation), words))
+        rows += made.rows
+    ids = [np.asarray(row.ids, np.uint32) if isinstance(row.ids, list) else row.ids for row in rows]
+    learned = [np.ones(len(row.ids), bool) if row.learned is None else row.learned for row in rows]
+    return Chunk(
+        items,
+        _joined(ids, np.uint32),
+        np.array([len(row.ids) for row in rows], np.int64),
+        _joined(learned, np.bool_) if encoder.marks_learned else None,
+        _joined([row.sizes for row in rows if row.sizes is not None], np.uint32) if with_bytes else None,
+        num_bytes,
+    )
+
+
+def _joined(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype)

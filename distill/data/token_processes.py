@@ -1,0 +1,38 @@
+"""How many processes tokenize, and what is set while they are started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from distill.core import threads
+from distill.core.forked import can_fork
+
+_PARALLEL, _THREADS = "TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS"
+_NO = ("", "off", "false", "f", "no", "n", "0")
+
+
+def num_processes() -> int:
+    """Processes that encode: one per CPU that this process may use, or as the environment of tokenizers says.
+
+    ``TOKENIZERS_PARALLELISM=false`` means one, and ``RAYON_NUM_THREADS`` a number, as for the library itself.
+    """
+    if not can_fork() or os.environ.get(_PARALLEL, "true").lower() in _NO:
+        return 1
+    told = os.environ.get(_THREADS, "")
+    return int(told) if told.isdecimal() and int(told) else threads.available()
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Processes that are started within the block use one thread each: a fork has none of its parent's threads."""
+    before = os.environ.get(_PARALLEL)
+    os.environ[_PARALLEL] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_PARALLEL]
+        else:
+            os.environ[_PARALLEL] = before

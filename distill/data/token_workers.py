@@ -1,0 +1,45 @@
+"""Batches of documents, encoded by as many processes as the machine has CPUs for, in the order of the batches.
+
+One process reads and writes, the others encode: what is written is the same whatever their number. A text that is
+encoded in a second starts no other process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import ExitStack
+from functools import partial
+
+from distill.core.forked import Forked
+from distill.data.base import Item
+from distill.data.encoder import TextEncoder
+from distill.data.token_chunk import Chunk, chunk_of
+from distill.data.token_processes import num_processes, one_thread_each
+
+ALONE_BYTES = 2_000_000
+"""Bytes of text that one process encodes, in about a second, before others are started; it fills their caches too."""
+
+
+def chunks(batches: Iterable[list[Item]], encoder: TextEncoder, *, with_bytes: bool) -> Generator[Chunk, None, None]:
+    """Encode batches; see :func:`~distill.data.token_chunk.chunk_of`.
+
+    Close the iterator where it is left early: the other processes end then.
+
+    Raises:
+        InputError: what the encoder refuses.
+        MachineError: a process was killed.
+    """
+    encode = partial(chunk_of, encoder=encoder, with_bytes=with_bytes)
+    number, waiting, size = num_processes(), iter(batches), 0
+    for batch in waiting:
+        chunk = encode(batch)
+        yield chunk
+        size += chunk.num_bytes
+        if number > 1 and size >= ALONE_BYTES:
+            break
+    else:
+        return
+    with ExitStack() as stack:
+        with one_thread_each():
+            workers = stack.enter_context(Forked(encode, number, "tokenizes"))
+        yield from workers.map(waiting)

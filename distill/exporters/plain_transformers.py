@@ -1,0 +1,74 @@
+"""Loads a model folder with plain transformers and compares it with the trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from distill.core.batch import model_inputs
+from distill.core.errors import DistillError, InputError
+from distill.exporters.base import VerifyResult, require_close
+from distill.exporters.compare import compare
+from distill.models.kv_cache import cache_type, round_cache
+from distill.models.load import without_bars
+from distill.pretrained import model_from
+
+
+def verify(
+    source_model: PreTrainedModel, folder: Path, batches: Iterable[Mapping[str, Tensor]], *, max_kl: float = 1e-6
+) -> VerifyResult:
+    """Load the folder with plain ``AutoModelForCausalLM.from_pretrained`` in fp32 and compare logits.
+
+    Args:
+        source_model: the trained model. If it is fake-quantized, its other tensors must have been rounded to their
+            stored type (:func:`~distill.quantization.convert.round_unquantized`).
+        folder: a model folder.
+        batches: ``input_ids`` int64 [batch, sequence], ``mask`` bool [batch, sequence], and ``attention_mask`` or
+            ``position_ids`` if they are needed.
+        max_kl: bound on the KL of any token, nats.
+
+    Raises:
+        DistillError: the folder does not load completely, or a token's KL is above the bound.
+    """
+    exported = _reload(folder).to(source_model.device)  # type: ignore[arg-type]
+    training = source_model.training
+    source_model.eval()
+    try:
+        with without_bars(str(folder)):  # packed weights are unpacked at the first forward
+            result = compare(
+                lambda batch: _logits(source_model, batch), lambda batch: _logits(exported, batch), batches, folder
+            )
+    finally:
+        source_model.train(training)
+    return require_close(result, max_kl, folder)
+
+
+def _reload(folder: Path) -> PreTrainedModel:
+    """The exported model, loaded with plain transformers.
+
+    Raises:
+        DistillError: transformers cannot load it, or weights are missing, unexpected or of another shape.
+    """
+    try:
+        with without_bars(str(folder)):
+            model, report = model_from(str(folder), AutoModelForCausalLM, dtype=torch.float32, output_loading_info=True)
+    except InputError as error:
+        raise DistillError(f"the exported model does not load in transformers: {error}") from error
+    wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    for kind, keys in wrong.items():
+        if keys:
+            raise DistillError(
+                f"{folder}: the exported weights do not fit the config: {kind.replace('_', ' ')}: {keys[0]}"
+            )
+    if (cache := cache_type(model.config)) is not None:
+        round_cache(model, cache)
+    return model.eval()
+
+
+def _logits(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """[batch, sequence, vocabulary], fp32."""
+    return model(**model_inputs(batch, model.device), use_cache=False).logits.float()

@@ -1,0 +1,67 @@
+"""Quality of whatever makes logits, a model in memory or an engine, in the columns of a row."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from distill.data.corpus import Corpus
+from distill.evaluation.domains import together
+from distill.evaluation.quality import Predictions, Quality, compare_predictions, predictions_of
+from distill.models.load import move
+from distill.reporting.tradeoff import Domain
+from distill.stages.models import check_packing, load_in_vocabulary
+from distill.stages.session import StageContext
+from distill.training.trainer import dtype_on, resolve_device
+
+QUALITY = ("perplexity", "loss_nats", "bits_per_byte", "kl_to_teacher", "top1_agreement")
+
+
+def load_to_measure(context: StageContext, location: str) -> Any:
+    """A model on its device, in evaluation mode, in the tokens of the stage."""
+    device = resolve_device(context.session.compute)
+    return move(check_packing(context, load_in_vocabulary(context, location, dtype_on(device))), device)
+
+
+def beside_teacher(
+    context: StageContext, own: Predictions, teacher: Any, reference: str, batch_size: int
+) -> dict[str, Any]:
+    """Columns of quality on the validation text; a figure that is no finite number is left out and noted.
+
+    Args:
+        context: of the stage, in the vocabulary of what is measured.
+        own: of what is measured.
+        teacher: with its whole vocabulary, or None.
+        reference: of the teacher.
+        batch_size: rows of a batch.
+    """
+    if context.session.is_cut and teacher is not None:  # compared with the teacher in its own tokens
+        teacher = load_to_measure(context, context.session.artifact(reference).location)
+    theirs = None if teacher is None else predictions_of(teacher)
+    quality, by_source = _on_text(own, theirs, context.session.corpus(), batch_size)
+    measured = {key: getattr(quality, key) for key in QUALITY}
+    broken = [key for key, value in measured.items() if value is not None and not math.isfinite(value)]
+    note = f"not a finite number: {', '.join(key.replace('_', ' ') for key in broken)}" if broken else ""
+    domains = tuple(Domain(name, one.tokens, **_finite(one)) for name, one in by_source.items())
+    return measured | dict.fromkeys(broken) | {"domains": domains, "notes": note}
+
+
+def _on_text(
+    own: Predictions, teacher: Predictions | None, corpus: Corpus, batch_size: int
+) -> tuple[Quality, dict[str, Quality]]:
+    """Quality on the validation text, and of a mixture on each of its sources."""
+
+    def on(one: Corpus) -> Quality:
+        return compare_predictions(own, teacher, one.validation_loader(batch_size), one.validation_bytes)
+
+    alone = corpus.by_source()
+    if not alone:
+        return on(corpus), {}
+    found = {name: on(one) for name, one in alone.items()}
+    return together([(found[name], one.validation_bytes) for name, one in alone.items()]), found
+
+
+def _finite(quality: Quality) -> dict[str, float | None]:
+    """The figures; None for those that are no finite number."""
+    values = {key: getattr(quality, key) for key in QUALITY}
+    return {key: value if value is not None and math.isfinite(value) else None for key, value in values.items()}

@@ -1,0 +1,42 @@
+"""Losses of rows on disk: each written once, another text, cut or model is another file."""
+
+import json
+
+import numpy as np
+import pytest
+
+from distill.data.corpus import Corpus
+from distill.data.packed_rows import PackedRows
+from distill.data.row_losses import RowLosses
+from distill.data.spec import DataSpec
+
+
+@pytest.fixture
+def blocks(tmp_path, tokenizer, text_of):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text_of(i)}) + "\n" for i in range(60)), encoding="utf-8")
+    data = DataSpec.model_validate({"train": {"kind": "jsonl", "path": str(path)}, "sequence_length": 16})
+    return Corpus.open(data, tokenizer, tmp_path / "data", seed=3, vocabulary_size=400).train
+
+
+def test_what_is_written_is_there_for_the_next_and_the_rest_is_missing(blocks):
+    losses = RowLosses(blocks, "teacher")
+    assert np.isnan(losses.read()).all()
+    losses.write(np.array([5, 2]), np.array([0.5, 0.0], np.float32))
+    again = RowLosses(blocks, "teacher")
+    assert again.path == losses.path
+    assert again.missing(np.array([1, 2, 5, 6])).tolist() == [1, 6]
+    assert again.read()[[2, 5]].tolist() == [0.0, 0.5]
+
+
+def test_another_model_or_cut_has_losses_of_its_own(blocks):
+    longer = PackedRows(blocks.tokens, 32)
+    apart = PackedRows(blocks.tokens, 16, packing="documents")
+    assert len({RowLosses(*of).path for of in ((blocks, "a"), (blocks, "b"), (longer, "a"), (apart, "a"))}) == 4
+
+
+def test_a_file_of_another_length_is_written_anew(blocks):
+    losses = RowLosses(blocks, "teacher")
+    losses.write(np.arange(len(blocks)), np.ones(len(blocks), np.float32))
+    losses.path.write_bytes(losses.path.read_bytes()[:-4])
+    assert np.isnan(RowLosses(blocks, "teacher").read()).all()
