@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -56,6 +57,7 @@ def run(
         describe(loaded)  # finds what would else be found hours into the run
         from distill.runner import run as run_recipe
 
+        gc.freeze()  # each stage collects garbage; the modules imported so far need not be searched for it
         run_recipe(loaded, run_dir, only=only, start=from_, command=shlex.join(["distill", *sys.argv[1:]]))
 
 
@@ -81,6 +83,7 @@ def resume(
         loaded = Recipe.load(run_dir / RECIPE, set or [])
         from distill.runner import run as run_recipe
 
+        gc.freeze()  # each stage collects garbage; the modules imported so far need not be searched for it
         run_recipe(loaded, run_dir)
 
 
