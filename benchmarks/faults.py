@@ -23,7 +23,7 @@ from xml.etree import ElementTree
 
 import psutil
 
-from benchmarks import damage, fault_signals, hardware, result
+from benchmarks import damage, fault_machines, fault_signals, hardware, result
 from distill.core.run import CHECKPOINTS
 from distill.training.checkpoint import checkpoints
 from tests.faults.campaign import Campaign
@@ -290,6 +290,10 @@ def _signalled(bench: Bench, options: argparse.Namespace) -> Rows:
     return fault_signals.measure(bench.workers, recipe, bench.fresh, TWO, earlier, options.signals, LIMIT_S)
 
 
+def _machines(bench: Bench, options: argparse.Namespace) -> Rows:
+    return fault_machines.measure(bench.recipe, bench.fresh, options.repeats, LIMIT_S)
+
+
 def _hostile(bench: Bench, options: argparse.Namespace) -> Rows:
     """Tests with foreign code in a model folder: each test is a command, with `yes` as its input."""
     file, began = bench.folder / "hostile.xml", time.monotonic()
@@ -334,6 +338,7 @@ PARTS: dict[str, Callable[[Bench, argparse.Namespace], Rows]] = {
     "hostile": _hostile,
     "lost": _lost,
     "restarted": _restarted,
+    "machines": _machines,
     "moved": _moved,
     "resumed": _resumed,
 }
@@ -372,7 +377,7 @@ def render(data: dict[str, Any]) -> str:
         "and its text is stored in `bad-batches/`; `max_skipped_steps` consecutive steps end the run. If the disk is "
         "full, the run ends with one line, and the last checkpoint is kept ([tests](guarantees.md) check both).",
         "",
-        "Not tested: GPUs and NCCL, several machines, network failures, disks that do not sync.",
+        "Not tested: GPUs and NCCL, machines with their own kernels and disks, disks that do not sync.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -51,7 +51,7 @@ class Ranks:
 
     def __init__(self, world: World, silence_s: float, server: dist.Store | None = None):
         self.world, self.silence_s, self._server = world, silence_s, server
-        self._told = 0
+        self._told, self._rounds = 0, 0
         self._closed = threading.Event()
         self._store, self._beats = _client(), _client()  # one client per thread, because a client blocks while it waits
         self._beats.set_timeout(timedelta(seconds=silence_s))  # the process that runs the store may be lost itself
@@ -72,8 +72,9 @@ class Ranks:
             time.sleep(0.05)
 
     def watch(self) -> None:
-        """Start to send heartbeats, and to end this process if another process sends none."""
+        """Start to send heartbeats, and to end this process if another process or the store sends no sign of life."""
         threading.Thread(target=self._watch, daemon=True, name="heartbeats").start()
+        threading.Thread(target=self._watch_store, daemon=True, name="store").start()
 
     def tell(self, order: dict[str, Any] | None) -> None:
         """On rank 0: send an order to all other ranks. The order None ends them."""
@@ -130,11 +131,10 @@ class Ranks:
 
     def _watch(self) -> None:
         heard = {rank: (b"", time.monotonic()) for rank in watched(self.world)}
-        number = 0
         while not self._closed.wait(BEAT_S):
-            number += 1
+            self._rounds += 1
             try:
-                self._beats.set(f"beat/{self.world.rank}", str(number))
+                self._beats.set(f"beat/{self.world.rank}", str(self._rounds))
                 _share_stop(self._beats)
                 silent = self._silent(heard)
                 if silent:  # not all processes watch that one
@@ -145,6 +145,16 @@ class Ranks:
                 return self._give_up(f"the process that runs the store is gone ({_first_line(error)})")
             if silent:
                 return self._give_up(f"{silent} has sent no heartbeat for {self.silence_s:.0f} s")
+
+    def _watch_store(self) -> None:
+        """End this process if the heartbeats wait for the store: a network that is cut closes no connection."""
+        last, num_waits = 0, 0
+        while not self._closed.wait(BEAT_S):  # counted, so that a process that was suspended does not blame the store
+            num_waits = num_waits + 1 if self._rounds == last else 0
+            last = self._rounds
+            if num_waits * BEAT_S > self.silence_s:
+                where = f"{os.environ.get(ADDRESS)}:{os.environ.get(PORT)}"
+                return self._give_up(f"the store at {where} has not answered for {self.silence_s:.0f} s")
 
     def _silent(self, heard: dict[int, tuple[bytes, float]]) -> str | None:
         """The rank and host of a process that sent no heartbeat for too long and has not left; None if there is none.

@@ -22,6 +22,7 @@ from distill.core import stop
 from distill.core.errors import Stopped
 from distill.launch import GRACE_S, place_of
 from tests.faults.chaos import Kill, Signal, as_on_a_terminal
+from tests.faults.machines import Machines, enter
 
 
 class World:
@@ -94,6 +95,7 @@ class Workers:
         kill: Kill | Signal | None = None,
         victim: int = 0,
         trace: Path | None = None,
+        machines: Machines | None = None,
     ) -> World:
         """Start ``distill`` with these arguments in ``size`` processes.
 
@@ -104,18 +106,25 @@ class Workers:
             kill: when one of them dies, or is signalled.
             victim: which.
             trace: folder for what each trains on: a line a row of text, the step (from 0) and its token ids.
+            machines: two machines for the processes, half of them on each; they meet at the first process.
         """
         from torch.distributed import TCPStore
 
         log.mkdir(parents=True, exist_ok=True)
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if size > 1 else None
+        is_held = size > 1 and machines is None
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if is_held else None
         processes, logs = [], []
         for rank in range(size):
             place = place_of(rank, size, store.port) if store is not None else {}
+            namespace = None
+            if machines is not None:
+                place, namespace = machines.place_of(rank, size // 2), machines.names[rank // (size // 2)]
             logs.append(log / f"rank-{rank}.log")
             fault = kill if rank == victim else None
             seen = trace / f"rank-{rank}.txt" if trace is not None else None
-            process = self._context.Process(target=_work, args=(place, list(arguments), str(logs[-1]), fault, seen))
+            process = self._context.Process(
+                target=_work, args=(place, list(arguments), str(logs[-1]), fault, seen, namespace)
+            )
             process.start()
             processes.append(process)
         self._started.append(World(processes, logs, store))
@@ -187,7 +196,14 @@ def _work(*arguments: Any) -> None:
         sys.excepthook(*sys.exc_info())  # as Python itself would, which multiprocessing does not
 
 
-def _run(place: dict[str, str], arguments: list[str], log: str, kill: Kill | Signal | None, trace: Path | None) -> None:
+def _run(
+    place: dict[str, str],
+    arguments: list[str],
+    log: str,
+    kill: Kill | Signal | None,
+    trace: Path | None,
+    namespace: str | None,
+) -> None:
     """Take its place, speak into its log, run the command line."""
     import torch
 
@@ -196,6 +212,8 @@ def _run(place: dict[str, str], arguments: list[str], log: str, kill: Kill | Sig
     _speak_into(log)
     multiprocessing.set_start_method(None, force=True)  # a loader's workers are forked as in any other process
     os.environ.update(place)
+    if namespace is not None:
+        enter(namespace)
     torch.set_num_threads(1)  # several processes with several threads each would wait for each other's
     if kill is not None:
         kill.arm()

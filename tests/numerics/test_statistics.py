@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from statistics import NormalDist
@@ -9,6 +10,7 @@ from statistics import NormalDist
 import pytest
 
 from distill.numerics.statistics import Paired, holm, mcnemar, standard_error, z_of
+from tests.numerics.scipy_values import FILE, answers, changes
 
 KNOWN = [  # (lost, gained, p of scipy.stats.binomtest(lost, lost + gained).pvalue)
     (0, 0, 1.0),
@@ -27,21 +29,17 @@ def test_mcnemar_is_the_exact_binomial_test(lost: int, gained: int, p: float) ->
 
 
 def test_scipy_agrees() -> None:
-    stats = pytest.importorskip("scipy.stats")
-    generator = random.Random(0)
-    for _ in range(60):
-        lost, gained = generator.randrange(0, 90), generator.randrange(0, 90)
-        if lost + gained:
-            assert mcnemar(lost, gained) == pytest.approx(stats.binomtest(lost, lost + gained).pvalue, rel=1e-9)
-    assert z_of(0.95) == pytest.approx(stats.norm.ppf(0.975), rel=1e-9)
-    first = [generator.random() < 0.7 for _ in range(400)]
-    second = [one if generator.random() < 0.8 else not one for one in first]
-    paired, test = Paired.of(first, second), stats.ttest_rel([*map(float, second)], [*map(float, first)])
+    scipy = json.loads(FILE.read_text(encoding="utf-8"))
+    for (lost, gained), p in zip(changes(), scipy["binomtest"], strict=True):
+        assert mcnemar(lost, gained) == pytest.approx(p, rel=1e-9)
+    assert z_of(0.95) == pytest.approx(scipy["norm.ppf(0.975)"], rel=1e-9)
+    first, second = answers()
+    paired = Paired.of(first, second)
     assert paired.difference == pytest.approx(sum(second) / 400 - sum(first) / 400)
     # Wald's standard error with half an item added to each cell is that of the paired t test but for the halves
     low, high = paired.interval()
-    assert (high - low) / 2 / z_of(0.95) == pytest.approx(paired.difference / test.statistic, rel=0.03)
-    assert standard_error(sum(first), 400) == pytest.approx(stats.sem([float(one) for one in first]), rel=1e-9)
+    assert (high - low) / 2 / z_of(0.95) == pytest.approx(paired.difference / scipy["ttest_rel"], rel=0.03)
+    assert standard_error(sum(first), 400) == pytest.approx(scipy["sem"], rel=1e-9)
 
 
 def test_many_changes_do_not_overflow() -> None:
