@@ -60,8 +60,8 @@ class Pair:
         more = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
         for machine in (0, 1):
             self.logs.append(self.run.with_name(f"{self.run.name}-{number + machine}.log"))
-            address = {"--local-addr": self.machines.addresses[machine]}
-            place = [word for pair in address.items() for word in pair]
+            # torchrun looks for its own address under its host name, which a namespace shares with the machine
+            place = ["--local-addr", self.machines.addresses[machine], "--rdzv-conf", f"is_host={int(machine == 0)}"]
             here = [*command[:3], *place, *command[3:]]
             self.agents.append(self.machines.popen(machine, here, self.logs[-1], **more))
         return self
