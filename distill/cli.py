@@ -159,8 +159,8 @@ def list_members(
     family: Annotated[
         str | None,
         typer.Argument(
-            help="recipes, stages, losses, criteria, quantizers, activations, sources, codecs, exporters, or a section "
-            "such as data, compute, keep, search, optimizer, lora, mixed; unset: all."
+            help="recipes, stages, losses, criteria, quantizers, activations, sources, codecs, exporters, tasks, "
+            "makers, or a section such as data, compute, keep, search, optimizer, lora, mixed; unset: all."
         ),
     ] = None,
 ) -> None:

@@ -224,7 +224,9 @@ class _Reader:
                 self._wrong(path, f"{key} is missing")
             else:
                 texts.append(self._text((*path, key), found[key]))
-        return Pair(*texts, self.source.place((*path, "question"))) if len(texts) == 2 and all(texts) else None
+        if len(texts) < 2 or not all(texts):
+            return None
+        return Pair(texts[0], texts[1], self.source.place((*path, "question")))
 
     def _origin(self, found: Any) -> Origin | None:
         path: KeyPath = ("document",)
