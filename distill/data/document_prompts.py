@@ -3,8 +3,8 @@
     student reads    user: question                  assistant: answer
     teacher reads    user: document, question        assistant: answer
 
-Both rows end with the same tokens, those of the answer. So a student's row is turned into its teacher's by replacing the
-tokens before the first counted one, which this file prepares: ids of a prompt -> ids of the same prompt with its
+Both rows end with the same tokens, those of the answer. So a row of the student becomes that of its teacher by replacing the
+before the first counted one, which this file prepares: ids of a prompt -> ids of the same prompt with its
 document. The key is the prompt itself, so it is found in packed rows, and before answers that the student has sampled.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from distill.stages.synthesize.filters_spec import FiltersSpec
 from distill.stages.synthesize.makers.qna import questions_in
 from distill.stages.synthesize.overlap import numbers_right, token_f1
 from distill.stages.synthesize.requests import Reply
+from distill.training.module import DistillationModule
 from tests.data import chats
 from tests.stages.chat_server import ChatServer
 from tests.stages.test_chat import SPECIAL, conversations
@@ -152,6 +154,41 @@ def test_the_next_stages_train_on_the_rows(finished: tuple[Run, Recipe, list[str
     said.clear()
     run(recipe, the_run.folder, say=said.append)
     assert len([line for line in said if "finished before" in line]) == 3
+
+
+class PulledPlug(Exception):
+    """Stands for a kill."""
+
+
+def test_a_training_with_documents_goes_on_bit_for_bit(
+    finished: tuple[Run, Recipe, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    the_run, recipe, _ = finished
+    shutil.copytree(the_run.folder, tmp_path / "run")
+    for name in ("learn", "control"):
+        shutil.rmtree(tmp_path / "run" / name)
+    each = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"checkpoint_every_steps": 1})})
+    step = DistillationModule.training_step
+
+    def pulled(self: DistillationModule, batch: Any, index: int) -> Any:
+        if self.trainer.global_step == 2:
+            raise PulledPlug
+        return step(self, batch, index)
+
+    monkeypatch.setattr(DistillationModule, "training_step", pulled)
+    with pytest.raises(PulledPlug):
+        run(each, tmp_path / "run", only="learn", say=lambda line: None)
+    monkeypatch.undo()
+    again = run(each, tmp_path / "run", only="learn", say=lambda line: None)
+    ours, theirs = (one.stage("learn") / "model" / "model.safetensors" for one in (again, the_run))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_cache_cannot_read_documents(folder: Path) -> None:
+    stage = STAGE.format(folder=folder, server="http://127.0.0.1:9/v1")
+    text = RECIPE.format(folder=folder, stage=stage + "  cache: {kind: cache_teacher, data: facts}")
+    with pytest.raises(RecipeError, match="name its teacher here, whose output is kept in memory"):
+        Recipe.from_text(text.replace("teacher: self, lora: {r: 2}", "teacher: cache"))
 
 
 def test_the_plan_names_pairs_requests_and_warnings(folder: Path) -> None:

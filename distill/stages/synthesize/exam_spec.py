@@ -19,6 +19,8 @@ class ExamSpec(Spec):
     extra_per_chunk: int = Field(0, ge=0)
     """Further questions on each chunk, made by a prompt of their own and kept where two independent answers with the
     document agree."""
+    files: list[str] = Field([])
+    """qna.yaml files with questions of your own on the same documents; all their pairs are asked."""
     controls: list[str] = Field([])
     """qna.yaml files of knowledge that is not trained; all their pairs are asked, to show what is forgotten."""
 

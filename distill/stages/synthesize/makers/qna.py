@@ -89,8 +89,8 @@ class Qna(MakerSpec):
     def files(self) -> list[File]:
         """The qna.yaml files and the documents."""
         found = [*self._qna_files(), *self._documents(self._read())]
-        controls = [] if self.exam is None else [file for path in self.exam.controls for file in _found(path)]
-        return list(dict.fromkeys([*found, *controls]))
+        asked_too = [file for paths in self._exam_paths().values() for path in paths for file in _found(path)]
+        return list(dict.fromkeys([*found, *asked_too]))
 
     def missing(self) -> str | None:
         """The reader of PDF files."""
@@ -112,8 +112,8 @@ class Qna(MakerSpec):
                 views = chunks * len(self.views) * self.rounds
                 most = views * self.questions_per_view
                 lines.append(f"{chunks} chunks, {views:,} requests for questions, at most {most:,} answers")
-        for control in self._controls():
-            lines.append(f"{control.file}: control questions, {len(control.pairs)} pairs")
+        for group, qna in self._exam_files():
+            lines.append(f"{qna.file}: {len(qna.pairs)} exam questions ({group})")
         return lines
 
     def make(self, asker: Asker, texts: Iterable[Item], seed: int) -> Made:
@@ -132,9 +132,8 @@ class Qna(MakerSpec):
             chunks = [chunk for text in read_documents(documents) for chunk in chunks_of(text, self.chunk_words)]
             exam += self._extra(qna, chunks, asker)
             rows += self._of_chunks(qna, seeds, chunks, asker, raw)
-        for control in self._controls():
-            exam += [_question(seed_, pair_number, CONTROL) for seed_ in control.seeds
-                     for pair_number in range(len(seed_.pairs))]  # fmt: skip
+        for group, qna in self._exam_files():
+            exam += [_question(one, number, group) for one in qna.seeds for number in range(len(one.pairs))]
         return Made(rows, exam, raw[:8])
 
     def _read(self) -> list[QnaFile]:
@@ -143,9 +142,13 @@ class Qna(MakerSpec):
     def _qna_files(self) -> list[File]:
         return _found(self.path)
 
-    def _controls(self) -> list[QnaFile]:
-        paths = [] if self.exam is None else self.exam.controls
-        return [read_qna(str(file)) for path in paths for file in _found(path)]
+    def _exam_paths(self) -> dict[str, list[str]]:
+        return {} if self.exam is None else {TRAINED: self.exam.files, CONTROL: self.exam.controls}
+
+    def _exam_files(self) -> list[tuple[str, QnaFile]]:
+        """(group, file) of each qna.yaml that is asked as a whole."""
+        paths = [(group, path) for group, some in self._exam_paths().items() for path in some]
+        return [(group, read_qna(str(file))) for group, path in paths for file in _found(path)]
 
     def _documents(self, qnas: Sequence[QnaFile]) -> list[File]:
         pairs = self._with_documents([qna for qna in qnas if qna.kind == "knowledge"])
