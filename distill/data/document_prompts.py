@@ -3,9 +3,10 @@
     student reads    user: question                  assistant: answer
     teacher reads    user: document, question        assistant: answer
 
-Both rows end with the same tokens, those of the answer. So a row of the student becomes that of its teacher by replacing the
-before the first counted one, which this file prepares: ids of a prompt -> ids of the same prompt with its
-document. The key is the prompt itself, so it is found in packed rows, and before answers that the student has sampled.
+Both rows end with the same tokens, those of the answer. So a row of the student becomes that of its teacher when the
+tokens before the first counted one are replaced, which this file prepares: ids of a prompt -> ids of the same prompt
+with its document. The key is the prompt itself, so it is found in packed rows, and before answers that the student has
+sampled.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from distill.stages.synthesize.makers import MAKERS as MAKERS
 from distill.stages.distill import Distill
 from distill.stages.quantize import Quantize
 from distill.stages.evaluate import Evaluate
+from distill.stages.exam import Exam
 from distill.stages.export import Export
 from distill.stages.report import Report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -9,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.core.errors import InputError, RecipeError
 from distill.core.run import Run
 from distill.forecast import describe
 from distill.recipe import Recipe
 from distill.runner import run
+from distill.show_rows import is_data_set, show_rows
+from distill.stages.exam.questions import choices_of
 from distill.stages.synthesize.candidate import Candidate, names_of, numbers_of
 from distill.stages.synthesize.exam_spec import TRAINED, Question
 from distill.stages.synthesize.filters import counts, filtered
@@ -66,6 +72,7 @@ stages:
     num_steps: 3, batch_size: 2, optimizer: {{lr: 1e-2}}}}
   control: {{kind: finetune, model: teacher, num_steps: 2, batch_size: 2,
     data: {{mixture: {{facts: 0.8, train: 0.2}}, max_repeats: 100}}}}
+  exam: {{questions: facts, max_new_tokens: 6, open_book: all, num_choices: 3}}
 compute: {{accelerator: cpu, log_every_steps: 1}}
 logging: {{wandb: disabled}}
 """
@@ -153,7 +160,79 @@ def test_the_next_stages_train_on_the_rows(finished: tuple[Run, Recipe, list[str
     assert Recipe.from_text(recipe.dump()) == recipe
     said.clear()
     run(recipe, the_run.folder, say=said.append)
-    assert len([line for line in said if "finished before" in line]) == 3
+    assert len([line for line in said if "finished before" in line]) == 4
+
+
+def test_the_exam_asks_with_and_without_the_document(finished: tuple[Run, Recipe, list[str]], folder: Path) -> None:
+    the_run, _, _ = finished
+    place = the_run.stage("exam")
+    found = json.loads((place / "exam.json").read_text())
+    rows = {(row["model"], row["book"], row["group"]): row for row in found["rows"]}
+    names = ("teacher", "learn", "control")
+    assert {*rows} == {(m, b, g) for m in names for b in ("closed", "open") for g in ("trained", "control")}
+    assert rows["teacher", "closed", "control"]["questions"] == 15
+    questions, answers = rows_of(the_run.stage("facts") / "exam.jsonl"), rows_of(place / "answers.jsonl")
+    assert len(answers) == 20 * 2 * 3
+    # nats by hand, in float64
+    tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
+    model = AutoModelForCausalLM.from_pretrained(folder / "teacher").double()
+    for answer in answers[:3] + answers[20:23]:
+        (question,) = [one for one in questions if one["place"] == answer["place"]]
+        before = f"{question['document']}\n\n" if answer["book"] == "open" else ""
+        prompt = f"<|im_start|>user\n{before}{question['question']}<|im_end|>\n<|im_start|>assistant\n"
+        ids, own = tokenizer(prompt).input_ids, tokenizer(question["answer"]).input_ids
+        logs = model(torch.tensor([ids + own])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        nats = -logs.gather(1, torch.tensor(own)[:, None]).mean()
+        assert answer["nats"] == pytest.approx(nats.item(), rel=1e-5)
+        assert answer["f1"] == token_f1(answer["text"], answer["reference"])
+    mean = sum(one["nats"] for one in answers[:5]) / 5
+    assert rows["teacher", "closed", "trained"]["nats"] == pytest.approx(mean)
+    pairs = {(row["model"], row["group"]): row for row in found["pairs"]}
+    assert {*pairs} == {(m, g) for m in ("learn", "control") for g in ("trained", "control")}
+    for model_name in ("learn", "control"):
+        row = pairs[model_name, "trained"]
+        gap = rows["teacher", "closed", "trained"]["nats"] - rows["teacher", "open", "trained"]["nats"]
+        after = rows[model_name, "closed", "trained"]["nats"] - rows["teacher", "closed", "trained"]["nats"]
+        assert row["nats_difference"] == pytest.approx(after)
+        assert row["gap_closed"] == (pytest.approx(-after / gap) if gap > 0 else None)
+        assert row["nats_interval"][0] <= after <= row["nats_interval"][1]
+    assert {*found["bits_per_byte"]} == {*names}
+    page = (place / "exam.md").read_text()
+    assert "| learn | trained |" in page
+    assert "Bits per byte of the validation text (change from teacher): teacher" in page
+
+
+def test_rows_are_shown_with_their_reasons(finished: tuple[Run, Recipe, list[str]], tmp_path: Path) -> None:
+    place, shown = finished[0].stage("facts"), io.StringIO()
+    assert is_data_set(place)
+    assert not is_data_set(tmp_path)
+    show_rows(place, 2, console=Console(file=shown, width=200))
+    assert "dropped by grounded, 1 of" in shown.getvalue()
+    assert "stands neither in the document nor in the question" in shown.getvalue()
+    assert "exam 1 (trained)" in shown.getvalue()
+    assert shown.getvalue().count("\nkept ") == 2
+    (tmp_path / "data.json").write_text("{}")
+    (tmp_path / "dropped.jsonl").write_text("nothing\n")
+    with pytest.raises(InputError, match="no file of rows"):
+        show_rows(tmp_path, 1)
+
+
+def test_choices_are_shuffled_and_their_key_is_checked() -> None:
+    answers = ["Red is it.", "Blue is it.", "red is it", "Green is it.", "It is."]
+    questions = [Question(f"q{n}?", answer, "d", TRAINED, "p") for n, answer in enumerate(answers)]
+    places = set()
+    for seed in range(8):
+        for question, made in zip(questions, choices_of(questions, 3, seed), strict=True):
+            if made is None:
+                assert question.answer == "It is."  # whose words every other answer has
+                continue
+            choices, key = made
+            places.add(key)
+            assert choices[key] == question.answer
+            assert len({one.casefold().rstrip(".") for one in choices}) == 3
+            assert made == choices_of(questions, 3, seed)[questions.index(question)]
+    assert places == {0, 1, 2}
+    assert choices_of(questions[:1], 3, 0) == [None]
 
 
 class PulledPlug(Exception):
@@ -165,7 +244,7 @@ def test_a_training_with_documents_goes_on_bit_for_bit(
 ) -> None:
     the_run, recipe, _ = finished
     shutil.copytree(the_run.folder, tmp_path / "run")
-    for name in ("learn", "control"):
+    for name in ("learn", "control", "exam"):
         shutil.rmtree(tmp_path / "run" / name)
     each = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"checkpoint_every_steps": 1})})
     step = DistillationModule.training_step
