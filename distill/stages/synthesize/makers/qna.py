@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -55,6 +56,9 @@ EXAM = (
     "or a few words of this text. Each question names what it is about."
 )
 LIKE = "Here are questions of one kind:\n\n{questions}\n\nWrite {count} new questions of this kind, one per line."
+BUILTIN = "builtin:"
+SAMPLE = Path(__file__).parents[1] / "sample"
+"""An invented railway and general knowledge: qna.yaml, its document, and control questions."""
 AGREE = 0.6
 """Token F1 of two answers from which they are taken for the same."""
 _MARKER = re.compile(r"^\s*(?:(?:question|q)\s*\d*\s*[:.)]|[-*•]|\(?\d+[.):]?)\s*", re.IGNORECASE)
@@ -65,7 +69,7 @@ class Qna(MakerSpec):
 
     kind: Literal["qna"] = "qna"
     path: str | list[str]
-    """qna.yaml files, folders of them or globs; knowledge and skills, versions 1 to 3."""
+    """qna.yaml files, folders of them or globs; knowledge and skills, versions 1 to 3. builtin:qna is a sample."""
     documents: str | list[str] | None = None
     """Documents (Markdown, text, PDF), folders or globs; unset: the patterns of a file, searched beside it.
     Repositories are not fetched."""
@@ -286,7 +290,19 @@ class Qna(MakerSpec):
 
 
 def _found(path: str | list[str]) -> list[File]:
-    found = files.find(path, ["qna.yaml"])
+    """The files behind paths; ``builtin:qna`` and ``builtin:control`` come with the package.
+
+    Raises:
+        InputError: there are none.
+    """
+    named = [path] if isinstance(path, str) else path
+    for one in named:
+        if one.startswith(BUILTIN) and one.removeprefix(BUILTIN) not in ("qna", "control"):
+            raise InputError(f"{one}: no such file comes with distill (there are builtin:qna and builtin:control)")
+    found = files.find(
+        [str(SAMPLE / f"{one.removeprefix(BUILTIN)}.yaml") if one.startswith(BUILTIN) else one for one in named],
+        ["qna.yaml"],
+    )
     for file in found:
         if file.suffix not in (".yaml", ".yml"):
             raise InputError(f"{file}: is no qna.yaml; name documents by make.documents")
