@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from distill.core.artifact import hash_of, write_text
@@ -31,7 +32,7 @@ from distill.stages.synthesize.rows import EXAM, write_lines
 def run(stage: Exam, context: StageContext) -> dict[str, Any]:
     """Ask all models, and write scores, answers and a table."""
     session = context.session
-    file = session.run.result(stage.questions, EXAM)
+    file = Path(stage.questions) if stage.is_file else session.run.result(stage.questions, EXAM)
     if file is None:
         raise InputError(f"questions: stage {stage.questions} has left no {EXAM}; run it again")
     questions = read_questions(file, stage.questions)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from distill.core.errors import InputError
+from distill.data.files import File, find
 from distill.stages.base import View
 from distill.stages.checks import check_task
 from distill.stages.forecast import Forecast
@@ -24,7 +25,7 @@ class Exam(ReadsText):
 
     kind: Literal["exam"] = "exam"
     questions: str
-    """The synthesize stage that has made the questions."""
+    """The synthesize stage that has made the questions, or a file of them, such as runs/NAME/STAGE/exam.jsonl."""
     models: tuple[str, ...] = ()
     """Models to ask; empty: the baseline and every model of the stages before."""
     baseline: str = "teacher"
@@ -48,7 +49,17 @@ class Exam(ReadsText):
 
     def reads(self, earlier: list[str]) -> list[str]:
         """The questions, and the models that are named, or all."""
-        return list(dict.fromkeys([self.baseline, *(self.models or earlier), self.questions]))
+        made = [] if self.is_file else [self.questions]
+        return list(dict.fromkeys([self.baseline, *(self.models or earlier), *made]))
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the questions are in a file that is named."""
+        return self.questions.endswith(".jsonl")
+
+    def files(self) -> list[File]:
+        """The file of questions."""
+        return list(find(self.questions, [".jsonl"])) if self.is_file else []
 
     def vocabulary_of(self) -> str | None:
         """Each model answers in its own tokens."""
@@ -71,7 +82,9 @@ class Exam(ReadsText):
         check_task(self, view)
         names = list(view.stages)
         earlier = [name for name in names[: names.index(view.name)] if view.stages[name].makes_data]
-        if self.questions not in earlier:
+        if self.is_file:
+            self.files()
+        elif self.questions not in earlier:
             raise InputError(
                 f"questions: no earlier stage {self.questions!r} that makes an exam (there are "
                 f"{', '.join(earlier) or 'none'}); name a synthesize stage whose make has an exam"
