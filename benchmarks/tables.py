@@ -32,6 +32,7 @@ ORDER = (
     "pruning",
     "quantization",
     "chat",
+    "knowledge",
     "engines",
     "scoring",
     "threads",

@@ -139,22 +139,26 @@ def init(
 
 @app.command()
 def data(
-    recipe: RecipeFile,
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe file, the name of one that comes with distill, or RUN_DIR/STAGE of a "
+            "synthesize stage, whose rows are shown, kept and dropped.",
+        ),
+    ],
     set: Set = None,
     rows: Annotated[int, typer.Option(min=0, help="Rows to print, the first ones of the training.")] = 3,
+    start: Annotated[int, typer.Option(min=0, help="Rows to skip first; RUN_DIR/STAGE only.")] = 0,
     run_dir: Annotated[
         Path | None, typer.Option(help="Folder of the run, where tokens are kept; unset: runs/<name of the recipe>.")
     ] = None,
     stage: Annotated[str | None, typer.Option(help="Show the text of this stage; unset: the recipe's.")] = None,
 ) -> None:
     """Print the rows of a recipe as they will be trained, and which of their tokens are learned from."""
-    from distill.recipe import Recipe
-    from distill.recipes import find
+    from distill.show_data import show_named
 
-    loaded = Recipe.load(find(recipe), set or [])
-    from distill.show_data import show
-
-    show(loaded, run_dir, rows, stage=stage)
+    show_named(recipe, set or [], run_dir, rows, start, stage)
 
 
 @app.command("list")
@@ -162,8 +166,8 @@ def list_members(
     family: Annotated[
         str | None,
         typer.Argument(
-            help="recipes, stages, losses, criteria, quantizers, activations, sources, codecs, exporters, or a section "
-            "such as data, compute, keep, search, optimizer, lora, mixed; unset: all."
+            help="recipes, stages, losses, criteria, quantizers, activations, sources, codecs, exporters, tasks, "
+            "makers, or a section such as data, compute, keep, search, optimizer, lora, mixed; unset: all."
         ),
     ] = None,
 ) -> None:

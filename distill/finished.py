@@ -17,7 +17,7 @@ from distill.data.files import fingerprint as fingerprint_of_files
 from distill.models.load import check_reachable
 from distill.stages.base import SELF, StageSpec
 from distill.stages.session import Session
-from distill.stages.text import data_of
+from distill.stages.text import data_of, made_sources
 
 
 @dataclass
@@ -136,9 +136,10 @@ def result_of(session: Session, name: str) -> tuple[str | None, bool]:
 
 
 def reads(session: Session, name: str) -> Sequence[str]:
-    """References of all models that the result of a stage depends on."""
+    """References of all models, and names of stages with rows, that the result of a stage depends on."""
     names = list(session.stages)
-    return session.stages[name].reads(names[: names.index(name)])
+    makers = [source.stage for source in made_sources(data_of(session.stages, session.data, name))]
+    return [*session.stages[name].reads(names[: names.index(name)]), *dict.fromkeys(makers)]
 
 
 def refuse_to_begin_anew(session: Session, found: Standing) -> None:
@@ -189,7 +190,7 @@ def hash_of_inputs(session: Session, name: str, hashes: dict[str, str]) -> str:
     """Hash of all that a stage's result depends on; machine settings are not among it."""
     stage: StageSpec = session.stages[name]
     read: list[Any] = []
-    for reference in stage.reads(list(hashes)):
+    for reference in reads(session, name):
         if reference != "teacher" or session.teacher is not None:
             read.append(hashes.get(reference) or fingerprint(session.artifact(reference).location))
     own = session.of_text(data_of(session.stages, session.data, name))

@@ -34,6 +34,9 @@ from distill.stages.ask_every import AskEvery
 from distill.stages.evaluate.spec import SpeedSpec
 from distill.stages.prune.search.spec import SearchSpec, ShortTraining
 from distill.stages.quantize.spec import LayerGrid, MixedSpec
+from distill.stages.synthesize.exam_spec import ExamSpec
+from distill.stages.synthesize.filters_spec import FiltersSpec
+from distill.stages.synthesize.writer_spec import ServerSpec
 from distill.tracking.spec import LoggingSpec, Price
 from distill.training.spec import AlarmSpec, ComputeSpec, OnPolicySpec, OptimizerSpec
 
@@ -49,6 +52,9 @@ SECTIONS: dict[str, type[Spec]] = {
     "logging": LoggingSpec,
     "price": Price,
     "alarms": AlarmSpec,
+    "writer": ServerSpec,
+    "filters": FiltersSpec,
+    "exam": ExamSpec,
     "keep": KeepSpec,
     "search": SearchSpec,
     "search.budget": SizeBudget,

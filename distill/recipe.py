@@ -26,9 +26,9 @@ from distill.losses import LOSSES
 from distill.pruning import CRITERIA
 from distill.quantization import ACTIVATIONS, QUANTIZERS
 from distill.reporting.require import OF_TASK, figure_name, parsed, split_key
-from distill.stages import STAGES, StageSpec
+from distill.stages import MAKERS, STAGES, StageSpec
 from distill.stages.chat import first_student
-from distill.stages.text import ReadsText, data_of, with_inherited
+from distill.stages.text import ReadsText, data_of, made_sources, text_made_by, with_inherited, with_made_forms
 from distill.tracking.spec import LoggingSpec
 from distill.training.spec import BudgetSpec, ComputeSpec
 
@@ -42,6 +42,7 @@ FAMILIES: dict[str, Family] = {
     "codecs": CODECS,
     "exporters": EXPORTERS,
     "tasks": TASKS,
+    "makers": MAKERS,
 }
 """Every family, by the plural that ``distill list`` takes."""
 
@@ -90,9 +91,11 @@ class Recipe(Spec):
                 name: {"kind": name, **(stage or {})} if isinstance(stage, dict | None) else stage
                 for name, stage in value["stages"].items()
             }
+            forms = _made_forms(stages)
             for name, stage in stages.items():
                 if isinstance(stage, dict) and "data" in stage:
-                    stages[name] = {**stage, "data": with_inherited(stage["data"], value.get("data"))}
+                    own = with_inherited(stage["data"], value.get("data"))
+                    stages[name] = {**stage, "data": with_made_forms(own, forms)}
             return {**value, "stages": stages}
         return value
 
@@ -168,6 +171,11 @@ class Recipe(Spec):
             earlier.append(name)
         if self.teacher is not None and not _may_be_model(self.teacher):
             yield f"{source.at(('teacher',))}: no folder {self.teacher!r} here, and a Hub id is <who>/<model>"
+        for made in made_sources(self.data):
+            yield (
+                f"{source.at(('data', 'train'))}: the recipe's own text is there before any stage; name {made.stage} "
+                "under data of the stages that read its rows"
+            )
         yield from self._chat_mistakes(source)
         yield from self._augment_mistakes(source, self.data, ("data",))
         yield from self._require_mistakes(source)
@@ -187,18 +195,26 @@ class Recipe(Spec):
         """A stage's own text that is nobody's, or does not fit the run."""
         stage = self.stages[name]
         own, at = getattr(stage, "data", None), source.at(("stages", name, "data"))
+        readers = [one for one in earlier if isinstance(self.stages[one], ReadsText) or self.stages[one].makes_data]
         if isinstance(own, str) and own not in earlier:
-            readers = [one for one in earlier if isinstance(self.stages[one], ReadsText)]
             yield (
                 f"{at}: no earlier stage {own!r} whose text it could read"
                 + (f" (there are {', '.join(readers)})" if readers else "")
                 + suggest(own, readers)
             )
+        elif isinstance(own, str) and self.stages[own].makes_data:
+            yield from self._chat_mistakes(source, text_made_by(self.stages[own], own, self.data), ("data",))
         elif isinstance(own, str) and not isinstance(self.stages[own], ReadsText):
             yield f"{at}: {own!r} is of kind {self.stages[own].kind}, which reads no text of its own"
         elif isinstance(own, DataSpec):
             if own.tokenizer != self.data.tokenizer:
                 yield f"{at}: a run has one tokenizer; remove tokenizer here, or set data.tokenizer"
+            for made in made_sources(own):
+                if made.stage not in earlier or not self.stages[made.stage].makes_data:
+                    makers = [one for one in earlier if self.stages[one].makes_data]
+                    yield f"{at}: no earlier stage {made.stage!r} that makes rows" + (
+                        f" (there are {', '.join(makers)})" if makers else "; add a synthesize stage before it"
+                    )
             yield from self._chat_mistakes(source, own, ("stages", name, "data"))
             yield from self._augment_mistakes(source, own, ("stages", name, "data"))
         order = data_of(self.stages, self.data, name).order
@@ -316,6 +332,15 @@ class Recipe(Spec):
                 + f"no earlier stage, folder or Hub id {reference!r} (models here: {', '.join(models)})"
                 + suggest(reference, models)
             )
+
+
+def _made_forms(stages: dict[str, Any]) -> dict[str, str]:
+    """Name of each stage that makes rows -> what they are, from the recipe as it was written."""
+    known = {name: stage for name, stage in stages.items() if isinstance(stage, dict)}
+    kinds = {name: str(stage.get("kind")) for name, stage in known.items()}
+    found = {name: STAGES[kind] for name, kind in kinds.items() if kind in STAGES}
+    specs = {name: spec for name, spec in found.items() if issubclass(spec, StageSpec) and spec.makes_data}
+    return {name: spec.form_as_written(known[name]) for name, spec in specs.items()}
 
 
 def _may_be_model(reference: str) -> bool:

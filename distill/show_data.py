@@ -16,6 +16,8 @@ from distill.data.loader import order_of
 from distill.data.micro_batches import MicroBatches
 from distill.data.packed_rows import PackedRows
 from distill.recipe import Recipe
+from distill.recipes import find
+from distill.show_rows import is_data_set, show_rows
 from distill.stages.session import Session
 from distill.stages.text import data_of
 
@@ -25,6 +27,30 @@ if TYPE_CHECKING:
 LEARNED, READ = "green", "dim"
 OPEN, CLOSE = "⟦", "⟧"
 """Around what is learned from, where there is no colour."""
+
+
+def show_named(name: str, set: list[str], run_dir: Path | None, num_rows: int, start: int, stage: str | None) -> None:
+    """Print the rows of a recipe, or those that a stage has made.
+
+    Args:
+        name: a recipe's file or name, or the folder of a stage that has made rows.
+        set: overrides of the recipe.
+        run_dir: as of :func:`show`.
+        num_rows: as of :func:`show`.
+        start: rows to skip first, of a stage's folder.
+        stage: as of :func:`show`.
+
+    Raises:
+        InputError: see :func:`show`; or an option is of the other form.
+    """
+    if is_data_set(Path(name)):
+        if unused := [f"--{key}" for key, one in (("set", set), ("run-dir", run_dir), ("stage", stage)) if one]:
+            raise InputError(f"{', '.join(unused)}: only with a recipe; remove it")
+        show_rows(Path(name), num_rows, start)
+        return
+    if start:
+        raise InputError("--start: only with RUN_DIR/STAGE of a synthesize stage; remove it")
+    show(Recipe.load(find(name), set), run_dir, num_rows, stage=stage)
 
 
 def show(

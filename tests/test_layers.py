@@ -19,7 +19,7 @@ LAYERS = (
     {"training", "evaluation", "exporters", "tracking"},
     {"reporting"},
     {"stages"},
-    {"recipe", "recipes", "launch", "finished", "required"},
+    {"recipe", "recipes", "launch", "finished", "required", "show_rows"},
     {"runner", "listing", "forecast", "doctor", "compare", "show_data"},
     {"watch", "trace"},
     {"cli"},

@@ -158,8 +158,14 @@ def read(file: str | Path) -> Source:
     return parse(text, str(file))
 
 
-def parse(text: str, name: str) -> Source:
-    """As :func:`read`, for text that is in memory already."""
+def parse(text: str, name: str, what: str = "a recipe") -> Source:
+    """As :func:`read`, for text that is in memory already.
+
+    Args:
+        text: YAML.
+        name: of the file, for messages.
+        what: the file is, for messages.
+    """
     source = Source({}, name)
     try:
         node = yaml.compose(text, Loader=_Loader)
@@ -170,7 +176,7 @@ def parse(text: str, name: str) -> Source:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise RecipeError([f"{name}:1: not valid YAML: {' '.join(str(error).split())}"]) from None
     if not isinstance(data, dict):
-        raise RecipeError([f"{name}:1: a recipe is a mapping of keys to values (got {type(data).__name__})"])
+        raise RecipeError([f"{name}:1: {what} is a mapping of keys to values (got {type(data).__name__})"])
     source.data = data
     return source
 
@@ -234,7 +240,7 @@ def _readable(node: yaml.ScalarNode) -> str:
 def _scalar(node: yaml.ScalarNode, place: str) -> Any:
     _readable(node)
     if node.tag not in {f"tag:yaml.org,2002:{tag}" for tag in ("str", "int", "float", "bool", "null")}:
-        raise yaml.MarkedYAMLError(problem=f"a recipe holds no {node.tag} values", problem_mark=node.start_mark)
+        raise yaml.MarkedYAMLError(problem=f"values of type {node.tag} are not read", problem_mark=node.start_mark)
     loader = _Loader("")
     try:
         value = loader.construct_object(node)

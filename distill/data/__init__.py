@@ -18,5 +18,6 @@ from distill.data.hub import Hub
 from distill.data.tokens import Tokens
 from distill.data.chat import Chat
 from distill.data.python_questions import PythonQuestions
+from distill.data.made import Made
 
 SOURCES = Family.among("source", globals(), SourceSpec)

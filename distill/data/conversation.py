@@ -5,7 +5,8 @@
     prompt, response        also prompt and completion (texts, or lists of messages), question and answer, and
                             instruction, input and output
 
-Beside them a row may have ``system``, ``tools`` (a list, or its JSON) and ``chat_template_kwargs``. A message with
+Beside them a row may have ``system``, ``tools`` (a list, or its JSON), ``chat_template_kwargs`` and ``document``, which
+only a teacher reads (``teacher_reads: document``). A message with
 ``"weight": 0`` or ``"train": false`` is read and not learned from. Arguments of tool calls that are given as JSON are
 parsed: templates write a mapping, and would quote a string once more.
 """
@@ -84,10 +85,13 @@ def conversation_of(row: Any, id: str, columns: Columns) -> Conversation:
     if not isinstance(arguments, dict):
         raise wrong_type("chat_template_kwargs", "a mapping", arguments)
     try:
-        json.dumps([messages, tools], ensure_ascii=False, default=repr).encode("utf-8")
+        json.dumps([messages, tools, row.get("document")], ensure_ascii=False, default=repr).encode("utf-8")
     except UnicodeEncodeError:
         raise Unusable("not text", "it holds half of a surrogate pair, which is no text") from None
-    return Conversation(id, messages, learned, tools, arguments)
+    document = row.get("document") or ""
+    if not isinstance(document, str):
+        raise wrong_type("document", "text", document)
+    return Conversation(id, messages, learned, tools, arguments, document)
 
 
 def dialect_of(row: Any, columns: Columns) -> str:

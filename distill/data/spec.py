@@ -25,7 +25,7 @@ Packing = Literal["wrapped", "documents", "best_fit", "padded"]
 """How documents become rows; see :mod:`distill.data.rows`."""
 APART: tuple[Packing, ...] = ("documents", "best_fit")
 """Those with documents in a row that must not see each other."""
-OF_CONVERSATIONS = ("chat", "python_questions")
+OF_CONVERSATIONS = ("chat", "python_questions", "made")
 """Kinds of sources that yield conversations; their rows are packed by ``best_fit`` where the recipe says nothing."""
 FULL: tuple[Packing, ...] = ("wrapped", "documents")
 """Those whose rows are full, but for the last one."""
@@ -63,7 +63,9 @@ def kinds_of(source: Any) -> Iterator[Any]:
         for one in source["sources"].values():
             yield from kinds_of(one)
     else:
-        yield source.get("kind") if isinstance(source, dict) else getattr(source, "kind", source)
+        read = source.get if isinstance(source, dict) else lambda key: getattr(source, key, None)
+        kind = source if isinstance(source, str) else read("kind")
+        yield "made text" if kind == "made" and read("holds") == "text" else kind
 
 
 def of_conversations(kind: Any) -> bool:
@@ -134,6 +136,11 @@ class DataSpec(Spec):
     def drops_rows(self) -> bool:
         """Whether some of it may hold rows that cannot be used."""
         return any(source is not None and source.drops_rows() for source in (self.train, self.validation))
+
+    @property
+    def keeps_whole(self) -> bool:
+        """Whether no document is cut where a row is full."""
+        return self.packing not in FULL
 
     @property
     def keeps_apart(self) -> bool:

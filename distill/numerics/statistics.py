@@ -8,18 +8,27 @@ correctly by the first model alone (lost), and ``c`` by the second model alone (
     interval   = Wald's, with half an item added to each of the four cells    (Agresti & Min 2005, Stat. Med. 24:729)
     p          = min(1, 2 * sum over k <= min(b, c) of C(b + c, k) / 2**(b + c))                (exact McNemar test)
 
+Scores that are no yes or no, such as nats per token, are compared by their differences ``d`` per item:
+
+    difference = mean(d)
+    interval   = percentiles of the mean over items that are drawn again with replacement     (bootstrap, Efron 1979)
+    p          = share of all changes of signs of d whose mean is as far from 0 as that of d  (permutation test)
+
 Pure Python, so that a report needs no further package; the tests compare with scipy.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 CONFIDENCE = 0.95
 """Confidence level of all intervals."""
+DRAWS = 10_000
+"""Number of random draws of a bootstrap or a permutation test."""
 POWER = 0.8
 """Power of the test for the difference that :meth:`Paired.smallest` returns."""
 
@@ -145,3 +154,53 @@ class Paired:
         covariance = self.both / self.items - first * second
         variance = second * (1 - second) + ratio**2 * first * (1 - first) - 2 * ratio * covariance
         return ratio, math.sqrt(max(0.0, variance) / (self.items - 1)) / (first - chance)
+
+
+@dataclass(frozen=True)
+class PairedMeans:
+    """Scores of two models on the same items, which may be any numbers.
+
+    Attributes:
+        differences: score of the second model minus that of the first, per item.
+    """
+
+    differences: tuple[float, ...]
+
+    @classmethod
+    def of(cls, first: Sequence[float], second: Sequence[float]) -> PairedMeans:
+        """From two lists of scores in the same order of items.
+
+        Raises:
+            ValueError: the lists differ in length or are empty.
+        """
+        if len(first) != len(second) or not first:
+            raise ValueError(f"{len(first)} and {len(second)} items, expected the same number, at least one")
+        return cls(tuple(b - a for a, b in zip(first, second, strict=True)))
+
+    @property
+    def difference(self) -> float:
+        """Mean of the second model minus that of the first."""
+        return math.fsum(self.differences) / len(self.differences)
+
+    def interval(self, confidence: float = CONFIDENCE, seed: int = 0) -> tuple[float, float]:
+        """Bootstrap interval of the difference, by percentiles."""
+        dice, n = random.Random(seed), len(self.differences)
+        means = sorted(math.fsum(dice.choices(self.differences, k=n)) / n for _ in range(DRAWS))
+        cut = int((1 - confidence) / 2 * DRAWS)
+        return means[cut], means[DRAWS - 1 - cut]
+
+    def p(self, seed: int = 0) -> float:
+        """Two-sided p-value: under the null hypothesis each difference has either sign with equal probability.
+
+        Exact for up to 12 items; for more items with :data:`DRAWS` random changes of signs, the observed one included.
+        """
+        sizes, observed = [abs(one) for one in self.differences], abs(math.fsum(self.differences)) - 1e-12
+        n = len(sizes)
+        if n <= 12:
+            sums = [math.fsum(s if k >> i & 1 else -s for i, s in enumerate(sizes)) for k in range(2**n)]
+            return sum(abs(one) >= observed for one in sums) / len(sums)
+        dice, far = random.Random(seed), 1
+        for _ in range(DRAWS):
+            signs = dice.getrandbits(n)
+            far += abs(math.fsum(s if signs >> i & 1 else -s for i, s in enumerate(sizes))) >= observed
+        return far / (DRAWS + 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from distill.core.errors import InputError
 from distill.core.spec import Spec
@@ -28,6 +28,9 @@ class StageSpec(Spec):
     """Whether later stages may name it as a model."""
     makes_signal: ClassVar[bool] = False
     """Whether later stages may name it as the teacher that they learn from, though it is no model."""
+
+    makes_data: ClassVar[bool] = False
+    """Whether later stages may name it under ``data``, to read the rows that it makes."""
 
     makes_file: ClassVar[bool] = False
     """Whether it makes a file for an engine, which stages that read files may name among their ``models``."""
@@ -87,6 +90,16 @@ class StageSpec(Spec):
         """The models that it names, for :attr:`Forecast.reads`."""
         named = dict.fromkeys(reference for _, reference in self.references())
         return f"reads {', '.join(named)}" if named else ""
+
+    @classmethod
+    def form_as_written(cls, section: Mapping[str, Any]) -> Literal["conversations", "text"]:
+        """As :attr:`made_form`, from the stage's section of a recipe that nobody has checked yet."""
+        return "conversations"
+
+    @property
+    def made_form(self) -> Literal["conversations", "text"]:
+        """What the rows are that it makes, where it makes some."""
+        return "conversations"
 
     def files(self) -> list[File]:
         """Files that it reads besides models and the run's text; where one changes, its result is made again.

@@ -44,7 +44,8 @@ class Distill(DistillSpec, ReadsText):
 
     @model_validator(mode="after")
     def _own_teacher(self) -> Distill:
-        check_own_teacher(self.teacher, self.lora, silent=all(loss.needs_teacher for loss in self.losses))
+        alike = self.teacher_reads == "text" and all(loss.needs_teacher for loss in self.losses)
+        check_own_teacher(self.teacher, self.lora, silent=alike)
         return self
 
     def references(self) -> list[tuple[tuple[str | int, ...], str]]:

@@ -36,6 +36,8 @@ def say_passes(context: StageContext, budget: BudgetSpec) -> None:
     Raises:
         InputError: more than the recipe allows.
     """
+    if context.session.awaits_rows:
+        return
     times = passes_of(context, budget)
     if any(times.values()):
         context.say(f"{context.name}: {in_words(times)}")

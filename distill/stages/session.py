@@ -24,7 +24,7 @@ from distill.models.card import licence_of
 from distill.models.load import locate
 from distill.stages.base import SELF, StageSpec
 from distill.stages.chat import other_templates, prompts_of, template_of
-from distill.stages.text import data_of, spoken
+from distill.stages.text import data_of, located, made_sources, spoken
 from distill.stages.word_candidates import candidates_of
 from distill.tracking.spec import LoggingSpec
 from distill.training.spec import ComputeSpec
@@ -76,6 +76,11 @@ class Session:
         return self.compute.strategy == "fsdp" and self.world.rank > 0
 
     @property
+    def awaits_rows(self) -> bool:
+        """Whether a stage has still to make some of the rows of the text."""
+        return any(not source.is_there() for source in made_sources(self.data))
+
+    @property
     def is_cut(self) -> bool:
         """Whether the text is read in a part of the run's tokens."""
         return self._whole is not None
@@ -86,6 +91,7 @@ class Session:
 
     def of_text(self, data: DataSpec) -> Session:
         """The session that reads another text."""
+        data = located(data, lambda name: self.run.stage(name) / (self.stages[name].result({}) or ""))
         if data == self.data:
             return self
         key = hash_of(data.model_dump(mode="json"))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
+from distill.data.base import SourceSpec
+from distill.data.made import Made
+from distill.data.mixture import Mixture
 from distill.data.spec import DataSpec, kinds_of, of_conversations
 from distill.stages.base import StageSpec
 
@@ -35,9 +39,10 @@ class ReadsText(StageSpec):
     """A stage that trains, calibrates or measures on text."""
 
     data: TextChoice | None = None
-    """Its own text: a section as the recipe's `data`, or the name of an earlier stage whose text it reads; null: the
-    recipe's. What a section does not say of sequence_length, tokenizer, validation_tokens, calibration_sequences and
-    chat is the recipe's."""
+    """Its own text: a section as the recipe's `data`; the name of an earlier stage whose text it reads, or which makes
+    rows; or {mixture: {STAGE: 0.9, train: 0.1}}, shares of rows that stages make and of the recipe's training text;
+    null: the recipe's. What a section does not say of sequence_length, tokenizer, validation_tokens,
+    calibration_sequences and chat is the recipe's."""
 
 
 def data_of(stages: Mapping[str, StageSpec], data: DataSpec, name: str) -> DataSpec:
@@ -54,8 +59,54 @@ def data_of(stages: Mapping[str, StageSpec], data: DataSpec, name: str) -> DataS
         own = getattr(stages[name], "data", None)
         if not isinstance(own, str):
             return data if own is None else own
+        if own in stages and stages[own].makes_data:
+            return text_made_by(stages[own], own, data)
         name = own
     return data
+
+
+def text_made_by(stage: StageSpec, name: str, data: DataSpec) -> DataSpec:
+    """The text whose rows a stage makes.
+
+    Args:
+        stage: which makes them.
+        name: its name.
+        data: the recipe's own section, which says how rows are read.
+    """
+    source = Made(stage=name, holds=stage.made_form)
+    kept = {key: getattr(data, key) for key in INHERITED}
+    if source.holds_conversations():
+        kept |= {"chat": data.chat, "packing": data.packing if data.keeps_whole else "best_fit"}
+    else:
+        kept["packing"] = data.packing
+    return DataSpec(train=source, **kept)
+
+
+def made_sources(data: DataSpec) -> list[Made]:
+    """The sources of a text that stages of the run make."""
+    return [source for _, source in data.sources() if isinstance(source, Made)]
+
+
+def located(data: DataSpec, folder_of: Callable[[str], Path]) -> DataSpec:
+    """The same text, with the folders of rows that stages make.
+
+    Args:
+        data: a text.
+        folder_of: name of a stage -> folder of its rows.
+    """
+    if not made_sources(data):
+        return data
+
+    def placed(source: SourceSpec | None) -> SourceSpec | None:
+        if isinstance(source, Made):
+            return source.model_copy(update={"path": str(folder_of(source.stage))})
+        if not isinstance(source, Mixture):
+            return source
+        several = {key: {name: placed(one) for name, one in getattr(source, key).items()} for key in
+                   ("sources", "validation")}  # fmt: skip
+        return source.model_copy(update=several)
+
+    return data.model_copy(update={"train": placed(data.train), "validation": placed(data.validation)})
 
 
 def spoken(stages: Mapping[str, StageSpec], data: DataSpec) -> DataSpec:
@@ -75,8 +126,39 @@ def with_inherited(section: Any, data: Any) -> Any:
     """A stage's section as it was written, with what it takes from the recipe's; anything else as it is."""
     if not isinstance(section, dict) or not isinstance(data, dict):
         return section
+    if isinstance(section.get("mixture"), dict) and "train" not in section:
+        section = _mixed(section, data)
     keys = [key for key in INHERITED if key in data]
     kinds = [kind for key in ("train", "validation") for kind in kinds_of(section.get(key))]
     if "chat" in data and any(of_conversations(kind) for kind in kinds):
         keys.append("chat")
     return {**{key: data[key] for key in keys}, **section}
+
+
+def _mixed(section: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """The section that `{mixture: {STAGE: share, train: share}}` stands for."""
+    shares = section["mixture"]
+    sources = {name: data.get("train") if name == "train" else {"kind": "made", "stage": name} for name in shares}
+    train: dict[str, Any] = {"kind": "mixture", "sources": sources, "weights": shares}
+    if "max_repeats" in section:
+        train["max_repeats"] = section["max_repeats"]
+    if "train" in shares and data.get("validation") is not None:
+        train["validation"] = {"train": data["validation"]}
+    return {"train": train, **{key: value for key, value in section.items() if key not in ("mixture", "max_repeats")}}
+
+
+def with_made_forms(section: Any, forms: Mapping[str, str]) -> Any:
+    """A section as it was written, in which each source of kind made says what its stage makes.
+
+    Args:
+        section: of a stage.
+        forms: name of a stage -> what its rows are.
+    """
+    if isinstance(section, list):
+        return [with_made_forms(one, forms) for one in section]
+    if not isinstance(section, dict):
+        return section
+    filled = {key: with_made_forms(value, forms) for key, value in section.items()}
+    if filled.get("kind") == "made" and isinstance(filled.get("stage"), str) and filled["stage"] in forms:
+        filled["holds"] = forms[filled["stage"]]
+    return filled

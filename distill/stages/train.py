@@ -12,6 +12,7 @@ from distill.core.artifact import fingerprint
 from distill.core.errors import InputError
 from distill.data.chat_spec import ChatSpec
 from distill.data.corpus import Corpus
+from distill.data.document_prompts import document_prompts
 from distill.data.micro_batches import MicroBatches
 from distill.data.packing import file_lock
 from distill.data.tokenizer import load_tokenizer
@@ -40,6 +41,7 @@ from distill.stages.rehearsal import check_room
 from distill.stages.session import RankDone, Session, StageContext
 from distill.training.ask import Asked
 from distill.training.assemble import Student, assemble, disassemble
+from distill.training.document_teacher import DocumentTeacher
 from distill.training.ends import agreed_ends, ends_of
 from distill.training.live_teacher import LiveTeacher
 from distill.training.module import DistillationModule
@@ -152,6 +154,8 @@ def train(
     if reference is not None and reference != SELF:
         provenance["teacher"] = fingerprint(session.artifact(reference).location)
     corpus, source = _corpus_and_teacher(context, student, teacher, num_steps * budget.batch_size)
+    if isinstance(budget, DistillSpec) and budget.teacher_reads == "document" and source is not None:
+        source = _with_documents(context, source)
     module = DistillationModule(
         student.model,
         losses,
@@ -230,6 +234,16 @@ def _corpus_and_teacher(
     # one that is not beside the student is not sharded
     beside = device.type == resolve_device(session.compute)
     return session.corpus(), LiveTeacher(load_frozen(context, teacher, is_sharded=beside), device)
+
+
+def _with_documents(context: StageContext, source: Teacher) -> Teacher:
+    """The teacher, which is given the documents of the text's rows."""
+    prompts = document_prompts(context.session.data, context.session.tokenizer())
+    teacher = DocumentTeacher(source, prompts)
+    context.say(
+        f"the teacher reads a document before {len(prompts.by_prompt):,} prompts, {prompts.longest:,} tokens at most"
+    )
+    return teacher
 
 
 def open_on_policy(

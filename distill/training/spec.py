@@ -186,6 +186,9 @@ class DistillSpec(BudgetSpec):
     on_policy: OnPolicySpec | None = None
     """Train on samples of the student too: {share: 0.5, prompt_tokens: 32, max_new_tokens: 128}; unset is off. It needs
     a live teacher (not a cache) with the same end-of-text tokens as the student."""
+    teacher_reads: Literal["text", "document"] = "text"
+    """What the teacher reads. text: the same as the student; document: before the conversation also what its row has in
+    the column document, so that the student learns to answer as if it had read it (prompt distillation)."""
 
     @model_validator(mode="after")
     def _each_loss_once(self) -> DistillSpec:
@@ -194,6 +197,19 @@ class DistillSpec(BudgetSpec):
             raise ValueError(f"each kind of loss is given once (got {', '.join(kinds)}); add up their weights instead")
         if all(isinstance(loss, StateLossSpec) for loss in self.losses):
             raise ValueError(f"{kinds[0]} does not train the output head; add a loss on logits, such as forward_kl")
+        return self
+
+    @model_validator(mode="after")
+    def _documents_are_for_logits(self) -> DistillSpec:
+        if self.teacher_reads == "text":
+            return self
+        if inner := [loss.kind for loss in self.losses if isinstance(loss, StateLossSpec)]:
+            raise ValueError(
+                f"teacher_reads: document: {inner[0]} compares hidden states position by position, and the teacher has "
+                "more positions; use losses on logits"
+            )
+        if not self.is_taught():
+            raise ValueError("teacher_reads has no effect without a loss that reads the teacher; remove it")
         return self
 
     @model_validator(mode="after")
@@ -209,6 +225,11 @@ class DistillSpec(BudgetSpec):
     def mistakes(self, data: DataSpec) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """Settings of on_policy that do not fit the data: sequences longer than a row, or prompts that do not exist."""
         policy, length = self.on_policy, data.sequence_length
+        if self.teacher_reads == "document" and not data.holds_conversations:
+            yield (
+                ("teacher_reads",),
+                "document needs conversations with a column document; set data to a synthesize stage that makes qna",
+            )
         if policy is None:
             return
         if not data.holds_conversations:

@@ -17,7 +17,7 @@ KIND_BLIND = [
     *sorted((PACKAGE / "forecast").glob("*.py")),
     *(PACKAGE / f"{name}.py" for name in ("finished", "recipe", "runner")),
 ]
-CONTRACT = {"STAGES", "StageSpec", "base", "chat", "forecast", "session", "text"}
+CONTRACT = {"MAKERS", "STAGES", "StageSpec", "base", "chat", "forecast", "session", "text"}
 """What of ``distill.stages`` can be known without knowing a kind of stage."""
 
 stage = pytest.mark.parametrize("spec", [spec for _, spec in STAGES.items()], ids=list(STAGES))

@@ -98,6 +98,20 @@ TEACHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         SIZES | {"intermediate_size": 96, "head_dim": 16},
     ),
+    "Qwen/Qwen3-4B-Instruct-2507": (
+        {
+            "model_type": "qwen3",
+            "vocab_size": 151936,
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "tie_word_embeddings": True,
+        },
+        SIZES | {"intermediate_size": 96, "head_dim": 16, "max_position_embeddings": 2048},
+    ),
     "HuggingFaceTB/SmolLM2-135M-Instruct": (
         {
             "model_type": "llama",
@@ -110,7 +124,7 @@ TEACHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
         # rows of llama.cpp's blocks of 32
-        SIZES | {"hidden_size": 96, "intermediate_size": 96, "num_attention_heads": 3},
+        SIZES | {"hidden_size": 96, "intermediate_size": 96, "num_attention_heads": 3, "max_position_embeddings": 2048},
     ),
     "builtin:quickstart-teacher": (
         {
@@ -221,6 +235,8 @@ def shrink(
     def overrides(file: Path) -> list[str]:
         recipe = Recipe.load(file)
         kind, files, length = ("chat", chats, 64) if recipe.data.holds_conversations else ("jsonl", texts, 16)
+        if any(stage.makes_data for stage in recipe.stages.values()):
+            length = 512  # the questions on a document are longer than the files' rows
         train, validation = (f"{{kind: {kind}, path: {path}}}" for path in files)
         if isinstance(recipe.data.train, Csv):  # read as the recipe says, from a small file with its columns
             found = [f"data.train.path={_table(files[0], recipe.data.train.columns or ['text'])}"]
@@ -243,7 +259,9 @@ def shrink(
             found.append(f"teacher={tiny_teacher(recipe.teacher)}")
         for name, stage in recipe.stages.items():
             at = f"stages.{name}"
-            if isinstance(getattr(stage, "data", None), DataSpec):
+            own = getattr(stage, "data", None)
+            # a mixture of rows that a stage makes takes the rest from the recipe
+            if isinstance(own, DataSpec) and not isinstance(own.train, Mixture):
                 found += [f"{at}.data.train={train}", f"{at}.data.sequence_length={length}"]
             if isinstance(stage, BudgetSpec) and stage.steps(recipe.data.sequence_length):
                 found += [f"{at}.num_tokens=null", f"{at}.num_steps=2", f"{at}.batch_size=2"]
@@ -269,6 +287,13 @@ def shrink(
                 few = sum(stage.makes_model for stage in recipe.stages.values()) < 3 and stage.speed is not None
                 speed = "{prompt_tokens: 4, new_tokens: 2, repeats: 1, rounds: 1}" if few else "null"
                 found.append(f"{at}.speed={speed}")
+            if stage.makes_data:  # a random model ends an answer by chance, and writes no question
+                new = {"answers": "max_new_tokens=300", "qna": "max_new_tokens=8"}[stage.make.kind]
+                found += [f"{at}.filters={{min_yield: 0, answer_words: [0, 400]}}", f"{at}.make.{new}"]
+                few = {"answers": ["num_prompts=24", "num_samples=2"], "qna": ["answer_tokens=8", "rounds=1"]}
+                found += [f"{at}.make.{one}" for one in few[stage.make.kind]]
+            if stage.kind == "exam":
+                found.append(f"{at}.max_new_tokens=4")
             if stage.kind == "report":
                 found.append(f"{at}.new_tokens=4")
         return found

@@ -66,6 +66,11 @@ class CacheTeacher(ReadsText):
             return f"{name!r} is a cache already; name its teacher"
         if not isinstance(student, DistillSpec):
             return None
+        if student.teacher_reads == "document":
+            return (
+                f"{name!r} holds what its teacher says of the student's own text, without documents; name its teacher "
+                "here, whose output is kept in memory between passes"
+            )
         if why := states.refusal(student.losses):
             return why
         on_logits = [loss for loss in student.losses if isinstance(loss, LossSpec)]

@@ -148,7 +148,8 @@ class Evaluate(ReadsText):
 
         taught = [self.teacher] if self.teacher != "teacher" or context.session.teacher is not None else []
         check_outside(context, *taught, *self.models, *self.controls)
-        context.session.corpus()
+        if not context.session.awaits_rows:
+            context.session.corpus()
         rehearse_tasks(self.tasks, "tasks", has_template=bool(context.session.tokenizer().chat_template))
 
     def vocabulary_of(self) -> str | None:

@@ -1,0 +1,181 @@
+"""Documents that a model shall know: Markdown, plain text and PDF files, as text in chunks.
+
+PDF files are read by pypdf, which is an extra (``pip install 'distill[pdf]'``). Pages of scanned images have no text,
+so such a file is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from io import BytesIO
+
+from distill.core.errors import InputError, MachineError
+from distill.data import files
+from distill.data.files import File
+
+SUFFIXES = (".md", ".txt", ".rst", ".pdf")
+INSTALL = "pip install 'distill[pdf]'"
+_LINK = re.compile(r"!?\[([^\[\]]*)\]\([^()\s]*(?:\([^()]*\)[^()\s]*)*(?:\s+\"[^\"]*\")?\)")
+_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document.
+
+    Attributes:
+        name: path of its file.
+        text: without links, comments and repeated whitespace.
+    """
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a document that is given to a model at once.
+
+    Attributes:
+        document: name of the document.
+        number: of the chunk in its document, from 0.
+        text: of the chunk.
+    """
+
+    document: str
+    number: int
+    text: str
+
+    @property
+    def id(self) -> str:
+        """What messages and rows call it."""
+        return f"{self.document}#{self.number}"
+
+
+def find_documents(paths: str | Sequence[str]) -> list[File]:
+    """The files of documents behind paths, folders and globs.
+
+    Raises:
+        InputError: there are none, or one is of another format.
+    """
+    found = files.find(paths, SUFFIXES)
+    for file in found:
+        if not files.unpacked(file.name).endswith(SUFFIXES):
+            raise InputError(f"{file}: is read as no document (expected {', '.join(SUFFIXES)}); convert it to text")
+    return found
+
+
+def missing_reader(found: Sequence[File]) -> str | None:
+    """What this machine lacks to read these files, with how to install it; None if nothing."""
+    pdf = next((file for file in found if files.form(file) == "pdf"), None)
+    if pdf is None or find_spec("pypdf") is not None:
+        return None
+    return f"{pdf} is read by pypdf, which is not installed: {INSTALL}"
+
+
+def read_documents(found: Sequence[File]) -> list[Text]:
+    """The texts of files.
+
+    Raises:
+        InputError: a file cannot be read, or holds no text.
+        MachineError: the package that reads it is missing.
+    """
+    return [_read(file) for file in found]
+
+
+def _read(file: File) -> Text:
+    with files.opened(file) as stream:
+        data = files.whole(stream, file)
+    if files.form(file) == "pdf":
+        text = _of_pdf(data, file)
+    else:
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = data[: error.start].count(b"\n") + 1
+            raise InputError(f"{file}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x}); convert it") from None
+    text = plain(text) if files.form(file) == "md" else tidy(text)
+    if not text:
+        raise InputError(f"{file}: holds no text; name another document")
+    return Text(file.as_posix(), text)
+
+
+def _of_pdf(data: bytes, file: File) -> str:
+    if (missing := missing_reader([file])) is not None:
+        raise MachineError(missing)
+    import pypdf
+
+    try:
+        pages = [page.extract_text() for page in pypdf.PdfReader(BytesIO(data)).pages]
+    except Exception as error:  # damaged files raise many kinds of errors
+        raise InputError(f"{file}: cannot be read as PDF ({' '.join(str(error).split())}); make it anew") from error
+    text = "\n\n".join(pages)
+    if not text.strip():
+        raise InputError(f"{file}: its {len(pages)} pages hold no text, only images; recognise their text first (OCR)")
+    return text
+
+
+def plain(markdown: str) -> str:
+    """Markdown without comments and with links replaced by their words. Headings, lists and tables stay."""
+    text = _COMMENT.sub("", markdown)
+    while (shorter := _LINK.sub(r"\1", text)) != text:
+        text = shorter
+    return tidy(text)
+
+
+def tidy(text: str) -> str:
+    """A text whose paragraphs are single lines, between empty lines."""
+    paragraphs = re.split(r"\n\s*\n", text.replace("\r\n", "\n"))
+    kept = [" ".join(_lines(one)) if not _is_list(one) else "\n".join(_lines(one)) for one in paragraphs]
+    return "\n\n".join(one for one in kept if one)
+
+
+def _lines(paragraph: str) -> list[str]:
+    return [" ".join(line.split()) for line in paragraph.split("\n") if line.strip()]
+
+
+def _is_list(paragraph: str) -> bool:
+    """Whether line breaks mean something: headings, lists and tables."""
+    return bool(re.search(r"^\s*([#>|*+-]|\d+[.)])\s*\S", paragraph, re.MULTILINE))
+
+
+def chunks_of(document: Text, num_words: int) -> list[Chunk]:
+    """The document in chunks of whole paragraphs; longer paragraphs are cut between sentences, else between words.
+
+    Args:
+        document: to cut.
+        num_words: words of a chunk, at most.
+    """
+    texts: list[list[str]] = [[]]
+    size = 0
+    for piece in _pieces(document.text, num_words):
+        words = len(piece.split())
+        if size and size + words > num_words:
+            texts.append([])
+            size = 0
+        texts[-1].append(piece)
+        size += words
+    return [Chunk(document.name, number, "\n\n".join(one)) for number, one in enumerate(texts) if one]
+
+
+def _pieces(text: str, num_words: int) -> Iterator[str]:
+    for paragraph in text.split("\n\n"):
+        if len(paragraph.split()) <= num_words:
+            yield paragraph
+            continue
+        piece: list[str] = []
+        for sentence in _SENTENCE.split(paragraph):
+            words = sentence.split()
+            if piece and len(piece) + len(words) > num_words:
+                yield " ".join(piece)
+                piece = []
+            while len(words) > num_words:
+                yield " ".join(words[:num_words])
+                words = words[num_words:]
+            piece += words
+        if piece:
+            yield " ".join(piece)

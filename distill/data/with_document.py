@@ -1,0 +1,21 @@
+"""How a document is put before a question. Writers, teachers and exams with the open document all use this form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distill.data.base import Message
+
+
+def with_document(document: str, question: str) -> str:
+    """What a user says who shows the document that a question is about; the question alone if there is none."""
+    return f"{document.strip()}\n\n{question}" if document else question
+
+
+def messages_with_document(document: str, messages: Sequence[Message]) -> list[Message]:
+    """The same conversation, in which the document stands before the first thing that the user says."""
+    first = next((number for number, message in enumerate(messages) if message["role"] == "user"), None)
+    return [
+        {**message, "content": with_document(document, message["content"])} if number == first else message
+        for number, message in enumerate(messages)
+    ]

@@ -1,0 +1,98 @@
+"""Questions on documents, asked with the closed and the open book, before and after a training.
+
+A question is answered from memory (closed book) or with its document before it (open book). The exam is made by the
+synthesize stage before anything is trained, and no training row tells its answers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from distill.core.errors import InputError
+from distill.data.files import File, find
+from distill.stages.base import View
+from distill.stages.checks import check_task
+from distill.stages.forecast import Forecast
+from distill.stages.text import ReadsText
+
+ROWS, PAGE, ANSWERS = "exam.json", "exam.md", "answers.jsonl"
+
+
+class Exam(ReadsText):
+    """Ask models the questions that a synthesize stage has kept out, and compare them question by question."""
+
+    kind: Literal["exam"] = "exam"
+    questions: str
+    """The synthesize stage that has made the questions, or a file of them, such as runs/NAME/STAGE/exam.jsonl."""
+    models: tuple[str, ...] = ()
+    """Models to ask; empty: the baseline and every model of the stages before."""
+    baseline: str = "teacher"
+    """The model that the others are compared with: the student before its training."""
+    open_book: Literal["baseline", "all", "none"] = "baseline"
+    """Which models are also asked with the document before the question: the baseline, whose answers are the ceiling;
+    all; or none."""
+    num_choices: int = Field(4, ge=0, le=26)
+    """Choices of the multiple-choice form of each question: the reference answer, and answers to other questions of its
+    group, in random order; 0 is off."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Largest number of tokens of a written answer."""
+    batch_size: int = Field(8, ge=1)
+    """Rows of data.sequence_length tokens that are read at once."""
+    forgetting: bool = True
+    """Also measure bits per byte on the validation text of this stage's data, which shows what is forgotten."""
+
+    def references(self) -> list[tuple[tuple[str | int, ...], str]]:
+        """The models that are named, and the baseline."""
+        return [*((("models", i), one) for i, one in enumerate(self.models)), (("baseline",), self.baseline)]
+
+    def reads(self, earlier: list[str]) -> list[str]:
+        """The questions, and the models that are named, or all."""
+        made = [] if self.is_file else [self.questions]
+        return list(dict.fromkeys([self.baseline, *(self.models or earlier), *made]))
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the questions are in a file that is named."""
+        return self.questions.endswith(".jsonl")
+
+    def files(self) -> list[File]:
+        """The file of questions."""
+        return list(find(self.questions, [".jsonl"])) if self.is_file else []
+
+    def vocabulary_of(self) -> str | None:
+        """Each model answers in its own tokens."""
+        return None
+
+    def result(self, figures: dict[str, Any]) -> str:
+        """The scores."""
+        return ROWS
+
+    def shown(self, figures: dict[str, Any]) -> str:
+        """The table."""
+        return PAGE
+
+    def forecast(self, view: View) -> Forecast:
+        """Who is asked.
+
+        Raises:
+            InputError: the questions are of no stage that makes some.
+        """
+        check_task(self, view)
+        names = list(view.stages)
+        earlier = [name for name in names[: names.index(view.name)] if view.stages[name].makes_data]
+        if self.is_file:
+            self.files()
+        elif self.questions not in earlier:
+            raise InputError(
+                f"questions: no earlier stage {self.questions!r} that makes an exam (there are "
+                f"{', '.join(earlier) or 'none'}); name a synthesize stage whose make has an exam"
+            )
+        who = ", ".join(self.models) if self.models else "every model before it"
+        return Forecast(reads=self.reading(), does=[f"asks {who} the questions of {self.questions}"])
+
+    def rehearse(self, context: Any) -> None:
+        """Read the text, on which something must be there to measure."""
+        if self.forgetting and not context.session.awaits_rows:
+            context.session.corpus()

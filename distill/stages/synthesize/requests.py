@@ -1,0 +1,81 @@
+"""What a writer is asked, and what it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from distill.core.artifact import hash_of
+from distill.data.base import Message
+
+STOP = "stop"
+"""How a reply ends that the writer ended itself."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing that a writer shall write.
+
+    Attributes:
+        messages: the conversation so far; the last is the user's.
+        max_new_tokens: largest number of tokens of the reply.
+        temperature: of the sampling; 0 is greedy.
+        copy: tells requests apart that ask for several replies to the same messages.
+    """
+
+    messages: tuple[Message, ...]
+    max_new_tokens: int
+    temperature: float = 0.0
+    copy: int = 0
+
+    @cached_property
+    def id(self) -> str:
+        """Stands for all that decides the reply of a given writer."""
+        return hash_of(self.messages, self.max_new_tokens, self.temperature, self.copy)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What was written.
+
+    Attributes:
+        text: without special tokens and surrounding whitespace.
+        finish: :data:`STOP`, or why it ends otherwise: "length", or "prompt too long" if nothing could be written.
+        prompt_tokens: tokens of the prompt as the writer counts them; None if unknown.
+        new_tokens: tokens of the reply; None if unknown.
+    """
+
+    text: str
+    finish: str
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+
+
+class Writer(Protocol):
+    """A model of the run, or a server."""
+
+    def identity(self) -> str:
+        """Stands for the model, so that replies of two models are never mixed."""
+
+    def write(self, requests: Sequence[Request], needed: set[str]) -> Iterator[list[tuple[str, Reply]]]:
+        """Replies as they are finished, each with the id of its request.
+
+        Args:
+            requests: all requests of this phase, each once. They decide the batches, so that a resume computes the same
+                numbers.
+            needed: ids of the requests without a reply.
+        """
+
+    def log_probabilities(self, pairs: Sequence[tuple[tuple[Message, ...], str]]) -> list[float]:
+        """Mean log-probability per token of each answer after its messages, in nats.
+
+        Raises:
+            InputError: the writer does not tell.
+        """
+
+
+def asked(said: str, max_new_tokens: int, temperature: float = 0.0, copy: int = 0) -> Request:
+    """A request that is one message of the user."""
+    return Request(({"role": "user", "content": said},), max_new_tokens, temperature, copy)

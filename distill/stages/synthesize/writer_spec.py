@@ -1,0 +1,54 @@
+"""Who writes the rows: a model of the run, or a server."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from pydantic import Discriminator, Field, Tag, field_validator
+
+from distill.core.spec import Spec
+
+
+class ServerSpec(Spec):
+    """A server with OpenAI's chat endpoint, such as vLLM, llama.cpp's or a hosted one."""
+
+    server: str
+    """Address up to and with its version, such as http://localhost:8000/v1."""
+    model: str | None = None
+    """Name of the model as the server lists it; unset: the only one there."""
+    key_variable: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable with the key, such as OPENAI_API_KEY; unset: no key. Keys are never in a recipe."""
+    parallel: int = Field(4, ge=1, le=256)
+    """Requests at once."""
+    timeout_s: float = Field(300, gt=0)
+    """Seconds that one request may take."""
+    max_wait_s: float = Field(600, ge=0)
+    """Seconds that a server may be away before the run stops; what was written is kept."""
+
+    @field_validator("server")
+    @classmethod
+    def _is_an_address(cls, server: str) -> str:
+        parts = urlsplit(server)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("needs an address such as http://localhost:8000/v1")
+        if parts.username or parts.password or parts.query:
+            raise ValueError("holds a secret or a query; name a key by key_variable")
+        return server
+
+
+def _how(value: Any) -> str | None:
+    """Which form of the key was written."""
+    if isinstance(value, str):
+        return "model"
+    return "server" if isinstance(value, dict | ServerSpec) else None
+
+
+WriterChoice = Annotated[
+    Annotated[str, Tag("model")] | Annotated[ServerSpec, Tag("server")],
+    Discriminator(
+        _how,
+        custom_error_type="writer_choice",
+        custom_error_message="needs a model of the run (teacher, a stage, a folder, a Hub id) or {server: http://...}",
+    ),
+]

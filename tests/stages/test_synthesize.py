@@ -1,0 +1,387 @@
+"""Rows that a writer makes: makers, filters, yield, resume, and that the next stages read them."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distill.core.errors import InputError, RecipeError
+from distill.core.run import Run
+from distill.forecast import describe
+from distill.recipe import Recipe
+from distill.runner import run
+from distill.show_rows import is_data_set, show_rows
+from distill.stages.exam.questions import choices_of
+from distill.stages.synthesize.candidate import Candidate, names_of, numbers_of
+from distill.stages.synthesize.exam_spec import TRAINED, Question
+from distill.stages.synthesize.filters import counts, filtered
+from distill.stages.synthesize.filters_spec import FiltersSpec
+from distill.stages.synthesize.makers.qna import questions_in
+from distill.stages.synthesize.overlap import numbers_right, token_f1
+from distill.stages.synthesize.requests import Reply
+from distill.training.module import DistillationModule
+from tests.data import chats
+from tests.stages.chat_server import ChatServer
+from tests.stages.test_chat import SPECIAL, conversations
+
+DOCUMENT = "\n\n".join(f"Bridge {n} of Ulm was built in 18{n}0 by {n} men from Kiel." for n in range(1, 7))
+SEED = """\
+  - context: Bridge {n} of Ulm was built in 18{n}0 by {n} men from Kiel.
+    questions_and_answers:
+      - question: When was bridge {n} of Ulm built?
+        answer: It was built in 18{n}0.
+      - question: Who built bridge {n} of Ulm?
+        answer: It was {n} men from Kiel.
+      - question: Where is bridge {n}?
+        answer: Bridge {n} is in Ulm.
+"""
+QNA = """\
+version: 3
+created_by: me
+domain: bridges
+document_outline: Bridges
+document: {repo: r, commit: c, patterns: [bridges.md]}
+seed_examples:
+""" + "".join(SEED.format(n=n) for n in range(1, 6))
+STAGE = """\
+  facts:
+    kind: synthesize
+    make: {{kind: qna, path: {folder}/qna.yaml, views: [text], questions_per_view: 3, chunk_words: 20,
+      exam: {{pairs_per_seed: 1, controls: ["{folder}/control.yaml"]}}}}
+    writer: {{server: "{server}", max_wait_s: 0.2}}
+    filters: {{min_yield: 0.2}}
+"""
+RECIPE = """\
+name: know
+teacher: {folder}/teacher
+data:
+  train: {{kind: chat, path: {folder}/replay.jsonl}}
+  sequence_length: 256
+stages:
+{stage}
+  learn: {{kind: distill, student: teacher, teacher: self, lora: {{r: 2}}, data: facts, teacher_reads: document,
+    num_steps: 3, batch_size: 2, optimizer: {{lr: 1e-2}}}}
+  control: {{kind: finetune, model: teacher, num_steps: 2, batch_size: 2,
+    data: {{mixture: {{facts: 0.8, train: 0.2}}, max_repeats: 100}}}}
+  exam: {{questions: facts, max_new_tokens: 6, open_book: all, num_choices: 3}}
+compute: {{accelerator: cpu, log_every_steps: 1}}
+logging: {{wandb: disabled}}
+"""
+
+
+def knows_bridges(body: dict[str, Any]) -> tuple[str, str]:
+    """A writer that asks about the bridges of the text, and answers from it."""
+    said = body["messages"][-1]["content"]
+    numbers = re.findall(r"Bridge (\d) of Ulm was built in (\d+)", said)
+    if "different questions" in said:
+        lines = [f"{i}. In which year was bridge {n} of Ulm finished?" for i, (n, _) in enumerate(numbers, 1)]
+        return "\n".join([*lines, "4. What does the passage say of bridges?"]), "stop"
+    n = re.findall(r"bridge (\d)", said)
+    year = dict(numbers).get(n[-1], "1999") if n else "1999"
+    return (f"Bridge {n[-1]} was finished in {year}." if n and n[-1] != "2" else "It was in 1234."), "stop"
+
+
+def make_teacher(folder: Path) -> Path:
+    from distill.models.load import new_config, new_model
+
+    tokenizer = chats.chat_tokenizer(chats.PLAIN, SPECIAL)
+    keys = {"model_type": "llama", "num_key_value_heads": 2, "max_position_embeddings": 768, "initializer_range": 0.3}
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ends = {"eos_token_id": tokenizer.get_vocab()["<|im_end|>"], "vocab_size": len(tokenizer)}
+    new_model(new_config(keys | sizes | ends), seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("know")
+    (folder / "bridges.md").write_text(DOCUMENT)
+    (folder / "qna.yaml").write_text(QNA)
+    (folder / "control.yaml").write_text(
+        QNA.replace("Ulm", "Bonn").replace("Kiel", "Trier").replace("Where is", "Which town has")
+    )
+    rows = [json.dumps({"messages": messages}) for messages in conversations(0, 40)]
+    (folder / "replay.jsonl").write_text("\n".join(rows))
+    make_teacher(folder / "teacher")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> tuple[Run, Recipe, list[str]]:
+    with ChatServer(knows_bridges) as server:
+        stage = STAGE.format(folder=folder, server=server.address)
+        recipe = Recipe.from_text(RECIPE.format(folder=folder, stage=stage))
+        said: list[str] = []
+        return run(recipe, folder / "run", say=said.append), recipe, said
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_rows_are_kept_or_dropped_with_a_reason_and_the_exam_stays_out(finished: tuple[Run, Recipe, list[str]]) -> None:
+    the_run, _, said = finished
+    place = the_run.stage("facts")
+    kept, dropped, exam = rows_of(place / "data" / "rows-00000.jsonl"), *map(rows_of, (place / "dropped.jsonl",
+                                                                                     place / "exam.jsonl"))  # fmt: skip
+    assert [row["group"] for row in exam].count("trained") == 5
+    assert [row["group"] for row in exam].count("control") == 15
+    questions = {row["question"] for row in exam}
+    assert not questions & {row["messages"][0]["content"] for row in kept}
+    asked = [row for row in kept if row["view"] == "text"]
+    assert asked
+    for row in asked:
+        (n,) = re.findall(r"bridge (\d)", row["messages"][0]["content"])
+        assert row["messages"][1]["content"] == f"Bridge {n} was finished in 18{n}0."
+        assert f"Bridge {n} of Ulm" in row["document"]
+    why = {(row["filter"], row["messages"][0]["content"]) for row in dropped}
+    assert ("grounded", "In which year was bridge 2 of Ulm finished?") in why
+    assert ("refers", "What does the passage say of bridges?") in why
+    about = json.loads((place / "data.json").read_text())
+    assert about["rows"] == len(kept)
+    assert about["rows"] + sum(about["dropped"].values()) == about["rows_before_filters"]
+    assert any("rows kept; dropped: refers" in line for line in said)
+
+
+def test_the_next_stages_train_on_the_rows(finished: tuple[Run, Recipe, list[str]]) -> None:
+    the_run, recipe, said = finished
+    assert any("the teacher reads a document before" in line for line in said)
+    assert any("passes over each source: facts" in line for line in said)
+    assert Recipe.from_text(recipe.dump()) == recipe
+    said.clear()
+    run(recipe, the_run.folder, say=said.append)
+    assert len([line for line in said if "finished before" in line]) == 4
+
+
+def test_the_exam_asks_with_and_without_the_document(finished: tuple[Run, Recipe, list[str]], folder: Path) -> None:
+    the_run, _, _ = finished
+    place = the_run.stage("exam")
+    found = json.loads((place / "exam.json").read_text())
+    rows = {(row["model"], row["book"], row["group"]): row for row in found["rows"]}
+    names = ("teacher", "learn", "control")
+    assert {*rows} == {(m, b, g) for m in names for b in ("closed", "open") for g in ("trained", "control")}
+    assert rows["teacher", "closed", "control"]["questions"] == 15
+    questions, answers = rows_of(the_run.stage("facts") / "exam.jsonl"), rows_of(place / "answers.jsonl")
+    assert len(answers) == 20 * 2 * 3
+    # nats by hand, in float64
+    tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
+    model = AutoModelForCausalLM.from_pretrained(folder / "teacher").double()
+    for answer in answers[:3] + answers[20:23]:
+        (question,) = [one for one in questions if one["place"] == answer["place"]]
+        before = f"{question['document']}\n\n" if answer["book"] == "open" else ""
+        prompt = f"<|im_start|>user\n{before}{question['question']}<|im_end|>\n<|im_start|>assistant\n"
+        ids, own = tokenizer(prompt).input_ids, tokenizer(question["answer"]).input_ids
+        logs = model(torch.tensor([ids + own])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        nats = -logs.gather(1, torch.tensor(own)[:, None]).mean()
+        assert answer["nats"] == pytest.approx(nats.item(), rel=1e-5)
+        assert answer["f1"] == token_f1(answer["text"], answer["reference"])
+    mean = sum(one["nats"] for one in answers[:5]) / 5
+    assert rows["teacher", "closed", "trained"]["nats"] == pytest.approx(mean)
+    pairs = {(row["model"], row["group"]): row for row in found["pairs"]}
+    assert {*pairs} == {(m, g) for m in ("learn", "control") for g in ("trained", "control")}
+    for model_name in ("learn", "control"):
+        row = pairs[model_name, "trained"]
+        gap = rows["teacher", "closed", "trained"]["nats"] - rows["teacher", "open", "trained"]["nats"]
+        after = rows[model_name, "closed", "trained"]["nats"] - rows["teacher", "closed", "trained"]["nats"]
+        assert row["nats_difference"] == pytest.approx(after)
+        assert row["gap_closed"] == (pytest.approx(-after / gap) if gap > 0 else None)
+        assert row["nats_interval"][0] <= after <= row["nats_interval"][1]
+    assert {*found["bits_per_byte"]} == {*names}
+    page = (place / "exam.md").read_text()
+    assert "| learn | trained |" in page
+    assert "Bits per byte of the validation text (change from teacher): teacher" in page
+
+
+def test_rows_are_shown_with_their_reasons(finished: tuple[Run, Recipe, list[str]], tmp_path: Path) -> None:
+    place, shown = finished[0].stage("facts"), io.StringIO()
+    assert is_data_set(place)
+    assert not is_data_set(tmp_path)
+    show_rows(place, 2, console=Console(file=shown, width=200))
+    assert "dropped by grounded, 1 of" in shown.getvalue()
+    assert "stands neither in the document nor in the question" in shown.getvalue()
+    assert "exam 1 (trained)" in shown.getvalue()
+    assert shown.getvalue().count("\nkept ") == 2
+    (tmp_path / "data.json").write_text("{}")
+    (tmp_path / "dropped.jsonl").write_text("nothing\n")
+    with pytest.raises(InputError, match="no file of rows"):
+        show_rows(tmp_path, 1)
+
+
+def test_choices_are_shuffled_and_their_key_is_checked() -> None:
+    answers = ["Red is it.", "Blue is it.", "red is it", "Green is it.", "It is."]
+    questions = [Question(f"q{n}?", answer, "d", TRAINED, "p") for n, answer in enumerate(answers)]
+    places = set()
+    for seed in range(8):
+        for question, made in zip(questions, choices_of(questions, 3, seed), strict=True):
+            if made is None:
+                assert question.answer == "It is."  # whose words every other answer has
+                continue
+            choices, key = made
+            places.add(key)
+            assert choices[key] == question.answer
+            assert len({one.casefold().rstrip(".") for one in choices}) == 3
+            assert made == choices_of(questions, 3, seed)[questions.index(question)]
+    assert places == {0, 1, 2}
+    assert choices_of(questions[:1], 3, 0) == [None]
+
+
+class PulledPlug(Exception):
+    """Stands for a kill."""
+
+
+def test_a_training_with_documents_goes_on_bit_for_bit(
+    finished: tuple[Run, Recipe, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    the_run, recipe, _ = finished
+    shutil.copytree(the_run.folder, tmp_path / "run")
+    for name in ("learn", "control", "exam"):
+        shutil.rmtree(tmp_path / "run" / name)
+    each = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"checkpoint_every_steps": 1})})
+    step = DistillationModule.training_step
+
+    def pulled(self: DistillationModule, batch: Any, index: int) -> Any:
+        if self.trainer.global_step == 2:
+            raise PulledPlug
+        return step(self, batch, index)
+
+    monkeypatch.setattr(DistillationModule, "training_step", pulled)
+    with pytest.raises(PulledPlug):
+        run(each, tmp_path / "run", only="learn", say=lambda line: None)
+    monkeypatch.undo()
+    again = run(each, tmp_path / "run", only="learn", say=lambda line: None)
+    ours, theirs = (one.stage("learn") / "model" / "model.safetensors" for one in (again, the_run))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_cache_cannot_read_documents(folder: Path) -> None:
+    stage = STAGE.format(folder=folder, server="http://127.0.0.1:9/v1")
+    text = RECIPE.format(folder=folder, stage=stage + "  cache: {kind: cache_teacher, data: facts}")
+    with pytest.raises(RecipeError, match="name its teacher here, whose output is kept in memory"):
+        Recipe.from_text(text.replace("teacher: self, lora: {r: 2}", "teacher: cache"))
+
+
+def test_the_plan_names_pairs_requests_and_warnings(folder: Path) -> None:
+    stage = STAGE.format(folder=folder, server="http://127.0.0.1:9/v1")
+    plan = describe(Recipe.from_text(RECIPE.format(folder=folder, stage=stage)))
+    assert "knowledge, version 3, 15 pairs" in plan
+    assert "http://127.0.0.1:9/v1 writes; makes qna" in plan
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("data: facts", "data: fakts"), "no earlier stage 'fakts' whose text it could read"),
+        (("{facts: 0.8, train: 0.2}", "{fakts: 0.8, train: 0.2}"), "no earlier stage 'fakts' that makes rows"),
+        (("teacher: self, lora: {r: 2}, data: facts", "teacher: self, lora: {r: 2}, losses: [hidden_mse, forward_kl]"),
+         "hidden_mse compares hidden states position by position"),
+        (("num_steps: 3", "num_steps: 3, losses: [cross_entropy]"), "without a loss that reads the teacher"),
+        (("min_yield: 0.2", "min_likelihood_gain: 0.1"), "which a server does not tell"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_with_their_line(folder: Path, change: tuple[str, str], said: str) -> None:
+    text = RECIPE.format(folder=folder, stage=STAGE.format(folder=folder, server="http://127.0.0.1:9/v1"))
+    assert change[0] in text
+    with pytest.raises(RecipeError, match=said):
+        Recipe.from_text(text.replace(*change))
+
+
+def test_a_low_yield_stops_and_shows_what_was_written(folder: Path, tmp_path: Path) -> None:
+    with ChatServer(lambda body: ("I cannot read.", "length")) as server:
+        stage = STAGE.format(folder=folder, server=server.address).replace("0.2}", "0.9}")
+        text = RECIPE.format(folder=folder, stage=stage)
+        with pytest.raises(InputError) as error:
+            run(Recipe.from_text(text), tmp_path / "run", only="facts", say=lambda line: None)
+    assert "filters.min_yield is 0.9" in str(error.value)
+    assert "raw: 'I cannot read.'" in str(error.value)
+
+
+MAKERS = {
+    "answers": "{kind: answers, num_samples: 2, temperature: 1.0, num_prompts: 5, max_new_tokens: 12}",
+    "rewrite": "{kind: rewrite, num_versions: 3, max_new_tokens: 12, chunk_words: 20}",
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_model_writes_the_same_rows_after_a_kill(folder: Path, tmp_path: Path, kind: str) -> None:
+    filters = "{min_yield: 0, duplicates: false, grounded: false, answer_words: [0, 400]}"
+    train = (
+        f"{{kind: jsonl, path: {folder}/text.jsonl}}" if kind == "rewrite" else "{kind: chat, path: %s/replay.jsonl}"
+    )
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": one}) for one in DOCUMENT.split("\n\n")))
+    text = f"""\
+name: write
+teacher: {folder}/teacher
+data: {{train: {train.replace("%s", str(folder))}, sequence_length: 64}}
+stages:
+  made: {{kind: synthesize, make: {MAKERS[kind]}, batch_size: 4, filters: {filters}}}
+compute: {{accelerator: cpu}}
+logging: {{wandb: disabled}}
+"""
+    recipe = Recipe.from_text(text)
+    found = []
+    for name in ("whole", "killed"):
+        place = run(recipe, tmp_path / name, say=lambda line: None).stage("made")
+        found.append((place / "replies" / "replies-00000.jsonl", place / "data.json", place / "dropped.jsonl"))
+    whole, killed = found
+    assert whole[0].read_bytes() == killed[0].read_bytes()
+    rows = [*rows_of(whole[2]), *(row for f in (whole[0].parent.parent / "data").glob("*") for row in rows_of(f))]
+    assert len(rows) == {"answers": 5, "rewrite": 18}[kind]
+    # a kill after some rows, in the middle of a line
+    lines = killed[0].read_bytes().splitlines(keepends=True)
+    killed[0].write_bytes(b"".join(lines[:5]) + lines[5][:9])
+    (killed[0].parent.parent / "DONE").unlink()
+    run(recipe, tmp_path / "killed", say=lambda line: None)
+    assert sorted(killed[0].read_bytes().splitlines()) == sorted(whole[0].read_bytes().splitlines())
+    assert killed[2].read_bytes() == whole[2].read_bytes()
+
+
+def test_filters_in_their_order() -> None:
+    document = "The Kiel bridge was built in 1912 by Anna Berg."
+
+    def row(question: str, answer: str, **more: Any) -> Candidate:
+        return Candidate(({"role": "user", "content": question},), answer, document, "d#0", **more)
+
+    exam = [Question("Who built the Kiel bridge of 1912?", "Anna Berg.", document, TRAINED, "q:1")]
+    rows = [
+        row("When was the Kiel bridge built?", "It was built in 1912."),
+        row("When was it built, the bridge?", "It was cut", finish="length"),
+        row("When was it built, and where?", "x y", flaw="no question"),
+        row("When was <placeholder> built then?", "In 1912."),
+        row("When then?", "In 1912."),
+        row("What does the text say about it?", "That it is old."),
+        row("when was the kiel  bridge built", "In 1912."),
+        row("Who was the builder of the Kiel bridge of 1912?", "Anna Berg"),
+        row("Which year saw the bridge finished?", "It was 1913."),
+        row("Which person finished the bridge?", "It was Maria Berg."),
+        row("Was the Kiel bridge built?", "Yes, the Kiel bridge was."),
+    ]
+    spec = FiltersSpec(max_per_chunk=1)
+    kept, dropped = filtered(rows, spec, exam, None)  # type: ignore[arg-type]
+    assert [one.question for one in kept] == ["When was the Kiel bridge built?"]
+    names = [one.filter for one in dropped]
+    assert names == ["finished", "parsed", "parsed", "length", "refers", "duplicate", "exam", "grounded", "grounded",
+                     "cap"]  # fmt: skip
+    assert counts(dropped) == {"finished": 1, "parsed": 2, "length": 1, "refers": 1, "duplicate": 1, "exam": 1,
+                               "grounded": 2, "cap": 1}  # fmt: skip
+
+
+def test_numbers_names_questions_and_overlap() -> None:
+    assert numbers_of("In 1,200 or 3.5 and 2001") == {"1200", "3.5", "2001"}
+    assert names_of("It was Anna. Then Berg's house") == {"anna", "berg"}
+    assert questions_in(Reply("1. Who is A?\n- What is B? It is c.\nnone\n3) Why", "length")) == [
+        "Who is A?", "What is B?",
+    ]  # fmt: skip
+    assert token_f1("built in 1912", "It was built in 1912") == pytest.approx(2 * 3 / 8)
+    assert token_f1("no", "yes") == 0
+    assert numbers_right("1912 or 13", "1912 and 14") == 0.5
+    assert numbers_right("a", "b") is None
