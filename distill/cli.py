@@ -68,7 +68,7 @@ def resume(
 ) -> None:
     """Go on with a run; only its compute settings may change."""
     with unattended():
-        from distill.compare import load_run
+        from distill.api.open_run import load_run
         from distill.core.run import RECIPE
         from distill.recipe import Recipe
 

@@ -20,6 +20,7 @@ LAYERS = (
     {"reporting"},
     {"stages"},
     {"recipe", "recipes", "launch", "finished", "required"},
+    {"api"},
     {"runner", "listing", "forecast", "doctor", "compare", "show_data"},
     {"watch", "trace"},
     {"cli"},
