@@ -5,17 +5,17 @@ from __future__ import annotations
 import errno
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from distill import __version__
+from distill import __version__, cli_stages
 from distill.core import output, stop, threads
-from distill.core.errors import DistillError, InputError, Interrupted, MachineError, RankEnded, Stopped
+from distill.core.errors import DistillError, InputError, Interrupted, RankEnded, Stopped
 from distill.core.quiet import quiet_torchao
+from distill.core.unattended import unattended
 
 app = typer.Typer(
     help="From a big language model to a small one that is ready to ship, by one recipe.",
@@ -232,6 +232,9 @@ def schema(
         write_text(file, schema_text())
 
 
+for verb in cli_stages.VERBS:
+    app.command()(verb)
+
 cache = typer.Typer(help="Look at a teacher cache on disk.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache, name="cache")
 CacheFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a cache, as its stage prints it.")]
@@ -275,22 +278,6 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-@contextmanager
-def unattended() -> Iterator[None]:
-    """A run stops between two units of its work, and goes on when nobody reads what it prints.
-
-    Raises:
-        MachineError: another pipe has broken; typer would take that for a reader that has left, and end silently.
-    """
-    with stop.patient(), output.unread():
-        try:
-            yield
-        except BrokenPipeError as error:
-            raise MachineError(
-                f"a process that this one talks to is gone ({error}); the same command goes on"
-            ) from error
 
 
 def main() -> NoReturn:

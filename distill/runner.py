@@ -120,7 +120,7 @@ def _lead(session: Session, ranks: Ranks | None, only: str | None, start: str | 
         the_run.tidy([*names, SCORES_FOLDER], say)
         found = standing(session, only, start)
         _rehearse(session, found.awaited)
-        say(f"{session.recipe}: {len(names)} stages into {the_run.folder}")
+        say(f"{session.recipe}: {len(names)} stage{'s' * (len(names) > 1)} into {the_run.folder}")
         for line in _changes(the_run.folder / RECIPE, session.text):
             say(f"  changed since it last ran: {line}")
         for name in [only] if only is not None else names[names.index(start) :] if start is not None else []:

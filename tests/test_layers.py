@@ -22,7 +22,8 @@ LAYERS = (
     {"recipe", "recipes", "launch", "finished", "required"},
     {"api"},
     {"runner", "listing", "forecast", "doctor", "compare", "show_data"},
-    {"watch", "trace"},
+    {"watch", "trace", "one_stage"},
+    {"cli_stages"},
     {"cli"},
     {"__main__", "worker"},
 )
