@@ -51,6 +51,7 @@ _PUBLIC = {
     "export": "distill.api.export",
     "cache_teacher": "distill.api.cache_teacher",
     "DistillationModule": "distill.training.module",
+    "OptimizerSpec": "distill.training.spec",
     "losses": "distill.losses",
     "pruning": "distill.pruning",
     "quantization": "distill.quantization",

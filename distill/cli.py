@@ -15,6 +15,7 @@ from distill import __version__, cli_stages
 from distill.core import output, stop, threads
 from distill.core.errors import DistillError, InputError, Interrupted, RankEnded, Stopped
 from distill.core.quiet import quiet_torchao
+from distill.core.sweep import trial_of_sweep
 from distill.core.unattended import unattended
 
 app = typer.Typer(
@@ -37,6 +38,9 @@ Set = Annotated[
 @app.command()
 def run(
     recipe: RecipeFile,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As --set; for the agents of sweeps.")
+    ] = None,
     set: Set = None,
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; unset: runs/<name of the recipe>.")] = None,
     only: Annotated[
@@ -52,7 +56,9 @@ def run(
         from distill.recipe import Recipe
         from distill.recipes import find
 
-        loaded = Recipe.load(find(recipe), set or [])
+        loaded = Recipe.load(find(recipe), [*(overrides or []), *(set or [])])
+        if run_dir is None and (trial := trial_of_sweep()) is not None:
+            run_dir = Path("runs") / f"{loaded.name}-{trial}"
         describe(loaded)  # finds what would else be found hours into the run
         from distill.runner import run as run_recipe
 

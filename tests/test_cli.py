@@ -598,6 +598,21 @@ def test_report_and_compare_of_runs(distill: Distill, recipe: Path, tmp_path: Pa
     assert answered == ["teacher", "prune", "distill", "quantize"] * 2
 
 
+def test_a_trial_of_a_sweep_has_a_folder_and_an_id_of_its_own(
+    distill: Distill, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edited(recipe, ("{wandb: disabled}", "{wandb: offline}"))
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    monkeypatch.setenv("WANDB_RUN_ID", "trial7")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    result = distill("run", recipe, "stages.prune.keep.intermediate_size=24", "--only", "prune")
+    assert result.code == 0, result.err
+    folder = Path("runs", "tiny-trial7")
+    assert json.loads((folder / "prune" / "model" / "config.json").read_text())["intermediate_size"] == 24
+    monkeypatch.delenv("WANDB_SWEEP_ID")
+    assert distill("run", recipe, "stages.prune.kep=1").code == 2
+
+
 def test_one_stage_without_a_recipe(distill: Distill, teacher: Path, tmp_path: Path) -> None:
     text_file(tmp_path / "held.jsonl", 300)
     result = distill("prune", teacher, "--keep", "intermediate_size=50%", "--text", "held.jsonl")

@@ -93,6 +93,7 @@ def quantize(
     if calibration is not None:
         read = on_device(calibration, next(model.parameters()).device)
     made = model if inplace else copy.deepcopy(model)
+    made.requires_grad_(True)  # it may have been a teacher, which is frozen
     untyped: Any = made
     width = untyped.get_input_embeddings().weight.shape[-1]
     if stage.equalize is not None:
