@@ -49,7 +49,7 @@ pages: $(VENV)/.installed
 
 docs: .venv-docs/.installed
 	.venv-docs/bin/python docs/site.py
-	.venv-docs/bin/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
 
 release: .venv-docs/.installed
 	rm -rf dist

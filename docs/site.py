@@ -1,7 +1,8 @@
 """Gathers the pages of the documentation site into ``build/docs``: ``python docs/site.py`` (a part of `make docs`).
 
 The site has the tree of the repository, so that the links between its pages, recipes and sources stay as they are.
-Notebooks become pages; a file that a page links to, such as a recipe or a module, is copied beside them.
+Notebooks become pages; a file that a page links to, such as a recipe or a module, is copied beside them. It is also a hook
+of MkDocs, which keeps the pages from loading anything from elsewhere.
 """
 
 from __future__ import annotations
@@ -28,8 +29,18 @@ def main() -> None:
         _write(page.relative_to(ROOT), page.read_text(encoding="utf-8"))
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         _write(notebook.relative_to(ROOT).with_suffix(".md"), "\n".join(_cells(notebook)))
-    shutil.copyfile(ROOT / "docs" / "site.css", BUILD / "docs" / "site.css")
+    for file in ("site.css", "offline-worker.js"):
+        shutil.copyfile(ROOT / "docs" / file, BUILD / "docs" / file)
     print(f"{BUILD.relative_to(ROOT)}: {len(list(BUILD.rglob('*.md')))} pages")
+
+
+SHIM = "https://unpkg.com/iframe-worker/shim"
+"""What the theme's offline plugin loads for the search in pages that are opened from a folder."""
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Called by MkDocs for each page that it has made."""
+    return output.replace(SHIM, "../" * page.url.count("/") + "docs/offline-worker.js")
 
 
 def _write(place: Path, text: str) -> None:

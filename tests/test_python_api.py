@@ -59,7 +59,7 @@ def trainer(tmp_path: Path, **more: Any) -> pl.Trainer:
 def test_a_function_is_documented_and_its_example_runs(name: str) -> None:
     function = getattr(distill, name)
     docs = inspect.getdoc(function) or ""
-    assert all(heading in docs for heading in ("Args:", "Returns:", "Raises:", "Example:") if name != "open_run")
+    assert all(heading in docs for heading in ("Args:", "Returns:", "Raises:", "Examples:") if name != "open_run")
     described = set(re.findall(r"^    (\w+): ", docs, re.M))
     assert set(inspect.signature(function).parameters) <= described
     assert all(p.annotation is not inspect.Parameter.empty for p in inspect.signature(function).parameters.values())

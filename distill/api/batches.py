@@ -100,7 +100,7 @@ def batches(
     Raises:
         InputError: there is no text, a text is empty or a conversation unusable, or the tokenizer does not fit.
 
-    Example:
+    Examples:
         >>> import distill
         >>> teacher, tokenizer = distill.load("builtin:quickstart-teacher")
         >>> batches = distill.batches(["The cat sat.", "A dog ran."], tokenizer, sequence_length=8)

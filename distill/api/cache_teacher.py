@@ -85,7 +85,7 @@ def cache_teacher(
             text, or the codec does not fit the vocabulary.
         MachineError: the disk is full or not writable.
 
-    Example:
+    Examples:
         >>> import distill, tempfile
         >>> teacher, tokenizer = distill.load("builtin:quickstart-teacher")
         >>> batches = distill.batches(["The cat sat on the mat. " * 20], tokenizer, sequence_length=64)

@@ -45,7 +45,7 @@ def evaluate(
     Raises:
         InputError: there is no model, no counted token, or a token that a model does not have.
 
-    Example:
+    Examples:
         >>> import distill
         >>> teacher, tokenizer = distill.load("builtin:quickstart-teacher")
         >>> batches = distill.batches(["The cat sat on the mat. " * 20], tokenizer, sequence_length=64)

@@ -87,7 +87,7 @@ def export(
         DistillError: the exported model differs from the model.
         MachineError: the disk is full or not writable.
 
-    Example:
+    Examples:
         >>> import distill, tempfile
         >>> teacher, tokenizer = distill.load("builtin:quickstart-teacher")
         >>> low_bit = distill.quantize(teacher, {"kind": "int_group", "group_size": 32})

@@ -24,7 +24,7 @@ def load(reference: str, *, dtype: str = "float32") -> tuple[PreTrainedModel, Pr
     Raises:
         InputError: one of them is not there, is damaged, or is not supported.
 
-    Example:
+    Examples:
         >>> import distill
         >>> teacher, tokenizer = distill.load("builtin:quickstart-teacher")
         >>> teacher.num_parameters()

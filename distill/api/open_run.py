@@ -39,7 +39,7 @@ def open_run(folder: str | Path) -> OpenRun:
     Raises:
         InputError: it is not the folder of a run.
 
-    Example:
+    Examples:
         >>> import distill
         >>> run = distill.open_run("runs/quickstart")                                    # doctest: +SKIP
         >>> run.rows.of("distill").perplexity, run.curves("distill")["val/kl"][-1]       # doctest: +SKIP

@@ -72,7 +72,7 @@ def prune(
     Raises:
         InputError: the architecture is not supported, cannot have a size, or a setting has no effect.
 
-    Example:
+    Examples:
         >>> import distill
         >>> teacher, tokenizer = distill.load("builtin:quickstart-teacher")
         >>> batches = distill.batches(["The cat sat on the mat. " * 20], tokenizer, sequence_length=64)
@@ -115,7 +115,7 @@ def prune_with_plan(
     Raises:
         InputError: see there.
 
-    Example:
+    Examples:
         >>> import distill
         >>> teacher, tokenizer = distill.load("builtin:quickstart-teacher")
         >>> batches = distill.batches(["The cat sat on the mat. " * 20], tokenizer, sequence_length=64)

@@ -66,7 +66,7 @@ def quantize(
         InputError: a group size does not fit a layer, a pattern matches none, a setting has no effect, or
             ``calibration`` is missing.
 
-    Example:
+    Examples:
         >>> import distill
         >>> teacher, tokenizer = distill.load("builtin:quickstart-teacher")
         >>> low_bit = distill.quantize(teacher, {"kind": "int_group", "group_size": 32})
