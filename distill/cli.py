@@ -6,17 +6,18 @@ import errno
 import gc
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from distill import __version__
+from distill import __version__, cli_stages
 from distill.core import output, stop, threads
-from distill.core.errors import DistillError, InputError, Interrupted, MachineError, RankEnded, Stopped
+from distill.core.errors import DistillError, InputError, Interrupted, RankEnded, Stopped
 from distill.core.quiet import quiet_torchao
+from distill.core.sweep import trial_of_sweep
+from distill.core.unattended import unattended
 
 app = typer.Typer(
     help="From a big language model to a small one that is ready to ship, by one recipe.",
@@ -38,6 +39,9 @@ Set = Annotated[
 @app.command()
 def run(
     recipe: RecipeFile,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As --set; for the agents of sweeps.")
+    ] = None,
     set: Set = None,
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; unset: runs/<name of the recipe>.")] = None,
     only: Annotated[
@@ -53,7 +57,9 @@ def run(
         from distill.recipe import Recipe
         from distill.recipes import find
 
-        loaded = Recipe.load(find(recipe), set or [])
+        loaded = Recipe.load(find(recipe), [*(overrides or []), *(set or [])])
+        if run_dir is None and (trial := trial_of_sweep()) is not None:
+            run_dir = Path("runs") / f"{loaded.name}-{trial}"
         describe(loaded)  # finds what would else be found hours into the run
         from distill.runner import run as run_recipe
 
@@ -70,7 +76,7 @@ def resume(
 ) -> None:
     """Go on with a run; only its compute settings may change."""
     with unattended():
-        from distill.compare import load_run
+        from distill.api.open_run import load_run
         from distill.core.run import RECIPE
         from distill.recipe import Recipe
 
@@ -239,6 +245,9 @@ def schema(
         write_text(file, schema_text())
 
 
+for verb in cli_stages.VERBS:
+    app.command()(verb)
+
 cache = typer.Typer(help="Look at a teacher cache on disk.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache, name="cache")
 CacheFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a cache, as its stage prints it.")]
@@ -282,22 +291,6 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-@contextmanager
-def unattended() -> Iterator[None]:
-    """A run stops between two units of its work, and goes on when nobody reads what it prints.
-
-    Raises:
-        MachineError: another pipe has broken; typer would take that for a reader that has left, and end silently.
-    """
-    with stop.patient(), output.unread():
-        try:
-            yield
-        except BrokenPipeError as error:
-            raise MachineError(
-                f"a process that this one talks to is gone ({error}); the same command goes on"
-            ) from error
 
 
 def main() -> NoReturn:

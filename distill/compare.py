@@ -2,69 +2,97 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from distill.api.open_run import OpenRun, load_run, open_run
 from distill.core.errors import InputError
-from distill.core.run import RECIPE, Run
+from distill.core.run import Run
+from distill.core.source import flat
 from distill.recipe import Recipe
+from distill.reporting.tables import markdown_table
 from distill.reporting.task_scores import TaskScores, merged
+from distill.reporting.task_tables import markdown_rows
 from distill.reporting.tradeoff import Row
+from distill.reporting.verdict import main_student
 from distill.stages.chat import prompts_of, template_of
-from distill.stages.evaluate.rows import measured_text, rows_of, scores_of
+from distill.stages.evaluate.rows import measured_text
 from distill.stages.text import spoken
 
 
 def report_runs(folders: list[Path], out: Path) -> tuple[str, Path]:
-    """One report over the measured models of several runs.
+    """One report over the measured models of several runs, the best run first.
 
     Args:
         folders: run folders; with more than one, a model is called ``run/model``.
         out: folder of the report.
 
     Returns:
-        The table as Markdown, and the path of ``index.html``.
+        The tables as Markdown (models; keys in which the recipes differ), and the path of ``index.html``.
 
     Raises:
         InputError: a folder is no run, or has measured nothing yet.
     """
-    from distill.reporting.tables import markdown_table
     from distill.reporting.write import RunFacts, write_report
-    from distill.stages.report.left import Left, loss_curves
 
-    recipes = _comparable(folders)
+    runs = dict(zip(_prefixes(folders), _comparable(folders), strict=True))
+    runs = dict(sorted(runs.items(), key=lambda one: _loss(one[1])))
     rows: list[Row] = []
     curves: dict[str, Any] = {}
     scores: list[TaskScores] = []
-    notes: list[str] = []
-    for prefix, folder, recipe in zip(_prefixes(folders), folders, recipes, strict=True):
-        found = _rows(folder, recipe)
-        known = {row.name for row in found if row.role != "teacher"}
-        rows += [_renamed(row, prefix, known) for row in found if row.role != "teacher" or not rows]
-        scores.append(scores_of(Run(folder), recipe.stages).renamed({name: prefix + name for name in known}))
-        left = Left(Run(folder))
-        curves |= {prefix + name: series for name, series in loss_curves(left, recipe.stages).items()}
-        notes += left.notes
+    for prefix, run in runs.items():
+        known = {row.name for row in run.rows if row.role != "teacher"}
+        rows += [_renamed(row, prefix, known) for row in run.rows if row.role != "teacher" or not rows]
+        scores.append(run.tasks.renamed({name: prefix + name for name in known}))
+        curves |= {prefix + name: series for name in run.stages if (series := run.curves(name))}
+    notes = [note for run in runs.values() for note in run.notes]
+    keys = differing({prefix.removesuffix("/"): run.recipe for prefix, run in runs.items()})
     facts = RunFacts(
-        name=" and ".join(folder.name for folder in folders),
-        recipe="\n---\n".join(recipe.dump() for recipe in recipes),
+        name=" and ".join(run.folder.name for run in runs.values()),
+        recipe="\n---\n".join(run.recipe.dump() for run in runs.values()),
         command=f"distill report {' '.join(str(folder) for folder in folders)}",
         device=", ".join(dict.fromkeys(row.device for row in rows if row.device)),
         engine=", ".join(dict.fromkeys(row.engine for row in rows if row.engine)),
-        notes=notes,
+        notes=[*(f"the runs differ in {key}: {', '.join(map(str, values))}" for key, *values in keys), *notes],
     )
     page = write_report(rows, curves, [], facts, out, scores=merged(scores))
-    return "\n".join([markdown_table(rows), *notes]), page
+    table = markdown_rows([["Differing keys", *(prefix.removesuffix("/") for prefix in runs)], *keys]) if keys else ""
+    return "\n".join(filter(None, [markdown_table(rows), table, *notes])), page
 
 
-def _comparable(folders: list[Path]) -> list[Recipe]:
-    """The recipes of runs that were measured on the same text against the same teacher.
+def differing(recipes: Mapping[str, Recipe]) -> list[list[str]]:
+    """The keys in which recipes differ, but for their names, each followed by its value in each recipe.
+
+    Args:
+        recipes: name of the run -> its recipe.
+    """
+    values = [flat(yaml.safe_load(recipe.dump())) for recipe in recipes.values()]
+    keys = [key for key in dict.fromkeys(key for one in values for key in one) if key != "name"]
+    shown = [[key, *("unset" if (got := one.get(key)) is None else str(got) for one in values)] for key in keys]
+    return [line for line in shown if len(set(line[1:])) > 1]
+
+
+def _loss(run: OpenRun) -> float:
+    """What the student of a run loses, in bits per byte where they are measured; infinite where nothing is."""
+    student = main_student(run.rows)
+    if student is None or student.loss_nats is None:
+        return math.inf
+    return student.loss_nats if student.bits_per_byte is None else student.bits_per_byte
+
+
+def _comparable(folders: list[Path]) -> list[OpenRun]:
+    """Runs that were measured on the same text against the same teacher.
 
     Raises:
         InputError: they were not, so that no figure of one says anything beside the other's.
     """
-    recipes = [load_run(folder) for folder in folders]
+    runs = [open_run(folder) for folder in folders]
+    recipes = [run.recipe for run in runs]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise InputError("report: a run folder is given twice; name each once")
     for folder, recipe in zip(folders[1:], recipes[1:], strict=True):
@@ -80,7 +108,10 @@ def _comparable(folders: list[Path]) -> list[Recipe]:
                 f"report: {folder} and {folders[0]} call different tasks {other[0]}, so their scores cannot be "
                 "compared; report each on its own"
             )
-    return recipes
+    for run in runs:
+        if not run.rows:
+            raise InputError(f"{run.folder}: nothing is measured in this run yet; it needs a finished evaluate stage")
+    return runs
 
 
 def _other_tasks(one: Recipe, other: Recipe) -> list[str]:
@@ -132,26 +163,9 @@ def answer_prompts(folder: Path, prompts: list[str], *, new_tokens: int) -> list
     )
 
 
-def load_run(folder: Path) -> Recipe:
-    """The recipe of a run folder.
-
-    Raises:
-        InputError: it is not a run folder.
-    """
-    if not (folder / RECIPE).is_file():
-        raise InputError(f"{folder}: not a run folder (no {RECIPE} in it)")
-    return Recipe.load(folder / RECIPE)
-
-
-def _rows(folder: Path, recipe: Recipe) -> list[Row]:
-    found = rows_of(Run(folder), recipe.stages)
-    if not found:
-        raise InputError(f"{folder}: nothing is measured in this run yet; it needs a finished evaluate stage")
-    return found
-
-
 def _renamed(row: Row, prefix: str, known: set[str]) -> Row:
     def of_run(name: str | None) -> str | None:
         return prefix + name if name is not None and name in known else name
 
-    return replace(row, name=str(of_run(row.name)), parent=of_run(row.parent), baseline=of_run(row.baseline))
+    own, run = str(of_run(row.name)), prefix.removesuffix("/")
+    return replace(row, name=own, run=run, parent=of_run(row.parent), baseline=of_run(row.baseline))

@@ -8,6 +8,7 @@ import shutil
 import socket
 
 from distill.core import threads
+from distill.core.installed import conflicts
 from distill.core.versions import versions
 
 
@@ -20,6 +21,7 @@ def examine() -> str:
 
     lines = [f"distill {__version__}  python {platform.python_version()}  {platform.platform()}"]
     lines.append("  ".join(f"{name} {number}" for name, number in versions().items()))
+    lines += [f"conflict: {line}" for line in conflicts()]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)

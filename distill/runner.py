@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -18,6 +17,7 @@ from distill.core.errors import DistillError, InputError, MachineError, Stopped
 from distill.core.outside import is_text
 from distill.core.run import DONE, RECIPE, SCORES_FOLDER, Run
 from distill.core.secrets import redacted
+from distill.core.source import flat
 from distill.core.world import SINGLE_PROCESS, World
 from distill.finished import Standing, check_read, hash_of_inputs, refuse_to_begin_anew, standing
 from distill.launch import LOGS, check_world, launch, wanted_processes
@@ -120,7 +120,7 @@ def _lead(session: Session, ranks: Ranks | None, only: str | None, start: str | 
         the_run.tidy([*names, SCORES_FOLDER], say)
         found = standing(session, only, start)
         _rehearse(session, found.awaited)
-        say(f"{session.recipe}: {len(names)} stages into {the_run.folder}")
+        say(f"{session.recipe}: {len(names)} stage{'s' * (len(names) > 1)} into {the_run.folder}")
         for line in _changes(the_run.folder / RECIPE, session.text):
             say(f"  changed since it last ran: {line}")
         for name in [only] if only is not None else names[names.index(start) :] if start is not None else []:
@@ -272,14 +272,8 @@ def _seed(session: Session, name: str) -> None:
 def _changes(file: Path, text: str) -> list[str]:
     """Key by key what a recipe says that the one in ``file`` does not, or otherwise."""
     try:
-        before, now = _flat(yaml.safe_load(file.read_text(encoding="utf-8"))), _flat(yaml.safe_load(text))
+        before, now = flat(yaml.safe_load(file.read_text(encoding="utf-8"))), flat(yaml.safe_load(text))
     except (OSError, ValueError, yaml.YAMLError):  # there is none, or somebody has written into it
         return []
     keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
     return [f"{key}: {before.get(key, 'unset')} -> {now.get(key, 'unset')}" for key in keys]
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {key: value}
-    return {k: v for name, part in value.items() for k, v in _flat(part, f"{key}.{name}".lstrip(".")).items()}

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from distill.compare import load_run
+from distill.api.open_run import load_run
 from distill.core.run import DONE, INPUT, Run
 from distill.recipe import Recipe
 from distill.tracking.hardware import Samples

@@ -25,6 +25,12 @@ def _the_same_numbers() -> None:
     torch.manual_seed(7919)  # as no generator of a test, or two draws would be the same numbers
 
 
+@pytest.fixture(autouse=True)
+def _installed_by_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages name the command that adds an extra, which depends on how distill was installed."""
+    monkeypatch.setattr("distill.core.installed._found", lambda: None)
+
+
 @pytest.fixture
 def as_on_a_terminal() -> Iterator[None]:
     """Hear the signals that a process which was started in the background ignores, as distill would too."""

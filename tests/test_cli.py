@@ -147,6 +147,7 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
 def test_help_names_every_verb(distill: Distill) -> None:
     result = distill("--help")
     verbs = ("run", "resume", "check", "list", "report", "compare", "schema", "cache", "doctor")
+    verbs += ("prune", "quantize", "evaluate", "export")
     assert [v for v in verbs if v not in result.out] == []
     assert distill().code == 2
 
@@ -595,6 +596,56 @@ def test_report_and_compare_of_runs(distill: Distill, recipe: Path, tmp_path: Pa
     assert [line for line in result.out.splitlines() if line.startswith("> ")] == ["> row 7 of", "> the small model"]
     answered = [line.split()[0] for line in result.out.splitlines() if line.startswith("  ")]
     assert answered == ["teacher", "prune", "distill", "quantize"] * 2
+
+
+def test_a_trial_of_a_sweep_has_a_folder_and_an_id_of_its_own(
+    distill: Distill, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edited(recipe, ("{wandb: disabled}", "{wandb: offline}"))
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    monkeypatch.setenv("WANDB_RUN_ID", "trial7")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    result = distill("run", recipe, "stages.prune.keep.intermediate_size=24", "--only", "prune")
+    assert result.code == 0, result.err
+    folder = Path("runs", "tiny-trial7")
+    assert json.loads((folder / "prune" / "model" / "config.json").read_text())["intermediate_size"] == 24
+    monkeypatch.delenv("WANDB_SWEEP_ID")
+    assert distill("run", recipe, "stages.prune.kep=1").code == 2
+
+
+def test_one_stage_without_a_recipe(distill: Distill, teacher: Path, tmp_path: Path) -> None:
+    text_file(tmp_path / "held.jsonl", 300)
+    result = distill("prune", teacher, "--keep", "intermediate_size=50%", "--text", "held.jsonl")
+    assert result.code == 0, result.err
+    pruned = Path("runs", "model-prune", "prune", "model")
+    assert f"result: {pruned}\nas a recipe: {Path('runs', 'model-prune', 'recipe.yaml')}\n" in result.out
+    assert json.loads((pruned / "config.json").read_text())["intermediate_size"] == 32
+    result = distill("quantize", pruned, "--set", "group_size=32", "--text", "held.jsonl", "--out", "q")
+    assert result.code == 0, result.err
+    assert "as int4, group 32" in result.out
+    small = Path("q", "quantize", "model")
+    result = distill("evaluate", teacher, pruned, small, "--no-speed", "--text", "held.jsonl", "--out", "e")
+    assert result.code == 0, result.err
+    rows = json.loads(Path("e", "evaluate", "rows.json").read_text())
+    assert [(row["name"], row["role"]) for row in rows] == [
+        ("teacher", "teacher"),
+        (str(pruned), "student"),
+        (str(small), "student"),
+    ]
+    result = distill("export", small, "--text", "held.jsonl", "--out", "x")
+    assert result.code == 0, result.err
+    assert Path("x", "export", "model-export-teacher", "README.md").is_file()
+    assert distill("resume", "x").code == 0
+    for arguments, said in (
+        (["prune", teacher, "--keep", "intermediat=50%"], "did you mean 'intermediate_size'?"),
+        (["prune", teacher, "--keep", "intermediate_size"], "expected KEY=SIZE"),
+        (["prune", "nowhere", "--keep", "intermediate_size=1"], "nowhere: no such folder"),
+        (["quantize", teacher, "--quantizer", "int4"], "no quantizer called 'int4'"),
+        (["quantize", teacher, "--set", "bitz=3"], "stages.quantize.bitz: unknown key"),
+        (["export", teacher, "--text", "texts.doc"], "--text texts.doc: no such file or folder"),
+    ):
+        result = distill(*arguments)
+        assert (result.code, said in result.err) == (2, True), result.err
 
 
 def test_doctor(distill: Distill, monkeypatch: pytest.MonkeyPatch) -> None:

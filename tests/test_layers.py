@@ -20,8 +20,10 @@ LAYERS = (
     {"reporting"},
     {"stages"},
     {"recipe", "recipes", "launch", "finished", "required", "show_rows"},
+    {"api"},
     {"runner", "listing", "forecast", "doctor", "compare", "show_data"},
-    {"watch", "trace"},
+    {"watch", "trace", "one_stage"},
+    {"cli_stages"},
     {"cli"},
     {"__main__", "worker"},
 )

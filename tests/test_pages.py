@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import distill
 from distill.core.errors import RecipeError
 from distill.core.listener import DEBOUNCE_S, LEAVE_S, PATIENCE_S
 from distill.core.source import parse
@@ -45,6 +46,22 @@ def test_the_table_of_sources_is_current_and_its_example_valid() -> None:
     assert DataSpec.model_validate(parse(example, file.name).data["data"]).drops_rows
     filters = filters_of_templates()
     assert f"{', '.join(f'`{name}`' for name in filters[:-1])} and `{filters[-1]}`;" in " ".join(wanted.split())
+
+
+def test_the_reference_is_current_and_names_all_that_is_public() -> None:
+    stale = [file.name for file, wanted in GENERATE["pages"]() if file.read_text(encoding="utf-8") != wanted]
+    assert stale == [], "run: make pages"
+    python = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
+    shown = {name.rpartition(".")[2] for name in re.findall(r"^::: distill\.(\S+)", python, re.M)}
+    specs = {"losses", "pruning", "quantization", "OptimizerSpec", "__version__"}
+    assert set(distill.__all__) - specs <= shown
+
+
+def test_every_page_is_on_the_site() -> None:
+    nav = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M))
+    pages = {page.relative_to(ROOT).as_posix() for page in [*PAGES, ROOT / "benchmarks" / "README.md"]}
+    notebooks = {f"notebooks/{file.stem}.md" for file in (ROOT / "notebooks").glob("*.ipynb")}
+    assert nav == pages | notebooks
 
 
 def test_links_between_pages_lead_to_files_and_headings() -> None:

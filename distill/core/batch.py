@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from typing import Any
 
 KEPT = "kept"
+IGNORED = -100
+"""Label of a token that is not learned from, in transformers."""
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -32,6 +34,22 @@ def causal_batch(input_ids: Any, mask: Any, **more: Any) -> dict[str, Any]:
     """
     targets = input_ids.roll(-1, dims=-1)  # the last position gets the row's first token, which never counts
     return {"input_ids": input_ids, "targets": targets, "mask": mask, **more}
+
+
+def batch_of_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of transformers' own form, with ``labels``, in the form above.
+
+    Args:
+        batch: ``input_ids`` int64 [batch, sequence]; ``labels`` int64 [batch, sequence], the same tokens, with -100
+            where a token is not learned from; optionally ``attention_mask`` [batch, sequence] and ``position_ids``.
+    """
+    labels, causal = batch["labels"], causal_batch(batch["input_ids"], batch["labels"] != IGNORED)
+    mask = causal["mask"].roll(-1, dims=-1)  # a label stands at its own token, a target at the one before
+    mask[..., -1] = False
+    if "attention_mask" in batch:
+        mask = mask & batch["attention_mask"].bool()
+    more = {name: batch[name] for name in MODEL_INPUTS[1:] if name in batch}
+    return {**causal, "targets": labels.roll(-1, dims=-1).clamp(min=0), "mask": mask, **more}
 
 
 def model_inputs(batch: Mapping[str, Any], device: Any = None) -> dict[str, Any]:

@@ -335,3 +335,10 @@ def suggest(word: object, choices: Iterable[str]) -> str:
     some = itertools.islice(choices, MOST_CHOICES)  # each comparison costs as much as reading the word many times
     near = difflib.get_close_matches(str(word)[:LONGEST_WORD], list(some), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def flat(value: Any, key: str = "") -> dict[str, Any]:
+    """A nested mapping as dotted key -> value; an empty one is a value."""
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    return {k: v for name, part in value.items() for k, v in flat(part, f"{key}.{name}".lstrip(".")).items()}

@@ -14,6 +14,7 @@ from functools import cache
 from typing import IO, Any
 
 from distill.core.errors import DistillError, InputError, MachineError
+from distill.core.installed import install_command
 
 EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs", "https": None, "http": None, "memory": None}
 """Schemes that are read -> the extra that brings what reads them; None: it comes with distill. ``memory`` is fsspec's
@@ -145,7 +146,7 @@ def _system(url: str) -> tuple[Any, str]:
         system, path = fsspec.core.url_to_fs(url, **more)
     except ImportError as error:
         extra = EXTRAS[scheme]
-        how = f"pip install 'distill[{extra}]'" if extra else "pip install aiohttp"
+        how = install_command(extra) if extra else "pip install aiohttp"
         raise InputError(f"{Remote(url)}: {scheme}:// needs a package that is not installed: {how} ({error})") from None
     except Exception as error:
         raise unreachable(url, error) from None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from distill.core.errors import DistillError, InputError
+from distill.core.installed import install_command
 from distill.core.spec import Spec
 from distill.models.load import Task
 
@@ -81,8 +82,8 @@ class ExporterSpec(Spec):
     """The extra of distill that installs the packages to write and run the export."""
     runs_in: ClassVar[str] = "distill.evaluation.transformers_engine"
     """The module whose ``open_engine`` opens an export in its engine for measurements."""
-    pip: ClassVar[str] = "pip install"
-    """The command that installs the extra, without its name."""
+    environment: ClassVar[str] = ""
+    """Variables in front of the command that installs the extra."""
 
     kind: str
     max_kl: float = Field(1e-6, ge=0)
@@ -113,7 +114,7 @@ class ExporterSpec(Spec):
         return f"which is not installed: {self._pip_command()}"
 
     def _pip_command(self) -> str:
-        return f"{self.pip} 'distill[{self.extra}]'"
+        return f"{self.environment}{install_command(str(self.extra))}"
 
     def check_grids(
         self,

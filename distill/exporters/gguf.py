@@ -43,7 +43,7 @@ class Gguf(ExporterSpec):
     engine_module: ClassVar[str | None] = "llama_cpp"
     extra: ClassVar[str | None] = "gguf"
     runs_in: ClassVar[str] = "distill.exporters.llama_cpp_engine"
-    pip: ClassVar[str] = "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install"  # for virtual machines too
+    environment: ClassVar[str] = "CMAKE_ARGS=-DGGML_NATIVE=OFF "  # for virtual machines too
 
     kind: Literal["gguf"] = "gguf"
     max_kl: float = Field(5e-2, ge=0)

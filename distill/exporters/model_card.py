@@ -27,6 +27,7 @@ def write_card(
     notes: Sequence[str] = (),
     rows: Sequence[Mapping[str, Any]] = (),
     verified: VerifyResult | str = "it has not been compared with the trained model",
+    base_model: str | None = None,
 ) -> None:
     """Write ``README.md`` into an exported folder; an existing one is replaced.
 
@@ -39,6 +40,7 @@ def write_card(
         notes: lines on the conversion of the weights.
         rows: table of measurements, one mapping from column to value per row.
         verified: the result of the verification, or the reason why there is none.
+        base_model: Hub id of the base model; None: what the lineage says.
     """
     parts = [
         f"# {escaped(title)}",
@@ -48,7 +50,7 @@ def write_card(
         "## Verification\n\n" + _verification(verified, engine),
         "## How to load\n\n" + facts.how_to_load,
     ]
-    data = _data(lineage, facts)
+    data = _data(lineage, facts, base_model)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n").save(folder / "README.md")
 
 
@@ -66,9 +68,10 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else escaped(value)
 
 
-def _data(lineage: Lineage | None, facts: CardFacts) -> Any:
+def _data(lineage: Lineage | None, facts: CardFacts, base_model: str | None) -> Any:
     """The card's metadata, without a base model that is not a Hub id and without an unknown licence."""
-    base = lineage.base_model if lineage and _is_hub_id(lineage.base_model) else None
+    named = base_model or (lineage.base_model if lineage else "")
+    base = named if _is_hub_id(named) else None
     return ModelCardData(
         base_model=base,
         base_model_relation=("quantized" if facts.quantized else "finetune") if base else None,

@@ -57,7 +57,7 @@ class LeaveOneOut(CriterionSpec):
     def resolved_for(self, keep: KeepSpec, num_layers: int) -> Self:
         """See :meth:`CriterionSpec.resolved_for`."""
         contiguous = keep.layer_choice == "contiguous" and keep.num_hidden_layers is not None
-        wanted = max(1, num_layers - (keep.num_hidden_layers or num_layers)) if contiguous else 1
+        wanted = max(1, num_layers - keep.num_layers_of(num_layers)) if contiguous else 1
         if self.block_layers not in (None, wanted):
             raise InputError(
                 f"depth_criterion.block_layers ({self.block_layers}) must equal the number of neighbouring layers that "

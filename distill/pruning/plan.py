@@ -141,6 +141,7 @@ def plan(
     if not isinstance(keep, KeepSpec):
         keep = _validated(keep)
     before = layout.sizes(config)
+    keep = keep.resolved(before)
     after = target_sizes(keep, config, layout)
     if keep.vocabulary is not None and vocabulary is None:
         raise InputError("keep.vocabulary is set, but plan() got no token ids; pass the ids to keep as vocabulary=")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill.core.errors import InputError
 from distill.pruning.base import Scores
@@ -26,7 +26,8 @@ def target_sizes(keep: KeepSpec, config: Config, layout: Layout) -> dict[str, in
         InputError: a size is larger than the model's, or not possible with grouped-query attention or the config class.
     """
     before = layout.sizes(config)
-    wanted = {axis: (key, getattr(keep, key)) for key, axis in AXIS_OF_KEY.items()}
+    keep = keep.resolved(before)
+    wanted: dict[str, tuple[str, Any]] = {axis: (key, getattr(keep, key)) for key, axis in AXIS_OF_KEY.items()}
     if keep.layers is not None:
         wanted["layers"] = ("num_hidden_layers", len(keep.layers))
         if wrong := [layer for layer in keep.layers if not 0 <= layer < before["layers"]]:
@@ -60,7 +61,8 @@ def _settle_heads(keep: KeepSpec, before: Sizes, after: dict[str, int]) -> None:
         )
     # with pool and silence, each kept group takes the query heads of equally many removed groups
     most = before["attention_heads"] if keep.group_choice != "drop" else groups * per_group
-    if keep.num_attention_heads is None:
+    heads = keep.num_attention_heads
+    if not isinstance(heads, int):  # a percentage is resolved by now
         if most % groups:
             raise InputError(
                 f"keep.num_key_value_heads ({groups}) must divide the {most} query heads, because all of them stay "
@@ -68,7 +70,6 @@ def _settle_heads(keep: KeepSpec, before: Sizes, after: dict[str, int]) -> None:
             )
         after["attention_heads"] = most
         return
-    heads = keep.num_attention_heads
     if heads % groups:
         fits = range(groups, most + 1, groups)
         raise InputError(
@@ -120,7 +121,7 @@ def kept_layers(scores: Scores, keep: KeepSpec, before: Sizes) -> tuple[int, ...
     total = before["layers"]
     if keep.layers is not None:
         return keep.layers
-    count = keep.num_hidden_layers or total
+    count = keep.num_layers_of(total)
     drop = total - count
     if drop == 0:
         return tuple(range(total))

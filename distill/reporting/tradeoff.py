@@ -113,6 +113,7 @@ class Row:
         engine, device, dtype: used for the measurement of speed; None: speed was not requested.
         training_tokens: tokens on which this stage trained, 0 for none; training_seconds: the time for it.
         domains: the quality on each source, if the text is a mixture.
+        run: name of the run, in a report over several; "" in the file of a run.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -152,6 +153,7 @@ class Row:
     training_tokens: Count | None = None
     training_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     domains: tuple[Domain, ...] = ()
+    run: str = ""
 
     def __post_init__(self) -> None:
         filled = [name for name in SPEED if getattr(self, name) is not None]
@@ -185,7 +187,7 @@ _ROWS: TypeAdapter[list[Row]] = TypeAdapter(Annotated[list[Row], Field(min_lengt
 
 def to_json(rows: Iterable[Row]) -> str:
     """Rows as JSON text."""
-    return json.dumps([asdict(row) for row in rows], indent=2) + "\n"
+    return json.dumps([{k: v for k, v in asdict(row).items() if k != "run" or v} for row in rows], indent=2) + "\n"
 
 
 def from_json(text: str, name: str = "rows") -> list[Row]:

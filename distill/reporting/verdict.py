@@ -89,8 +89,12 @@ def _tokens_since(row: Row, ancestor: Row, rows: Sequence[Row]) -> int:
 
 
 def main_student(rows: Sequence[Row]) -> Row | None:
-    """The last student in the run's order without quantization; if there is none, the last student."""
+    """The last student in the run's order without quantization; if there is none, the last student.
+
+    Of several runs it is that of the first one.
+    """
     students = [row for row in rows if row.role == "student" and not row.is_file]
+    students = [row for row in students if row.run == students[0].run]
     return next((row for row in reversed(students) if row.scheme is None), students[-1] if students else None)
 
 

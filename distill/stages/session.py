@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distill.core.artifact import Artifact, Lineage, fingerprint, hash_of, replacing, write_lineage, write_text
 from distill.core.run import Run
+from distill.core.sweep import trial_of_sweep
 from distill.core.world import SINGLE_PROCESS, World
 from distill.data.chat_encoder import ChatPrompts
 from distill.data.corpus import Corpus, trained_tokenizer
@@ -215,7 +216,7 @@ class Session:
         if self._logger is None and self.logging.wandb != "disabled" and self.world.rank == 0:
             file = self.run.folder / "wandb-id"
             if not file.is_file():
-                write_text(file, uuid.uuid4().hex[:8])
+                write_text(file, trial_of_sweep() or uuid.uuid4().hex[:8])
             config = yaml.safe_load(self.text)
             self._logger = make_logger(self.logging, self.run.folder, file.read_text(), self.recipe, config)
         return self._logger

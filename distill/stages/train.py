@@ -166,6 +166,7 @@ def train(
         origin=origin_of(session, start, reference) if start is not None and reference is not None else None,
         quantized_from_step=quantized_from_step,
         held_from_step=None if freeze_scales is None else int(freeze_scales * num_steps),
+        log=False,  # Record does
     )
     for line in module.states.summary() if module.states is not None else ():
         context.say(line)

@@ -34,16 +34,16 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
-from distill.core.batch import KEPT, model_inputs
+from distill.core.batch import KEPT, batch_of_labels, model_inputs
 from distill.core.errors import InputError
-from distill.losses import AnyLossSpec, CrossEntropy, LossSpec, LossTerm, StateLossSpec
+from distill.losses import LOSSES, AnyLossSpec, CrossEntropy, LossSpec, LossTerm, StateLossSpec
 from distill.losses.head import KL, head_losses
 from distill.losses.states import refusal
 from distill.models.head import check_head, hidden_states, output_head
@@ -72,11 +72,15 @@ class DistillationModule(pl.LightningModule):
     """Trains ``student`` on ``losses``; works with any Lightning Trainer.
 
     Batches are dicts with ``input_ids``, ``targets``, ``mask`` and, if several documents share a row, ``position_ids``;
-    see :mod:`distill.core.batch`.
+    see :mod:`distill.core.batch` and :func:`distill.batches`. Batches of transformers' collators, with ``input_ids``,
+    ``labels`` and ``attention_mask``, are converted.
+
+    It logs the mean of each loss per token as ``train/<loss>`` every ``log_every_n_steps`` steps of the Trainer, and
+    after a validation ``val/cross_entropy`` and, with a teacher, ``val/kl``.
 
     Args:
         student: causal language model. Its parameters that require gradients are trained.
-        losses: losses to train on, of which at least one must be on logits.
+        losses: losses to train on, or their names, of which at least one must be on logits.
         teacher: model with the same vocabulary, which is frozen here, or a :class:`Teacher`; required if a loss needs
             it. It is not registered as a submodule, so it is not in checkpoints or optimizers, and ``train()`` does not
             change it.
@@ -89,6 +93,7 @@ class DistillationModule(pl.LightningModule):
         quantized_from_step: number of optimizer steps before fake quantization is enabled.
         held_from_step: number of optimizer steps after which the scales of the weights are held constant; None for
             never.
+        log: whether to log through the Trainer; False if a callback drains the losses.
 
     Attributes:
         tokens_read: with ``on_policy``, the number of tokens that this rank has trained on, without padding, int64
@@ -98,7 +103,7 @@ class DistillationModule(pl.LightningModule):
     def __init__(
         self,
         student: PreTrainedModel,
-        losses: Sequence[AnyLossSpec],
+        losses: Sequence[AnyLossSpec | str],
         teacher: PreTrainedModel | Teacher | None = None,
         *,
         on_policy: OnPolicy | None = None,
@@ -107,16 +112,19 @@ class DistillationModule(pl.LightningModule):
         origin: Origin | None = None,
         quantized_from_step: int = 0,
         held_from_step: int | None = None,
+        log: bool = True,
     ):
         super().__init__()
-        if not any(isinstance(loss, LossSpec) for loss in losses):
+        specs = [_named(loss) if isinstance(loss, str) else loss for loss in losses]
+        if not any(isinstance(loss, LossSpec) for loss in specs):
             raise ValueError("no loss on the predictions to train on; give at least one")
-        if teacher is None and any(loss.needs_teacher for loss in losses):
-            raise ValueError(f"{[loss.kind for loss in losses if loss.needs_teacher]} need a teacher")
+        if teacher is None and any(loss.needs_teacher for loss in specs):
+            raise ValueError(f"{[loss.kind for loss in specs if loss.needs_teacher]} need a teacher")
         self.student = student
-        self.losses = [(loss.kind, loss) for loss in losses]
+        self.losses = [(loss.kind, loss) for loss in specs]
         self.optimizer_spec = optimizer or OptimizerSpec()
         self.num_steps = num_steps
+        self._logs, self._logged_step = log, 0
         self.quantized_from_step, self.held_from_step = quantized_from_step, held_from_step
         self._renewed = self._held = False
         self.teacher = LiveTeacher(teacher) if isinstance(teacher, torch.nn.Module) else teacher
@@ -129,8 +137,8 @@ class DistillationModule(pl.LightningModule):
         self._random: dict[str, Tensor] | None = None
         check_head(student)
         if self.teacher is not None:
-            self.teacher.check([loss for loss in losses if isinstance(loss, LossSpec)])
-        inner = [loss for loss in losses if isinstance(loss, StateLossSpec)]
+            self.teacher.check([loss for loss in specs if isinstance(loss, LossSpec)])
+        inner = [loss for loss in specs if isinstance(loss, StateLossSpec)]
         self.states: StateLosses | None = None
         if inner and self.teacher is not None:
             if self.teacher.model is None:
@@ -141,8 +149,13 @@ class DistillationModule(pl.LightningModule):
                 "on_policy needs a teacher that runs, as no cache holds what it says of sequences that do not exist "
                 "yet; name the model itself as teacher, or remove on_policy"
             )
-        if on_policy is not None and all(loss.needs_text for loss in losses if isinstance(loss, LossSpec)):
+        if on_policy is not None and all(loss.needs_text for loss in specs if isinstance(loss, LossSpec)):
             raise InputError("on_policy needs a loss that does without the text's next token, such as reverse_kl")
+
+    def setup(self, stage: str) -> None:
+        """Put the student into training mode, as ``from_pretrained`` returns models in evaluation mode."""
+        if stage == "fit":
+            self.student.train()
 
     def configure_model(self) -> None:
         """Shard the student, the learned projections and the teacher over the ranks, if the strategy is FSDP.
@@ -176,6 +189,15 @@ class DistillationModule(pl.LightningModule):
             hold_scales(self.student)
             self._held = True
 
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log the losses since the last time, if it is due."""
+        step, every = self.trainer.global_step, getattr(self.trainer, "log_every_n_steps", 50)
+        if not self._logs or step == self._logged_step or step % max(1, every):
+            return
+        self._logged_step = step
+        means = {name if "/" in name else f"train/{name}": value for name, value in self.drain_terms().items()}
+        self.log_dict(means, prog_bar=True, batch_size=1)
+
     def on_validation_start(self) -> None:
         """Move the teacher to the student's device."""
         if self.teacher is not None:
@@ -186,6 +208,13 @@ class DistillationModule(pl.LightningModule):
 
         The positions that count are added. Position ids that never restart are left out, as a model makes the same.
         """
+        if "mask" not in batch:
+            if not {"input_ids", "labels"} <= batch.keys():
+                raise InputError(
+                    f"a batch holds {', '.join(batch)}; expected input_ids, targets and mask (distill.batches makes "
+                    "them), or input_ids and labels"
+                )
+            batch = batch_of_labels(batch)
         if self.on_policy is not None:  # which replaces the batch
             return batch
         kept = batch["mask"].flatten().nonzero().squeeze(1)  # [tokens]
@@ -341,6 +370,12 @@ class DistillationModule(pl.LightningModule):
         """Reset the validation sums."""
         self._validation: dict[str, LossTerm] = {}
 
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation losses."""
+        if self._logs:
+            means = {f"val/{name}": value for name, value in self.validation_means().items()}
+            self.log_dict(means, prog_bar=True, batch_size=1, sync_dist=True)  # equal on all ranks already
+
     def validation_means(self) -> dict[str, float]:
         """Means over the last validation, in nats per token, over all ranks."""
         return means_of(self._validation)
@@ -405,3 +440,14 @@ class DistillationModule(pl.LightningModule):
     def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """The student's parameters under all their names in a ``state_dict`` (a tied parameter has two names)."""
         return self.student.named_parameters(remove_duplicate=False)
+
+
+def _named(kind: str) -> AnyLossSpec:
+    """The loss of this name with its default settings.
+
+    Raises:
+        InputError: there is none.
+    """
+    if kind not in list(LOSSES):
+        raise InputError(f"losses: no loss {kind!r} (there are {', '.join(LOSSES)})")
+    return cast("AnyLossSpec", LOSSES[kind]())

@@ -98,7 +98,7 @@ def test_a_folder_without_such_files(memory):
 @pytest.mark.parametrize(("scheme", "extra", "module"), [("s3", "s3", "s3fs"), ("gs", "gs", "gcsfs")])
 def test_a_missing_extra_is_named_by_its_command(scheme, extra, module, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, module, None)
-    assert f"pip install 'distill[{extra}]'" in refusal(Jsonl(path=f"{scheme}://bucket-{extra}/x.jsonl"))
+    assert f"pip install 'distill-lm[{extra}]'" in refusal(Jsonl(path=f"{scheme}://bucket-{extra}/x.jsonl"))
 
 
 # ------------------------------------------------------------------------------------------------------ a web server

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness beside our own forms, on the same items and model; needs the extra distill[lm-eval]."""
+"""lm-evaluation-harness beside our own forms, on the same items and model; needs the extra distill-lm[lm-eval]."""
 
 from __future__ import annotations
 

@@ -367,5 +367,5 @@ def test_a_yaml_task_runs_no_code(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")
 def test_the_missing_extra_is_named_by_its_command(model: Any, tokenizer: Any) -> None:
-    with pytest.raises(InputError, match=r'pip install "distill\[lm-eval\]"'):
+    with pytest.raises(InputError, match=r"pip install 'distill-lm\[lm-eval\]'"):
         LmEval().ask(lm(model, tokenizer), "arc_easy")

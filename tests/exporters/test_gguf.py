@@ -39,9 +39,9 @@ from distill.quantization.embeddings import EmbeddingsKind, embeddings_grid
 from distill.quantization.fake_quant import switch
 from distill.quantization.prepare import prepare
 
-gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'distill[test]'")
+gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'distill-lm[test]'")
 in_llama_cpp = pytest.mark.skipif(
-    find_spec("llama_cpp") is None, reason="llama.cpp is not installed: pip install 'distill[gguf]'"
+    find_spec("llama_cpp") is None, reason="llama.cpp is not installed: pip install 'distill-lm[gguf]'"
 )
 
 Batches = list[dict[str, torch.Tensor]]
@@ -368,11 +368,11 @@ def test_an_engine_that_is_missing_is_named(
     notes = Gguf().export(source, tmp_path / "out", title="small")
     assert notes[-1] == "read back: all 21 tensors of the file are bitwise equal to the model's"
     monkeypatch.setattr("distill.exporters.base.find_spec", lambda module: None)
-    with pytest.raises(EngineMissing, match=r"not verified in llama.cpp.*pip install 'distill\[gguf\]'"):
+    with pytest.raises(EngineMissing, match=r"not verified in llama.cpp.*pip install 'distill-lm\[gguf\]'"):
         Gguf().verify(model, tmp_path / "out", texts)
     with pytest.raises(
         InputError,
-        match=r"needs gguf, which is not installed: CMAKE_ARGS=-DGGML_NATIVE=OFF pip install 'distill\[gguf\]'",
+        match=r"needs gguf, which is not installed: CMAKE_ARGS=-DGGML_NATIVE=OFF pip install 'distill-lm\[gguf\]'",
     ):
         Gguf().export(source, tmp_path / "new", title="small")
 

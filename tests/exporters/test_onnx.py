@@ -25,7 +25,7 @@ from distill.exporters import Onnx
 from distill.exporters.base import EngineMissing
 
 for module in ("onnx", "onnxscript", "onnxruntime"):
-    pytest.importorskip(module, reason=f"{module} is not installed: pip install 'distill[test]'")
+    pytest.importorskip(module, reason=f"{module} is not installed: pip install 'distill-lm[test]'")
 
 Batches = list[dict[str, torch.Tensor]]
 
@@ -150,7 +150,7 @@ def test_a_damaged_graph_and_missing_packages_are_named(
     monkeypatch.setattr("distill.exporters.base.find_spec", lambda module: None)
     with pytest.raises(EngineMissing, match="not verified in ONNX Runtime"):
         Onnx().verify(trained, tmp_path, batches)
-    with pytest.raises(InputError, match=r"target onnx needs onnx, which is not installed: .*distill\[onnx\]"):
+    with pytest.raises(InputError, match=r"target onnx needs onnx, which is not installed: .*distill-lm\[onnx\]"):
         Onnx().export(artifact, tmp_path / "new", title="small")
 
 

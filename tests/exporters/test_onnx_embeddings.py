@@ -14,7 +14,7 @@ from distill.quantization import Q6K, Q80, Int8Channel, IntGroup
 from distill.quantization.base import Codes, QuantizerSpec
 
 for module in ("onnx", "onnxruntime"):
-    pytest.importorskip(module, reason=f"{module} is not installed: pip install 'distill[test]'")
+    pytest.importorskip(module, reason=f"{module} is not installed: pip install 'distill-lm[test]'")
 
 
 class Ends(nn.Module):

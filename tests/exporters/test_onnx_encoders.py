@@ -22,7 +22,7 @@ from distill.exporters import HuggingFace, Onnx
 from distill.models.load import load_model
 
 for module in ("onnx", "onnxscript", "onnxruntime"):
-    pytest.importorskip(module, reason=f"{module} is not installed: pip install 'distill[test]'")
+    pytest.importorskip(module, reason=f"{module} is not installed: pip install 'distill-lm[test]'")
 
 Batches = list[dict[str, torch.Tensor]]
 BERT = {

@@ -14,7 +14,7 @@ from distill.quantization import Q40, Q80, QUANTIZERS
 from distill.quantization.convert import round_unquantized
 from distill.quantization.prepare import prepare
 
-pytest.importorskip("torchao", reason="torchao is not installed: pip install 'distill[torchao]'")
+pytest.importorskip("torchao", reason="torchao is not installed: pip install 'distill-lm[torchao]'")
 
 Batches = list[dict[str, torch.Tensor]]
 GRIDS = {
@@ -97,7 +97,7 @@ def test_what_cannot_be_done_is_named(
     with pytest.raises(InputError, match="low-bit already; remove round_to"):
         Torchao(round_to="int8").export(artifact, tmp_path / "a", title="small")
     monkeypatch.setattr("distill.exporters.base.find_spec", lambda module: None)
-    with pytest.raises(InputError, match=r"target torchao needs torchao, which is not installed: .*distill\[torchao\]"):
+    with pytest.raises(InputError, match=r"target torchao needs torchao, which .* not installed: .*lm\[torchao\]"):
         Torchao().export(artifact, tmp_path / "b", title="small")
     with pytest.raises(
         EngineMissing, match="not verified in transformers with torchao, in fp32, which is not installed"

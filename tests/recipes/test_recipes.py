@@ -111,7 +111,7 @@ def test_runs_from_end_to_end(file: Path, shrink: Callable[[Path], list[str]], t
     recipe = Recipe.load(file, set=shrink(file))
     targets = {name: stage.target.kind for name, stage in recipe.stages.items() if stage.kind == "export"}
     if "gguf" in targets.values():
-        pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'distill[test]'")
+        pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'distill-lm[test]'")
     said: list[str] = []
     the_run = run(recipe, tmp_path / "run", say=said.append)
     assert [name for name in recipe.stages if the_run.done(name) is None] == []
@@ -132,7 +132,7 @@ def test_runs_from_end_to_end(file: Path, shrink: Callable[[Path], list[str]], t
 
 def test_the_quickstart_can_end_in_a_gguf(shrink: Callable[[Path], list[str]], tmp_path: Path) -> None:
     """As the README says: another target, and the stages before it are not run again."""
-    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'distill[test]'")
+    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'distill-lm[test]'")
     file = FOLDER / "quickstart.yaml"
     said: list[str] = []
     for target in ("huggingface", "gguf"):

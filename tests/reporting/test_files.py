@@ -88,11 +88,13 @@ def test_files_are_no_students_and_no_controls() -> None:
 
 
 def test_a_missing_engine_is_the_command_that_installs_it() -> None:
-    missing = Row("export", kind="export", scheme="GGUF Q4_0", weight_bytes=80, install="pip install 'distill[gguf]'")
-    assert cell(missing, BY_KEY["decode_tokens_per_s"]) == "pip install 'distill[gguf]'"
+    missing = Row(
+        "export", kind="export", scheme="GGUF Q4_0", weight_bytes=80, install="pip install 'distill-lm[gguf]'"
+    )
+    assert cell(missing, BY_KEY["decode_tokens_per_s"]) == "pip install 'distill-lm[gguf]'"
     assert cell(missing, BY_KEY["prefill_ms"]) == "—"
-    assert "pip install 'distill[gguf]'" in markdown_table([TEACHER, missing])
-    assert "pip install 'distill[gguf]'" in csv_table([TEACHER, missing])
+    assert "pip install 'distill-lm[gguf]'" in markdown_table([TEACHER, missing])
+    assert "pip install 'distill-lm[gguf]'" in csv_table([TEACHER, missing])
     assert speed_table([missing], None) == []
 
 

@@ -89,13 +89,13 @@ def test_what_is_measured_in_an_engine_is_what_the_model_is(recipe_of: Any, tmp_
 def test_a_missing_engine_is_a_command_in_the_cell_and_measured_once_it_is_there(
     recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'distill[test]'")
+    pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'distill-lm[test]'")
     find = importlib.util.find_spec
     for module in ("distill.exporters.base", "distill.stages.evaluate.spec"):
         monkeypatch.setattr(f"{module}.find_spec", lambda name: None if name == "llama_cpp" else find(name))
     recipe, said = recipe_of("{kind: gguf, round_to: q8_0}"), list[str]()
     the_run = run(recipe, tmp_path / "run", say=said.append)
-    command = "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install 'distill[gguf]'"
+    command = "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install 'distill-lm[gguf]'"
     (row,) = rows_of(tmp_path)
     assert (row.install, row.engine, row.perplexity) == (command, None, None)
     assert row.weight_bytes == next((the_run.stage("export") / "tiny-prune").glob("*.gguf")).stat().st_size

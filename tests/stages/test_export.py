@@ -49,7 +49,7 @@ def test_what_is_not_installed_is_said_before_the_run(
 ) -> None:
     recipe = recipe_of("onnx")
     lacking(monkeypatch, "onnxruntime", "onnxscript")
-    missing = "stages.export: target onnx needs onnxscript, which is not installed: pip install 'distill[onnx]'"
+    missing = "stages.export: target onnx needs onnxscript, which is not installed: pip install 'distill-lm[onnx]'"
     assert describe(recipe).splitlines()[-1] == f"  before this runs here: {missing}"
     with pytest.raises(InputError) as refusal:
         run(recipe, tmp_path / "run")
@@ -59,7 +59,7 @@ def test_what_is_not_installed_is_said_before_the_run(
     monkeypatch.setattr("distill.exporters.gguf.Gguf.writers", lambda self: ())
     unverified = (
         "gguf, not verified in llama.cpp, which is not installed: "
-        "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install 'distill[gguf]', then run the same command again"
+        "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install 'distill-lm[gguf]', then run the same command again"
     )
     assert unverified in describe(recipe_of("gguf"))
 
@@ -139,7 +139,7 @@ def test_the_stage_prints_what_the_comparison_found(recipe_of: Callable[[str], R
 
 def test_an_encoder_is_exported_and_else_refused(text: Path, tmp_path: Path) -> None:
     for module in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(module, reason=f"{module} is not installed: pip install 'distill[test]'")
+        pytest.importorskip(module, reason=f"{module} is not installed: pip install 'distill-lm[test]'")
     encoder, stages = make_encoder(tmp_path / "bert"), RECIPE
     for line in ("  evaluate: {{models: [teacher], speed: null}}\n", "  report: {{prompts: []}}\n"):
         stages = stages.replace(line, "")

@@ -148,6 +148,7 @@ def module(
             num_steps=steps,
             quantized_from_step=steps_of.get("late", 0),
             held_from_step=steps_of.get("held"),
+            log=False,
         )
 
     return make

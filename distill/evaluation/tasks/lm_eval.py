@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness, by name or from a YAML file. The harness itself asks the questions.
 
-This needs the extra ``distill[lm-eval]``, which is imported only if such a task is used. The scores are those of the
+This needs the extra ``distill-lm[lm-eval]``, which is imported only if such a task is used. The scores are those of the
 harness, with its prompts and its normalisation. Use it to compare with published scores. The other kinds of tasks
 (``multiple_choice``, ``generate``, ``cloze``) need no extra package and no download.
 """
@@ -15,15 +15,14 @@ from typing import Any, Literal
 import yaml
 
 from distill.core.errors import InputError
+from distill.core.installed import install_command
 from distill.core.outside import read
 from distill.data.files import File
 from distill.evaluation.tasks.base import Answers, LanguageModel, TaskSpec
 
-INSTALL = 'pip install "distill[lm-eval]"'
-
 
 class LmEval(TaskSpec):
-    """A task of lm-evaluation-harness, by name or from a YAML file; needs the extra distill[lm-eval]."""
+    """A task of lm-evaluation-harness, by name or from a YAML file; needs the extra distill-lm[lm-eval]."""
 
     kind: Literal["lm_eval"] = "lm_eval"
     task: str | None = None
@@ -37,7 +36,7 @@ class LmEval(TaskSpec):
 
     def missing(self) -> str | None:
         """See :meth:`TaskSpec.missing`."""
-        return None if find_spec("lm_eval") is not None else f"needs lm-eval: {INSTALL}"
+        return None if find_spec("lm_eval") is not None else f"needs lm-eval: {install_command('lm-eval')}"
 
     def files(self) -> list[File]:
         """The YAML file, and the local files that it reads."""

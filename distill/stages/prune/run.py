@@ -27,7 +27,7 @@ from distill.reporting.plots import Plot
 from distill.reporting.score_plots import score_plots
 from distill.stages.models import check_vocabulary, save_plain, stored_dtype_of
 from distill.stages.prune.reconstruction import reconstructed
-from distill.stages.prune.scoring import scores_of, write
+from distill.stages.prune.scoring import of_axes, scores_of, write
 from distill.stages.prune.search.search import Search
 from distill.stages.prune.spec import Prune
 from distill.stages.prune.tokens import tokens_of
@@ -106,11 +106,7 @@ def _scores(stage: Prune, context: StageContext, location: str, layout: Layout, 
     keep, num_layers = stage.keep or KeepSpec(), layout.sizes(config)["layers"]  # a search drops any number of them
     criteria = [getattr(stage, key).resolved_for(keep, num_layers) for key in keys]
     found, about = scores_of(context, location, criteria, layout, stage.calibration_batch_size)
-    tensors: dict[str, Any] = {}
-    for axis, key in choices.items():
-        scored = found[keys.index(key)].tensors()
-        tensors |= {name: scored[name] for name in (axis, "layer_blocks") if name in scored}
-    scores = Scores(**tensors)
+    scores = of_axes(choices, dict(zip(keys, found, strict=True)))
     write(context.folder / SCORES, scores, about | {key: criteria[i].kind for i, key in enumerate(keys)})
     return scores
 

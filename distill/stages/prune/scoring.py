@@ -58,6 +58,20 @@ def scores_of(
     return [kept for file in files if (kept := found[file]) is not None], about
 
 
+def of_axes(choices: Mapping[str, str], found: Mapping[str, Scores]) -> Scores:
+    """The scores of every axis that is cut, each by the criterion that was chosen for it.
+
+    Args:
+        choices: axis -> key of its criterion; see :meth:`distill.stages.prune.spec.Prune.choices`.
+        found: key of a criterion -> its scores of all its axes.
+    """
+    tensors: dict[str, Any] = {}
+    for axis, key in choices.items():
+        scored = found[key].tensors()
+        tensors |= {name: scored[name] for name in (axis, "layer_blocks") if name in scored}
+    return Scores(**tensors)
+
+
 def calibration_hash(batches: Iterable[Mapping[str, Tensor]]) -> str:
     """Stands for the tokens that are read, where they stand and which of them count, however they are batched."""
     digest = hashlib.sha256()

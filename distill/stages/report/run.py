@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from typing import Any
 
+from distill.core.artifact import write_text
 from distill.core.errors import InputError
 from distill.core.run import Done
 from distill.core.versions import versions
@@ -30,7 +32,7 @@ from distill.stages.quantize.mixed import scan_plot
 from distill.stages.report.answers import answers_to
 from distill.stages.report.left import Left, loss_curves
 from distill.stages.report.outlook import outlook
-from distill.stages.report.spec import Report
+from distill.stages.report.spec import ANSWERS, Report
 from distill.stages.session import Session, StageContext
 from distill.stages.text import data_of
 from distill.tracking.hardware import read_samples
@@ -45,6 +47,7 @@ def run(stage: Report, context: StageContext) -> dict[str, Any]:
     if not rows:
         raise InputError(_nothing(context))
     answers = answers_to(stage, context, rows)
+    write_text(context.folder / ANSWERS, json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
     left = Left(session.run)
     curves = loss_curves(left, session.stages)
     cuts = {

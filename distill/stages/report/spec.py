@@ -14,6 +14,8 @@ from distill.stages.forecast import Forecast
 if TYPE_CHECKING:
     from distill.stages.session import StageContext
 
+ANSWERS = "answers.json"
+"""What the models answered: a list of {prompt, answers: {model: {text, ...}}}."""
 PROMPTS = ("The ", "In the beginning", "def main(")
 ASKED = ("What is the capital of France?", "Name three colours.", "Write a Python function that adds two numbers.")
 """Of models that learn from conversations, where the recipe asks nothing else."""
