@@ -37,6 +37,7 @@ from distill.stages.quantize.spec import LayerGrid, MixedSpec
 from distill.stages.synthesize.exam_spec import ExamSpec
 from distill.stages.synthesize.filters_spec import FiltersSpec
 from distill.stages.synthesize.writer_spec import ServerSpec
+from distill.stages.text import StageMixture
 from distill.tracking.spec import LoggingSpec, Price
 from distill.training.spec import AlarmSpec, ComputeSpec, OnPolicySpec, OptimizerSpec
 
@@ -52,6 +53,7 @@ SECTIONS: dict[str, type[Spec]] = {
     "logging": LoggingSpec,
     "price": Price,
     "alarms": AlarmSpec,
+    "stage_mixture": StageMixture,
     "writer": ServerSpec,
     "filters": FiltersSpec,
     "exam": ExamSpec,

@@ -209,6 +209,8 @@ def terminal(
 
 def recipe_file(stages: dict[str, Any], teacher: Path | None = None, tokenizer: Path | None = None) -> Path:
     Path("text.jsonl").write_text("".join(json.dumps({"text": f"row {i} of the text"}) + "\n" for i in range(40)))
+    question = {"question": "a?", "answer": "b", "document": "", "group": "trained", "place": "p"}
+    Path("exam.jsonl").write_text(json.dumps(question))
     data: dict[str, Any] = {"train": {"kind": "jsonl", "path": "text.jsonl"}, "sequence_length": 16}
     data |= {"validation_tokens": 60, "calibration_sequences": 2}
     data |= {"tokenizer": str(tokenizer)} if tokenizer is not None else {}
@@ -224,6 +226,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "prune.model": {"keep": {"intermediate_size": 32}},
     "sparsify.model": {"pattern": "2:4"},
     "cache_teacher.teacher": {},
+    "synthesize.writer": {"make": {"kind": "qna", "path": "builtin:qna"}},
     "distill.student": STEP,
     "distill.teacher": {"student": "PLAIN", **STEP},
     "quantize.student": {"num_steps": 0},
@@ -231,6 +234,8 @@ KEYS: dict[str, dict[str, Any]] = {
     "evaluate.models": {"speed": None},
     "evaluate.controls": {"models": ["PLAIN"], "speed": None},
     "evaluate.teacher": {"models": ["PLAIN"], "speed": None},
+    "exam.models": {"questions": "exam.jsonl", "baseline": "PLAIN"},
+    "exam.baseline": {"questions": "exam.jsonl"},
     "export.model": {"verify_sequences": 1},
 }
 """Key of a stage that may name a folder -> the rest of the stage."""

@@ -6,27 +6,47 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from distill.core.spec import Spec
 from distill.data.base import SourceSpec
 from distill.data.made import Made
 from distill.data.mixture import Mixture
-from distill.data.spec import DataSpec, kinds_of, of_conversations
+from distill.data.spec import DataSpec, Packing, kinds_of, of_conversations
 from distill.stages.base import StageSpec
 
 INHERITED = ("sequence_length", "tokenizer", "validation_tokens", "calibration_sequences")
 """Keys that a stage's own section takes from the recipe's where it does not say them."""
 
 
+class StageMixture(Spec):
+    """Rows that stages make, mixed with the recipe's training text; the recipe writes it out as a section of data."""
+
+    mixture: dict[str, float] = Field(min_length=1)
+    """Name of a stage that makes rows, or `train` for the recipe's training text -> share of the training tokens."""
+    max_repeats: float | None = Field(None, gt=0)
+    """Passes over a source that a training may make; unset: 4."""
+    sequence_length: int | None = Field(None, ge=2)
+    """Tokens in a row, at most; unset: the recipe's."""
+    packing: Packing | None = None
+    """How documents share a row; unset: best_fit."""
+
+    @model_validator(mode="after")
+    def _is_written_out(self) -> StageMixture:
+        raise ValueError("a mixture of stages can only be written in a recipe, which knows its stages")
+
+
 def _how(value: Any) -> str | None:
     """Which form of the key was written."""
     if isinstance(value, str):
         return "stage"
+    if isinstance(value, StageMixture) or (isinstance(value, dict) and "mixture" in value):
+        return "mixture"
     return "own" if isinstance(value, dict | DataSpec) else None
 
 
 TextChoice = Annotated[
-    Annotated[str, Tag("stage")] | Annotated[DataSpec, Tag("own")],
+    Annotated[str, Tag("stage")] | Annotated[DataSpec, Tag("own")] | Annotated[StageMixture, Tag("mixture")],
     Discriminator(
         _how,
         custom_error_type="text_choice",

@@ -93,6 +93,9 @@ class Exam(ReadsText):
         return Forecast(reads=self.reading(), does=[f"asks {who} the questions of {self.questions}"])
 
     def rehearse(self, context: Any) -> None:
-        """Read the text, on which something must be there to measure."""
+        """Compare the models' tokens with the run's, and read the text, on which something must be there to measure."""
+        from distill.stages.rehearsal import check_outside
+
+        check_outside(context, self.baseline, *self.models)
         if self.forgetting and not context.session.awaits_rows:
             context.session.corpus()
