@@ -1,6 +1,6 @@
 """Documents that a model shall know: Markdown, plain text and PDF files, as text in chunks.
 
-PDF files are read by pypdf, which is an extra (``pip install 'distill[pdf]'``). Pages of scanned images have no text,
+PDF files are read by pypdf, which is an extra (``pip install 'distill-lm[pdf]'``). Pages of scanned images have no text,
 so such a file is refused.
 """
 
@@ -17,7 +17,7 @@ from distill.data import files
 from distill.data.files import File
 
 SUFFIXES = (".md", ".txt", ".rst", ".pdf")
-INSTALL = "pip install 'distill[pdf]'"
+INSTALL = "pip install 'distill-lm[pdf]'"
 _LINK = re.compile(r"!?\[([^\[\]]*)\]\([^()\s]*(?:\([^()]*\)[^()\s]*)*(?:\s+\"[^\"]*\")?\)")
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])")
