@@ -1,7 +1,7 @@
 """Documents that a model shall know: Markdown, plain text and PDF files, as text in chunks.
 
-PDF files are read by pypdf, which is an extra (``pip install 'distill-lm[pdf]'``). Pages of scanned images have no text,
-so such a file is refused.
+PDF files are read by pypdf, an extra (``pip install 'distill-lm[pdf]'``). Pages of scanned images have no text, so that
+such files are refused.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from distill.stages.synthesize.filters import counts, filtered
 from distill.stages.synthesize.filters_spec import FiltersSpec
 from distill.stages.synthesize.makers.qna import questions_in
 from distill.stages.synthesize.overlap import numbers_right, token_f1
-from distill.stages.synthesize.requests import Reply
+from distill.stages.synthesize.requests import Reply, Request
 from distill.training.module import DistillationModule
 from tests.data import chats
 from tests.stages.chat_server import ChatServer
@@ -343,6 +343,90 @@ logging: {{wandb: disabled}}
     run(recipe, tmp_path / "killed", say=lambda line: None)
     assert sorted(killed[0].read_bytes().splitlines()) == sorted(whole[0].read_bytes().splitlines())
     assert killed[2].read_bytes() == whole[2].read_bytes()
+
+
+def made_by(folder: Path, place: Path, stage: str) -> Path:
+    """The folder of a stage that alone is run."""
+    text = f"""\
+name: write
+teacher: {folder}/teacher
+data: {{train: {{kind: chat, path: {folder}/replay.jsonl}}, sequence_length: 64}}
+stages:
+  made: {{kind: synthesize, {stage}}}
+compute: {{accelerator: cpu}}
+logging: {{wandb: disabled}}
+"""
+    return run(Recipe.from_text(text), place, say=lambda line: None).stage("made")
+
+
+def test_the_likeliest_of_several_answers_is_kept(folder: Path, tmp_path: Path) -> None:
+    make = "{kind: answers, num_samples: 4, temperature: 1.5, num_prompts: 4, max_new_tokens: 160}"
+    place = made_by(folder, tmp_path / "run", f"make: {make}, filters: {{min_yield: 0, answer_words: [0, 900]}}")
+    rows = [*rows_of(place / "data" / "rows-00000.jsonl"), *rows_of(place / "dropped.jsonl")]
+    assert len(rows) == 4
+    replies = {one["id"]: one for one in rows_of(place / "replies" / "replies-00000.jsonl")}
+    tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
+    model = AutoModelForCausalLM.from_pretrained(folder / "teacher").double()
+    for row in rows:
+        *asked, answer = row["messages"]
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+        several = [replies[Request(tuple(asked), 160, 1.5, copy).id] for copy in range(4)]
+        finished = [one for one in several if one["finish"] == "stop" and one["text"]] or several
+        likely = {}
+        for one in finished:
+            own = tokenizer(one["text"] or " ", add_special_tokens=False).input_ids
+            logs = model(torch.tensor([ids + own])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+            likely[one["text"]] = logs.gather(1, torch.tensor(own)[:, None]).mean().item()
+        assert answer["content"] == max(likely, key=lambda text: likely[text])
+        assert row["log_probability"] == pytest.approx(likely[answer["content"]], abs=1e-3)
+
+
+def test_the_document_must_make_an_answer_likelier(folder: Path, tmp_path: Path) -> None:
+    make = f"{{kind: qna, path: {folder}/qna.yaml, views: [text], max_new_tokens: 4}}"
+    gains = []
+    for number, least in enumerate((-100.0, 0.0)):
+        filters = f"{{min_yield: 0, min_likelihood_gain: {least}}}"
+        place = made_by(folder, tmp_path / str(number), f"make: {make}, filters: {filters}")
+        gains.append([row["likelihood_gain"] for row in rows_of(place / "data" / "rows-00000.jsonl")])
+    assert len(gains[0]) == 15  # the seed pairs
+    assert gains[1] == [gain for gain in gains[0] if gain >= 0]
+    assert 0 < len(gains[1]) < 15
+    assert {row["filter"] for row in rows_of(place / "dropped.jsonl")} >= {"likelihood"}
+
+
+def test_a_judge_drops_rows_and_a_skill_has_no_document(folder: Path, tmp_path: Path) -> None:
+    def judges(body: dict[str, Any]) -> tuple[str, str]:
+        said = body["messages"][-1]["content"]
+        if "Judge a question" in said:
+            return ("yes, yes, no" if "Who built bridge 3" in said else "Yes. Yes. Yes."), "stop"
+        return knows_bridges(body)
+
+    with ChatServer(judges) as server:
+        writer = f'writer: {{server: "{server.address}"}}, filters: {{min_yield: 0, judge: true}}'
+        make = f"make: {{kind: qna, path: {folder}/qna.yaml, views: [text], questions_per_view: 3}}"
+        place = made_by(folder, tmp_path / "judge", f"{make}, {writer}")
+    judged = [row for row in rows_of(place / "dropped.jsonl") if row["filter"] == "judge"]
+    assert [row["messages"][0]["content"] for row in judged] == ["Who built bridge 3 of Ulm?"]
+
+    seeds = "".join(f"  - {{question: Say {n} backwards, answer: It is {n}{n}}}\n" for n in range(3))
+    (tmp_path / "skill.yaml").write_text(f"created_by: me\nseed_examples:\n{seeds}")
+
+    def talks(body: dict[str, Any]) -> tuple[str, str]:
+        said = body["messages"][-1]["content"]
+        if "new questions of this kind" in said:
+            return "1. Say 7 backwards\n2. Say 8 backwards", "stop"
+        assert [one["role"] for one in body["messages"]] == [*["user", "assistant"] * 3, "user"]
+        return f"It is {said.split()[1] * 2}", "stop"
+
+    with ChatServer(lambda body: ("Yes.", "stop") if len(body["messages"]) == 1 and "kind" not in
+                    body["messages"][0]["content"] else talks(body)) as server:  # fmt: skip
+        probe = f'writer: {{server: "{server.address}"}}, filters: {{min_yield: 0}}'
+        place = made_by(folder, tmp_path / "skill", f"make: {{kind: qna, path: {tmp_path}/skill.yaml}}, {probe}")
+    rows = rows_of(place / "data" / "rows-00000.jsonl")
+    said = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in rows}
+    assert said["Say 7 backwards"] == "It is 77"
+    assert len(said) == 5
+    assert not any("document" in row for row in rows)
 
 
 def test_filters_in_their_order() -> None:
