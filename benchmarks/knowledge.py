@@ -116,10 +116,7 @@ def rows_of(exams: Sequence[Path]) -> list[dict[str, Any]]:
             next(row for row in one["rows"] if all(row[key] == first[key] for key in ("model", "book", "group")))
             for one in found
         ]
-        scores = {
-            score: result.spread([row[score] for row in same if row[score] is not None])
-            for score in ("nats", "f1", "numbers", "choice")
-        }
+        scores = {score: result.spread([row[score] for row in same]) for score in ("nats", "f1", "numbers")}
         bits = result.spread([one["bits_per_byte"][first["model"]] for one in found])
         rows.append(
             {"table": first["group"], "model": NAMES[first["model"]], "book": first["book"]}
