@@ -236,6 +236,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "evaluate.teacher": {"models": ["PLAIN"], "speed": None},
     "exam.models": {"questions": "exam.jsonl", "baseline": "PLAIN"},
     "exam.baseline": {"questions": "exam.jsonl"},
+    "exam.judge": {"questions": "exam.jsonl", "forgetting": False, "num_choices": 0},
     "export.model": {"verify_sequences": 1},
 }
 """Key of a stage that may name a folder -> the rest of the stage."""

@@ -132,6 +132,22 @@ def check_outside(context: StageContext, *references: str, tokens: bool = True) 
             check_vocabulary(context, session.artifact(reference).location, tokens=tokens)
 
 
+def check_writer(context: StageContext, writer: object) -> None:
+    """Read config and tokenizer of a model from outside that writes, in whatever tokens.
+
+    Args:
+        context: of the stage.
+        writer: its reference; a server, or None, is left out.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if isinstance(writer, str) and writer not in context.session.stages:
+        location = context.session.artifact(writer).location
+        load_config(location)
+        load_tokenizer(location)
+
+
 def check_target(context: StageContext, reference: str, target: ExporterSpec) -> None:
     """Compare an export's format with the model, or the nearest one there is of those that it will be made from.
 

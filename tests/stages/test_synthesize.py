@@ -20,6 +20,7 @@ from distill.forecast import describe
 from distill.recipe import Recipe
 from distill.runner import run
 from distill.show_rows import is_data_set, show_rows
+from distill.stages.exam.judge import grade_in
 from distill.stages.exam.questions import choices_of
 from distill.stages.synthesize.candidate import Candidate, names_of, numbers_of
 from distill.stages.synthesize.exam_spec import TRAINED, Question
@@ -200,6 +201,32 @@ def test_the_exam_asks_with_and_without_the_document(finished: tuple[Run, Recipe
     page = (place / "exam.md").read_text()
     assert "| learn | trained |" in page
     assert "Bits per byte of the validation text (change from teacher): teacher" in page
+
+
+def test_a_judge_grades_what_was_written(finished: tuple[Run, Recipe, list[str]], folder: Path, tmp_path: Path) -> None:
+    questions = finished[0].stage("facts") / "exam.jsonl"
+
+    def judges(body: dict[str, Any]) -> tuple[str, str]:
+        assert "Right answer: " in body["messages"][0]["content"] or body["max_tokens"] == 2
+        return ("Grade: 4" if "Ulm" in body["messages"][0]["content"] else "none"), "stop"
+
+    with ChatServer(judges) as server:
+        text = f"""\
+name: judged
+teacher: {folder}/teacher
+data: {{train: {{kind: chat, path: {folder}/replay.jsonl}}, sequence_length: 64}}
+stages:
+  exam: {{questions: "{questions}", max_new_tokens: 3, num_choices: 0, open_book: none, forgetting: false,
+    judge: {{server: "{server.address}"}}}}
+compute: {{accelerator: cpu}}
+logging: {{wandb: disabled}}
+"""
+        place = run(Recipe.from_text(text), tmp_path / "run", say=lambda line: None).stage("exam")
+    for row in rows_of(place / "answers.jsonl"):
+        assert row["grade"] == (4 if "Ulm" in row["question"] + row["reference"] else None)
+    found = json.loads((place / "exam.json").read_text())["rows"]
+    assert [(row["group"], row["grade"]) for row in found] == [("trained", 4.0), ("control", None)]
+    assert [grade_in(said) for said in ("5", "Grade 3.", "10", "it is 2 of 5", "")] == [5, 3, None, 2, None]
 
 
 def test_rows_are_shown_with_their_reasons(finished: tuple[Run, Recipe, list[str]], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from distill.data.with_document import with_document
 from distill.evaluation.quality import compare_predictions, predictions_of
 from distill.evaluation.tasks.in_memory import ModelInMemory
 from distill.stages.evaluate.measure import load_to_measure
+from distill.stages.exam.judge import graded
 from distill.stages.exam.questions import choices_of, read_questions
 from distill.stages.exam.scores import CLOSED, OPEN, Given, Sitting, compared, row_of, tables
 from distill.stages.exam.spec import ANSWERS, PAGE, ROWS, Exam
@@ -43,6 +44,8 @@ def run(stage: Exam, context: StageContext) -> dict[str, Any]:
     for model in models:
         _ask(stage, context, model, questions, sittings, text)
         progress.count(None)
+    if stage.judge is not None:
+        sittings = graded(stage.judge, stage.batch_size, context, questions, sittings)
     rows = [
         row_of(model, book, group, [one for one, q in zip(given.answers, questions, strict=True) if q.group == group])
         for (model, book), given in sittings.items()

@@ -24,6 +24,7 @@ class Given:
         text: what the model wrote.
         f1: token F1 of the text and the reference, 0 to 1.
         numbers: share of the numbers of the reference that the text has; None if it has none.
+        grade: of a judge, 1 to 5; None without a judge, or if it gave none.
         chosen_right: whether the likeliest choice (per token) is the right one; None without choices.
     """
 
@@ -34,6 +35,7 @@ class Given:
     f1: float
     numbers: float | None = None
     chosen_right: bool | None = None
+    grade: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ def row_of(model: str, book: str, group: str, answers: Sequence[Given]) -> dict[
         "f1": lambda one: one.f1,
         "numbers": lambda one: one.numbers,
         "choice": lambda one: one.chosen_right,
+        "grade": lambda one: one.grade,
     }
     for name, read in columns.items():
         values = [float(value) for one in answers if (value := read(one)) is not None]
@@ -130,11 +133,12 @@ def _gap(before: Sequence[Given], at: Sequence[int], ceiling: float | None, diff
 def tables(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]], baseline: str) -> str:
     """Both tables in Markdown."""
     lines = [
-        "| model | book | questions | nats per token | F1 | numbers right | choices right |",
-        "|---|---|---|---|---|---|---|",
+        "| model | book | questions | nats per token | F1 | numbers right | choices right | grade |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [_cell(row, "nats", 3), _cell(row, "f1", 3), _cell(row, "numbers", 2), _cell(row, "choice", 2)]
+        cells.append(_cell(row, "grade", 2))
         lines.append(
             f"| {row['model']} | {row['book']} | {row['questions']} {row['group']} | " + " | ".join(cells) + " |"
         )

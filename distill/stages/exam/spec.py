@@ -15,6 +15,7 @@ from distill.data.files import File, find
 from distill.stages.base import View
 from distill.stages.checks import check_task
 from distill.stages.forecast import Forecast
+from distill.stages.synthesize.writer_spec import WriterChoice
 from distill.stages.text import ReadsText
 
 ROWS, PAGE, ANSWERS = "exam.json", "exam.md", "answers.jsonl"
@@ -40,16 +41,26 @@ class Exam(ReadsText):
     """Largest number of tokens of a written answer."""
     batch_size: int = Field(8, ge=1)
     """Rows of data.sequence_length tokens that are read at once."""
+    judge: WriterChoice | None = None
+    """Who grades the written answers from 1 to 5 against the reference: a model with a chat template, or a server, as
+    the writer of synthesize; unset: nobody."""
     forgetting: bool = True
     """Also measure bits per byte on the validation text of this stage's data, which shows what is forgotten."""
 
     def references(self) -> list[tuple[tuple[str | int, ...], str]]:
         """The models that are named, and the baseline."""
-        return [*((("models", i), one) for i, one in enumerate(self.models)), (("baseline",), self.baseline)]
+        found: list[tuple[tuple[str | int, ...], str]] = [(("models", i), one) for i, one in enumerate(self.models)]
+        found.append((("baseline",), self.baseline))
+        return [*found, (("judge",), self.judge)] if isinstance(self.judge, str) else found
+
+    def same_tokens(self) -> list[tuple[tuple[str | int, ...], str]]:
+        """All but the judge, which reads text."""
+        return [pair for pair in self.references() if pair[0] != ("judge",)]
 
     def reads(self, earlier: list[str]) -> list[str]:
         """The questions, and the models that are named, or all."""
         made = [] if self.is_file else [self.questions]
+        made += [self.judge] if isinstance(self.judge, str) else []
         return list(dict.fromkeys([self.baseline, *(self.models or earlier), *made]))
 
     @property
@@ -94,8 +105,9 @@ class Exam(ReadsText):
 
     def rehearse(self, context: Any) -> None:
         """Compare the models' tokens with the run's, and read the text, on which something must be there to measure."""
-        from distill.stages.rehearsal import check_outside
+        from distill.stages.rehearsal import check_outside, check_writer
 
         check_outside(context, self.baseline, *self.models)
+        check_writer(context, self.judge)
         if self.forgetting and not context.session.awaits_rows:
             context.session.corpus()

@@ -14,13 +14,11 @@ from distill.data.base import Item
 from distill.stages.session import StageContext
 from distill.stages.synthesize.asker import Asker
 from distill.stages.synthesize.filters import Dropped, counts, filtered
-from distill.stages.synthesize.local_writer import LocalWriter
 from distill.stages.synthesize.makers.base import Made
 from distill.stages.synthesize.replies import Replies
-from distill.stages.synthesize.requests import Writer
 from distill.stages.synthesize.rows import ABOUT, DROPPED, EXAM, write_lines, write_rows
-from distill.stages.synthesize.server_writer import ServerWriter
 from distill.stages.synthesize.spec import Synthesize
+from distill.stages.synthesize.writer import writer_of
 
 SHOWN = 3
 
@@ -30,7 +28,7 @@ def run(stage: Synthesize, context: StageContext) -> dict[str, Any]:
     started = time.perf_counter()
     for line in stage.make.check():
         context.say(line)
-    writer = writer_of(stage, context)
+    writer = writer_of(stage.writer, stage.batch_size, context)
     replies = Replies(context.folder, writer.identity())
     asker = Asker(context, writer, replies)
     made = stage.make.make(asker, _texts(context), context.session.seed)
@@ -56,13 +54,6 @@ def run(stage: Synthesize, context: StageContext) -> dict[str, Any]:
         context.say(f"exam: {len(made.exam)} questions kept out, in {EXAM}")
     context.say(f"look at them: distill data {context.folder}")
     return figures
-
-
-def writer_of(stage: Synthesize, context: StageContext) -> Writer:
-    """The model, loaded, or the server, probed."""
-    if isinstance(stage.writer, str):
-        return LocalWriter(context, stage.writer, stage.batch_size)
-    return ServerWriter(stage.writer, context.session.seed)
 
 
 def in_words(by_filter: dict[str, int]) -> str:

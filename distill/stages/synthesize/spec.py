@@ -79,6 +79,12 @@ class Synthesize(StageSpec):
         """A package that the maker lacks."""
         return self.make.missing()
 
+    def rehearse(self, context: Any) -> None:
+        """Read the writer's config and tokenizer."""
+        from distill.stages.rehearsal import check_writer
+
+        check_writer(context, self.writer)
+
     def result(self, figures: dict[str, Any]) -> str:
         """The rows."""
         return FOLDER
