@@ -58,19 +58,27 @@ data:
   sequence_length: 256
   packing: padded
 stages:
+{arms}  exam:
+    {{questions: {work}/run/facts/exam.jsonl, max_new_tokens: 24, num_choices: 0,
+     data: {{train: {{kind: python_questions}}, sequence_length: 256, validation_tokens: 1500, packing: padded}}}}
+compute: {{accelerator: auto, checkpoint_every_steps: 1000, log_every_steps: 5}}
+logging: {{wandb: disabled, hardware: false}}
+"""
+ARMS = {
+    "prompt_distillation": """\
   prompt_distillation:
     {{kind: distill, student: teacher, teacher: self, teacher_reads: document, {same}, batch_size: 6}}
+""",
+    "text_training": """\
   text_training: {{kind: finetune, model: teacher, {same}, batch_size: 6}}
+""",
+    "raw_document": """\
   raw_document:
     {{kind: finetune, model: teacher, {half}, batch_size: 2, data: {{
       train: {{kind: text_files, path: {work}/document.md}},
       validation: {{kind: text_files, path: {work}/val.txt}}, sequence_length: 128, packing: wrapped}}}}
-  exam:
-    {{questions: {work}/run/facts/exam.jsonl, max_new_tokens: 32, num_choices: 0,
-     data: {{train: {{kind: python_questions}}, sequence_length: 256, validation_tokens: 3000, packing: padded}}}}
-compute: {{accelerator: auto, checkpoint_every_steps: 1000, log_every_steps: 5}}
-logging: {{wandb: disabled, hardware: false}}
-"""
+""",
+}
 SAME = "num_steps: {steps}, optimizer: {{lr: {lr}, weight_decay: 0}}, lora: {{r: 16, alpha: 32}}"
 
 
@@ -142,6 +150,8 @@ def comparisons(exams: Sequence[Path]) -> list[dict[str, Any]]:
         ("teacher", "raw_document"),
         ("text_training", "prompt_distillation"),
     ):
+        if not {first, second} <= {model for model, _ in means}:
+            continue
         pairs = PairedMeans.of(means[first, "closed"], means[second, "closed"])
         low, high = pairs.interval()
         rows.append(
@@ -161,6 +171,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--lr", default="1e-3")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="trainings; unset: all")
     given = parser.parse_args()
     work, same = given.work.resolve(), SAME.format(steps=given.steps, lr=given.lr)
     half = SAME.format(steps=given.steps // 2, lr=given.lr)  # about as many passes over the document
@@ -169,21 +180,24 @@ def main() -> None:
     run(Recipe.from_text(FACTS.format(model=given.model, work=work, controls=controls)), work / "run")
     exams = []
     for seed in range(given.seeds):
-        recipe = Recipe.from_text(TRAINING.format(model=given.model, work=work, seed=seed, same=same, half=half))
+        arms = "".join(ARMS[arm].format(work=work, same=same, half=half) for arm in given.arms)
+        recipe = Recipe.from_text(TRAINING.format(model=given.model, work=work, seed=seed, arms=arms))
         exams.append(run(recipe, work / f"s{seed}").stage("exam"))
     facts = json.loads((work / "run" / "facts" / "data.json").read_text(encoding="utf-8"))
     dropped = ", ".join(f"{name} {count}" for name, count in facts["dropped"].items())
     result.write(
         "knowledge",
         command=f"python -m benchmarks.knowledge --model MODEL --qna QNA --controls QNA QNA --work WORK --seeds "
-        f"{given.seeds} --steps {given.steps} --lr {given.lr}",
+        f"{given.seeds} --steps {given.steps} --lr {given.lr}"
+        + f" --arms {' '.join(given.arms)}"
+        * (given.arms != [*ARMS]),
         hardware=hardware.describe(),
         versions=hardware.versions(),
         rows=rows_of(exams),
         notes=[
             f"Training rows: {facts['rows']} of {facts['rows_before_filters']} before filters (dropped: {dropped}); "
             f"{given.steps} steps of 6 rows, LoRA of rank 16, learning rate {given.lr}, {given.seeds} seeds.",
-            "Nats are per token of the reference answer; F1 and numbers are of a greedy answer of at most 32 tokens.",
+            "Nats are per token of the reference answer; F1 and numbers are of a greedy answer of at most 24 tokens.",
         ],
     )
 
