@@ -1,5 +1,6 @@
 # make quickstart   install, then prune, distil and quantize a small model and write its report
 # make test         install with the test extras, then run the tests in WORKERS processes (default 2), a file at a time
+# make test-all     the same with the further variants that are marked exhaustive
 # make identity     run tiny recipes with the code of BASE (a git revision; default main) and with this one, and compare bits
 # make chaos        kill, freeze, resume and spoil runs hundreds of times, and write docs/reliability.md
 # make docs         build the documentation site into build/site with its own .venv-docs; a dead link is an error
@@ -14,13 +15,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: pages quickstart test identity chaos trace lint format schema docs release clean
+.PHONY: pages quickstart test test-all identity chaos trace lint format schema docs release clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/distill run recipes/quickstart.yaml
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile  # a file of tests shares its models
+
+test-all: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not trace"
 
 identity: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.identity --base $(BASE)

@@ -11,6 +11,8 @@ from tests.faults.cells import DATA, KILLED, REFUSED, TRAINED, WORLDS, Cell, Tex
 from tests.faults.resumes import Moved, Resumes, differing
 from tests.faults.workers import Workers
 
+EXHAUSTIVE = pytest.mark.exhaustive
+
 
 @pytest.fixture(scope="module")
 def resumes(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Resumes:
@@ -22,10 +24,10 @@ def resumes(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Resum
     "cell",
     [
         Cell("QAT, learned scales", "stream", killed="epoch's edge", micro_batches=1, num_workers=2),
-        Cell("LoRA, its own teacher", "by length", killed="mid-epoch"),
-        Cell("cached teacher", "padded", killed="epoch's edge", num_workers=2),
-        Cell("own sequences", "documents", killed="mid-epoch", micro_batches=1),
-        Cell("inner states", "by loss", "2, ddp", killed="mid-epoch"),
+        pytest.param(Cell("LoRA, its own teacher", "by length", killed="mid-epoch"), marks=EXHAUSTIVE),
+        pytest.param(Cell("cached teacher", "padded", killed="epoch's edge", num_workers=2), marks=EXHAUSTIVE),
+        pytest.param(Cell("own sequences", "documents", killed="mid-epoch", micro_batches=1), marks=EXHAUSTIVE),
+        pytest.param(Cell("inner states", "by loss", "2, ddp", killed="mid-epoch"), marks=EXHAUSTIVE),
         Cell("own sequences", "chat", killed="mid-epoch", num_workers=2),
         Cell("cached teacher", "mixture", "2, ddp", killed="epoch's edge", num_workers=2),
     ],

@@ -79,6 +79,7 @@ def test_ddp_is_as_one(alone: Path, together: Path) -> None:
     }
 
 
+@pytest.mark.exhaustive
 def test_a_cut_vocabulary_and_scales_that_learn_late(workers: Workers, quickstart: Path, tmp_path: Path) -> None:
     """All processes read the text in the student's own tokens; a scale without a gradient yet stops nobody."""
     cut = ["--set", "stages.prune.keep.vocabulary=used"]
@@ -112,6 +113,7 @@ def test_fsdp_is_as_one(workers: Workers, quickstart: Path, alone: Path, tmp_pat
     assert figures(folder, "int4") == [pytest.approx(row, rel=1e-2, abs=1e-5) for row in figures(alone, "int4")]
 
 
+@pytest.mark.exhaustive
 def test_fsdp_is_as_one_where_the_head_is_more_than_a_product(
     workers: Workers, quickstart: Path, tmp_path: Path
 ) -> None:
@@ -171,7 +173,13 @@ def test_a_killed_rank_ends_the_other_and_one_process_goes_on(
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize(("number", "write"), [(signal.SIGTERM, "at_once"), (signal.SIGUSR1, "behind")])
+@pytest.mark.parametrize(
+    ("number", "write"),
+    [
+        (signal.SIGTERM, "at_once"),
+        pytest.param(signal.SIGUSR1, "behind", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_preempted_rank_saves_for_all_and_two_go_on_to_the_last_bit(
     number: signal.Signals, write: str, workers: Workers, quickstart: Path, pruned: Path, together: Path
 ) -> None:

@@ -19,6 +19,13 @@ FOLDER = Path(__file__).parents[2] / "recipes"
 FILES = sorted(FOLDER.rglob("*.yaml"))
 HEAVY = ("torch", "transformers", "datasets", "lightning", "pytorch_lightning", "peft", "wandb")
 
+VARIANTS = {file.stem for file in FILES if file.stem.endswith("-control")} | {
+    "csv-columns",
+    "llama-3.1-8b-to-4b-depth",
+    "mistral-nemo-12b-to-8b",
+}
+"""Recipes that differ from another one in few keys; ``make test-all`` runs them as well."""
+
 each = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 
@@ -103,7 +110,11 @@ def test_the_real_student_is_as_large_as_the_recipe_says(name: str, real_config:
     assert line.endswith("B to cut, after scoring)")
 
 
-@each
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(file, marks=pytest.mark.exhaustive) if file.stem in VARIANTS else file for file in FILES],
+    ids=lambda file: file.stem,
+)
 def test_runs_from_end_to_end(file: Path, shrink: Callable[[Path], list[str]], tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM

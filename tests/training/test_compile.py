@@ -49,7 +49,16 @@ def weights(tmp_path: Path, folder: str) -> dict[str, Any]:
     return torch.load(checkpoint_path(tmp_path / folder / "checkpoints", 6), weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize("way", ["full", "masked", "quant lora head", "quant learned lora"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "full",
+        *(
+            pytest.param(way, marks=pytest.mark.exhaustive)
+            for way in ("masked", "quant lora head", "quant learned lora")
+        ),
+    ],
+)
 def test_it_trains_the_same_weights_and_a_kill_changes_no_bit(
     way: str, traced: None, module: Any, train: Any, tmp_path: Path
 ) -> None:
