@@ -1,4 +1,4 @@
-"""Code in the documentation: commands and options exist, Python compiles and imports what there is, recipes validate."""
+"""Code in the documentation: commands and options exist, Python compiles and imports what there is, recipes hold."""
 
 from __future__ import annotations
 
