@@ -643,7 +643,7 @@ def test_one_stage_without_a_recipe(distill: Distill, teacher: Path, tmp_path: P
     ]
     result = distill("export", small, "--text", "held.jsonl", "--out", "x")
     assert result.code == 0, result.err
-    assert Path("x", "export", "model-export-teacher", "README.md").is_file()
+    assert Path("x", "export", "model-huggingface", "README.md").is_file()
     assert distill("resume", "x").code == 0
     for arguments, said in (
         (["prune", teacher, "--keep", "intermediat=50%"], "did you mean 'intermediate_size'?"),
