@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -89,7 +90,9 @@ def export(
     out: Out = None,
 ) -> None:
     """Write a model for an engine and verify the file in it, as the stage export does."""
-    _run("export", model, {"model": "teacher", "target": {"kind": target}}, set, text, out)
+    title = re.sub(r"[^A-Za-z0-9._-]+", "-", re.split(r"[/:]", model.rstrip("/"))[-1]).strip("-._") or "model"
+    stage = {"model": "teacher", "target": {"kind": target}, "title": f"{title[:80]}-{target}"}
+    _run("export", model, stage, set, text, out)
 
 
 VERBS = (prune, quantize, evaluate, export)

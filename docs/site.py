@@ -1,8 +1,8 @@
 """Gathers the pages of the documentation site into ``build/docs``: ``python docs/site.py`` (a part of `make docs`).
 
 The site has the tree of the repository, so that the links between its pages, recipes and sources stay as they are.
-Notebooks become pages; a file that a page links to, such as a recipe or a module, is copied beside them. It is also a hook
-of MkDocs, which keeps the pages from loading anything from elsewhere.
+Notebooks become pages; a file that a page links to, such as a recipe or a module, is copied beside them. It is also
+a hook of MkDocs, which keeps the pages from loading anything from elsewhere.
 """
 
 from __future__ import annotations

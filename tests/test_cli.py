@@ -14,6 +14,7 @@ import pytest
 
 from distill import __version__
 from distill.core.run import Run
+from distill.core.sweep import trial_of_sweep
 
 RECIPE = """\
 name: tiny
@@ -582,6 +583,13 @@ def test_report_and_compare_of_runs(distill: Distill, recipe: Path, tmp_path: Pa
     result = distill("report", "a", "b")
     assert result.code == 0
     assert result.out.endswith(f"report: {Path('a', 'comparison', 'index.html')}\n")
+    losses = {run: json.loads(Path(run, "evaluate", "rows.json").read_text())[2]["loss_nats"] for run in "ab"}
+    better, worse = sorted(losses, key=lambda run: losses[run])
+    assert result.out.index(f"| {better}/distill |") < result.out.index(f"| {worse}/distill |")
+    assert f"| Differing keys | {better} | {worse} |" in result.out
+    steps = {"a": "1", "b": "2"}
+    assert f"| stages.distill.num_steps | {steps[better]} | {steps[worse]} |" in result.out
+    assert result.out.count("| stages.") == 1
     page = (tmp_path / "a" / "comparison" / "index.html").read_text(encoding="utf-8")
     names = ["teacher", *(f"{run}/{stage}" for run in "ab" for stage in ("prune", "distill", "quantize"))]
     for text in (result.out, page):
@@ -601,15 +609,16 @@ def test_report_and_compare_of_runs(distill: Distill, recipe: Path, tmp_path: Pa
 def test_a_trial_of_a_sweep_has_a_folder_and_an_id_of_its_own(
     distill: Distill, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    edited(recipe, ("{wandb: disabled}", "{wandb: offline}"))
     monkeypatch.setenv("WANDB_SWEEP_ID", "s")
     monkeypatch.setenv("WANDB_RUN_ID", "trial7")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    result = distill("run", recipe, "stages.prune.keep.intermediate_size=24", "--only", "prune")
+    result = distill("run", recipe, "stages.prune.keep.num_hidden_layers=2", "seed=3", "--only", "prune")
     assert result.code == 0, result.err
-    folder = Path("runs", "tiny-trial7")
-    assert json.loads((folder / "prune" / "model" / "config.json").read_text())["intermediate_size"] == 24
+    text = Path("runs", "tiny-trial7", "recipe.yaml").read_text()
+    assert "\nseed: 3\n" in text
+    assert "num_hidden_layers: 2\n" in text
+    assert trial_of_sweep() == "trial7"
     monkeypatch.delenv("WANDB_SWEEP_ID")
+    assert trial_of_sweep() is None
     assert distill("run", recipe, "stages.prune.kep=1").code == 2
 
 
@@ -634,7 +643,7 @@ def test_one_stage_without_a_recipe(distill: Distill, teacher: Path, tmp_path: P
     ]
     result = distill("export", small, "--text", "held.jsonl", "--out", "x")
     assert result.code == 0, result.err
-    assert Path("x", "export", "model-export-teacher", "README.md").is_file()
+    assert Path("x", "export", "model-huggingface", "README.md").is_file()
     assert distill("resume", "x").code == 0
     for arguments, said in (
         (["prune", teacher, "--keep", "intermediat=50%"], "did you mean 'intermediate_size'?"),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
+import distill
 from distill import recipes
 from distill.models.load import load_model
 
@@ -56,6 +59,55 @@ def test_models_and_recipes_come_with_the_package() -> None:
     assert build["targets"]["wheel"] == {"packages": ["distill"], "force-include": {"recipes": "distill/_recipes"}}
     assert (ROOT / "distill" / "assets").is_dir()
     assert Path(recipes.find("quickstart")).is_file()
+
+
+def test_the_wheel_works_outside_of_a_checkout(tmp_path: Path) -> None:
+    """`make release` also installs it into an empty environment and runs the quickstart."""
+    builders = pytest.importorskip(
+        "hatchling.builders.wheel", reason="hatchling is not installed: pip install 'distill-lm[test]'"
+    )
+    wheel = next(builders.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"]))
+    assert Path(wheel).name == f"distill_lm-{distill.__version__}-py3-none-any.whl"
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    assert {file.name for file in site.iterdir()} == {"distill", f"distill_lm-{distill.__version__}.dist-info"}
+    (points,) = site.glob("*.dist-info/entry_points.txt")
+    assert "distill = distill.__main__:main" in points.read_text()
+    code = "import distill; print(distill.__file__)\nfrom distill.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "check", "quickstart"],
+        capture_output=True,
+        text=True,
+        cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": str(site)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{site / 'distill' / '__init__.py'}\n")
+    assert "[10/10] report" in done.stdout
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert PROJECT["version"] == distill.__version__
+    assert f"version: {distill.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## {distill.__version__} - 20" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    extras = PROJECT["optional-dependencies"]
+    (everything,) = extras["all"]
+    named = set(re.findall(r"[\w-]+", everything.partition("[")[2]))
+    assert named == set(extras) - {"all", "test", "lint", "docs", "release", "notebooks"}
+
+
+def test_images_are_built_of_files_that_are_there() -> None:
+    for name in ("Dockerfile", "Dockerfile.cuda"):
+        lines = re.sub(r"\\\n\s*", " ", (ROOT / name).read_text(encoding="utf-8")).splitlines()
+        words = [line.split(maxsplit=1)[0] for line in lines if line and not line.startswith("#")]
+        assert set(words) <= {"FROM", "RUN", "ENV", "WORKDIR", "COPY", "USER", "ENTRYPOINT", "CMD"}
+        assert words[0] == "FROM"
+        assert words.index("USER") > words.index("RUN")
+        copied = [source for line in lines if line.startswith("COPY ") for source in line.split()[1:-1]]
+        assert copied
+        assert [source for source in copied if not (ROOT / source).exists()] == []
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -196,7 +196,11 @@ def test_calibrated_quantizers_read_the_batches(teacher: Any, text: Any) -> None
     folded = distill.quantize(teacher, grid, equalize="awq", calibration=text)
     fixed = distill.quantize(teacher, "int8_channel", activations="static_int8", calibration=text)
     models = {"teacher": teacher, "plain": plain, "gptq": better, "awq": folded, "static": fixed}
-    kl = {row.name: row.kl_to_teacher or 0.0 for row in distill.evaluate(models, text)}
+    rows = distill.evaluate(models, text)
+    assert {row.parameters for row in rows} == {1_443_456}
+    assert {row.non_embedding_parameters for row in rows} == {rows[0].non_embedding_parameters}
+    assert rows.of("gptq").scheme == "int4, group 32; embeddings int8, group 32"
+    kl = {row.name: row.kl_to_teacher or 0.0 for row in rows}
     assert kl["teacher"] < 1e-6 < kl["static"]
     assert kl["gptq"] < kl["plain"]
     assert 0 < kl["awq"] != kl["plain"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from distill.api.rows import Rows
 from distill.core.errors import InputError
 from distill.evaluation.quality import measure_quality
 from distill.models.size import count_parameters
-from distill.quantization.fake_quant import fake_quant_layers
+from distill.quantization.fake_quant import fake_quant_layers, quantizer_tensors
 from distill.reporting.tradeoff import Row
 
 QUALITY = ("perplexity", "loss_nats", "bits_per_byte", "kl_to_teacher", "top1_agreement")
@@ -68,13 +69,12 @@ def evaluate(
         quality = measure_quality(model, other, read, num_bytes)
         figures = {key: getattr(quality, key) for key in QUALITY}
         broken = [key for key, value in figures.items() if value is not None and not math.isfinite(value)]
-        total, inner = count_parameters(model)
-        layers = fake_quant_layers(model)
+        total, inner = _num_parameters(model)
         rows.append(
             Row(
                 name=name,
                 role="teacher" if name == teacher else "student",
-                scheme=next(iter(layers.values())).spec.label() if layers else None,
+                scheme=_scheme(model),
                 notes=f"not a finite number: {', '.join(broken)}" if broken else "",
                 parameters=total,
                 non_embedding_parameters=inner,
@@ -90,3 +90,20 @@ def _num_bytes(batches: Iterable[Mapping[str, Tensor]]) -> int | None:
     if not isinstance(rows, TextRows) or rows.tokens.num_learned is not None:
         return None
     return int(rows.bytes_of_rows().sum())
+
+
+def _num_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """(parameters, parameters without embedding and head), without the scales of a quantizer."""
+    total, inner = count_parameters(model)
+    own = quantizer_tensors(model)
+    scales = {id(p): p.numel() for name, p in model.named_parameters() if name in own}
+    ends = {id(p) for layer in fake_quant_layers(model).values() if layer.is_end for p in layer.parameters()}
+    return total - sum(scales.values()), inner - sum(size for key, size in scales.items() if key not in ends)
+
+
+def _scheme(model: PreTrainedModel) -> str | None:
+    """The grids of a quantized model in a few words, those of most layers first; None for any other model."""
+    layers = fake_quant_layers(model).values()
+    counts = Counter(layer.spec.label() for layer in layers if not layer.is_end).most_common()
+    ends = dict.fromkeys(layer.spec.label() for layer in layers if layer.is_end)
+    return "; ".join([*(label for label, _ in counts), *(f"embeddings {label}" for label in ends)]) or None

@@ -14,6 +14,10 @@ from distill.core.artifact import Lineage
 from distill.core.markdown import escaped, without_tags
 from distill.exporters.base import CardFacts, VerifyResult
 
+TAGS = {"prune": "pruned", "sparsify": "sparse", "quantize": "quantized"}
+"""Kind of a stage -> the tag that a model gets by it."""
+METRICS = {"Perplexity": "perplexity", "Accuracy": "accuracy"}
+"""Beginning of a column of the table -> the Hub's name of the metric."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -28,6 +32,8 @@ def write_card(
     rows: Sequence[Mapping[str, Any]] = (),
     verified: VerifyResult | str = "it has not been compared with the trained model",
     base_model: str | None = None,
+    kinds: Sequence[str] = (),
+    datasets: Sequence[str] = (),
 ) -> None:
     """Write ``README.md`` into an exported folder; an existing one is replaced.
 
@@ -41,6 +47,8 @@ def write_card(
         rows: table of measurements, one mapping from column to value per row.
         verified: the result of the verification, or the reason why there is none.
         base_model: Hub id of the base model; None: what the lineage says.
+        kinds: kinds of the stages by which the model was made, for the tags.
+        datasets: references of the texts that it learned from; those that are no Hub ids are left out.
     """
     parts = [
         f"# {escaped(title)}",
@@ -51,6 +59,12 @@ def write_card(
         "## How to load\n\n" + facts.how_to_load,
     ]
     data = _data(lineage, facts, base_model)
+    data.tags = list(dict.fromkeys([*data.tags, *(TAGS[kind] for kind in kinds if kind in TAGS)]))
+    if named := sorted({one for one in datasets if _is_hub_id(one)}):
+        data.datasets = named
+    measured = {column for row in rows for column in row}
+    if metrics := [metric for header, metric in METRICS.items() if any(one.startswith(header) for one in measured)]:
+        data.metrics = metrics
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n").save(folder / "README.md")
 
 

@@ -7,21 +7,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distill.core.artifact import Artifact, replacing
 from distill.core.spec import NAME
+from distill.data.mixture import Mixture
+from distill.data.spec import DataSpec
 from distill.exporters import EXPORTERS, HuggingFace
 from distill.exporters.base import EngineMissing, ExporterSpec, VerifyResult
+from distill.reporting.tables import cell, kernel, shown
 from distill.stages.base import StageSpec, View
 from distill.stages.checks import check_task
 from distill.stages.evaluate.rows import measured_rows
 from distill.stages.forecast import Forecast
 
 if TYPE_CHECKING:
-    from distill.stages.session import StageContext
+    from distill.stages.session import Session, StageContext
 
 
+HUB_REPOSITORY = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
+"""A repository of the Hub: letters, digits, . _ - on both sides of one slash."""
 LONGEST = 100
 """Characters of a title that is made of other names."""
 
@@ -36,10 +41,20 @@ class Export(StageSpec):
     """The format."""
     title: str | None = Field(None, pattern=NAME)
     """What the model and its folder are called: letters, digits, . _ -; unset: <recipe>-<model>."""
+    push_to_hub: str | None = Field(None, pattern=HUB_REPOSITORY)
+    """Repository on the Hub, as ORG/NAME, for the verified export; what would be uploaded is printed. Unset is off."""
+    upload: bool = False
+    """Upload to push_to_hub, as a private repository, with the token of the environment (HF_TOKEN)."""
     verify_sequences: int = Field(8, ge=1)
     """Sequences of validation text on which the export is compared with the trained model."""
 
     makes_file: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _upload_has_a_target(self) -> Export:
+        if self.upload and self.push_to_hub is None:
+            raise ValueError("upload has no effect without push_to_hub; set push_to_hub: ORG/NAME, or remove it")
+        return self
 
     def references(self) -> list[tuple[tuple[str | int, ...], str]]:
         """The model that is exported."""
@@ -116,21 +131,55 @@ class Export(StageSpec):
                 notes=notes,
                 rows=_card_rows(measured_rows(context)),
                 verified=verified,
+                kinds=_kinds(session, self.model),
+                datasets=_texts(session.data),
             )
         for note in notes:
             context.say(note)
         if isinstance(verified, str):
             context.say(f"{place}: {verified}")
+            if self.push_to_hub is not None:
+                context.say(f"not pushed to {self.push_to_hub}, as it is not verified")
             return {"folder": place.name, "unverified": verified}
         context.say(
             f"{place}: {verified.weight_bytes / 1e6:.2f} MB; run by {self.target.engine.rstrip(',')}: logit difference "
             f"{verified.max_abs_logit:.1e} at most, {verified.mean_abs_logit:.1e} in the mean; KL {verified.kl:.1e}, "
             f"{verified.worst_kl:.1e} at worst; same first token {verified.top1_agreement:.1%}"
         )
+        self._push(context, place)
         return {"folder": place.name, **asdict(verified)}
+
+    def _push(self, context: StageContext, place: Path) -> None:
+        """Upload the export, or print what an upload would send."""
+        if self.push_to_hub is None:
+            return
+        from distill.exporters.hub import planned, upload
+
+        if self.upload:
+            context.say(f"uploaded: {upload(place, self.push_to_hub)}")
+            return
+        for line in planned(place, self.push_to_hub):
+            context.say(line)
+        context.say("nothing was uploaded; set upload: true for that")
+
+
+def _kinds(session: Session, reference: str) -> list[str]:
+    """Kinds of the stages of this run by which a model was made, the last one first."""
+    kinds: list[str] = []
+    while reference in session.stages:
+        kinds.append(session.stages[reference].kind)
+        lineage = session.artifact(reference).lineage()
+        if lineage is None or lineage.parent == reference:
+            break
+        reference = lineage.parent
+    return kinds
+
+
+def _texts(data: DataSpec) -> list[str]:
+    """References of the sources on the Hub that a run trains on."""
+    sources = data.train.sources.values() if isinstance(data.train, Mixture) else [data.train]
+    return [str(path) for source in sources if source.kind == "hub" and (path := getattr(source, "path", None))]
 
 
 def _card_rows(rows: list[Any]) -> list[dict[str, str]]:
-    from distill.reporting.tables import cell, kernel, shown
-
     return [{"model": row.name, **{c.header: cell(row, c) for c in shown(rows)}, "kernel": kernel(row)} for row in rows]

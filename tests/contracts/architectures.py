@@ -44,6 +44,21 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 2.0,
+}
 LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4, "layer_types": LAYER_TYPES}
 EXPERTS = {"num_experts_per_tok": 2}
@@ -88,6 +103,9 @@ MODELS = {
         {**LLAMA_SHAPE, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": HEADS},
     ),
     "mistral": ("Mistral", LLAMA, {**LLAMA_SHAPE, "head_dim": 8, "sliding_window": 5}),
+    "ministral3": ("Ministral3", LLAMA, {**LLAMA_SHAPE, "head_dim": 8, "rope_parameters": YARN}),
+    "smollm3": ("SmolLM3", LLAMA, {**LLAMA_SHAPE, **TIED, "no_rope_layer_interval": 2}),
+    "granite": ("Granite", LLAMA, {**LLAMA_SHAPE, **TIED, **GRANITE}),
     "qwen2": ("Qwen2", LLAMA, {**LLAMA_SHAPE, **SLIDING}),
     "qwen2_tied": ("Qwen2", LLAMA, {**LLAMA_SHAPE, **TIED}),
     "qwen3": ("Qwen3", LLAMA, {**LLAMA_SHAPE, "head_dim": 8, **SLIDING}),

@@ -204,9 +204,13 @@ def test_layers_and_what_is_said_of_each_follow(name):
     model = model_of(name)
     pruned, made = pruned_of(name, "all")
     old = getattr(model.config, "layer_types", None)
-    assert (old is not None) == model.config.model_type.startswith(("qwen2", "qwen3", "gemma")) or "moe" in name
+    listed = ("qwen2", "qwen3", "gemma", "smollm3")
+    assert (old is not None) == model.config.model_type.startswith(listed) or "moe" in name
     if old is not None:
         assert pruned.config.layer_types == [old[1], old[3]] == made.config["layer_types"]
+    if name == "smollm3":
+        assert model.config.no_rope_layers == [1, 0, 1, 0]
+        assert pruned.config.no_rope_layers == [0, 0] == made.config["no_rope_layers"]
     indices = [module.layer_idx for module in pruned.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     assert sorted({*indices}) == [0, 1] or (not indices and "distilbert" in name)
 

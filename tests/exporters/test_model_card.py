@@ -2,12 +2,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from pydantic import ValidationError
 
 from distill.core.artifact import Lineage
+from distill.core.errors import DistillError, InputError
 from distill.exporters import CardFacts, HuggingFace, VerifyResult
+from distill.exporters.hub import planned, upload
 from distill.exporters.model_card import markdown_table, public_name, write_card
+from distill.stages.export import Export
 
 LINEAGE = Lineage(
     stage="small", kind="distill", parent="/home/someone/pruned", teacher="teacher", base_model="some-team/Base-1B",
@@ -45,6 +50,43 @@ def test_metadata_and_text(tmp_path: Path) -> None:
     assert "on 16 tokens: KL 2e-09" in card.text
     assert "/home/someone" not in card.text
     assert "made from: pruned, by stage small (distill)" in card.text
+
+
+def test_metadata_tells_how_it_was_made_and_of_what(tmp_path: Path) -> None:
+    write_card(
+        tmp_path,
+        title="small",
+        facts=FACTS,
+        engine="plain transformers",
+        lineage=None,
+        rows=[{"model": "small", "Perplexity": "8.1"}],
+        base_model="some-team/Base-1B",
+        kinds=["quantize", "distill", "prune"],
+        datasets=["who/texts", str(tmp_path), "data/../x"],
+    )
+    data = ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert data["tags"] == ["distillation", "quantized", "pruned"]
+    assert data["datasets"] == ["who/texts"]
+    assert data["metrics"] == ["perplexity"]
+    assert (data["base_model"], data["base_model_relation"]) == ("some-team/Base-1B", "finetune")
+
+
+def test_an_upload_is_planned_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="has no model card"):
+        planned(tmp_path, "org/name")
+    write_card(tmp_path, title="small", facts=FACTS, engine="transformers", lineage=LINEAGE)
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 2_000_000)
+    first, *files = planned(tmp_path, "org/name")
+    assert first.startswith("to org/name on the Hub, private: 2 files, 2.0")
+    assert files[1] == "model.safetensors (2.00 MB)"
+    with pytest.raises(ValidationError, match="upload has no effect without push_to_hub"):
+        Export(model="a", upload=True)
+    with pytest.raises(ValidationError, match="push_to_hub"):
+        Export(model="a", push_to_hub="no-slash")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DistillError, match="push_to_hub: org/name: "):
+        upload(tmp_path, "org/name")
 
 
 def test_quantized_models_say_so(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -16,6 +17,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import distill
+from distill.core.batch import causal_batch
 from distill.core.errors import InputError
 from distill.models.layouts import layout_for
 from distill.pruning.plan import plan
@@ -103,6 +106,32 @@ def test_unknown_architecture_is_refused_by_name():
         layout_for("lama")
     with pytest.raises(InputError, match=r"model_type 'opt' .*; add its layout to distill/models/layouts"):
         layout_for("opt")
+
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+
+
+def test_what_cannot_be_cut_yet_says_why_and_can_be_distilled_and_quantized():
+    for model_type in ("qwen3_5_text", "lfm2", "granitemoehybrid", "nemotron_h", "gemma4_text", "gpt_oss"):
+        with pytest.raises(InputError, match=rf"'{model_type}' cannot be pruned yet, because .*; it can be distilled"):
+            layout_for(model_type)
+    keys = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+    config = transformers.Lfm2Config(**SMALL, **keys)
+    torch.manual_seed(0)
+    teacher, student = (transformers.Lfm2ForCausalLM(config) for _ in range(2))
+    mask = torch.ones(1, 8, dtype=torch.bool)
+    mask[:, -1] = False
+    batch = causal_batch(torch.arange(8)[None], mask)
+    module = distill.DistillationModule(student, ["forward_kl"], teacher)
+    total, _ = module.batch_losses(batch, module.losses)
+    total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+    grid = {"kind": "int_group", "group_size": 32, "skip": ["lm_head", "conv"]}
+    rows = distill.evaluate({"teacher": teacher, "int4": distill.quantize(teacher, grid)}, [batch])
+    assert 0 < rows.of("int4").kl_to_teacher < 0.5
 
 
 def test_sizes_may_be_derived_or_wrong():
