@@ -77,5 +77,13 @@ class Engine(Protocol):
     def logits(self, ids: Sequence[int], first: int) -> Iterator[numpy.ndarray]:
         """Of one text, after each token from the position ``first`` on, in pieces, fp32 [tokens, vocabulary]."""
 
+    def row(self, ids: Sequence[int], second: int | None) -> numpy.ndarray:
+        """Of a whole text of another task than the next token: fp32 [tokens, vocabulary], or [1, classes].
+
+        Args:
+            ids: with special tokens.
+            second: tokens before the second text of a pair; None: it is no pair.
+        """
+
     def device_memory(self) -> int | None:
         """Most bytes of device memory taken so far; None where the engine does not know, or runs on the CPU."""
