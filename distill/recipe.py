@@ -206,8 +206,8 @@ class Recipe(Spec):
             earlier.append(name)
         if self.teacher is not None and not _may_be_model(self.teacher):
             yield f"{source.at(('teacher',))}: no folder {self.teacher!r} here, and a Hub id is <who>/<model>"
-        for key, data in own_texts(self.stages, self.data).items():
-            yield from (f"{source.at((*key.split('.'), what))}: {why}" for what, why in data.refusals())
+        for section, data in own_texts(self.stages, self.data).items():
+            yield from (f"{source.at((*section.split('.'), what))}: {why}" for what, why in data.refusals())
         yield from self._chat_mistakes(source)
         yield from self._augment_mistakes(source, self.data, ("data",))
         yield from self._require_mistakes(source)

@@ -8,7 +8,7 @@ A batch is a dict of tensors [batch, sequence], made once, by :func:`distill.dat
     mask           bool   whether the prediction at a position counts; ``targets`` means nothing where it is False
     position_ids   int64  only where documents share a row and must not see each other: starts anew with each of them
 
-    attention_mask int64  only where rows are padded: 0 for padding. Without it every token is real, or follows all that count
+    attention_mask int64  only in padded rows of other tasks than the next token: 0 for padding
     token_type_ids int64  only for pairs of texts: 1 in the second text
 
 A task other than the next token has other targets, and for one prediction per text ``targets`` and ``mask`` are

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -46,7 +46,7 @@ class TaskCorpus(Corpus):
 
     train: TextRows  # type: ignore[assignment]
     validation: TextRows  # type: ignore[assignment]
-    task: ModelTask = MaskedLM()
+    task: ModelTask = field(default_factory=MaskedLM)
     questions: str = ""
 
     @property

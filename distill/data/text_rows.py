@@ -16,8 +16,8 @@ With ``positions: all`` a batch has in addition
     text_mask        bool   [batch, sequence]   the hidden tokens: where losses on the text are computed
     text_weight      float  []                  how often each of these stands in the sum of the losses
 
-``text_weight`` is 1 / share, so that the loss on the text is a mean over the hidden tokens as the loss on the teacher is
-one over all tokens, while both sums are divided by the same number (see :mod:`distill.training.module`).
+``text_weight`` is 1 / share, so that the loss on the text is a mean over the hidden tokens as the loss on the teacher
+is one over all tokens, while both sums are divided by the same number (see :mod:`distill.training.module`).
 """
 
 from __future__ import annotations

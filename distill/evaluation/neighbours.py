@@ -68,7 +68,7 @@ def _mean(values: Tensor) -> tuple[float, float]:
 
 
 def _nearest(texts: Tensor, among: Tensor, number: int, *, same: bool) -> Tensor:
-    """Indices of the nearest vectors, int64 [texts, number]; ``same``: the text itself is among them and is left out."""
+    """Indices of the nearest vectors, int64 [texts, number]; with ``same``, the text itself is left out."""
     found = []
     for start in range(0, len(texts), 1024):
         cosines = texts[start : start + 1024] @ among.T  # [chunk, among]
@@ -86,7 +86,7 @@ def _shared(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 def _spearman(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
-    """Of random pairs; its standard error by Fisher's transformation, 1.06 (1 - r**2) / sqrt(pairs of distinct texts)."""
+    """Of random pairs; its standard error by Fisher's transformation, 1.06 (1 - r**2) / sqrt(texts)."""
     random = np.random.default_rng(0)
     first, second = (torch.from_numpy(random.integers(len(ours), size=PAIRS)) for _ in range(2))
     first, second = first[first != second], second[first != second]

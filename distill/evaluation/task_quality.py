@@ -4,7 +4,7 @@
     token_classification   accuracy, macro F1, F1 of whole spans
     regression             Pearson and Spearman correlation
     masked_lm              accuracy at the hidden tokens
-    embedding              cosine with the teacher's vectors, shared neighbours, accuracy of a nearest-neighbour classifier
+    embedding              cosine with the teacher's vectors, shared neighbours, accuracy of a neighbour classifier
 
 The metrics are those of torchmetrics. Their standard errors are by a bootstrap over rows (the error of an accuracy of
 texts in closed form), because the tokens of a row are not independent.

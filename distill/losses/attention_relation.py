@@ -8,9 +8,10 @@ Similarities between tokens are compared and not the states themselves, so stude
 number of heads, and no projection is needed. Prefer it if they differ in width or architecture. A student that was
 pruned from its teacher learns more, at less cost, from :mod:`hidden_mse <distill.losses.hidden_mse>`.
 
-The sum over j is over the tokens to which the model attends: j <= i in a decoder, all tokens of the row in an encoder.
-Tokens that are not counted are excluded both as i and as j. The vectors are the outputs of the linear projections, before rotary position
-embeddings. The memory is O(tokens per chunk x tokens), because the relations are recomputed in the backward pass.
+The sum over j is over the tokens to which the model attends: j <= i in a decoder, all of the row in an encoder. Tokens
+that are not counted are excluded both as i and as j. The vectors are the outputs of the linear projections, before
+rotary position embeddings. The memory is O(tokens per chunk x tokens), because the relations are recomputed in the
+backward pass.
 
 Source: Wang et al. 2020, arXiv 2012.15828 (for encoders, with the sum over the three, from one layer: the last layer,
 or one above the middle of a large teacher); the relation of values is from arXiv 2002.10957.

@@ -114,8 +114,8 @@ class StateLossSpec(AnyLossSpec):
             mask: [batch, sequence], True for the positions that are counted, or the weight of each position.
             documents: [batch, sequence], index of each token's document within its row, if attention is limited to the
                 document; None if a token attends to all earlier tokens of its row.
-            is_causal: whether a token attends to earlier tokens only; False for encoders, where it attends to all tokens
-                of its row that count.
+            is_causal: whether a token attends to earlier tokens only; False for encoders, where it attends to all
+                tokens of its row that count.
         """
         raise NotImplementedError
 

@@ -84,7 +84,8 @@ def _body(location: str, task: Embedding, dtype: str) -> PreTrainedModel:
     stored = read_pooling(locate(location))
     if stored not in (None, (task.pooling, task.normalize)):
         raise InputError(
-            f"{location}: makes embeddings by pooling {stored[0]}, normalize {str(stored[1]).lower()}; set these in task"
+            f"{location}: makes embeddings with pooling: {stored[0]} and normalize: {str(stored[1]).lower()}; set these "
+            "in task"
         )
     with without_bars(location), _quiet():
         model, report = model_from(
@@ -153,7 +154,7 @@ def _check_head(location: str, config: PretrainedConfig, task: ModelTask, classe
         raise InputError(f"{location}: predicts {config.num_labels} classes, and task: regression one number")
     if not classes:
         return
-    names: dict[int, str] = dict(config.id2label or {})  # type: ignore[arg-type]
+    names: dict[Any, str] = {**(config.id2label or {})}
     own = [str(names[at]) for at in sorted(names)]
     if len(own) != len(classes):
         raise InputError(

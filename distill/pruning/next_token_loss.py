@@ -1,4 +1,4 @@
-"""Losses on the next token or on what else a task predicts, for criteria that measure the effect of a unit on the output.
+"""Losses on the next token, or on what else a task predicts, for criteria that measure what a unit does to the output.
 
 Logits are the largest tensors of a pass, so they are converted to fp32 in chunks of tokens.
 """
@@ -34,8 +34,8 @@ def require_targets(layout: Layout, batch: Mapping[str, Any], what: str) -> None
     if layout.task == "embedding" or (layout.task != "causal_lm" and "attention_mask" not in batch):
         raise InputError(
             f"{what} needs a next-token loss or that of the recipe's task, but {layout.model_type} is an encoder"
-            f"{' without an output head' if layout.task == 'embedding' else ''}; use a criterion that reads activations, "
-            "such as activation or block_influence"
+            f"{' without an output head' if layout.task == 'embedding' else ''}; use a criterion that reads "
+            "activations, such as activation or block_influence"
         )
 
 

@@ -35,9 +35,9 @@ def check_task(stage: StageSpec, view: View, tasks: Sequence[Task] | None = None
         config = view.config(reference) or {}
         own = _head_of(config)
         allowed: Sequence[Task] = tasks or (task.head,)
-        if tasks is None and not task.is_causal and own != "causal_lm":
-            if task.head == "embedding" or reference in starts:
-                continue
+        is_encoder = not task.is_causal and own != "causal_lm"
+        if tasks is None and is_encoder and (task.head == "embedding" or reference in starts):
+            continue
         if own not in allowed:
             kind = str(config.get("model_type"))
             if tasks is not None:

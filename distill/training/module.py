@@ -342,7 +342,7 @@ class DistillationModule(pl.LightningModule):
         return skipped
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Add a batch to the validation sums: cross-entropy (or what ``validation`` named), KL if there is a teacher."""
+        """Add a batch to the validation sums: the losses of ``validation``, and KL if there is a teacher."""
         _, terms = self.batch_losses(batch, self.validation)
         for name, term in terms.items():
             self._validation[name] = self._validation[name] + term if name in self._validation else term

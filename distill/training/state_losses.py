@@ -154,7 +154,7 @@ def _weights(counted: Tensor, attended: Tensor | None) -> Tensor:
 
     Args:
         counted: predictions that count, bool [batch, sequence] or [batch, 1].
-        attended: 1 for tokens and 0 for padding, [batch, sequence]; None: rows are not padded, and the mask is returned.
+        attended: 1 for tokens and 0 for padding, [batch, sequence]; None: rows are not padded; the mask is returned.
     """
     if attended is None:
         return counted

@@ -15,7 +15,7 @@ ENCODER_SIZE_KEYS = {
 def encoder(
     model_type: str, body: str, head: list[Parameter], pinned_tokens: tuple[str, ...] = (), task: Head = "masked_lm"
 ) -> Layout:
-    """The layout of an encoder whose modules have BERT's names, in a body of this name; "" is a model without a head."""
+    """The layout of an encoder with BERT's names, in a body of this name; "" is a model without a head."""
     prefix = f"{body}." if body else ""
     layer = f"{prefix}encoder.layer.{{layer}}"
     return Layout(
