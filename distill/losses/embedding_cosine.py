@@ -1,10 +1,10 @@
 """Cosine distance of sentence embeddings: the student's vector gets the direction of the teacher's.
 
-    loss = 1 - s . t / (|s| |t|)
+    loss = 1 - s . t / (|s| |t|) = | s / |s| - t / |t| |^2 / 2
 
-per text, where s and t are the embeddings of student and teacher. For vectors of length 1 it is half their squared
-distance, which sentence-transformers averages over the channels: that loss is 2 / channels times this one, so weight
-decay and clipping would dominate it. Use it with task: embedding. Both embeddings must have the same width.
+per text, where s and t are the embeddings of student and teacher. The second form has no
+cancellation near agreement. sentence-transformers averages the squared distance over the channels: that loss is
+2 / channels times this one, so weight decay and clipping would dominate it. Use it with task: embedding. Both embeddings must have the same width.
 
 Source: Reimers & Gurevych 2020, arXiv 2004.09813 (a student that imitates a teacher's sentence embeddings).
 """
@@ -46,11 +46,12 @@ def embedding_cosine(student: Tensor, teacher: Tensor, mask: Tensor) -> LossTerm
     Raises:
         InputError: the embeddings differ in width.
     """
-    from torch.nn.functional import cosine_similarity
+    from torch.nn.functional import normalize
 
     if student.shape[-1] != teacher.shape[-1]:
         raise InputError(
             f"embedding_cosine: the student's embeddings have {student.shape[-1]} channels, the teacher's "
             f"{teacher.shape[-1]}; use a student with the teacher's hidden size"
         )
-    return masked_sum(1 - cosine_similarity(student.float(), teacher.float(), dim=-1), mask)
+    difference = normalize(student.float(), dim=-1) - normalize(teacher.float(), dim=-1)  # [..., channels]
+    return masked_sum(difference.square().sum(-1) / 2, mask)

@@ -115,6 +115,8 @@ class DistillationModule(pl.LightningModule):
             raise ValueError("no loss on the predictions to train on; give at least one")
         if teacher is None and any(loss.needs_teacher for loss in losses):
             raise ValueError(f"{[loss.kind for loss in losses if loss.needs_teacher]} need a teacher")
+        if len({loss.compares for loss in losses if isinstance(loss, LossSpec)}) > 1:
+            raise ValueError("losses on distributions and on plain values do not share one head")
         self.student = student
         self.losses = [(loss.kind, loss) for loss in losses]
         self.validation = [(loss.kind, loss) for loss in validation if not loss.needs_teacher or teacher is not None]
