@@ -85,7 +85,7 @@ class RowFile:
     def array(self, name: str) -> np.ndarray:
         """An array of the folder, memory-mapped: ``ids`` uint32 [tokens], ``bounds`` int64 [rows + 1], ``seconds``
         int64 [rows] (tokens before the second text), ``targets`` [rows] or [tokens]."""
-        found: np.ndarray = np.load(Path(self.path) / f"{name}.npy", mmap_mode="r")
+        found: np.ndarray = np.lib.format.open_memmap(Path(self.path) / f"{name}.npy", mode="r")  # refuses objects
         return found
 
 

@@ -29,6 +29,8 @@ class Opening:
         dtype: "auto" (as stored) or a torch type's name; of transformers alone.
         threads: CPU threads; None: torch's own choice.
         kv_cache: type of a low-bit KV cache; None: the engine's default.
+        pooling: how a model without a head makes embeddings ("mean" or "cls", whether they are normalised); None: its
+            hidden states are the result.
         weights: "random" runs what a folder's config describes; it needs no weights. Of transformers alone.
     """
 
@@ -39,6 +41,7 @@ class Opening:
     threads: int | None = None
     kv_cache: str | None = None
     weights: Weights = "stored"
+    pooling: tuple[str, bool] | None = None
 
     def open(self) -> Engine:
         """Load the engine and the model, in this process."""

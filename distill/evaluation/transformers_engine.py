@@ -13,6 +13,7 @@ import transformers
 
 from distill.core.quiet import quiet_torchao
 from distill.evaluation.engine import Opening
+from distill.models.head import Pooling, pooling_if_any, set_pooling
 from distill.models.heads import head_of, loader_of, task_of
 from distill.pretrained import config_from, model_from, model_of
 
@@ -33,7 +34,10 @@ def open_engine(opening: Opening) -> TransformersEngine:
     quiet_torchao()
     if opening.threads is not None:
         torch.set_num_threads(opening.threads)
-    return TransformersEngine(_model(opening, torch.device(opening.device)))
+    model = _model(opening, torch.device(opening.device))
+    if opening.pooling is not None:
+        set_pooling(model, Pooling(*opening.pooling))
+    return TransformersEngine(model)
 
 
 def _model(opening: Opening, device: torch.device) -> Any:
@@ -94,7 +98,10 @@ class TransformersEngine:
     @torch.inference_mode()
     def row(self, ids: Sequence[int], second: int | None) -> numpy.ndarray:
         kinds = None if second is None else (torch.arange(len(ids)) >= second).long().unsqueeze(0)
-        return self._row(torch.tensor([[*ids]]), kinds)[0].float().cpu().numpy()
+        states = self._row(torch.tensor([[*ids]]), kinds)
+        if (pooling := pooling_if_any(self._model)) is not None:
+            states = pooling(states, None).unsqueeze(1)
+        return states[0].float().cpu().numpy()
 
     def _row(self, ids: torch.Tensor, kinds: torch.Tensor | None = None) -> torch.Tensor:
         """[batch, tokens, vocabulary], or [batch, 1, classes]; hidden states of a model without a head."""

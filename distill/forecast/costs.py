@@ -38,7 +38,12 @@ class StageCost:
 
 
 def training_flops(
-    student: Config, teacher: Config | None, training: Training, tokens: float, length: int, checkpointing: bool
+    student: Config,
+    teacher: Config | None,
+    training: Training,
+    length: int,
+    checkpointing: bool,
+    tokens: float | None = None,
 ) -> float:
     """Floating-point operations of a training (arXiv 2001.08361, appendix of table 1, with causal attention).
 
@@ -48,11 +53,13 @@ def training_flops(
     Args:
         student: config of the model that is trained.
         teacher: of the model that is asked at each step, or None.
-        training: whether it trains adapters alone.
-        tokens: that it reads.
+        training: its budget.
         length: tokens of a sequence.
         checkpointing: whether activations are computed twice.
+        tokens: that it reads; None: by its budget in tokens or steps.
     """
+    if tokens is None:
+        tokens = training.budget.steps(length) * training.budget.batch_size * length
     backward = 1.0 if training.lora is not None else 2.0
     own = (1.0 + backward + checkpointing) * _forward(student, length)
     return tokens * (own + (0.0 if teacher is None else _forward(teacher, length)))
@@ -88,9 +95,9 @@ def cost_of(
                 model.student,
                 None if model.is_cached else model.teacher,
                 training,
-                tokens_read(training, length, text) or 0.0,
                 model.sequence_length,
                 model.checkpointing,
+                tokens_read(training, length, text) or 0.0,
             )
     trains = training is not None and not training.is_trial and training.budget.steps(length) > 0
     unknown = trains and (model is None or model.lacks_teacher)

@@ -36,6 +36,7 @@ def describe(recipe: Recipe, memory_gb: float | None = None) -> str:
         RecipeError: a stage asks of a model what its config cannot give.
     """
     said = [f"{recipe.name}: {len(recipe.stages)} stages, seed {recipe.seed}"]
+    said[0] += "" if recipe.task.is_causal else f", task: {recipe.task.kind}"
     mistakes, limit = list(missing_text(recipe)), MemoryLimit.of(recipe.compute, memory_gb)
     known: dict[str, Forecast] = {}
     if recipe.teacher is not None:

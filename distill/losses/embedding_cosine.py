@@ -2,9 +2,9 @@
 
     loss = 1 - s . t / (|s| |t|) = | s / |s| - t / |t| |^2 / 2
 
-per text, where s and t are the embeddings of student and teacher. The second form has no
-cancellation near agreement. sentence-transformers averages the squared distance over the channels: that loss is
-2 / channels times this one, so weight decay and clipping would dominate it. Use it with task: embedding. Both embeddings must have the same width.
+per text, where s and t are the embeddings of student and teacher. The second form has no cancellation near agreement.
+sentence-transformers averages the squared distance over the channels: that loss is 2 / channels times this one, so
+weight decay and clipping would dominate it. Use it with task: embedding. Both embeddings must have the same width.
 
 Source: Reimers & Gurevych 2020, arXiv 2004.09813 (a student that imitates a teacher's sentence embeddings).
 """

@@ -84,8 +84,8 @@ def _body(location: str, task: Embedding, dtype: str) -> PreTrainedModel:
     stored = read_pooling(locate(location))
     if stored not in (None, (task.pooling, task.normalize)):
         raise InputError(
-            f"{location}: makes embeddings with pooling: {stored[0]} and normalize: {str(stored[1]).lower()}; set these "
-            "in task"
+            f"{location}: makes embeddings with pooling: {stored[0]} and normalize: {str(stored[1]).lower()}; set "
+            "these in task"
         )
     with without_bars(location), _quiet():
         model, report = model_from(

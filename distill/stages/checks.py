@@ -25,18 +25,18 @@ def check_task(stage: StageSpec, view: View, tasks: Sequence[Task] | None = None
         stage: whose references are looked at.
         view: of the stage.
         tasks: heads that the stage can use; None: that of the recipe's task.
-        starts: references of models that may lack the head, as training gives them one or needs none.
+        starts: keys of the stage that name models which may lack the head, as training gives them one or needs none.
 
     Raises:
         InputError: a model has another one.
     """
     task = view.data.task
-    for _, reference in stage.references():
+    for path, reference in stage.references():
         config = view.config(reference) or {}
         own = _head_of(config)
         allowed: Sequence[Task] = tasks or (task.head,)
         is_encoder = not task.is_causal and own != "causal_lm"
-        if tasks is None and is_encoder and (task.head == "embedding" or reference in starts):
+        if tasks is None and is_encoder and (task.head == "embedding" or path[0] in starts):
             continue
         if own not in allowed:
             kind = str(config.get("model_type"))

@@ -77,7 +77,7 @@ class Distill(DistillSpec, ReadsText):
 
     def _check(self, view: View, config: Config | None) -> None:
         check_sizes(self, view, config)
-        check_task(self, view, starts=[self.student])
+        check_task(self, view, starts=["student"])
         if self.lora is not None:
             refuse_task(view, "lora")
         if self.evaluate_every is not None:

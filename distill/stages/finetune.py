@@ -75,7 +75,7 @@ class Finetune(BudgetSpec, ReadsText):
 
     def _check(self, view: View, config: Config | None) -> None:
         check_sizes(self, view, config)
-        check_task(self, view, starts=[self.model] if isinstance(self.model, str) else [])
+        check_task(self, view, starts=["model"])
         if self.lora is not None:
             refuse_task(view, "lora")
         if self.evaluate_every is not None:

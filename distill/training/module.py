@@ -234,9 +234,13 @@ class DistillationModule(pl.LightningModule):
         else:  # losses on the text count only some of the positions, each of them text_weight times
             on_text = [pair for pair in outer if pair[1].needs_text]
             others = [pair for pair in outer if not pair[1].needs_text]
-            total, terms = head_losses(hidden, head, signal, targets, hidden_tokens, on_text)
-            more, other_terms = head_losses(hidden, head, signal, targets, mask, others, kept=kept)
-            total, terms = total * batch["text_weight"] + more, terms | other_terms
+            total, terms = hidden.new_zeros(()), dict[str, LossTerm]()
+            if on_text:
+                total, terms = head_losses(hidden, head, signal, targets, hidden_tokens, on_text)
+            total = total * batch["text_weight"]
+            if others:
+                more, other_terms = head_losses(hidden, head, signal, targets, mask, others, kept=kept)
+                total, terms = total + more, terms | other_terms
         if states:
             more, inner_terms = states(batch, inner)
             total, terms = total + more, terms | inner_terms

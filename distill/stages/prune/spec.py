@@ -142,7 +142,7 @@ class Prune(ReadsText):
             made = self._cuts(before)
         elif before:
             made = self._found(largest(before) or {}, length)
-        check_task(self, view, starts=[self.model])
+        check_task(self, view, starts=["model"])
         for key in ("search", "reconstruct"):
             if getattr(self, key) is not None:
                 refuse_task(view, key)

@@ -272,6 +272,7 @@ class Quantize(DistillSpec, ReadsText):
             rehearse_plots(grid.label() for grid in self.every_grid())
 
     def _check(self, view: View, config: Config | None) -> None:
+        refuse_task(view, "quantize", "export to onnx with weights: int8, which rounds encoders")
         check_sizes(self, view, config)
         if self.num_steps:  # of a budget in tokens, packing may make more or fewer
             self.check_steps(self.num_steps)
@@ -284,7 +285,6 @@ class Quantize(DistillSpec, ReadsText):
                 rounding=self.rounding,
                 embeddings=self.embeddings_grid,
             )
-        refuse_task(view, "quantize", "export to onnx with weights: int8, which rounds encoders")
         check_task(self, view)
         check_states(self.losses, view, self.student, self.teacher)
         check_ends(self, self, view)
