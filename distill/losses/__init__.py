@@ -24,5 +24,6 @@ from distill.losses.label_mse import LabelMSE, label_mse
 from distill.losses.hidden_mse import HiddenMSE, hidden_mse
 from distill.losses.hidden_cosine import HiddenCosine, hidden_cosine
 from distill.losses.attention_relation import AttentionRelation, attention_relation
+from distill.losses.attention_score import AttentionScore, attention_score
 
 LOSSES = Family.among("loss", globals(), LossSpec, StateLossSpec)

@@ -63,6 +63,8 @@ class StateLossSpec(AnyLossSpec):
     parts: ClassVar[tuple[str, ...]] = ("block",)
     """Tensors of a layer that are compared: its output ("block"), or projections of its attention. Their mean is
     used."""
+    is_joint: ClassVar[bool] = False
+    """Whether the parts are read together, side by side in one tensor, and not one after the other."""
 
     layers: Layers = "auto"
     """Pairs of a student layer and a teacher layer that are compared, counted from 0. auto: all layers of the student,

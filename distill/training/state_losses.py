@@ -119,6 +119,12 @@ class StateLosses(nn.Module):
         self, loss: StateLossSpec, ours: dict[State, Tensor], theirs: dict[State, Tensor]
     ) -> Iterator[tuple[StateLossSpec, Tensor, Tensor]]:
         """The pairs of states that a loss compares, projected to the same width if necessary."""
+        if loss.is_joint:
+            settled = loss.between(*(states.shapes.parts[loss.parts[0]] for states in (self.student, self.teacher)))
+            for i, j in self.pairs[loss.kind]:
+                both = [[seen[part, at] for part in loss.parts] for seen, at in ((ours, i), (theirs, j))]
+                yield settled, torch.cat(both[0], -1), torch.cat(both[1], -1)
+            return
         for part in loss.parts:
             settled = loss.between(self.student.shapes.parts[part], self.teacher.shapes.parts[part])
             for i, j in self.pairs[loss.kind]:
