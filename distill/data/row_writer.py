@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,7 @@ from distill.data.encoder import backend_of
 from distill.data.first_tokens import around
 from distill.data.labelled import Labelled, sorted_classes
 from distill.data.tally import Tally
-from distill.data.text_rows import IGNORED, RowFile
+from distill.data.text_rows import IDS, IGNORED, RowFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -80,32 +82,41 @@ class RowWriter:
             return RowFile.read(folder)
         if folder.exists():
             print(f"{folder.name}: not what was written; the text is tokenized again", file=sys.stderr)
-        ids: list[np.ndarray] = []
-        seconds: list[int] = []
-        labels: list[Any] = []
-        tally, num_cut = Tally(), 0
-        for batch in _in_batches(self._used(items, tally)):
-            for row, second, label, cut in self._rows(batch):
-                ids.append(row)
-                seconds.append(second)
-                labels.append(label)
-                num_cut += cut
-        if not ids:
-            raise InputError(f"{what}: no row can be used" + (f": {tally.reasons()}" if tally.num_dropped else ""))
-        found, targets = _targets(self.task, labels, classes, what)
-        bounds = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
-        before, after = len(self._before), len(self._after)
         with replacing(folder) as place:
-            np.save(place / "ids.npy", np.concatenate(ids).astype(np.uint32))
-            np.save(place / "bounds.npy", bounds)
-            if getattr(self.task, "text_pair", None) is not None:
-                np.save(place / "seconds.npy", np.array(seconds, np.int64))
-            if targets is not None:
-                np.save(place / "targets.npy", targets)
-            file = RowFile(str(folder), len(ids), int(bounds[-1]), num_cut, repeated(), before, after, found, tally)
+            file = self._write(place, items, classes, what, repeated)
             file.write(place)
             seal(place)
-        return file
+        return replace(file, path=str(folder))
+
+    def _write(
+        self,
+        place: Path,
+        items: Iterable[Labelled | Rejected],
+        classes: Sequence[str] | None,
+        what: str,
+        repeated: Callable[[], int],
+    ) -> RowFile:
+        """Ids go to disk as they come; bounds and labels are small enough to be kept until the end."""
+        bounds, seconds, labels = array("q", [0]), array("q"), list[Any]()
+        tally, num_cut = Tally(), 0
+        with (place / IDS).open("wb") as stream:
+            for batch in _in_batches(self._used(items, tally)):
+                for row, second, label, cut in self._rows(batch):
+                    row.tofile(stream)
+                    bounds.append(bounds[-1] + len(row))
+                    seconds.append(second)
+                    labels.append(label)
+                    num_cut += cut
+        if not labels:
+            raise InputError(f"{what}: no row can be used" + (f": {tally.reasons()}" if tally.num_dropped else ""))
+        found, targets = _targets(self.task, labels, classes, what)
+        np.save(place / "bounds.npy", np.array(bounds, np.int64))
+        if getattr(self.task, "text_pair", None) is not None:
+            np.save(place / "seconds.npy", np.array(seconds, np.int64))
+        if targets is not None:
+            np.save(place / "targets.npy", targets)
+        before, after = len(self._before), len(self._after)
+        return RowFile("", len(labels), bounds[-1], num_cut, repeated(), before, after, found, tally)
 
     def _used(self, items: Iterable[Labelled | Rejected], tally: Tally) -> Iterator[Labelled]:
         for item in items:

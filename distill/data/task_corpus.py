@@ -158,7 +158,7 @@ def open_rows(
         task.model_dump(mode="json", exclude={"mask", "positions", "pooling", "normalize"}),
         data.sequence_length,
         RULE,
-        "rows 1",
+        "rows 2",
     )
 
     def read(source: SourceSpec) -> Iterator[Item]:

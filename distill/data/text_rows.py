@@ -41,14 +41,14 @@ from distill.data.tally import Tally
 if TYPE_CHECKING:
     from torch import Tensor
 
-FACTS = "facts.json"
+FACTS, IDS = "facts.json", "ids.bin"
 Place = tuple[int, int]
 """(position in the endless list of training rows, row number); the position is negative outside of training."""
 
 
 @dataclass(frozen=True)
 class RowFile:
-    """Rows on disk: a folder with ``ids.npy`` and ``bounds.npy``, and what a task adds.
+    """Rows on disk: a folder with ``ids.bin`` and ``bounds.npy``, and what a task adds.
 
     Attributes:
         path: of the folder.
@@ -85,7 +85,11 @@ class RowFile:
     def array(self, name: str) -> np.ndarray:
         """An array of the folder, memory-mapped: ``ids`` uint32 [tokens], ``bounds`` int64 [rows + 1], ``seconds``
         int64 [rows] (tokens before the second text), ``targets`` [rows] or [tokens]."""
-        found: np.ndarray = np.lib.format.open_memmap(Path(self.path) / f"{name}.npy", mode="r")  # refuses objects
+        found: np.ndarray
+        if name == "ids":  # which are written as they come, so without a header that says how many there are
+            found = np.memmap(Path(self.path) / IDS, np.uint32, mode="r", shape=(self.num_tokens,))
+        else:
+            found = np.lib.format.open_memmap(Path(self.path) / f"{name}.npy", mode="r")  # refuses objects
         return found
 
 

@@ -1,13 +1,15 @@
 """Attention scores before the softmax, head by head: the student attends as its teacher does (TinyBERT).
 
-    s_hij = q_hi . k_hj / sqrt(d);    loss_i = mean over heads h and tokens j of (s_hij of the student - of the teacher)^2
+    s_hij  = q_hi . k_hj / sqrt(d)
+    loss_i = mean over heads h and tokens j of  (s_hij of the student - s_hij of the teacher)^2
 
 per token i, over the tokens j to which the model attends. Both models must have the same number of heads, which may
-differ in channels. :mod:`attention_relation <distill.losses.attention_relation>` has no such condition, and reads values
-too; prefer it unless the student was cut in depth alone. The scores are computed from the outputs of the linear
+differ in channels. :mod:`attention_relation <distill.losses.attention_relation>` has no such condition, and reads
+values too; prefer it unless the student was cut in depth alone. The scores are computed from the outputs of the linear
 projections, before rotary position embeddings, so that the loss does not depend on how attention is computed.
 
-Source: Jiao et al. 2019, arXiv 1909.10351 (equation 7). Their code sets scores of padding to 0; here padding is left out.
+Source: Jiao et al. 2019, arXiv 1909.10351 (equation 7). Their code sets scores of padding to 0; here padding is left
+out.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ class AttentionScore(StateLossSpec):
         """
         if student[0] != teacher[0]:
             raise InputError(
-                f"{self.kind}: the student has {student[0]} heads for queries or keys and the teacher {teacher[0]}; use "
-                "attention_relation, which compares models with different heads"
+                f"{self.kind}: the student has {student[0]} heads for queries or keys and the teacher {teacher[0]}; "
+                "use attention_relation, which compares models with different heads"
             )
         settled = self.model_copy()
         settled._heads = student[0]

@@ -33,6 +33,8 @@ def check_task(stage: StageSpec, view: View, tasks: Sequence[Task] | None = None
     task = view.data.task
     for path, reference in stage.references():
         config = view.config(reference) or {}
+        if not task.is_causal and "model_type" not in config:
+            continue  # not on this machine; it is looked at when it is loaded
         own = _head_of(config)
         allowed: Sequence[Task] = tasks or (task.head,)
         is_encoder = not task.is_causal and own != "causal_lm"
