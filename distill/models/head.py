@@ -350,10 +350,20 @@ def check_head(model: PreTrainedModel) -> None:
     ids = torch.arange(4, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
     training = model.training
     model.eval()
-    ours = output_head(model).logits(hidden_states(model, ids)).float()  # [1, 4, vocabulary], or [1, 1, classes]
     caches = {"use_cache": False} if head_of(model) == "causal_lm" else {}
-    theirs = model(input_ids=ids, **caches).logits.float()
-    model.train(training)
+    try:
+        theirs = model(input_ids=ids, **caches).logits.float()
+        ours = output_head(model).logits(hidden_states(model, ids)).float()  # [1, 4, vocabulary], or [1, 1, classes]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # sizes that its config class lets pass
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"{type(model).__name__}: cannot compute four tokens ({reason}); the sizes in its config do not fit each "
+            "other"
+        ) from error
+    finally:
+        model.train(training)
     if ours.numel() != theirs.numel():
         raise InputError(f"{type(model).__name__}: no output head was found that makes its logits; use another model")
     difference = (ours - theirs.view_as(ours)).abs().max().item()
