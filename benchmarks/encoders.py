@@ -1,8 +1,8 @@
 """A real encoder with half its layers, taught by the whole one: classes of questions, with labels alone as control.
 
-all-MiniLM-L6-v2 gets a head for the six classes of TREC's questions, its layers 1, 3 and 5 are kept, and the student learns from
-the whole model, or from the labels alone. One model is tuned and cut; the seeds decide the order of the rows and the dropout of
-both students. The recipe is that of recipes/trec-minilm-3-layers.yaml.
+all-MiniLM-L6-v2 gets a head for the six classes of TREC's questions, its layers 1, 3 and 5 are kept, and the student
+learns from the whole model, or from the labels alone. One model is tuned and cut; the seeds decide the order of rows
+and the dropout of both students. The recipe is that of recipes/trec-minilm-3-layers.yaml.
 
     python -m benchmarks.encoders --model MODEL --data DATA --work WORK
 
@@ -151,13 +151,14 @@ def main() -> None:
     kept = statistics.fmean((one["distill"].accuracy or 0.0) / teacher for one in runs)
     result.write(
         "encoders",
-        command=f"OMP_NUM_THREADS=1 python -m benchmarks.encoders --model MODEL --data DATA --work WORK --seeds {args.seeds}",
+        command="OMP_NUM_THREADS=1 python -m benchmarks.encoders --model MODEL --data DATA --work WORK "
+        f"--seeds {args.seeds}{' --no-speed' * args.no_speed}",
         hardware=hardware.describe(1),
         versions=hardware.versions("onnxruntime"),
         rows=[*rows, {"table": "kept", "of_teacher": kept}],
         notes=[
-            "Accuracy of a seed has a standard error of about one point (500 questions); the difference of two students "
-            "on the same questions is tested in pairs (exact McNemar test over the questions of all seeds)."
+            "The accuracy of a seed has a standard error of about one point (500 questions). The difference of two "
+            "students on the same questions is tested in pairs (exact McNemar test, over the questions of all seeds)."
         ],
     )
 

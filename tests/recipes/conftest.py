@@ -24,7 +24,9 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 1,
 }
-BERT: dict[str, Any] = {"model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 512}
+BERT: dict[str, Any] = {
+    "model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2
+}  # fmt: skip
 TINY_BERT = {"hidden_size": 32, "intermediate_size": 112, "num_hidden_layers": 4, "num_attention_heads": 4}
 TEACHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "meta-llama/Llama-3.1-8B": (
