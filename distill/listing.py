@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 from distill.core.errors import InputError
 from distill.core.source import suggest
 from distill.core.spec import Family, Spec
+from distill.core.tasks import MaskSpec
 from distill.data.augment_spec import AugmentSpec, ReplaceWords
 from distill.data.chat_spec import ChatSpec
 from distill.data.clean_spec import CleanSpec
@@ -42,6 +43,7 @@ from distill.tracking.spec import LoggingSpec, Price
 from distill.training.spec import AlarmSpec, ComputeSpec, OnPolicySpec, OptimizerSpec
 
 SECTIONS: dict[str, type[Spec]] = {
+    "mask": MaskSpec,
     "data": DataSpec,
     "chat": ChatSpec,
     "clean": CleanSpec,

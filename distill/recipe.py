@@ -17,6 +17,7 @@ from distill.core.outside import is_folder
 from distill.core.secrets import secrets_in
 from distill.core.source import KeyPath, Source, parse, read, suggest
 from distill.core.spec import NAME, Family, Spec
+from distill.core.tasks import MODEL_TASKS, CausalLM, ModelTask
 from distill.data.chat_spec import ChatSpec
 from distill.data.spec import TEXTS, DataSpec
 from distill.data.teacher_cache import CODECS
@@ -28,7 +29,15 @@ from distill.quantization import ACTIVATIONS, QUANTIZERS
 from distill.reporting.require import OF_TASK, figure_name, parsed, split_key
 from distill.stages import MAKERS, STAGES, StageSpec
 from distill.stages.chat import first_student
-from distill.stages.text import ReadsText, data_of, made_sources, text_made_by, with_inherited, with_made_forms
+from distill.stages.text import (
+    ReadsText,
+    data_of,
+    made_sources,
+    own_texts,
+    text_made_by,
+    with_inherited,
+    with_made_forms,
+)
 from distill.tracking.spec import LoggingSpec
 from distill.training.spec import BudgetSpec, ComputeSpec
 
@@ -43,6 +52,7 @@ FAMILIES: dict[str, Family] = {
     "exporters": EXPORTERS,
     "tasks": TASKS,
     "makers": MAKERS,
+    "model_tasks": MODEL_TASKS,
 }
 """Every family, by the plural that ``distill list`` takes."""
 
@@ -61,6 +71,9 @@ class Recipe(Spec):
     """Name of the run; its folder is runs/<name> unless --run-dir says otherwise."""
     teacher: str | None = None
     """The big model: a Hub id, a folder, or builtin:NAME. Unset when no stage needs one."""
+    task: Annotated[ModelTask, MODEL_TASKS] = CausalLM()
+    """What models are trained and measured on: causal_lm (the next token), masked_lm, classification, regression,
+    token_classification or embedding, such as {kind: classification, label: label}."""
     data: DataSpec
     """The text."""
     seed: int = 0
@@ -98,6 +111,39 @@ class Recipe(Spec):
                     stages[name] = {**stage, "data": with_made_forms(own, forms)}
             return {**value, "stages": stages}
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rows_of_a_task_are_padded(cls, value: Any) -> Any:
+        """The default of ``packing`` where the task is not the next token."""
+        task = value.get("task") if isinstance(value, dict) else None
+        kind = task.get("kind") if isinstance(task, dict) else task
+        if not isinstance(kind, str) or kind == "causal_lm":
+            return value
+        stages = value.get("stages")
+        padded = {"data": _padded(value.get("data"))} if "data" in value else {}
+        if isinstance(stages, dict):
+            padded["stages"] = {
+                name: {**stage, "data": _padded(stage["data"])}
+                if isinstance(stage, dict) and "data" in stage
+                else stage
+                for name, stage in stages.items()
+            }
+        return {**value, **padded}
+
+    @model_validator(mode="after")
+    def _data_is_read_for_the_task(self) -> Recipe:
+        if self.task.is_causal:
+            return self
+        data = self.data.for_task(self.task)
+        stages = {
+            name: stage.model_copy(update={"data": own.for_task(self.task)}) if isinstance(own, DataSpec) else stage
+            for name, stage in self.stages.items()
+            for own in [getattr(stage, "data", None)]
+        }
+        object.__setattr__(self, "data", data)  # frozen, and this is where it is made
+        object.__setattr__(self, "stages", stages)
+        return self
 
     @classmethod
     def load(cls, file: str | Path, set: Iterable[str] = ()) -> Recipe:
@@ -176,6 +222,8 @@ class Recipe(Spec):
                 f"{source.at(('data', 'train'))}: the recipe's own text is there before any stage; name {made.stage} "
                 "under data of the stages that read its rows"
             )
+        for section, data in own_texts(self.stages, self.data).items():
+            yield from (f"{source.at((*section.split('.'), what))}: {why}" for what, why in data.refusals())
         yield from self._chat_mistakes(source)
         yield from self._augment_mistakes(source, self.data, ("data",))
         yield from self._require_mistakes(source)
@@ -218,7 +266,7 @@ class Recipe(Spec):
             yield from self._chat_mistakes(source, own, ("stages", name, "data"))
             yield from self._augment_mistakes(source, own, ("stages", name, "data"))
         order = data_of(self.stages, self.data, name).order
-        is_trained = isinstance(stage, BudgetSpec) and bool(stage.num_tokens or stage.num_steps)
+        is_trained = isinstance(stage, BudgetSpec) and stage.is_trained()
         if order is not None and order.by == "teacher_loss" and is_trained and getattr(stage, "teacher", None) is None:
             yield (
                 f"{source.at(('stages', name))}: data.order by teacher_loss needs a teacher, which this stage of kind "
@@ -341,6 +389,11 @@ def _made_forms(stages: dict[str, Any]) -> dict[str, str]:
     found = {name: STAGES[kind] for name, kind in kinds.items() if kind in STAGES}
     specs = {name: spec for name, spec in found.items() if issubclass(spec, StageSpec) and spec.makes_data}
     return {name: spec.form_as_written(known[name]) for name, spec in specs.items()}
+
+
+def _padded(data: Any) -> Any:
+    """A section of data as it was written, with padded rows where it does not say how they are made."""
+    return {"packing": "padded", **data} if isinstance(data, dict) else data
 
 
 def _may_be_model(reference: str) -> bool:

@@ -320,7 +320,7 @@ def test_arguments_that_do_not_exist(distill: Distill, recipe: Path) -> None:
             ["stages.distill.num_tokens=9", "seed=3"],
             [
                 "--set stages.distill.num_tokens: {file}:11: stages.distill: "
-                "give the budget once: num_tokens or num_steps"
+                "give the budget once: num_tokens, num_steps or num_epochs"
             ],
         ),
         (

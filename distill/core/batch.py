@@ -1,11 +1,18 @@
 """What a batch holds, and what of it a model reads.
 
-A batch is a dict of tensors [batch, sequence], made once, by :func:`distill.data.packed_rows.batch_of`:
+A batch is a dict of tensors [batch, sequence], made once, by :func:`distill.data.packed_rows.batch_of` or by
+:class:`distill.data.text_rows.TextRows`:
 
     input_ids      int64  the tokens that the model reads
     targets        int64  what the model shall predict at each position: the token that follows
     mask           bool   whether the prediction at a position counts; ``targets`` means nothing where it is False
     position_ids   int64  only where documents share a row and must not see each other: starts anew with each of them
+
+    attention_mask int64  only in padded rows of other tasks than the next token: 0 for padding
+    token_type_ids int64  only for pairs of texts: 1 in the second text
+
+A task other than the next token has other targets, and for one prediction per text ``targets`` and ``mask`` are
+[batch, 1]; see :mod:`distill.data.text_rows`. Training adds
 
     kept           int64  [tokens] only in training, positions of the flattened batch that count; computed on the CPU,
                    because nonzero() on a GPU makes the CPU wait
@@ -21,7 +28,7 @@ from typing import Any
 KEPT = "kept"
 IGNORED = -100
 """Label of a token that is not learned from, in transformers."""
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
 def causal_batch(input_ids: Any, mask: Any, **more: Any) -> dict[str, Any]:

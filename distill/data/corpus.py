@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -42,6 +42,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from distill.data.loader import Batches
+
+
+class Budget(Protocol):
+    """How long a stage trains; see :class:`distill.training.spec.BudgetSpec`."""
+
+    def for_rows(self, num_rows: int | None) -> Budget:
+        """The same in steps, if it was in epochs."""
+
+    def steps(self, tokens_per_sequence: float) -> int:
+        """Optimizer steps."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +198,19 @@ class Corpus:
         if isinstance(self.train, Stream) or self.train.packing in FULL:
             return self.train.sequence_length  # but for the last one
         return float(self.train.lengths().mean())
+
+    @property
+    def num_rows(self) -> int | None:
+        """Training rows; None where a stream does not tell."""
+        return None if isinstance(self.train, Stream) else len(self.train)
+
+    def steps_of(self, budget: Budget) -> int:
+        """Optimizer steps of a budget on these rows.
+
+        Raises:
+            InputError: it is in epochs, and the rows cannot be counted.
+        """
+        return budget.for_rows(self.num_rows).steps(self.tokens_per_sequence)
 
     def passes(self, num_sequences: float) -> dict[str, float]:
         """Of a mixture: how often each source is read in so many training rows. Of any other text nothing."""

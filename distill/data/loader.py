@@ -56,6 +56,11 @@ def in_turn(count: int, batch_size: int) -> list[list[int]]:
     return [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
 
 
+def in_lists(numbers: np.ndarray, batch_size: int) -> list[list[int]]:
+    """Row numbers in lists of ``batch_size``, in their order; the last one may be shorter. numbers: int64 [rows]"""
+    return [numbers[rows].tolist() for rows in in_turn(len(numbers), batch_size)]
+
+
 def train_batches(
     packed: PackedRows,
     seed: int,
@@ -111,7 +116,7 @@ def _alike(packed: PackedRows, numbers: np.ndarray, batch_size: int) -> list[lis
     """Lists of ``batch_size`` of the numbers, in their order, or by length where rows are filled up."""
     if packed.packing == "padded":
         numbers = numbers[np.argsort(packed.lengths()[numbers], kind="stable")]
-    return [numbers[rows].tolist() for rows in in_turn(len(numbers), batch_size)]
+    return in_lists(numbers, batch_size)
 
 
 def loader(dataset: Any, order: Any, num_workers: int) -> Batches:

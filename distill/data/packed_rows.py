@@ -136,6 +136,10 @@ class PackedRows(Dataset[dict[str, "Tensor"]]):
         sizes = self.tokens.bytes_of_tokens()  # [tokens]
         return np.array([sizes[self.predicted(number)].sum(dtype=np.int64) for number in range(len(self))], np.int64)
 
+    def ids(self) -> np.ndarray:
+        """The tokens of the file, memory-mapped. [tokens]"""
+        return self.tokens.ids()
+
     def learned(self) -> np.ndarray | None:
         """Which tokens of the file are learned from, memory-mapped; None when all are. bool [tokens]"""
         self._file()

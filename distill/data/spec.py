@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
 
 from distill.core.spec import Family, Spec
+from distill.core.tasks import CausalLM, ModelTask
 from distill.data import SOURCES
 from distill.data.augment_spec import AugmentSpec
 from distill.data.base import SourceSpec
@@ -107,6 +108,37 @@ class DataSpec(Spec):
     """Training rows that calibration and importance scores see; all of them when there are fewer."""
     tokenizer: TokenizerChoice = "teacher"
     """`teacher`, a folder, a Hub id, or `{vocab_size: 2048}` to train one on the training text."""
+    _task: ModelTask = PrivateAttr(default_factory=CausalLM)
+
+    @property
+    def task(self) -> ModelTask:
+        """What models are trained and measured on: the recipe's ``task``."""
+        return self._task
+
+    def for_task(self, task: ModelTask) -> DataSpec:
+        """The same section, read for a task."""
+        other = self.model_copy()
+        other._task = task
+        return other
+
+    def refusals(self) -> Iterator[tuple[str, str]]:
+        """Keys that cannot be used with the task, each with the reason."""
+        if self.task.is_causal:
+            return
+        of = f"with task: {self.task.kind}"
+        if self.packing != "padded":
+            yield "packing", f"must be padded {of}, where a row is one text"
+        if isinstance(self.train, Mixture):
+            yield "train", f"a mixture cannot be read {of}; name one source"
+        elif any(source.is_stream() for _, source in self.sources()):
+            yield "train", f"a stream cannot be read {of}; set streaming: false"
+        if self.holds_conversations or self.holds_ids:
+            yield "train", f"conversations and token ids cannot be read {of}; name a source of text"
+        for key in ("clean", "augment", "order"):
+            if getattr(self, key) is not None:
+                yield key, f"has no effect {of}; remove it"
+        if isinstance(self.tokenizer, TrainTokenizer):
+            yield "tokenizer", f"no tokenizer is trained {of}; name that of an encoder"
 
     @property
     def holds_conversations(self) -> bool:

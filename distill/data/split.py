@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from distill.core.errors import InputError
 from distill.core.stop import stoppable
-from distill.data.base import Conversation, Document, Item, Rejected, digest, normalised
+from distill.data.base import Conversation, Document, Item, Rejected, SourceSpec, digest, normalised
 from distill.data.spec import DataSpec
 
 _STREAM_BYTES_PER_TOKEN = 8  # twice what a token of English is: enough text for the validation tokens asked for
@@ -25,14 +25,24 @@ class Split:
     Without a validation source a document is held out when the hash of its key, read as a number in [0, 1), is below
     ``held_out``. With one, training leaves out every document whose text is also in the validation source.
 
+    Args:
+        data: of the recipe.
+        key: of the training source in the recipe.
+        read: reads a source; None: :meth:`SourceSpec.documents`.
+
     Attributes:
         num_repeated: training documents that the latest whole reading left out because the validation source has them.
-        key: of the training source in the recipe.
     """
 
-    def __init__(self, data: DataSpec, key: str = "data.train"):
+    def __init__(
+        self,
+        data: DataSpec,
+        key: str = "data.train",
+        read: Callable[[SourceSpec], Iterator[Item]] | None = None,
+    ):
         self.data, self.key = data, key
         self.num_repeated = 0
+        self._documents = read or (lambda source: source.documents())
 
     def training(self) -> Iterator[Item]:
         """The documents to train on, in the source's order; each call begins again."""
@@ -40,7 +50,7 @@ class Split:
             yield from self._unseen()
             return
         threshold = self._threshold
-        for document in stoppable(self.data.train.documents()):
+        for document in stoppable(self._documents(self.data.train)):
             if isinstance(document, Rejected) or self._place(document) >= threshold:
                 yield document
 
@@ -53,7 +63,7 @@ class Split:
         source = self.data.validation or self.data.train
         threshold = self._threshold if self.data.validation is None else float("inf")
         budget = self.data.validation_tokens * _STREAM_BYTES_PER_TOKEN if source.is_stream() else float("inf")
-        for document in stoppable(source.documents()):
+        for document in stoppable(self._documents(source)):
             if isinstance(document, Rejected):
                 if self.data.validation is not None:
                     yield document
@@ -67,7 +77,7 @@ class Split:
 
     def _unseen(self) -> Iterator[Item]:
         repeated = 0
-        for document in stoppable(self.data.train.documents()):
+        for document in stoppable(self._documents(self.data.train)):
             if not isinstance(document, Rejected) and digest(normalised(document.text)) in self.validation_digests:
                 repeated += 1
             else:
@@ -92,7 +102,7 @@ class Split:
         """
         lowest: list[float] = []
         rejected: Rejected | None = None
-        for document in stoppable(self.data.train.documents()):
+        for document in stoppable(self._documents(self.data.train)):
             if isinstance(document, Rejected):
                 rejected = rejected or document
                 continue

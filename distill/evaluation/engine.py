@@ -29,6 +29,8 @@ class Opening:
         dtype: "auto" (as stored) or a torch type's name; of transformers alone.
         threads: CPU threads; None: torch's own choice.
         kv_cache: type of a low-bit KV cache; None: the engine's default.
+        pooling: how a model without a head makes embeddings ("mean" or "cls", whether they are normalised); None: its
+            hidden states are the result.
         weights: "random" runs what a folder's config describes; it needs no weights. Of transformers alone.
     """
 
@@ -39,6 +41,7 @@ class Opening:
     threads: int | None = None
     kv_cache: str | None = None
     weights: Weights = "stored"
+    pooling: tuple[str, bool] | None = None
 
     def open(self) -> Engine:
         """Load the engine and the model, in this process."""
@@ -76,6 +79,14 @@ class Engine(Protocol):
 
     def logits(self, ids: Sequence[int], first: int) -> Iterator[numpy.ndarray]:
         """Of one text, after each token from the position ``first`` on, in pieces, fp32 [tokens, vocabulary]."""
+
+    def row(self, ids: Sequence[int], second: int | None) -> numpy.ndarray:
+        """Of a whole text of another task than the next token: fp32 [tokens, vocabulary], or [1, classes].
+
+        Args:
+            ids: with special tokens.
+            second: tokens before the second text of a pair; None: it is no pair.
+        """
 
     def device_memory(self) -> int | None:
         """Most bytes of device memory taken so far; None where the engine does not know, or runs on the CPU."""

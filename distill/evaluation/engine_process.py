@@ -81,7 +81,7 @@ class EngineProcess:
 
         def chunk(piece: slice) -> Tensor:
             nonlocal left
-            parts, held = [left], len(left)
+            parts, held = [left] if len(left) else [], len(left)  # of a classifier, logits are not of a vocabulary
             while held < piece.stop - piece.start:
                 parts.append(next(pieces))
                 held += len(parts[-1])
@@ -92,6 +92,9 @@ class EngineProcess:
         return chunk
 
     def _counted(self, batch: dict[str, Tensor]) -> Iterator[Tensor]:
+        if "attention_mask" in batch:  # rows of another task than the next token
+            yield from self._of_padded(batch)
+            return
         places = batch.get("position_ids")
         for row, (ids, mask) in enumerate(zip(batch["input_ids"].tolist(), batch["mask"], strict=True)):
             begins = [0] if places is None else (places[row] == 0).nonzero().flatten().tolist()
@@ -99,6 +102,18 @@ class EngineProcess:
                 counted = mask[begin:end].nonzero().flatten()
                 if len(counted):
                     yield from self._of_text(ids[begin : begin + int(counted[-1]) + 1], counted)
+
+    def _of_padded(self, batch: dict[str, Tensor]) -> Iterator[Tensor]:
+        """The counted predictions of each row, which an engine reads without its padding."""
+        kinds = batch.get("token_type_ids")
+        for row, (ids, attended, mask) in enumerate(
+            zip(batch["input_ids"], batch["attention_mask"], batch["mask"], strict=True)
+        ):
+            text = ids[attended.bool()].tolist()
+            second = None if kinds is None else len(text) - int(kinds[row].sum())
+            self._child.send(("rows", text, second))
+            found = torch.from_numpy(self._child.receive(ANSWER_S))  # [tokens, vocabulary], or [1, classes]
+            yield found[mask[: len(found)]]
 
     def _of_text(self, ids: list[int], counted: Tensor) -> Iterator[Tensor]:
         at = int(counted[0])

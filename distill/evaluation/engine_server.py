@@ -33,6 +33,9 @@ def serve(connection: Connection, opening: Opening) -> None:
             for piece in engine.logits(ids, number):
                 say(connection, piece)
             continue
+        if kind == "rows":
+            say(connection, engine.row(ids, number))
+            continue
         if ids is not None:
             engine.reserve(1, len(ids) + number)
         text = ids if ids is not None else [*text, number]

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from distill.core.markdown import escaped
 from distill.exporters.base import CardFacts, ExporterSpec, VerifyResult, cache_notes, new_folder
 from distill.exporters.deliver import copy_files
+from distill.models.heads import CLASS_OF, HUB_TASKS, task_of
+from distill.models.load import Task, load_config
+from distill.models.sentence_files import copy_sentence_files, is_sentence_encoder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +29,13 @@ class HuggingFace(ExporterSpec):
     """A Hugging Face folder with a model card, loaded by ``from_pretrained``."""
 
     engine: ClassVar[str] = "plain transformers, in fp32,"
+    tasks: ClassVar[tuple[Task, ...]] = (
+        "causal_lm",
+        "masked_lm",
+        "classification",
+        "token_classification",
+        "embedding",
+    )
 
     kind: Literal["huggingface"] = "huggingface"
 
@@ -33,6 +43,7 @@ class HuggingFace(ExporterSpec):
         """Copy the model and its tokenizer, but not the lineage, which contains paths of this machine."""
         new_folder(source_folder, folder)
         copy_files(source_folder, folder, weights=True)
+        copy_sentence_files(source_folder, folder)
         return cache_notes(
             source_folder, "which plain transformers does not have; it was verified with this cache added"
         )
@@ -55,12 +66,13 @@ class HuggingFace(ExporterSpec):
         return None if _scheme(folder) else self
 
     def card(self, folder: Path) -> CardFacts:
-        scheme = _scheme(folder)
+        scheme, task = _scheme(folder), task_of(load_config(str(folder)))
         return CardFacts(
-            library="transformers",
+            library="sentence-transformers" if is_sentence_encoder(folder) else "transformers",
             tags=("compressed-tensors",) if scheme else (),
-            how_to_load=_how_to_load(scheme),
+            how_to_load=_how_to_load(scheme, task, is_pooled=is_sentence_encoder(folder)),
             quantized=scheme is not None,
+            task=HUB_TASKS[task],
         )
 
 
@@ -72,13 +84,20 @@ def _scheme(folder: Path) -> Mapping[str, Any] | None:
     return scheme
 
 
-def _how_to_load(scheme: Mapping[str, Any] | None) -> str:
+def _how_to_load(scheme: Mapping[str, Any] | None, task: Task, *, is_pooled: bool) -> str:
+    loader = f"AutoModel{CLASS_OF[task]}" if task != "embedding" else "AutoModel"
     code = (
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"```python\nfrom transformers import {loader}, AutoTokenizer\n\n"
         'folder = "."  # this folder, or its Hub id\n'
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        f"model = {loader}.from_pretrained(folder)\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
     )
+    if is_pooled:
+        code = (
+            "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
+            'model = SentenceTransformer(".")  # this folder, or its Hub id\n'
+            'vectors = model.encode(["a text", "another text"])\n```'
+        )
     if scheme is None:
         return code
     return (

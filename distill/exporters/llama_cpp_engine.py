@@ -122,6 +122,9 @@ class LlamaCppEngine:
                 )
                 yield found.copy()
 
+    def row(self, ids: Sequence[int], second: int | None) -> numpy.ndarray:
+        raise InputError("llama.cpp measures models that predict the next token only; export to onnx")
+
     def device_memory(self) -> int | None:
         return None
 

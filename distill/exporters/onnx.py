@@ -33,6 +33,7 @@ from distill.exporters.base import (
     require_writers,
 )
 from distill.exporters.onnx_names import DATA, FILE, inputs_of
+from distill.models.heads import HUB_TASKS
 from distill.models.load import Task
 
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ for _ in range(32):  # tokens, each the likeliest
     mask = numpy.concatenate([mask, numpy.ones_like(ids)], 1)
     print(tokenizer.decode(ids[0]), end="")
 ```"""
-HUB_TASKS = {"causal_lm": "text-generation", "masked_lm": "fill-mask", "classification": "text-classification"}
 
 
 class Onnx(ExporterSpec):

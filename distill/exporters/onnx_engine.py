@@ -57,26 +57,38 @@ class OnnxEngine:
         self._empty = [name for name in self._asked if name.startswith(PAST)]
         self._past: dict[str, numpy.ndarray] = {}
         self.decodes = bool(self._empty)
-        self.vocabulary = self._run(numpy.zeros((1, 1), numpy.int64), {}).shape[-1]
+        self.vocabulary = self._run(numpy.zeros((1, 1), numpy.int64), {}).shape[-1]  # or classes
 
     def reserve(self, batch: int, tokens: int) -> None:
         self._past = {}
 
     def prefill(self, ids: numpy.ndarray) -> numpy.ndarray:
         self._past = {}
-        return self._run(ids, self._past)[:, -1]
+        return self._last(self._run(ids, self._past))
 
     def step(self, ids: numpy.ndarray) -> numpy.ndarray:
-        return self._run(ids[:, None], self._past)[:, -1]
+        return self._last(self._run(ids[:, None], self._past))
+
+    @staticmethod
+    def _last(logits: numpy.ndarray) -> numpy.ndarray:
+        """Of the last position, [batch, vocabulary]; those of a classifier are of the whole text."""
+        return logits if logits.ndim == 2 else logits[:, -1]
 
     def logits(self, ids: Sequence[int], first: int) -> Iterator[numpy.ndarray]:
         yield self._run(numpy.array([[*ids]], numpy.int64), {})[0, first:]
 
+    def row(self, ids: Sequence[int], second: int | None) -> numpy.ndarray:
+        kinds = None if second is None else (numpy.arange(len(ids)) >= second).astype(numpy.int64)[None]
+        found = self._run(numpy.array([[*ids]], numpy.int64), {}, kinds)
+        return found if found.ndim == 2 else found[0]  # [1, classes], or [tokens, vocabulary]
+
     def device_memory(self) -> int | None:
         return None
 
-    def _run(self, ids: numpy.ndarray, past: dict[str, numpy.ndarray]) -> numpy.ndarray:
-        """Logits [batch, tokens, vocabulary]; keys and values go on in ``past``."""
+    def _run(
+        self, ids: numpy.ndarray, past: dict[str, numpy.ndarray], kinds: numpy.ndarray | None = None
+    ) -> numpy.ndarray:
+        """Logits [batch, tokens, vocabulary] or [batch, classes]; keys and values go on in ``past``."""
         rows = len(ids)
         for name in self._empty:
             if name not in past:
@@ -84,6 +96,8 @@ class OnnxEngine:
                 past[name] = numpy.zeros((rows, shape[1], 0, shape[3]), numpy.float32)
         length = ids.shape[1] + (past[self._empty[0]].shape[2] if self._empty else 0)
         inputs = {"input_ids": ids, "attention_mask": numpy.ones((rows, length), numpy.int64), **past}
+        if "token_type_ids" in self._asked:
+            inputs["token_type_ids"] = numpy.zeros_like(ids) if kinds is None else kinds
         names = ["logits", *(name.replace(PAST, PRESENT) for name in self._empty)]
         logits, *present = self._session.run(names, inputs)
         past.update(zip(self._empty, present, strict=True))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from inspect import signature
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from distill.core.batch import model_inputs
 from distill.core.errors import DistillError, InputError
 from distill.exporters.base import VerifyResult, require_close
 from distill.exporters.compare import compare
+from distill.models.heads import head_of, loader_of, task_of
 from distill.models.kv_cache import cache_type, round_cache
-from distill.models.load import without_bars
+from distill.models.load import load_config, without_bars
 from distill.pretrained import model_from
 
 
@@ -55,7 +57,8 @@ def _reload(folder: Path) -> PreTrainedModel:
     """
     try:
         with without_bars(str(folder)):
-            model, report = model_from(str(folder), AutoModelForCausalLM, dtype=torch.float32, output_loading_info=True)
+            loader = loader_of(task_of(load_config(str(folder))))
+            model, report = model_from(str(folder), loader, dtype=torch.float32, output_loading_info=True)
     except InputError as error:
         raise DistillError(f"the exported model does not load in transformers: {error}") from error
     wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
@@ -70,5 +73,17 @@ def _reload(folder: Path) -> PreTrainedModel:
 
 
 def _logits(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """[batch, sequence, vocabulary], fp32."""
-    return model(**model_inputs(batch, model.device), use_cache=False).logits.float()
+    """[batch, sequence, vocabulary], or [batch, 1, classes] of a classifier of texts; fp32.
+
+    Of a model without a head it is the hidden states, whose channels stand for the vocabulary: [batch, 1, hidden], of
+    the first token.
+    """
+    inputs = model_inputs(batch, model.device)
+    if "token_type_ids" not in signature(model.forward).parameters:
+        inputs.pop("token_type_ids", None)
+    if (head := head_of(model)) == "causal_lm":
+        return model(**inputs, use_cache=False).logits.float()
+    if head == "embedding":
+        return model(**inputs).last_hidden_state[:, :1].float()
+    logits = model(**inputs).logits.float()
+    return logits if logits.ndim > 2 else logits.unsqueeze(1)

@@ -11,6 +11,7 @@ from distill.forecast.memory import MemoryModel
 from distill.forecast.memory_limit import HALF, MemoryLimit, amount
 from distill.forecast.text import TextForecast
 from distill.models.configs import count, largest
+from distill.models.layouts import layout_of
 from distill.pruning.layout import Config
 from distill.stages.forecast import Forecast, Signal, Training
 from distill.training.spec import ComputeSpec
@@ -37,7 +38,12 @@ class StageCost:
 
 
 def training_flops(
-    student: Config, teacher: Config | None, training: Training, length: int, checkpointing: bool
+    student: Config,
+    teacher: Config | None,
+    training: Training,
+    length: int,
+    checkpointing: bool,
+    tokens: float | None = None,
 ) -> float:
     """Floating-point operations of a training (arXiv 2001.08361, appendix of table 1, with causal attention).
 
@@ -50,8 +56,10 @@ def training_flops(
         training: its budget.
         length: tokens of a sequence.
         checkpointing: whether activations are computed twice.
+        tokens: that it reads; None: by its budget in tokens or steps.
     """
-    tokens = training.budget.steps(length) * training.budget.batch_size * length
+    if tokens is None:
+        tokens = training.budget.steps(length) * training.budget.batch_size * length
     backward = 1.0 if training.lora is not None else 2.0
     own = (1.0 + backward + checkpointing) * _forward(student, length)
     return tokens * (own + (0.0 if teacher is None else _forward(teacher, length)))
@@ -59,10 +67,10 @@ def training_flops(
 
 def _forward(config: Config, length: int) -> float:
     """Operations per token of a forward pass."""
-    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-    inner = heads * int(config.get("head_dim") or hidden // heads)
-    lookups = 0 if config.get("tie_word_embeddings") else int(config["vocab_size"]) * hidden
-    return 2.0 * ((count(config) or 0) - lookups) + 2.0 * int(config["num_hidden_layers"]) * inner * length
+    sizes = layout_of(config).sizes(config)
+    inner = sizes["attention_heads"] * sizes["head_dim"]
+    lookups = 0 if config.get("tie_word_embeddings") else sizes["vocabulary"] * sizes["hidden_channels"]
+    return 2.0 * ((count(config) or 0) - lookups) + 2.0 * sizes["layers"] * inner * length
 
 
 def cost_of(
@@ -89,10 +97,20 @@ def cost_of(
                 training,
                 model.sequence_length,
                 model.checkpointing,
+                tokens_read(training, length, text) or 0.0,
             )
     trains = training is not None and not training.is_trial and training.budget.steps(length) > 0
     unknown = trains and (model is None or model.lacks_teacher)
+    unknown |= trains and training is not None and tokens_read(training, length, text) is None
     return StageCost(None if unknown else flops, model_bytes, checkpoints, _cache_bytes(forecast.signal, text))
+
+
+def tokens_read(training: Training, length: int, text: TextForecast) -> float | None:
+    """Tokens that a training reads, where rows are full; None of a budget in epochs of a text of unknown size."""
+    budget = training.budget
+    if budget.num_epochs is not None:
+        return None if text.train is None else budget.num_epochs * text.train
+    return budget.steps(length) * budget.batch_size * length
 
 
 def _cache_bytes(signal: Signal | None, text: TextForecast) -> float:

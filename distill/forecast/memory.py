@@ -33,7 +33,7 @@ from math import prod
 from typing import Any, Literal
 
 from distill.losses.chunks import numbers_at_once, tokens_at_once
-from distill.models.layouts import LAYOUTS
+from distill.models.layouts import layout_of
 from distill.models.lora import LoraSpec
 from distill.pruning.layout import Layout, Parameter, shape
 
@@ -209,7 +209,7 @@ class Shape:
     """
 
     def __init__(self, config: Config):
-        layout: Layout = LAYOUTS[config["model_type"]]
+        layout: Layout = layout_of(config)
         self._sizes = sizes = layout.sizes(config)
         self._rows = [row for row in layout.parameters if row.exists(config)]
         self._block = [row for row in self._rows if "{layer}" in row.path]

@@ -36,6 +36,7 @@ def describe(recipe: Recipe, memory_gb: float | None = None) -> str:
         RecipeError: a stage asks of a model what its config cannot give.
     """
     said = [f"{recipe.name}: {len(recipe.stages)} stages, seed {recipe.seed}"]
+    said[0] += "" if recipe.task.is_causal else f", task: {recipe.task.kind}"
     mistakes, limit = list(missing_text(recipe)), MemoryLimit.of(recipe.compute, memory_gb)
     known: dict[str, Forecast] = {}
     if recipe.teacher is not None:
@@ -209,12 +210,16 @@ def lines_of_text(text: texts.TextForecast, data: DataSpec) -> Iterator[str]:
 def _passes(training: Training, view: View, text: texts.TextForecast) -> str | None:
     """How often a training reads the text, or sources of it, where that is worth a line."""
     tokens = _tokens_read(training, view)
+    if tokens is None:
+        return None
     if isinstance(view.data.train, Mixture):
         return often_read(view.data.train, tokens, text)
     return texts.passes(tokens, text)
 
 
-def _tokens_read(training: Training, view: View) -> float:
-    """Tokens that a training reads, where rows are full."""
+def _tokens_read(training: Training, view: View) -> float | None:
+    """Tokens that a training reads, where rows are full; None of a budget in epochs, which says how often it reads."""
     budget, length = training.budget, view.data.sequence_length
+    if budget.num_epochs is not None:
+        return None
     return budget.num_tokens if budget.num_tokens is not None else budget.steps(length) * budget.batch_size * length

@@ -185,6 +185,8 @@ def _measured(recipe: Recipe, texts: list[str], is_long: bool) -> TextForecast:
     sample = pieces_of(texts, LOOK_BYTES)
     try:
         backend = Tokenizer.from_file(str(file))
+        backend.no_padding()  # a file may hold the settings of some program, such as rows of 128 tokens
+        backend.no_truncation()
         num_tokens = sum(len(one) for one in backend.encode_batch_fast(sample, add_special_tokens=False))
     except Exception as error:  # the library raises nothing narrower
         raise InputError(f"{file}: not a tokenizer ({error}); fetch it again") from None

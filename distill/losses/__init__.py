@@ -18,8 +18,12 @@ from distill.losses.total_variation import TotalVariation, total_variation
 from distill.losses.standardized_kl import StandardizedKL, standardized_kl
 from distill.losses.decoupled_kd import DecoupledKD, decoupled_kd
 from distill.losses.cross_entropy import CrossEntropy, cross_entropy
+from distill.losses.embedding_cosine import EmbeddingCosine, embedding_cosine
+from distill.losses.score_mse import ScoreMSE, score_mse
+from distill.losses.label_mse import LabelMSE, label_mse
 from distill.losses.hidden_mse import HiddenMSE, hidden_mse
 from distill.losses.hidden_cosine import HiddenCosine, hidden_cosine
 from distill.losses.attention_relation import AttentionRelation, attention_relation
+from distill.losses.attention_score import AttentionScore, attention_score
 
 LOSSES = Family.among("loss", globals(), LossSpec, StateLossSpec)

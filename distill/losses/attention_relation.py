@@ -1,6 +1,6 @@
 """Attention relations of MiniLMv2: the student learns the similarities between the tokens' queries, keys and values.
 
-    R_i = softmax_j(a_i . a_j / sqrt(d)),  j <= i;    loss = KL(R_i of the teacher || R_i of the student)
+    R_i = softmax_j(a_i . a_j / sqrt(d));    loss = KL(R_i of the teacher || R_i of the student)
 
 per token i, where a are the concatenated queries of all heads, split again into ``num_relation_heads`` vectors of d
 channels. The same is computed for keys and values, and the loss is the mean over relation heads and over the three.
@@ -8,9 +8,10 @@ Similarities between tokens are compared and not the states themselves, so stude
 number of heads, and no projection is needed. Prefer it if they differ in width or architecture. A student that was
 pruned from its teacher learns more, at less cost, from :mod:`hidden_mse <distill.losses.hidden_mse>`.
 
-The sum over j is over the tokens to which a decoder attends, so the relations are causal. Tokens that are not counted
-are excluded both as i and as j. The vectors are the outputs of the linear projections, before rotary position
-embeddings. The memory is O(tokens per chunk x tokens), because the relations are recomputed in the backward pass.
+The sum over j is over the tokens to which the model attends: j <= i in a decoder, all of the row in an encoder. Tokens
+that are not counted are excluded both as i and as j. The vectors are the outputs of the linear projections, before
+rotary position embeddings. The memory is O(tokens per chunk x tokens), because the relations are recomputed in the
+backward pass.
 
 Source: Wang et al. 2020, arXiv 2012.15828 (for encoders, with the sum over the three, from one layer: the last layer,
 or one above the middle of a large teacher); the relation of values is from arXiv 2002.10957.
@@ -47,9 +48,17 @@ class AttentionRelation(StateLossSpec):
     """Number of vectors into which the heads of a token are split; unset: the greatest common divisor of the numbers of
     heads of both models (of KV heads for keys and values)."""
 
-    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor, documents: Tensor | None = None) -> LossTerm:
+    def __call__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        mask: Tensor,
+        documents: Tensor | None = None,
+        *,
+        is_causal: bool = True,
+    ) -> LossTerm:
         heads = self.num_relation_heads or 1
-        return attention_relation(student, teacher, mask, documents, num_relation_heads=heads)
+        return attention_relation(student, teacher, mask, documents, num_relation_heads=heads, is_causal=is_causal)
 
     def between(self, student: Shape, teacher: Shape) -> Self:
         """A copy of this loss with its number of relation heads resolved.
@@ -75,17 +84,20 @@ def attention_relation(
     documents: Tensor | None = None,
     *,
     num_relation_heads: int,
+    is_causal: bool = True,
     chunk_entries: int = 1 << 23,
 ) -> LossTerm:
-    """KL(teacher || student) of causal relations, averaged over relation heads and summed over tokens, in nats.
+    """KL(teacher || student) of relations, averaged over relation heads and summed over tokens, in nats.
 
     Args:
         student: concatenated vectors of all heads, [batch, sequence, student width].
         teacher: concatenated vectors of all heads, [batch, sequence, teacher width].
-        mask: [batch, sequence], False for tokens that are excluded from all relations.
+        mask: [batch, sequence], False for tokens that are excluded from all relations; or weights of the tokens, 0 for
+            those.
         documents: [batch, sequence], index of each token's document, to which its relations are limited; None if each
             row is one document.
         num_relation_heads: number of vectors into which a width is split; it must divide both widths.
+        is_causal: whether a token is related to itself and earlier tokens only, or to all tokens of its row.
         chunk_entries: number of entries of the relations that exist at once; at least one token per sequence is
             computed.
     """
@@ -96,12 +108,22 @@ def attention_relation(
         """[batch, sequence, width] -> [batch, relation heads, sequence, channels]."""
         return vectors.float().unflatten(-1, (num_relation_heads, -1)).transpose(1, 2)
 
-    batch, length = mask.shape
+    (batch, length), counted = mask.shape, mask.bool()
     tokens = max(1, chunk_entries // (batch * num_relation_heads * length))
     ours, theirs = split(student), split(teacher)
     with torch.autocast(student.device.type, enabled=False):  # half precision is too coarse for exponents
         values = [  # [batch, tokens of a chunk] each
-            checkpoint(_relation_kl, ours, theirs, mask, documents, start, min(start + tokens, length), **_RECOMPUTED)
+            checkpoint(
+                _relation_kl,
+                ours,
+                theirs,
+                counted,
+                documents,
+                start,
+                min(start + tokens, length),
+                is_causal,
+                **_RECOMPUTED,
+            )
             for start in range(0, length, tokens)
         ]
     return masked_sum(torch.cat(values, 1), mask)
@@ -112,7 +134,13 @@ _RECOMPUTED: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": Fal
 
 
 def _relation_kl(
-    student: Tensor, teacher: Tensor, mask: Tensor, documents: Tensor | None, start: int, end: int
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    documents: Tensor | None,
+    start: int,
+    end: int,
+    is_causal: bool,
 ) -> Tensor:
     """KL of the relations of tokens ``start`` to ``end``, averaged over relation heads.
 
@@ -123,22 +151,25 @@ def _relation_kl(
         documents: [batch, sequence] or None.
         start: index of the first token.
         end: index after the last token.
+        is_causal: whether later tokens are excluded.
 
     Returns:
         [batch, end - start], nats.
     """
     import torch
 
-    at = torch.arange(end, device=mask.device)  # [end]
-    row = at[start:].unsqueeze(1)  # [tokens, 1]
-    seen = (at < row) & mask[:, :end].unsqueeze(1)  # [batch, tokens, end]
+    last = end if is_causal else mask.shape[1]  # after the last token that any of these is related to
+    at = torch.arange(last, device=mask.device)  # [last]
+    row = at[start:end].unsqueeze(1)  # [tokens, 1]
+    earlier = at < row if is_causal else torch.ones(len(row), last, dtype=torch.bool, device=mask.device)
+    seen = earlier & mask[:, :last].unsqueeze(1)  # [batch, tokens, last]
     if documents is not None:
-        seen = seen & (documents[:, :end].unsqueeze(1) == documents[:, start:end].unsqueeze(2))
-    unseen = ~(seen | (at == row)).unsqueeze(1)  # [batch, 1, tokens, end]; a token always attends to itself
+        seen = seen & (documents[:, :last].unsqueeze(1) == documents[:, start:end].unsqueeze(2))
+    unseen = ~(seen | (at == row)).unsqueeze(1)  # [batch, 1, tokens, last]; a token always attends to itself
 
     def relation(vectors: Tensor) -> Tensor:
-        """Log-softmax of the similarities, [batch, relation heads, tokens, end]."""
-        scores = vectors[:, :, start:end] @ vectors[:, :, :end].transpose(2, 3) / sqrt(vectors.shape[-1])
+        """Log-softmax of the similarities, [batch, relation heads, tokens, last]."""
+        scores = vectors[:, :, start:end] @ vectors[:, :, :last].transpose(2, 3) / sqrt(vectors.shape[-1])
         return scores.masked_fill(unseen, -1e30).log_softmax(-1)  # finite, so that 0 * log 0 is 0
 
     return kl(relation(teacher), relation(student)).mean(1)

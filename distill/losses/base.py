@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from distill.core.spec import Spec
 from distill.losses.schedule import Schedule, Weight
@@ -25,6 +25,9 @@ class AnyLossSpec(Spec):
     needs_teacher: ClassVar[bool] = True
     needs_text: ClassVar[bool] = False
     """Whether the loss reads the next token of the text. On-policy samples have no such token."""
+
+    compares: ClassVar[Literal["distributions", "values"]] = "distributions"
+    """What the outputs of the heads are to this loss: logits, or plain numbers such as scores and embeddings."""
 
     kind: str
     weight: Weight = 1.0
@@ -120,5 +123,10 @@ def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> LossTerm:
-    """Sum ``values`` [...] where ``mask`` [...] is True; the sum has a graph even if no element is True."""
+    """Sum ``values`` [...] where ``mask`` [...] is True; the sum has a graph even if no element is True.
+
+    A mask of numbers is one of weights: an element counts as often as its weight says, and not at all at 0.
+    """
+    if mask.is_floating_point():
+        return LossTerm((values.masked_fill(mask == 0, 0.0) * mask).sum(), mask.sum())
     return LossTerm(values.masked_fill(~mask, 0.0).sum(), mask.sum())

@@ -88,7 +88,7 @@ def head_losses(
     Returns:
         The weighted sum over the tokens (scalar, fp32, differentiable with respect to ``hidden`` and the parameters of
         the head), and the unweighted terms by name, without a graph. With a teacher they contain ``kl``, at temperature
-        1.
+        1, unless the losses compare plain values.
     """
     # index_select by positions, not a boolean mask, so that hidden states and targets share one lookup
     keep = mask.flatten().nonzero().squeeze(1) if kept is None else kept  # [tokens], positions that are counted
@@ -97,12 +97,13 @@ def head_losses(
     chunk = chunk_tokens or tokens_at_once(vocabulary, len(keep), on_cpu=hidden.device.type == "cpu")
     signal = signal.take(keep) if signal is not None else None
     tiles = _tiles(signal, targets.flatten().index_select(0, keep), chunk)
+    is_compared = signal is not None and all(loss.compares == "distributions" for _, loss in losses)
     learn = torch.is_grad_enabled()  # read here, because it is always off inside an autograd.Function
 
     def losses_of(logits: Tensor, start: int) -> Iterator[list[Tensor]]:
-        return (_losses_of_tile(tile, losses, learn) for tile in tiles(logits, start))
+        return (_losses_of_tile(tile, losses, learn, is_compared) for tile in tiles(logits, start))
 
-    names = [*(name for name, _ in losses), *([KL] if signal is not None else [])]
+    names = [*(name for name, _ in losses), *([KL] if is_compared else [])]
     student = projection(head.logits, head.parameters, student_hidden, min(chunk, len(keep)), learn)
     sums = _Chunked.apply(losses_of, len(names), student, chunk, learn, student_hidden, *head.parameters)
     count = torch.full((), len(keep), dtype=torch.int64, device=hidden.device)  # torch.tensor would wait for a copy
@@ -141,8 +142,10 @@ def _tile_tokens(logits: Tensor) -> int:
     return max(1, numbers // logits.shape[-1])
 
 
-def _losses_of_tile(tile: LogitTile, losses: Sequence[tuple[str, LossSpec]], learn: bool) -> list[Tensor]:
-    """The weighted total, each loss, and KL if there is a teacher; scalars, summed over the tile.
+def _losses_of_tile(
+    tile: LogitTile, losses: Sequence[tuple[str, LossSpec]], learn: bool, is_compared: bool
+) -> list[Tensor]:
+    """The weighted total, each loss, and KL if there is a teacher's distribution; scalars, summed over the tile.
 
     If ``learn`` is True, the gradient of the total replaces the student's logits.
     """
@@ -156,7 +159,7 @@ def _losses_of_tile(tile: LogitTile, losses: Sequence[tuple[str, LossSpec]], lea
     found = [_value_and_gradient(loss, tile) for _, loss in losses]
     values = [value for value, _ in found]
     total = torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum()
-    sums = [total, *values, *tile.kl()]
+    sums = [total, *values, *(tile.kl() if is_compared else ())]
     if learn:  # at the end, because the tile cannot be read afterwards
         _write_sum([gradient for _, gradient in found], weights, tile.student)
     return sums

@@ -28,7 +28,15 @@ class HiddenCosine(HiddenLossSpec):
 
     kind: Literal["hidden_cosine"] = "hidden_cosine"
 
-    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor, documents: Tensor | None = None) -> LossTerm:
+    def __call__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        mask: Tensor,
+        documents: Tensor | None = None,
+        *,
+        is_causal: bool = True,
+    ) -> LossTerm:
         return hidden_cosine(student, teacher, mask)
 
 

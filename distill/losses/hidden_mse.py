@@ -32,7 +32,15 @@ class HiddenMSE(HiddenLossSpec):
     scale: Literal["teacher", "none"] = "teacher"
     """Divisor of the squared difference of a token: the mean square of the teacher's state, or 1 (none)."""
 
-    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor, documents: Tensor | None = None) -> LossTerm:
+    def __call__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        mask: Tensor,
+        documents: Tensor | None = None,
+        *,
+        is_causal: bool = True,
+    ) -> LossTerm:
         return hidden_mse(student, teacher, mask, scale=self.scale)
 
 

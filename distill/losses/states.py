@@ -63,6 +63,8 @@ class StateLossSpec(AnyLossSpec):
     parts: ClassVar[tuple[str, ...]] = ("block",)
     """Tensors of a layer that are compared: its output ("block"), or projections of its attention. Their mean is
     used."""
+    is_joint: ClassVar[bool] = False
+    """Whether the parts are read together, side by side in one tensor, and not one after the other."""
 
     layers: Layers = "auto"
     """Pairs of a student layer and a teacher layer that are compared, counted from 0. auto: all layers of the student,
@@ -97,15 +99,25 @@ class StateLossSpec(AnyLossSpec):
         """
         return self
 
-    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor, documents: Tensor | None = None) -> LossTerm:
+    def __call__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        mask: Tensor,
+        documents: Tensor | None = None,
+        *,
+        is_causal: bool = True,
+    ) -> LossTerm:
         """Compute the loss of one pair of states.
 
         Args:
             student: the student's state, [batch, sequence, width]; 0 where ``mask`` is False.
             teacher: the teacher's state, [batch, sequence, width], without a graph; 0 where ``mask`` is False.
-            mask: [batch, sequence], True for the positions that are counted.
+            mask: [batch, sequence], True for the positions that are counted, or the weight of each position.
             documents: [batch, sequence], index of each token's document within its row, if attention is limited to the
                 document; None if a token attends to all earlier tokens of its row.
+            is_causal: whether a token attends to earlier tokens only; False for encoders, where it attends to all
+                tokens of its row that count.
         """
         raise NotImplementedError
 

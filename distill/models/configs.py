@@ -17,7 +17,7 @@ from distill.core.errors import InputError
 from distill.core.model_config import read_config
 from distill.core.model_folder import check_folder, check_no_adapter
 from distill.core.outside import is_folder
-from distill.models.layouts import LAYOUTS
+from distill.models.layouts import find_layout
 from distill.models.load import locate
 from distill.pruning.layout import Config
 
@@ -65,7 +65,7 @@ def _shipped() -> dict[str, Config]:
 
 def count(config: Config | None) -> int | None:
     """Number of parameters; None if the architecture has no layout, or the config is not known."""
-    layout = LAYOUTS.get(str(config.get("model_type"))) if config else None
+    layout = find_layout(config) if config else None
     if layout is None or config is None or "vocab_size" not in config:
         return None
     return layout.count(config)

@@ -1,8 +1,15 @@
-"""A causal language model split into body and output head, where the head includes all scaling of the logits.
+"""A model split into body and output head, where the head includes all scaling of the logits.
 
     hidden = body(input_ids)                                                            [batch, sequence, hidden]
     logits = head(hidden) * multiply / divide                                           [batch, sequence, vocabulary]
     logits = softcap * tanh(logits / softcap)                                           if the config has a soft-cap
+
+The head is the last linear layer. What another model than a causal one computes between its body and this layer (the
+transform of a head for masked tokens, the pooling and dropout of a classifier) belongs to the body here:
+
+    masked_lm, token_classification   hidden [batch, sequence, hidden]      logits of each token
+    classification, regression        hidden [batch, 1, hidden]             logits of each text
+    embedding                         hidden [batch, 1, hidden]             the embedding of each text; no head
 
 Losses, teacher and evaluation call body and head separately, so that logits exist only for a chunk of tokens. Soft-cap
 and scales are read from the config; :func:`check_head` compares the result with the model's own forward before
@@ -15,6 +22,9 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
+from dataclasses import dataclass
+from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -28,22 +38,116 @@ from transformers import PreTrainedModel, masking_utils
 
 from distill.core.errors import InputError
 from distill.losses.head import Head
+from distill.models.heads import head_of
 from distill.quantization.fake_quant import FakeQuantLinear
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, **arguments: Tensor) -> Tensor:
-    """The last hidden states, after the final norm.
+    """What the output head reads: the last hidden states after the final norm; see the top of this file.
 
     Args:
-        model: a causal language model.
+        model: a model of transformers.
         input_ids: [batch, sequence].
-        arguments: other inputs of the body, such as ``position_ids`` [batch, sequence].
+        arguments: other inputs of the body, such as ``attention_mask`` or ``position_ids`` [batch, sequence]. Token
+            types are left out for a model that has none.
 
     Returns:
-        [batch, sequence, hidden].
+        [batch, sequence, hidden], or [batch, 1, hidden] for a head that reads whole texts.
+
+    Raises:
+        InputError: a model without a head, for which no pooling was chosen.
     """
+    if (kind := head_of(model)) != "causal_lm":
+        return _states_of_encoder(model, kind, {"input_ids": input_ids, **arguments})
     with _no_question(restarts="position_ids" in arguments):
         return model.base_model(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
+
+
+def _states_of_encoder(model: PreTrainedModel, kind: str, inputs: dict[str, Tensor]) -> Tensor:
+    """:func:`hidden_states` of a model that does not predict the next token."""
+    if not _takes_token_types(cast(Any, type(model))):
+        inputs.pop("token_type_ids", None)
+    if kind == "embedding":
+        states = model(**inputs).last_hidden_state  # [batch, sequence, hidden]
+        return pooling_of(model)(states, inputs.get("attention_mask")).unsqueeze(1)
+    with _passing_on(_head_module(model)):
+        states = model(**inputs).logits  # what the last layer was to read
+    return states if states.ndim > 2 else states.unsqueeze(1)
+
+
+@cache
+def _takes_token_types(model: Any) -> bool:
+    return "token_type_ids" in signature(model.forward).parameters
+
+
+@contextmanager
+def _passing_on(module: torch.nn.Module) -> Iterator[None]:
+    """Within the ``with`` block, a module returns its input, so that a model's own forward ends before it."""
+    module.forward = _same
+    try:
+        yield
+    finally:
+        del module.forward  # the method of its class is seen again
+
+
+def _same(states: Tensor) -> Tensor:
+    return states
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How hidden states become the embedding of a text.
+
+    Attributes:
+        kind: the mean over the tokens, or the state of the first one.
+        normalize: whether embeddings are scaled to length 1.
+    """
+
+    kind: str
+    normalize: bool
+
+    def __call__(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        """Embeddings, [batch, hidden].
+
+        Args:
+            states: [batch, sequence, hidden].
+            mask: [batch, sequence], 0 for padding; None: all tokens count.
+        """
+        if self.kind == "cls":
+            pooled = states[:, 0]
+        elif mask is None:
+            pooled = states.mean(1)
+        else:
+            weights = mask.unsqueeze(-1).to(states.dtype)  # [batch, sequence, 1]
+            pooled = (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+        return torch.nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled
+
+
+def set_pooling(model: PreTrainedModel, pooling: Pooling) -> PreTrainedModel:
+    """Choose how a model without a head makes embeddings; the model itself."""
+    cast(Any, model).distill_pooling = pooling
+    return model
+
+
+def pooling_if_any(model: PreTrainedModel) -> Pooling | None:
+    """What :func:`set_pooling` chose; None where nothing was chosen."""
+    found: Pooling | None = getattr(model, "distill_pooling", None)
+    return found
+
+
+def pooling_of(model: PreTrainedModel) -> Pooling:
+    """What :func:`set_pooling` chose.
+
+    Raises:
+        InputError: nothing was chosen.
+    """
+    found = pooling_if_any(model)
+    if found is None:
+        raise InputError(
+            f"{type(model).__name__} has no output head, so it has no logits to train on; use a causal language model, "
+            "or set task in the recipe"
+        )
+    return found
 
 
 @contextmanager
@@ -76,6 +180,9 @@ def output_head(model: PreTrainedModel) -> Head:
     Raises:
         InputError: the model has no output embeddings.
     """
+    if head_of(model) == "embedding":
+        pooling_of(model)
+        return Head(_same)
     return _scaled(_head_module(model), _scales(model))
 
 
@@ -85,6 +192,8 @@ def head_copy(model: PreTrainedModel, device: torch.device) -> Head:
     Raises:
         InputError: the model has no output embeddings.
     """
+    if head_of(model) == "embedding":
+        return Head(lambda hidden: hidden.to(device))
     copied = _scaled(deepcopy(_head_module(model)).to(device).requires_grad_(False), _scales(model))
     return Head(lambda hidden: copied.logits(hidden.to(device)), copied.parameters)
 
@@ -95,12 +204,21 @@ def _head_module(model: PreTrainedModel) -> torch.nn.Module:
     Raises:
         InputError: the model has no output embeddings.
     """
-    module = model.get_output_embeddings()
+    module = model.get_output_embeddings() if head_of(model) in ("causal_lm", "masked_lm") else _classifier(model)
     if module is None:
         raise InputError(
             f"{type(model).__name__} has no output head, so it has no logits to train on; use a causal language model"
         )
     return module
+
+
+def _classifier(model: PreTrainedModel) -> torch.nn.Module | None:
+    """The last linear layer of a head for classes; :func:`check_head` compares it with the model's own forward."""
+    head = getattr(model, "classifier", None) or getattr(model, "score", None)
+    if head is None:
+        return None
+    matrices = [module for module in head.modules() if getattr(module, "weight", None) is not None]
+    return matrices[-1] if matrices else None
 
 
 def _scales(model: PreTrainedModel) -> dict[str, float]:
@@ -227,15 +345,28 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         InputError: the logits differ, because the architecture has another operation between body and head.
     """
-    if model.device.type == "meta":
+    if model.device.type == "meta" or head_of(model) == "embedding":
         return
     ids = torch.arange(4, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
     training = model.training
     model.eval()
-    ours = output_head(model).logits(hidden_states(model, ids)).float()  # [1, 4, vocabulary]
-    theirs = model(input_ids=ids, use_cache=False).logits.float()
-    model.train(training)
-    difference = (ours - theirs).abs().max().item()
+    caches = {"use_cache": False} if head_of(model) == "causal_lm" else {}
+    try:
+        theirs = model(input_ids=ids, **caches).logits.float()
+        ours = output_head(model).logits(hidden_states(model, ids)).float()  # [1, 4, vocabulary], or [1, 1, classes]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # sizes that its config class lets pass
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"{type(model).__name__}: cannot compute four tokens ({reason}); the sizes in its config do not fit each "
+            "other"
+        ) from error
+    finally:
+        model.train(training)
+    if ours.numel() != theirs.numel():
+        raise InputError(f"{type(model).__name__}: no output head was found that makes its logits; use another model")
+    difference = (ours - theirs.view_as(ours)).abs().max().item()
     if not difference <= 1e-3 * max(1.0, theirs.abs().max().item()):
         raise InputError(
             f"{type(model).__name__} has an operation between its last hidden states and its logits that distill does "

@@ -5,17 +5,19 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from distill.core.errors import InputError
 from distill.core.model_config import check_config
 from distill.core.model_folder import with_adapter
 from distill.core.outside import is_folder
 from distill.core.source import suggest
+from distill.core.tasks import Head
+from distill.models.heads import loader_of, task_of
 from distill.pretrained import config_from, model_from, model_of
 
 if TYPE_CHECKING:
@@ -23,8 +25,13 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 BUILTIN = "builtin:"
-CLASSIFIER = "ForSequenceClassification"
-Task = Literal["causal_lm", "masked_lm", "classification"]
+Task = Head
+
+__all__ = [
+    "BUILTIN", "Task", "another_task", "check_loaded", "check_reachable", "empty_model", "load_config", "load_empty",
+    "load_model", "locate", "low_bit_scheme", "move", "new_config", "new_model", "quiet_transformers", "task_of",
+    "without_bars",
+]  # fmt: skip
 
 
 def locate(reference: str) -> str:
@@ -148,8 +155,6 @@ def load_model(
         InputError: the model cannot be loaded, has another task, or weights are missing or have the wrong shape
             (transformers would initialize them randomly).
     """
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
-
     from distill.models.kv_cache import cache_type, round_cache
     from distill.models.size import check_memory
 
@@ -159,22 +164,11 @@ def load_model(
     if task not in tasks:
         raise another_task(location, config.model_type, task)
     check_memory(location, config, dtype)
-    loaders = {"masked_lm": AutoModelForMaskedLM, "classification": AutoModelForSequenceClassification}
-    loader = loaders.get(task, AutoModelForCausalLM)
     with without_bars(location):
         model, report = model_from(
-            location, loader, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            location, loader_of(task), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    if getattr(model, "_hf_peft_config_loaded", False):  # an adapter in the same Hub repository
-        raise with_adapter(location)
-    lacking = [f"{name} is missing" for name in sorted(report["missing_keys"])]
-    lacking += [
-        f"{name} has shape {[*got]}, expected {[*expected]}"
-        for name, got, expected in sorted(report["mismatched_keys"])
-    ]
-    if lacking:
-        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        raise InputError(f"{location}: the weights do not fit the config: {lacking[0]}{more}")
+    check_loaded(location, model, report)
     if low_bit_scheme(model.config):
         from distill.quantization.unpack import unpack
 
@@ -185,23 +179,41 @@ def load_model(
     return move(model, device).eval()
 
 
-def task_of(config: PretrainedConfig) -> Task:
-    """The task of a model. Without this, transformers would load an encoder as a causal model without a causal mask."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+def check_loaded(location: str, model: Any, report: Mapping[str, Any], may_lack: Container[str] = ()) -> None:
+    """Refuse a model of which transformers would initialise weights randomly.
 
-    if any(name.endswith(CLASSIFIER) for name in config.architectures or ()):
-        return "classification"
-    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    return "masked_lm" if is_encoder else "causal_lm"
+    Args:
+        location: of the model.
+        model: as it was loaded.
+        report: ``output_loading_info`` of transformers.
+        may_lack: names of weights that may be new.
+
+    Raises:
+        InputError: other weights are missing or have the wrong shape.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):  # an adapter in the same Hub repository
+        raise with_adapter(location)
+    lacking = [f"{name} is missing" for name in sorted(report["missing_keys"]) if name not in may_lack]
+    lacking += [
+        f"{name} has shape {[*got]}, expected {[*expected]}"
+        for name, got, expected in sorted(report["mismatched_keys"])
+    ]
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise InputError(f"{location}: the weights do not fit the config: {lacking[0]}{more}")
 
 
-def another_task(location: str, kind: str, task: Task) -> InputError:
+def another_task(
+    location: str, kind: str, task: Task, cannot: str = "cannot be used here; set task in the recipe, or choose another"
+) -> InputError:
     """The error for a model whose task is not supported by the caller."""
-    what = {"masked_lm": "an encoder, which predicts masked tokens", "classification": "a classifier of texts"}
-    return InputError(
-        f"{location}: {kind} is {what.get(task, 'a causal language model')}; distill trains and measures causal "
-        "language models only, and exports other models to onnx"
-    )
+    what = {
+        "masked_lm": "an encoder, which predicts masked tokens",
+        "classification": "a classifier of texts",
+        "token_classification": "a classifier of words",
+        "embedding": "an encoder without an output head",
+    }
+    return InputError(f"{location}: {kind} is {what.get(task, 'a causal language model')}, which {cannot}")
 
 
 def move(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
@@ -214,10 +226,9 @@ def low_bit_scheme(config: PretrainedConfig) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
-def new_model(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
-    """A causal language model of this config with random weights, the same for the same seed; fp32, on the CPU."""
+def new_model(config: PretrainedConfig, *, seed: int, task: Task = "causal_lm") -> PreTrainedModel:
+    """A model of this config and head with random weights, the same for the same seed; fp32, on the CPU."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from distill.models.size import check_memory
 
@@ -225,17 +236,16 @@ def new_model(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
     check_memory(config.model_type, config, "float32")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPU
-        return model_of(config, AutoModelForCausalLM, dtype=torch.float32).eval()
+        return model_of(config, loader_of(task), dtype=torch.float32).eval()
 
 
-def empty_model(config: PretrainedConfig, task: str = "causal_lm") -> PreTrainedModel:
+def empty_model(config: PretrainedConfig, task: Task = "causal_lm") -> PreTrainedModel:
     """A model with this config on the device "meta": class and shapes, without values."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     quiet_transformers()
     with torch.device("meta"):
-        return model_of(config, AutoModelForCausalLM if task == "causal_lm" else AutoModelForMaskedLM).eval()
+        return model_of(config, loader_of(task)).eval()
 
 
 def load_empty(location: str) -> PreTrainedModel | None:

@@ -19,6 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from distill.core.errors import InputError
+from distill.core.tasks import Head
 from distill.models.load import empty_model, load_config, load_model, locate, low_bit_scheme
 from distill.models.size import weight_map
 from distill.pretrained import generation_config_from
@@ -41,7 +42,7 @@ class Shards:
         InputError: a parameter of the model is not in the files, or the weights are low-bit.
     """
 
-    def __init__(self, location: str, task: str = "causal_lm"):
+    def __init__(self, location: str, task: Head = "causal_lm"):
         self.folder = _local(location)
         self.model = _empty_model(str(self.folder), task)
         self._homes = _homes(self.folder)
@@ -102,7 +103,7 @@ def prune_folder(location: str, plan: Plan, layout: Layout, dtype: torch.dtype) 
         InputError: see :class:`Shards` and :func:`distill.pruning.surgery.build_pruned_model`.
     """
     if low_bit_scheme(load_config(location)):
-        return apply(load_model(location, dtype=dtype), plan, layout)
+        return apply(load_model(location, dtype=dtype, tasks=(layout.task,)), plan, layout)
     shards = Shards(location, layout.task)
     return build_pruned_model(shards.model, plan, layout, shards.read, dtype)
 
@@ -114,7 +115,7 @@ def _local(location: str) -> Path:
     return Path(snapshot_download(str(folder), allow_patterns=["*.safetensors", "*.json"]))
 
 
-def _empty_model(location: str, task: str) -> PreTrainedModel:
+def _empty_model(location: str, task: Head) -> PreTrainedModel:
     config = load_config(location)
     if low_bit_scheme(config):
         raise InputError(f"{location}: has low-bit weights, which cannot be read one at a time; use the original model")

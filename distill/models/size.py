@@ -8,12 +8,13 @@ from pathlib import Path
 import psutil
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from distill.core.errors import InputError, MachineError
 from distill.core.model_folder import WEIGHTS, content_files
 from distill.core.outside import read_json
-from distill.models.layouts import layout_for
+from distill.models.heads import loader_of, task_of
+from distill.models.layouts import layout_of
 from distill.pretrained import config_from, model_of
 
 INDEX = "model.safetensors.index.json"
@@ -77,7 +78,7 @@ def check_memory(location: str, config: PretrainedConfig, dtype: str | torch.dty
     chosen = config.dtype if dtype == "auto" else dtype
     kind = getattr(torch, chosen) if isinstance(chosen, str) else chosen or torch.float32
     try:
-        num_parameters = layout_for(config.model_type).count(config.to_dict())
+        num_parameters = layout_of(config.to_dict()).count(config.to_dict())
     except InputError:  # an architecture without a layout, or a variant
         num_parameters = count_parameters(_empty(config))[0]
     wanted, there = num_parameters * kind.itemsize, psutil.virtual_memory().total + psutil.swap_memory().total
@@ -90,7 +91,7 @@ def check_memory(location: str, config: PretrainedConfig, dtype: str | torch.dty
 
 def _empty(config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        return model_of(config, AutoModelForCausalLM)
+        return model_of(config, loader_of(task_of(config)))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

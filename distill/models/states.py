@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.core.errors import InputError
 from distill.losses.states import Pair, Shape, StateLossSpec
-from distill.models.layouts import LAYOUTS
+from distill.models.layouts import LAYOUTS, find_layout
 from distill.pruning.layout import config_of
 
 if TYPE_CHECKING:
@@ -32,11 +32,13 @@ class Shapes:
         num_layers: number of layers.
         parts: part of a layer -> (number of heads, channels per head).
         paths: part of a layer -> path of its module, with ``{layer}`` for the layer's index.
+        is_causal: whether a token attends to earlier tokens only.
     """
 
     num_layers: int
     parts: dict[str, Shape]
     paths: dict[str, str]
+    is_causal: bool = True
 
     @property
     def hidden_size(self) -> int:
@@ -50,7 +52,7 @@ class Shapes:
         Raises:
             InputError: there is no layout for the architecture.
         """
-        layout = LAYOUTS.get(str(config.get("model_type")))
+        layout = find_layout(config)
         if layout is None:
             raise InputError(
                 f"model_type {config.get('model_type')!r} has no layout, which losses on hidden states and "
@@ -61,7 +63,9 @@ class Shapes:
         heads = {"queries": sizes["attention_heads"], "keys": sizes["kv_groups"], "values": sizes["kv_groups"]}
         parts = {part: (heads[part], sizes["head_dim"]) for part in layout.projections}
         paths = {"block": layout.block, **layout.projections}
-        return cls(sizes["layers"], {"block": (1, sizes["hidden_channels"]), **parts}, paths)
+        return cls(
+            sizes["layers"], {"block": (1, sizes["hidden_channels"]), **parts}, paths, layout.task == "causal_lm"
+        )
 
 
 def pairs_of(

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.core.errors import DistillError, InputError
-from distill.models.load import load_model, task_of
+from distill.models.heads import head_of
+from distill.models.load import load_model
 from distill.models.shards import Shards
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ def _reader(folder: Path, model: PreTrainedModel) -> Callable[[str], Tensor]:
         InputError: the folder cannot be loaded, or a weight is missing.
     """
     try:
-        return Shards(str(folder), task_of(model.config)).value
+        return Shards(str(folder), head_of(model)).value
     except InputError:  # damaged, or a format that only transformers' loader supports
-        return load_model(str(folder), dtype=model.dtype).state_dict().__getitem__
+        return load_model(str(folder), dtype=model.dtype, tasks=(head_of(model),)).state_dict().__getitem__
 
 
 def _difference(stored: Tensor, trained: Tensor) -> str | None:

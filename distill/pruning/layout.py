@@ -13,14 +13,15 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from distill.core.errors import InputError
+from distill.core.tasks import Head
 
 if TYPE_CHECKING:
     from torch import nn
 
 WIDTH_AXES = ("mlp_neurons", "attention_heads", "kv_groups", "hidden_channels")
 AXES = (*WIDTH_AXES, "experts", "layers")
-FIXED_AXES = ("head_dim", "positions", "token_types")
-"""Axes that are never cut: rotary frequencies and learned positions depend on them."""
+FIXED_AXES = ("head_dim", "positions", "token_types", "classes")
+"""Axes that are never cut: rotary frequencies and learned positions depend on them, and a class is an answer."""
 
 HEAD_LABELS = {
     "attention_heads": ("attention_heads", 1),
@@ -109,7 +110,8 @@ class Layout:
         neurons_per_channel: MLP neurons per hidden channel, for configs whose intermediate size is null.
         expects: config key -> the only value that the layout supports; a missing key counts as that value.
         pinned_tokens: config keys of token ids that must not change when the vocabulary is cut.
-        task: what the model predicts: the next token, or masked tokens (an encoder).
+        task: what the model predicts: the next token, or another head (an encoder).
+        embeddings: module whose output is the input of the first layer; None where it is not one module.
     """
 
     model_type: str
@@ -128,7 +130,8 @@ class Layout:
     neurons_per_channel: int | None = None
     expects: Mapping[str, Any] = field(default_factory=dict)
     pinned_tokens: tuple[str, ...] = ()
-    task: Literal["causal_lm", "masked_lm"] = "causal_lm"
+    task: Head = "causal_lm"
+    embeddings: str | None = None
 
     def key(self, axis: str, config: Config) -> str | None:
         """The config key that holds the size of an axis; None if it is derived from other sizes."""
@@ -159,6 +162,8 @@ class Layout:
             found["kv_groups"] = heads
         if found.get("head_dim") is None and hidden and heads:
             found["head_dim"] = hidden // heads
+        if any("classes" in parameter.axes for parameter in self.parameters):
+            found["classes"] = len(config.get("id2label") or (0, 1))  # transformers leaves its default of two out
         if found["mlp_neurons"] is None and self.neurons_per_channel and hidden:
             found["mlp_neurons"] = self.neurons_per_channel * hidden
         self._refuse(config, found)
@@ -237,9 +242,9 @@ def shape(parameter: Parameter, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
-    """The config of a transformers model as a dict."""
+    """The config of a transformers model as a dict, with the name of its class, which tells its head."""
     config: Any = model.config
-    return dict(config.to_dict())
+    return {**config.to_dict(), "architectures": [type(model).__name__]}
 
 
 def check(model: nn.Module, layout: Layout) -> dict[str, int]:

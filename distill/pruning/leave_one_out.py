@@ -31,8 +31,8 @@ from distill.numerics.term import LossTerm
 from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.keep import KeepSpec
 from distill.pruning.layout import Layout, config_of
-from distill.pruning.next_token_loss import cross_entropy, kl_sum, require_causal
-from distill.pruning.observe import eval_mode, masked_batches
+from distill.pruning.next_token_loss import cross_entropy, kl_sum, predictions, require_targets
+from distill.pruning.observe import eval_mode, masked_batches, no_cache
 from distill.pruning.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -69,21 +69,21 @@ class LeaveOneOut(CriterionSpec):
         """One full pass over each batch, and one pass per block that starts at the end of the removed block."""
         import torch
 
-        if self.loss == "cross_entropy":
-            require_causal(layout, self.kind)
         blocks = [
             model.get_submodule(layout.block.format(layer=layer))
             for layer in range(layout.sizes(config_of(model))["layers"])
         ]
         length = self._length(len(blocks))
         with torch.no_grad(), eval_mode(model):
-            for inputs, following, mask in masked_batches(model, batches):
+            for inputs, following, mask in masked_batches(model, batches, layout, predicted=True):
+                if self.loss == "cross_entropy" or layout.task == "embedding":
+                    require_targets(layout, inputs, self.kind)
                 targets = following[mask]  # [tokens]
-                passes = leave_one_out(model, blocks, length, inputs)
-                original = next(passes)[mask]  # [tokens, vocabulary]
+                passes = leave_one_out(model, blocks, length, inputs, **no_cache(layout))
+                original = predictions(next(passes), mask)  # [tokens, vocabulary]
                 before = cross_entropy(original, targets)
                 for start, without in enumerate(stoppable(passes)):
-                    logits = without[mask]  # [tokens, vocabulary]
+                    logits = predictions(without, mask)  # [tokens, vocabulary]
                     increase = (
                         kl_sum(original, logits) if self.loss == "kl" else cross_entropy(logits, targets) - before
                     )
@@ -110,7 +110,7 @@ class LeaveOneOut(CriterionSpec):
 
 
 def leave_one_out(
-    model: nn.Module, blocks: list[nn.Module], length: int, inputs: Mapping[str, Tensor]
+    model: nn.Module, blocks: list[nn.Module], length: int, inputs: Mapping[str, Tensor], **settings: bool
 ) -> Iterator[Tensor]:
     """Yield the logits of the model, then those without layers s to s + length - 1 for each s.
 
@@ -119,17 +119,18 @@ def leave_one_out(
         blocks: its layers.
         length: number of layers removed together.
         inputs: keyword arguments of the model.
+        settings: further ones, such as ``use_cache``.
 
     Yields:
-        [batch, sequence, vocabulary].
+        [batch, sequence, vocabulary], or [batch, classes] of a classifier of texts.
     """
     causal: Any = model
     with _record_inputs(blocks) as entered:
-        logits = causal(**inputs, use_cache=False).logits
+        logits = causal(**inputs, **settings).logits
     yield logits
     for start in range(len(blocks) - length + 1):
         with _bypassed(blocks[: start + length], entered[start]):
-            logits = causal(**inputs, use_cache=False).logits
+            logits = causal(**inputs, **settings).logits
         yield logits
 
 

@@ -1,11 +1,12 @@
-"""Losses on the next token, for criteria that measure the effect of a unit on the output.
+"""Losses on the next token, or on what else a task predicts, for criteria that measure what a unit does to the output.
 
 Logits are the largest tensors of a pass, so they are converted to fp32 in chunks of tokens.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from distill.core.errors import InputError
 from distill.numerics.kl import kl_of_logits
@@ -19,21 +20,33 @@ CHUNK_TOKENS = 1024
 """Number of tokens whose logits are in fp32 at the same time."""
 
 
-def require_causal(layout: Layout, what: str) -> None:
-    """Raise unless the model predicts the next token.
+def require_targets(layout: Layout, batch: Mapping[str, Any], what: str) -> None:
+    """Raise unless a batch says what the model predicts.
 
     Args:
         layout: the layout of the model's architecture.
+        batch: of the calibration data.
         what: the criterion, for the message.
 
     Raises:
-        InputError: the model is an encoder.
+        InputError: the model is an encoder, and the batch was made for the next token; or it predicts nothing.
     """
-    if layout.task != "causal_lm":
+    if layout.task == "embedding" or (layout.task != "causal_lm" and "attention_mask" not in batch):
         raise InputError(
-            f"{what} needs a next-token loss, but {layout.model_type} is an encoder; use a criterion that reads "
+            f"{what} needs a next-token loss or that of the recipe's task, but {layout.model_type} is an encoder"
+            f"{' without an output head' if layout.task == 'embedding' else ''}; use a criterion that reads "
             "activations, such as activation or block_influence"
         )
+
+
+def predictions(logits: Tensor, mask: Tensor) -> Tensor:
+    """The logits that count, [tokens, vocabulary].
+
+    Args:
+        logits: [batch, sequence, vocabulary], or [batch, classes] of a classifier of texts.
+        mask: bool [batch, sequence] or [batch, 1].
+    """
+    return (logits if logits.ndim > 2 else logits.unsqueeze(1))[mask]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from distill.core.batch import model_inputs
@@ -128,9 +129,9 @@ def observe(model: nn.Module, layout: Layout, batches: Batches, observers: Itera
             else:
                 handles.append(module.register_forward_hook(hook_for(called), with_kwargs=True))
         with torch.no_grad(), eval_mode(model):
-            for inputs, _, mask in masked_batches(model, batches):
+            for inputs, _, mask in masked_batches(model, batches, layout):
                 tokens = TokenMask(mask, next(model.parameters()).device)
-                body(**inputs, use_cache=False)
+                body(**inputs, **no_cache(layout))
     finally:
         for handle in handles:
             handle.remove()
@@ -168,8 +169,17 @@ def _observed_experts(
     return forward
 
 
-def masked_batches(model: nn.Module, batches: Batches) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+def masked_batches(
+    model: nn.Module, batches: Batches, layout: Layout, *, predicted: bool = False
+) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
     """(model inputs on the model's device, targets on the same device, mask on the CPU) of each batch.
+
+    Args:
+        model: that reads them.
+        batches: see :func:`distill.pruning.base.score`. For an encoder all tokens of their ``attention_mask`` count as
+            activations, whatever is predicted from them.
+        layout: the layout of the model's architecture.
+        predicted: whether the mask is that of the predictions, which is [batch, 1] where one is made per text.
 
     Raises:
         InputError: a mask has the wrong shape or type, or, after the last batch, no token was selected.
@@ -178,16 +188,32 @@ def masked_batches(model: nn.Module, batches: Batches) -> Iterator[tuple[dict[st
 
     device, tokens = next(model.parameters()).device, 0
     for batch in stoppable(batches):
-        mask = batch["mask"].cpu()
-        if mask.shape != batch["input_ids"].shape or mask.dtype != torch.bool:
+        mask, attended = batch["mask"].cpu(), batch.get("attention_mask")
+        shape = batch["input_ids"].shape
+        if attended is not None and not predicted and layout.task != "causal_lm":
+            mask = attended.cpu().bool()
+        if (mask.shape != shape and not predicted) or mask.dtype != torch.bool:
             raise InputError(
                 f"a calibration batch has a mask of {mask.dtype} {tuple(mask.shape)}, "
                 f"expected torch.bool {tuple(batch['input_ids'].shape)}, the shape of its input_ids"
             )
-        yield model_inputs(batch, device), batch["targets"].to(device), mask
+        yield _known_inputs(model, batch, device), batch["targets"].to(device), mask
         tokens += int(mask.sum())
     if tokens == 0:
         raise InputError("the masks of the calibration data select 0 tokens, expected 1 or more; use more data")
+
+
+def _known_inputs(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The inputs of a model; token types are left out for one that has none."""
+    inputs = model_inputs(batch, device)
+    if "token_type_ids" in inputs and "token_type_ids" not in signature(model.forward).parameters:
+        del inputs["token_type_ids"]
+    return inputs
+
+
+def no_cache(layout: Layout) -> dict[str, bool]:
+    """Arguments that keep a decoder from storing keys and values; encoders store none."""
+    return {"use_cache": False} if layout.task == "causal_lm" else {}
 
 
 @contextmanager

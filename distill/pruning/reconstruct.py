@@ -145,7 +145,7 @@ def _input_output_pairs(
         _capture_at(small, new_path) as small_pass,
         _capture_at(large, old_path) as large_pass,
     ):
-        for inputs, _, mask in masked_batches(small, batches):
+        for inputs, _, mask in masked_batches(small, batches, layout):
             for model in (small, large):
                 with suppress(_StopForward):
                     model.get_submodule(layout.body)(**inputs, use_cache=False)

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.layout import WIDTH_AXES, Layout, config_of
-from distill.pruning.next_token_loss import cross_entropy, require_causal
-from distill.pruning.observe import eval_mode, masked_batches
+from distill.pruning.next_token_loss import cross_entropy, predictions, require_targets
+from distill.pruning.observe import eval_mode, masked_batches, no_cache
 from distill.pruning.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -48,12 +48,12 @@ class Taylor(CriterionSpec):
 
     def measure(self, model: nn.Module, layout: Layout, batches: Batches, statistics: Statistics) -> None:
         """A forward and a backward pass over each batch."""
-        require_causal(layout, self.kind)
         with _gated(model, layout) as gates:
-            for inputs, targets, mask in masked_batches(model, batches):
+            for inputs, targets, mask in masked_batches(model, batches, layout, predicted=True):
+                require_targets(layout, inputs, self.kind)
                 gates.clear()
                 causal: Any = model
-                logits = causal(**inputs, use_cache=False).logits[mask]  # [tokens, vocabulary]
+                logits = predictions(causal(**inputs, **no_cache(layout)).logits, mask)  # [tokens, vocabulary]
                 cross_entropy(logits, targets[mask]).backward()
                 del logits  # frees the graph, and the tensors that its hooks hold, before the next forward pass
                 for name, derivative in gates.items():

@@ -75,6 +75,16 @@ COLUMNS = (
     Column("bits_per_byte", "Bits per byte", "bit"),
     Column("kl_to_teacher", "KL to teacher", "nats/token", style=lambda value: f"{value:.3f}"),
     Column("top1_agreement", "Top-1 agreement", "%", 100, style=lambda value: f"{value:.1f}"),
+    Column("accuracy", "Accuracy", "%", 100, style=lambda value: f"{value:.1f}"),
+    Column("macro_f1", "Macro F1", "%", 100, style=lambda value: f"{value:.1f}"),
+    Column("matthews", "Matthews correlation", "", style=lambda value: f"{value:.3f}"),
+    Column("span_f1", "F1 of spans", "%", 100, style=lambda value: f"{value:.1f}"),
+    Column("pearson", "Pearson correlation", "", style=lambda value: f"{value:.3f}"),
+    Column("spearman", "Spearman correlation", "", style=lambda value: f"{value:.3f}"),
+    Column("embedding_cosine", "Cosine to teacher", "", style=lambda value: f"{value:.3f}"),
+    Column("neighbours_shared", "Neighbours shared with teacher", "%", 100, style=lambda value: f"{value:.1f}"),
+    Column("pair_spearman", "Spearman of cosines", "", style=lambda value: f"{value:.3f}"),
+    Column("knn_accuracy", "Accuracy of 15 neighbours", "%", 100, style=lambda value: f"{value:.1f}"),
     Column("prefill_ms", "Prefill", "ms"),
     Column("decode_tokens_per_s", "Decode", "tokens/s"),
     Column("peak_memory_bytes", "Peak memory", "MB", 1e-6),
@@ -98,7 +108,9 @@ def cell(row: Row, column: Column) -> str:
     if value is None:
         is_without_counter = column.key in ENERGY and row.decode_tokens_per_s is not None
         return NOT_MEASURED if is_without_counter else MISSING
-    return column.style(value * column.scale)
+    text = column.style(value * column.scale)
+    error = row.errors.get(column.key)
+    return text if error is None else f"{text} \N{PLUS-MINUS SIGN} {column.style(error * column.scale)}"
 
 
 def kernel(row: Row) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,7 +31,20 @@ SPEED = (
 )
 """Fields that are None for a simulated kernel."""
 ENERGY = ("prefill_joules", "decode_joules")
-HIGHER_IS_BETTER = frozenset({"top1_agreement", "decode_tokens_per_s", "decode_tokens_per_s_p90"})
+OF_TASKS = (
+    "accuracy",
+    "macro_f1",
+    "matthews",
+    "span_f1",
+    "pearson",
+    "spearman",
+    "embedding_cosine",
+    "neighbours_shared",
+    "pair_spearman",
+    "knn_accuracy",
+)
+"""Metrics of tasks other than the next token."""
+HIGHER_IS_BETTER = frozenset({"top1_agreement", "decode_tokens_per_s", "decode_tokens_per_s_p90", *OF_TASKS})
 EQUAL_SPEED = 0.05
 """Speeds whose ratio differs from 1 by at most this are equal, because repeated measurements differ as much."""
 
@@ -43,6 +56,7 @@ Text = Annotated[str, Field(min_length=1, max_length=4096)]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Measured = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Correlation = Annotated[float, Field(ge=-1 - ROUNDING, le=1 + ROUNDING, allow_inf_nan=False)]
 Nats = Annotated[float, Field(ge=-ROUNDING, allow_inf_nan=False)]
 
 
@@ -102,6 +116,8 @@ class Row:
         weight_bytes: size of the weight files; bits_per_parameter: mean bits on disk per parameter.
         nonzero_share: fraction of nonzero parameters of a sparse model; None for a dense model.
         perplexity, loss_nats, bits_per_byte, kl_to_teacher, top1_agreement: as in ``evaluation.quality``.
+        accuracy, ..., knn_accuracy: metrics of the recipe's task, as in ``evaluation.task_quality``.
+        errors: name of a metric of the task -> its standard error.
         prefill_ms, decode_tokens_per_s: medians of the fastest round; decode_tokens_per_s_p90: its slowest 10 %.
         peak_memory_bytes: of the process or device; memory_above_start_bytes: the part due to the model.
         prefill_joules, decode_joules: energy per 1,000 tokens, by counters.
@@ -134,6 +150,17 @@ class Row:
     bits_per_byte: Nats | None = None
     kl_to_teacher: Nats | None = None
     top1_agreement: Share | None = None
+    accuracy: Share | None = None
+    macro_f1: Share | None = None
+    matthews: Correlation | None = None
+    span_f1: Share | None = None
+    pearson: Correlation | None = None
+    spearman: Correlation | None = None
+    embedding_cosine: Correlation | None = None
+    neighbours_shared: Share | None = None
+    pair_spearman: Correlation | None = None
+    knn_accuracy: Share | None = None
+    errors: Mapping[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = field(default_factory=dict)
     prefill_ms: Measured | None = None
     decode_tokens_per_s: Measured | None = None
     decode_tokens_per_s_p90: Measured | None = None

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from distill.reporting.files import EQUAL_NATS, findings
-from distill.reporting.tables import percent, significant
-from distill.reporting.tradeoff import EQUAL_SPEED, Row, figure, gap_closed
+from distill.reporting.tables import BY_KEY, percent, significant
+from distill.reporting.tradeoff import EQUAL_SPEED, OF_TASKS, Row, figure, gap_closed
 
 NOISY_SPEED = 0.15
 """If decode speeds of models of the same shape differ by more than this, other processes disturbed the measurement."""
@@ -180,16 +180,24 @@ def _share_of(row: Row, teacher: Row) -> str:
 def _speed(row: Row, teacher: Row) -> str:
     if row.lacks_speed:
         return "speed not measured (its kernel is simulated here)"
-    own, whole = row.decode_tokens_per_s, teacher.decode_tokens_per_s
+    own, whole, what = row.decode_tokens_per_s, teacher.decode_tokens_per_s, "decode speed"
+    if not own and not whole and row.prefill_ms and teacher.prefill_ms:  # an encoder reads whole texts only
+        own, whole, what = 1 / row.prefill_ms, 1 / teacher.prefill_ms, "speed"
     if not own or not whole:
         return "speed not measured"
     ratio = own / whole
     if abs(ratio - 1) <= EQUAL_SPEED:
-        return f"no faster ({ratio:.2f}x its decode speed)"
-    return f"{ratio:.2f}x its decode speed" + (" (slower)" if ratio < 1 else "")
+        return f"no faster ({ratio:.2f}x its {what})"
+    return f"{ratio:.2f}x its {what}" + (" (slower)" if ratio < 1 else "")
 
 
 def _quality(row: Row, teacher: Row | None) -> str:
+    for column in (BY_KEY[name] for name in OF_TASKS):
+        if (value := figure(row, column.key)) is not None:
+            unit = f" {column.unit}" if column.unit else ""
+            whole = figure(teacher, column.key) if teacher is not None else None
+            against = "" if whole is None else f" against {column.style(whole * column.scale)}{unit}"
+            return f"{column.title[0].lower()}{column.title[1:]} {column.style(value * column.scale)}{unit}{against}"
     if row.perplexity is None:
         return "quality not measured"
     against = f" against {significant(teacher.perplexity)}" if teacher and teacher.perplexity is not None else ""

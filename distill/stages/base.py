@@ -68,7 +68,7 @@ class StageSpec(Spec):
 
     def takes_all_ranks(self) -> bool:
         """Whether all processes of a run work at it, which is when it trains; else the first does it alone."""
-        return isinstance(self, BudgetSpec) and bool(self.num_tokens or self.num_steps)
+        return isinstance(self, BudgetSpec) and self.is_trained()
 
     def mistakes(self, data: DataSpec) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """What of the recipe's text it cannot work with: (key path inside the stage, line)."""

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from distill.core.errors import InputError
 from distill.losses import AnyLossSpec, StateLossSpec
 from distill.models.configs import count
+from distill.models.heads import named_head
 from distill.models.layouts import LAYOUTS
-from distill.models.load import CLASSIFIER, Task, another_task, locate
+from distill.models.load import Task, another_task, locate
 from distill.models.states import Shapes, pairs_of
 from distill.pretrained import token_names
 from distill.pruning.layout import Config
@@ -17,25 +18,65 @@ from distill.training.ends import agreed_ends, note_of_ends
 from distill.training.spec import BudgetSpec, DistillSpec, split_batch
 
 
-def check_task(stage: StageSpec, view: View, tasks: Sequence[Task] = ("causal_lm",)) -> None:
-    """Refuse models for another task than the stage's.
+def check_task(stage: StageSpec, view: View, tasks: Sequence[Task] | None = None, starts: Sequence[str] = ()) -> None:
+    """Refuse models with another head than the recipe's task needs.
 
     Args:
         stage: whose references are looked at.
         view: of the stage.
-        tasks: what the stage can use.
+        tasks: heads that the stage can use; None: that of the recipe's task.
+        starts: keys of the stage that name models which may lack the head, as training gives them one or needs none.
 
     Raises:
         InputError: a model has another one.
     """
-    for _, reference in stage.references():
+    task = view.data.task
+    for path, reference in stage.references():
         config = view.config(reference) or {}
-        kind = str(config.get("model_type"))
-        task: Task = LAYOUTS[kind].task if kind in LAYOUTS else "causal_lm"
-        if any(name.endswith(CLASSIFIER) for name in config.get("architectures") or ()):
-            task = "classification"
-        if task not in tasks:
-            raise another_task(reference, kind, task)
+        if not task.is_causal and "model_type" not in config:
+            continue  # not on this machine; it is looked at when it is loaded
+        own = _head_of(config)
+        allowed: Sequence[Task] = tasks or (task.head,)
+        is_encoder = not task.is_causal and own != "causal_lm"
+        if tasks is None and is_encoder and (task.head == "embedding" or path[0] in starts):
+            continue
+        if own not in allowed:
+            kind = str(config.get("model_type"))
+            if tasks is not None:
+                raise another_task(reference, kind, own)
+            if task.is_causal:
+                raise another_task(reference, kind, own, "needs a task in the recipe, such as task: masked_lm")
+            if own == "causal_lm":
+                raise another_task(reference, kind, own, f"cannot be used with task: {task.kind}; use an encoder")
+            raise another_task(
+                reference, kind, own, f"has no head for task: {task.kind}; train one first, by kind: finetune"
+            )
+
+
+def _head_of(config: Config) -> Task:
+    """As :func:`distill.models.heads.task_of`, without transformers; of an unknown architecture the next token."""
+    named, kind = named_head(config), str(config.get("model_type"))
+    if named in ("classification", "token_classification", "masked_lm"):
+        return named
+    layout = LAYOUTS.get(kind)
+    if layout is None or layout.task == "causal_lm":
+        return "causal_lm"
+    return "embedding" if named == "embedding" else layout.task
+
+
+def refuse_task(view: View, what: str, fix: str = "remove it") -> None:
+    """Refuse what only models that predict the next token can do.
+
+    Args:
+        view: of the stage.
+        what: the stage or its key.
+        fix: what to do about it.
+
+    Raises:
+        InputError: the recipe's task is another.
+    """
+    if not view.data.task.is_causal:
+        raise InputError(f"{what} cannot be used with task: {view.data.task.kind}; {fix}")
 
 
 def check_sizes(budget: BudgetSpec, view: View, config: Config | None) -> None:
@@ -53,6 +94,8 @@ def check_sizes(budget: BudgetSpec, view: View, config: Config | None) -> None:
     if not budget.steps(length):
         return
     split_batch(budget, view.compute, view.compute.known_processes())
+    if not view.data.task.is_causal and view.compute.strategy == "fsdp":
+        raise InputError(f"compute.strategy: fsdp cannot be used with task: {view.data.task.kind}; use ddp")
     positions = (config or {}).get("max_position_embeddings")
     if isinstance(positions, int) and length > positions:
         raise InputError(f"data.sequence_length ({length}) is longer than the model's {positions} positions; lower it")

@@ -11,8 +11,17 @@ from distill.models.lora import LoraSpec
 from distill.pruning.layout import Config
 from distill.stages.ask_every import AskEvery, check_asked
 from distill.stages.base import SELF, View
-from distill.stages.checks import check_ends, check_own_teacher, check_sizes, check_states, check_task, note_on_ends
+from distill.stages.checks import (
+    check_ends,
+    check_own_teacher,
+    check_sizes,
+    check_states,
+    check_task,
+    note_on_ends,
+    refuse_task,
+)
 from distill.stages.forecast import Forecast, Training
+from distill.stages.heads import with_task
 from distill.stages.passes import say_passes
 from distill.stages.text import ReadsText
 from distill.training.spec import DistillSpec
@@ -60,7 +69,7 @@ class Distill(DistillSpec, ReadsText):
     def forecast(self, view: View) -> Forecast:
         """The student, trained."""
         return replace(
-            view.of_model(self.student, self._check),
+            with_task(view.of_model(self.student, self._check), view),
             reads=self.reading(),
             does=self.in_words(view.data.sequence_length, view.data.packing),
             training=Training(self, self.losses, None if self.teacher == SELF else self.teacher, self.lora),
@@ -69,7 +78,11 @@ class Distill(DistillSpec, ReadsText):
 
     def _check(self, view: View, config: Config | None) -> None:
         check_sizes(self, view, config)
-        check_task(self, view)
+        check_task(self, view, starts=["student"])
+        if self.lora is not None:
+            refuse_task(view, "lora")
+        if self.evaluate_every is not None:
+            refuse_task(view, "evaluate_every")
         check_states(self.losses, view, self.student, self.teacher)
         check_ends(self, self, view)
         check_asked(self.evaluate_every, view)

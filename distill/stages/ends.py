@@ -31,6 +31,8 @@ def differences(
         stops: ids that end a turn of a conversation; none where the text is no conversations.
     """
     session = context.session
+    if not session.data.task.is_causal:  # such a model generates nothing
+        return []
     if session.is_cut:  # there ids are others, and the models are cut to end as the run's text does
         return []
     generation = student.generation_config

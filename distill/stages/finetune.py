@@ -6,18 +6,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from distill.core.model_config import check_config
-from distill.losses import CrossEntropy
 from distill.models.configs import AT_MOST
 from distill.models.lora import LoraSpec
 from distill.models.new import NewModel
 from distill.pruning.layout import Config
 from distill.stages.ask_every import AskEvery, check_asked
 from distill.stages.base import View
-from distill.stages.checks import check_sizes, check_task
+from distill.stages.checks import check_sizes, check_task, refuse_task
 from distill.stages.forecast import Forecast, Training
+from distill.stages.heads import with_task
 from distill.stages.passes import say_passes
 from distill.stages.text import ReadsText
 from distill.training.spec import BudgetSpec
+from distill.training.task_losses import losses_on_text
 
 if TYPE_CHECKING:
     from distill.stages.session import StageContext
@@ -52,7 +53,7 @@ class Finetune(BudgetSpec, ReadsText):
     def forecast(self, view: View) -> Forecast:
         """A model of the same shape, trained on the text."""
         if isinstance(self.model, str):
-            forecast = view.of_model(self.model, self._check)
+            forecast = with_task(view.of_model(self.model, self._check), view)
         else:
             check_config(self.model.config, "model.config")
             forecast = self._new(view, self.model.config)
@@ -61,7 +62,7 @@ class Finetune(BudgetSpec, ReadsText):
             forecast,
             reads=self.reading(),
             does=self.in_words(view.data.sequence_length, view.data.packing),
-            training=Training(self, [CrossEntropy()], lora=self.lora),
+            training=Training(self, losses_on_text(view.data.task), lora=self.lora),
         )
 
     def _new(self, view: View, config: Config) -> Forecast:
@@ -74,7 +75,11 @@ class Finetune(BudgetSpec, ReadsText):
 
     def _check(self, view: View, config: Config | None) -> None:
         check_sizes(self, view, config)
-        check_task(self, view)
+        check_task(self, view, starts=["model"])
+        if self.lora is not None:
+            refuse_task(view, "lora")
+        if self.evaluate_every is not None:
+            refuse_task(view, "evaluate_every")
         check_asked(self.evaluate_every, view)
 
     def rehearse(self, context: StageContext) -> None:
@@ -96,7 +101,7 @@ class Finetune(BudgetSpec, ReadsText):
             context,
             self,
             self.model,
-            [CrossEntropy()],
+            losses_on_text(context.session.data.task),
             weights=self.weights,
             lora=self.lora,
             save_dtype=self.save_dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,14 +12,29 @@ from transformers import PretrainedConfig, PreTrainedModel
 from distill.core.artifact import Artifact
 from distill.core.errors import InputError
 from distill.data.cut_tokenizer import rows_of
+from distill.data.task_corpus import TaskCorpus
 from distill.data.tokenizer import check_read_back, check_same_vocabulary, load_tokenizer
-from distill.models.layouts import layout_for
-from distill.models.load import empty_model, load_config, load_empty, load_model, move, new_config, new_model
+from distill.models.head import pooling_if_any
+from distill.models.heads import head_of
+from distill.models.layouts import layout_of
+from distill.models.load import (
+    empty_model,
+    load_config,
+    load_empty,
+    load_model,
+    move,
+    new_config,
+    new_model,
+    task_of,
+)
 from distill.models.new import NewModel
 from distill.models.packed import check_apart
+from distill.models.sentence_files import write_sentence_files
 from distill.models.shards import prune_folder
+from distill.models.task_models import load_for_task, new_for_task
 from distill.models.written import check_written
 from distill.pruning.base import Scores
+from distill.pruning.layout import config_of
 from distill.pruning.mask import freeze_zeros, masked_layers
 from distill.pruning.plan import plan
 from distill.stages.session import StageContext
@@ -35,15 +51,30 @@ def starting_model(context: StageContext, reference: str | NewModel, weights: st
     """
     session = context.session
     if isinstance(reference, NewModel):
-        config = config_of_new(context, reference)
-        return empty_model(config) if session.is_sent_models else new_model(config, seed=session.seed)
+        return _new(context, config_of_new(context, reference))
     location = session.artifact(reference).location
     check_vocabulary(context, location, tokens=weights == "pretrained")
     if weights == "random":
         config = load_config(location)
         check_read_back(session.tokenizer(), config.model_type)
-        return empty_model(config) if session.is_sent_models else new_model(config, seed=session.seed)
+        return _new(context, config)
+    if not session.data.task.is_causal:
+        return load_for_task(location, session.data.task, classes_of(context), dtype="float32", new_head=session.seed)
     return load_trainable(context, location)
+
+
+def _new(context: StageContext, config: PretrainedConfig) -> PreTrainedModel:
+    """A model with random weights and the head of the task."""
+    session = context.session
+    if not session.data.task.is_causal:
+        return new_for_task(config, session.data.task, classes_of(context), seed=session.seed)
+    return empty_model(config) if session.is_sent_models else new_model(config, seed=session.seed)
+
+
+def classes_of(context: StageContext) -> tuple[str, ...]:
+    """Names of the classes of the run's data, in the order of the logits; none where the task has none."""
+    corpus = context.session.corpus()
+    return corpus.classes if isinstance(corpus, TaskCorpus) else ()
 
 
 def config_of_new(context: StageContext, model: NewModel) -> PretrainedConfig:
@@ -112,9 +143,16 @@ def load_in_vocabulary(context: StageContext, location: str, dtype: str) -> PreT
     rows = rows_of(session.tokenizer(), whole) if session.is_cut else None
     if rows is None or len(rows) == len(whole):
         check_vocabulary(context, location)
-        return load_model(location, dtype=dtype)
-    layout = layout_for(config["model_type"])
+        return load_for_task(
+            location, session.data.task, () if session.data.task.is_causal else classes_of(context), dtype=dtype
+        )
+    layout = layout_of(config)
     part = plan(Scores(), {}, layout, config, vocabulary=rows)
+    if layout.task != session.data.task.head:
+        raise InputError(
+            f"{location}: keep.vocabulary cut the student's tokens, and this model has no head for task: "
+            f"{session.data.task.kind} to be compared with it; train one first, by kind: finetune"
+        )
     model = prune_folder(location, part, layout, getattr(torch, stored_dtype_of(location, dtype)))
     return model.eval()
 
@@ -148,7 +186,12 @@ def load_on_device(context: StageContext, location: str) -> PreTrainedModel:
         InputError: it cannot be loaded, or lets the documents of a row see each other.
     """
     device = resolve_device(context.session.compute)
-    return move(check_packing(context, load_model(location, dtype=dtype_on(device))), device)
+    task = context.session.data.task
+    if task.is_causal:
+        return move(check_packing(context, load_model(location, dtype=dtype_on(device))), device)
+    head = task_of(load_config(location))  # of a body alone, activations are read
+    model = load_model(location, dtype=dtype_on(device), tasks=(head,))
+    return move(model, device)
 
 
 def check_packing(context: StageContext, model: PreTrainedModel) -> PreTrainedModel:
@@ -198,7 +241,7 @@ def hold_mask(context: StageContext, reference: str, model: PreTrainedModel, *, 
             f"{reference}: its weights are masked ({lineage.mask}), and a merged adapter would fill the zeros; "
             "train the weights (no lora), or mask after this stage"
         )
-    freeze_zeros(masked_layers(model, layout_for(model.config.model_type)))
+    freeze_zeros(masked_layers(model, layout_of(config_of(model))))
     return lineage.mask
 
 
@@ -209,6 +252,15 @@ def save_plain(model: PreTrainedModel, stored_dtype: str) -> Any:
         plain = move(model, "cpu").to(getattr(torch, stored_dtype))
         plain.save_pretrained(folder)
         check_written(folder, plain)
+        if head_of(plain) == "embedding" and (pooling := pooling_if_any(plain)) is not None:
+            positions = getattr(plain.config, "max_position_embeddings", 512)
+            write_sentence_files(
+                Path(folder),
+                width=plain.config.hidden_size,
+                pooling=pooling.kind,
+                normalize=pooling.normalize,
+                max_length=min(512, positions),
+            )
 
     return save
 

@@ -25,7 +25,7 @@ def passes_of(context: StageContext, budget: BudgetSpec) -> dict[str, float]:
     if not isinstance(mixture, Mixture) or not budget.steps(1):
         return {}
     corpus = context.session.corpus()
-    times = corpus.passes(budget.steps(corpus.tokens_per_sequence) * budget.batch_size)
+    times = corpus.passes(corpus.steps_of(budget) * budget.batch_size)
     mixture.check_repeats(times)
     return {name: round(often, 4) for name, often in times.items()}
 

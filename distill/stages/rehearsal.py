@@ -72,9 +72,13 @@ def rehearse_model(context: StageContext, source: str | NewModel) -> None:
         what, config = location, load_config(location)
     else:
         config = config_of_new(context, source)
-    if task_of(config) == "causal_lm":  # else the stage refuses it
+    task = context.session.data.task
+    if task_of(config) == "causal_lm" and task.is_causal:  # else the stage refuses it
         with trial_folder(context) as folder:
             _write(context, _empty(config, location), folder, what)
+    elif not task.is_causal and task_of(config) != "causal_lm":
+        with trial_folder(context) as folder:
+            _write(context, empty_model(config, task.head), folder, what)
 
 
 def standing_for(context: StageContext, reference: str) -> str | None:

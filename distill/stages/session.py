@@ -20,6 +20,7 @@ from distill.data.chat_encoder import ChatPrompts
 from distill.data.corpus import Corpus, trained_tokenizer
 from distill.data.spec import DataSpec
 from distill.data.split import RULE
+from distill.data.task_corpus import open_rows
 from distill.data.tokenizer import check_written, load_tokenizer
 from distill.models.card import licence_of
 from distill.models.load import locate
@@ -146,6 +147,8 @@ class Session:
         # what these two name is hashed by itself
         rest["chat"] = {**(rest["chat"] or {}), "template": None}
         rest["tokenizer"] = None if place is not None else rest["tokenizer"]
+        if not self.data.task.is_causal:
+            rest["task"] = self.data.task.model_dump(mode="json")
         if self.data.augment is None:
             del rest["augment"]
         else:
@@ -191,9 +194,12 @@ class Session:
         if self._corpus is None:
             tokenizer = self.tokenizer()
             locate = lambda reference: self.artifact(reference).location  # noqa: E731
-            words = candidates_of(self.data, locate, self.compute)
             place = self.run.folder / "data"
-            self._corpus = Corpus.open(self.data, tokenizer, place, self.seed, len(tokenizer), words)
+            if self.data.task.is_causal:
+                words = candidates_of(self.data, locate, self.compute)
+                self._corpus = Corpus.open(self.data, tokenizer, place, self.seed, len(tokenizer), words)
+            else:
+                self._corpus = open_rows(self.data, tokenizer, place, self.seed, len(tokenizer))
             for line in [*self._corpus.summary().splitlines(), *self._other_templates()]:
                 self.say(f"  {line}")
         return self._corpus

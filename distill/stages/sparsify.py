@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from distill.pruning.layout import Config
 from distill.stages.base import View
-from distill.stages.checks import check_task
+from distill.stages.checks import check_task, refuse_task
 from distill.stages.forecast import Forecast
 from distill.stages.text import ReadsText
 
@@ -56,6 +56,7 @@ class Sparsify(ReadsText):
         return replace(view.of_model(self.model, self._check), reads=self.reading())
 
     def _check(self, view: View, config: Config | None) -> None:
+        refuse_task(view, "sparsify", "use prune")
         check_task(self, view)
 
     def rehearse(self, context: StageContext) -> None:
@@ -67,7 +68,7 @@ class Sparsify(ReadsText):
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Choose, set to zero, write."""
-        from distill.models.layouts import layout_for
+        from distill.models.layouts import layout_of
         from distill.models.load import load_config, move
         from distill.pruning.mask import apply_mask, masked_layers, nonzero_share, squares_of_inputs
         from distill.stages.models import check_vocabulary, load_on_device, save_plain, stored_dtype_of
@@ -75,7 +76,7 @@ class Sparsify(ReadsText):
         location = context.session.artifact(self.model).location
         dtype = stored_dtype_of(location, self.save_dtype)
         check_vocabulary(context, location)
-        layout = layout_for(load_config(location).model_type)
+        layout = layout_of(load_config(location).to_dict())
         model = load_on_device(context, location)
         layers = masked_layers(model, layout)
         squares = {}

@@ -49,6 +49,7 @@ from distill.training.on_policy import OnPolicy
 from distill.training.own_weights import OwnWeights
 from distill.training.ranks import from_first, together
 from distill.training.spec import BudgetSpec, DistillSpec, OnPolicySpec, split_batch
+from distill.training.task_losses import validation_losses
 from distill.training.teacher import Teacher
 from distill.training.trainer import fit, resolve_device, resolve_teacher
 
@@ -139,7 +140,7 @@ def train(
         RankDone: in all processes but the first.
     """
     session, world = context.session, context.session.world
-    tokens_per_sequence = session.corpus().tokens_per_sequence
+    budget, tokens_per_sequence = budget.for_rows(session.corpus().num_rows), session.corpus().tokens_per_sequence
     num_steps = budget.steps(tokens_per_sequence)
     if num_steps == 0:
         return {"training_steps": 0, "training_tokens": 0, "training_seconds": 0.0}
@@ -160,6 +161,7 @@ def train(
         student.model,
         losses,
         source,
+        validation=validation_losses(session.data.task),
         on_policy=open_on_policy(context, budget, student.model, source, reference),
         optimizer=budget.optimizer,
         num_steps=num_steps,

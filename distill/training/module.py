@@ -72,18 +72,20 @@ class DistillationModule(pl.LightningModule):
     """Trains ``student`` on ``losses``; works with any Lightning Trainer.
 
     Batches are dicts with ``input_ids``, ``targets``, ``mask`` and, if several documents share a row, ``position_ids``;
-    see :mod:`distill.core.batch` and :func:`distill.batches`. Batches of transformers' collators, with ``input_ids``,
-    ``labels`` and ``attention_mask``, are converted.
+    see :mod:`distill.core.batch` and :func:`distill.batches`. What a target is, the next token or the class of a text,
+    makes no difference here. Batches of transformers' collators, with ``input_ids``, ``labels`` and ``attention_mask``,
+    are converted.
 
     It logs the mean of each loss per token as ``train/<loss>`` every ``log_every_n_steps`` steps of the Trainer, and
     after a validation ``val/cross_entropy`` and, with a teacher, ``val/kl``.
 
     Args:
-        student: causal language model. Its parameters that require gradients are trained.
+        student: model of transformers with an output head. Its parameters that require gradients are trained.
         losses: losses to train on, or their names, of which at least one must be on logits.
         teacher: model with the same vocabulary, which is frozen here, or a :class:`Teacher`; required if a loss needs
             it. It is not registered as a submodule, so it is not in checkpoints or optimizers, and ``train()`` does not
             change it.
+        validation: losses that are measured on validation batches, in addition to KL if there is a teacher.
         on_policy: samples sequences from the student for some of the steps; None to train on text only.
         optimizer: settings of AdamW and of the learning rate schedule.
         num_steps: number of optimizer steps over which the schedules (learning rate, settings of losses) run; None for
@@ -106,6 +108,7 @@ class DistillationModule(pl.LightningModule):
         losses: Sequence[AnyLossSpec | str],
         teacher: PreTrainedModel | Teacher | None = None,
         *,
+        validation: Sequence[LossSpec] = (CrossEntropy(),),
         on_policy: OnPolicy | None = None,
         optimizer: OptimizerSpec | None = None,
         num_steps: int | None = None,
@@ -120,8 +123,11 @@ class DistillationModule(pl.LightningModule):
             raise ValueError("no loss on the predictions to train on; give at least one")
         if teacher is None and any(loss.needs_teacher for loss in specs):
             raise ValueError(f"{[loss.kind for loss in specs if loss.needs_teacher]} need a teacher")
+        if len({loss.compares for loss in specs if isinstance(loss, LossSpec)}) > 1:
+            raise ValueError("losses on distributions and on plain values do not share one head")
         self.student = student
         self.losses = [(loss.kind, loss) for loss in specs]
+        self.validation = [(loss.kind, loss) for loss in validation if not loss.needs_teacher or teacher is not None]
         self.optimizer_spec = optimizer or OptimizerSpec()
         self.num_steps = num_steps
         self._logs, self._logged_step = log, 0
@@ -253,7 +259,18 @@ class DistillationModule(pl.LightningModule):
             hidden = hidden_states(self.student, **model_inputs(batch))  # [batch, sequence, hidden]
         outer = [(name, loss) for name, loss in losses if isinstance(loss, LossSpec)]
         head, kept = output_head(self.student), batch.get(KEPT)
-        total, terms = head_losses(hidden, head, signal, targets, mask, outer, kept=kept)
+        if (hidden_tokens := batch.get("text_mask")) is None:
+            total, terms = head_losses(hidden, head, signal, targets, mask, outer, kept=kept)
+        else:  # losses on the text count only some of the positions, each of them text_weight times
+            on_text = [pair for pair in outer if pair[1].needs_text]
+            others = [pair for pair in outer if not pair[1].needs_text]
+            total, terms = hidden.new_zeros(()), dict[str, LossTerm]()
+            if on_text:
+                total, terms = head_losses(hidden, head, signal, targets, hidden_tokens, on_text)
+            total = total * batch["text_weight"]
+            if others:
+                more, other_terms = head_losses(hidden, head, signal, targets, mask, others, kept=kept)
+                total, terms = total + more, terms | other_terms
         if states:
             more, inner_terms = states(batch, inner)
             total, terms = total + more, terms | inner_terms
@@ -361,8 +378,8 @@ class DistillationModule(pl.LightningModule):
         return skipped
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Add a batch to the validation sums: cross-entropy, and KL if there is a teacher."""
-        _, terms = self.batch_losses(batch, [("cross_entropy", CrossEntropy())])
+        """Add a batch to the validation sums: the losses of ``validation``, and KL if there is a teacher."""
+        _, terms = self.batch_losses(batch, self.validation)
         for name, term in terms.items():
             self._validation[name] = self._validation[name] + term if name in self._validation else term
 

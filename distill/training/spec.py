@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,7 @@ from distill.data.mixture import Mixture
 from distill.data.spec import FULL, DataSpec, Packing
 from distill.losses import LOSSES, AnyLossSpec, ForwardKL, LossSpec, StateLossSpec
 from distill.losses.schedule import Schedule, Share
+from distill.training.task_losses import unfit
 
 LARGEST_BATCH = 2**31 - 1
 """Largest number of sequences per step. There must be a limit, because all divisors of a batch are listed."""
@@ -51,12 +52,14 @@ class OptimizerSpec(Spec):
 
 
 class BudgetSpec(Spec):
-    """How long a stage trains, in tokens or in steps, and its batch size."""
+    """How long a stage trains, in tokens, steps or epochs, and its batch size."""
 
     num_tokens: int | None = Field(None, ge=0)
-    """Number of tokens to train on, rounded up to whole steps; 0 trains nothing. Exclusive with num_steps."""
+    """Number of tokens to train on, rounded up to whole steps; 0 trains nothing. Give this, num_steps or num_epochs."""
     num_steps: int | None = Field(None, ge=0)
-    """Number of optimizer steps. Exclusive with num_tokens."""
+    """Number of optimizer steps."""
+    num_epochs: float | None = Field(None, gt=0)
+    """Number of passes over the training rows, rounded up to whole steps."""
     batch_size: int = Field(16, ge=1, le=LARGEST_BATCH)
     """Number of sequences per optimizer step, over all devices and micro-batches."""
     optimizer: OptimizerSpec = OptimizerSpec()
@@ -69,20 +72,42 @@ class BudgetSpec(Spec):
 
     @model_validator(mode="after")
     def _one_budget(self) -> BudgetSpec:
-        if (self.num_tokens is None) == (self.num_steps is None):
-            raise ValueError("give the budget once: num_tokens or num_steps")
+        if sum(budget is not None for budget in (self.num_tokens, self.num_steps, self.num_epochs)) != 1:
+            raise ValueError("give the budget once: num_tokens, num_steps or num_epochs")
         return self
 
+    def is_trained(self) -> bool:
+        """Whether the budget is not 0."""
+        return bool(self.num_tokens or self.num_steps or self.num_epochs)
+
     def steps(self, tokens_per_sequence: float) -> int:
-        """Number of optimizer steps of the budget.
+        """Number of optimizer steps of the budget; of one in epochs, before the rows are counted, that of one row.
 
         Args:
             tokens_per_sequence: mean number of tokens of text per sequence.
         """
         if self.num_steps is not None:
             return self.num_steps
+        if self.num_epochs is not None:
+            return math.ceil(self.num_epochs / self.batch_size)
         assert self.num_tokens is not None
         return math.ceil(self.num_tokens / (self.batch_size * tokens_per_sequence))
+
+    def for_rows(self, num_rows: int | None) -> Self:
+        """The same budget, in steps if it was in epochs.
+
+        Args:
+            num_rows: training rows; None where a stream does not tell.
+
+        Raises:
+            InputError: it is in epochs, and the rows cannot be counted.
+        """
+        if self.num_epochs is None:
+            return self
+        if num_rows is None:
+            raise InputError("num_epochs: a stream has no end to count passes by; give num_tokens or num_steps")
+        steps = math.ceil(self.num_epochs * num_rows / self.batch_size)
+        return self.model_copy(update={"num_epochs": None, "num_steps": steps})
 
     def in_words(self, sequence_length: int, packing: Packing) -> list[str]:
         """What the stage trains, as phrases for the plan."""
@@ -93,6 +118,8 @@ class BudgetSpec(Spec):
         steps = self.steps(sequence_length)
         if steps == 0:
             return "no training"
+        if self.num_epochs is not None:
+            return f"{self.num_epochs:g} epochs in batches of {self.batch_size}"
         tokens = steps * self.batch_size * sequence_length
         of = f"{steps:,} steps of {self.batch_size} x {sequence_length}"
         if packing in FULL:
@@ -223,7 +250,9 @@ class DistillSpec(BudgetSpec):
         return any(loss.needs_teacher for loss in self.losses)
 
     def mistakes(self, data: DataSpec) -> Iterator[tuple[tuple[str | int, ...], str]]:
-        """Settings of on_policy that do not fit the data: sequences longer than a row, or prompts that do not exist."""
+        """Losses that do not fit the task, and settings of on_policy that do not fit the data: sequences longer than a
+        row, or prompts that do not exist."""
+        yield from ((("losses",), line) for line in unfit(self.losses, data.task))
         policy, length = self.on_policy, data.sequence_length
         if self.teacher_reads == "document" and not data.holds_conversations:
             yield (
@@ -231,6 +260,9 @@ class DistillSpec(BudgetSpec):
                 "document needs conversations with a column document; set data to a synthesize stage that makes qna",
             )
         if policy is None:
+            return
+        if not data.task.is_causal:
+            yield ("on_policy",), f"needs a model that generates text, not task: {data.task.kind}; remove it"
             return
         if not data.holds_conversations:
             if (wanted := policy.num_tokens()) > length:

@@ -94,21 +94,24 @@ class StateLosses(nn.Module):
 
         Args:
             batch: see :class:`distill.training.module.DistillationModule`. Tokens where its mask is False affect
-                neither losses nor gradients.
+                neither losses nor gradients; in padded rows, padding does not (see :func:`_weights`).
             losses: (kind, loss) pairs. Their weights must be numbers, not schedules.
         """
-        mask, positions = batch["mask"], batch.get("position_ids")  # [batch, sequence]
+        counted, positions = batch["mask"], batch.get("position_ids")
         documents = None if positions is None else (positions == 0).cumsum(1)  # index of each token's document
-        hide = ~mask.unsqueeze(-1)  # [batch, sequence, 1]
+        mask = _weights(counted, batch.get("attention_mask"))  # [batch, sequence]
+        hide = ~mask.bool().unsqueeze(-1)  # [batch, sequence, 1]
         ours, theirs = (  # (part, layer) -> [batch, sequence, width]
             {state: seen.to(mask.device).masked_fill(hide, 0) for state, seen in states.take().items()}
             for states in (self.student, self.teacher)
         )
-        terms = {}
+        terms, is_causal = {}, self.student.shapes.is_causal
         for name, loss in losses:
             met = self._met(loss, ours, theirs)
-            sums = [settled(student, teacher, mask, documents).sum for settled, student, teacher in met]
-            terms[name] = LossTerm(torch.stack(sums).mean(), mask.sum())
+            sums = [
+                settled(student, teacher, mask, documents, is_causal=is_causal).sum for settled, student, teacher in met
+            ]
+            terms[name] = LossTerm(torch.stack(sums).mean(), counted.sum())
         total = torch.stack([number(loss.weight) * terms[name].sum for name, loss in losses]).sum()
         return total, {name: term.detach() for name, term in terms.items()}
 
@@ -116,6 +119,12 @@ class StateLosses(nn.Module):
         self, loss: StateLossSpec, ours: dict[State, Tensor], theirs: dict[State, Tensor]
     ) -> Iterator[tuple[StateLossSpec, Tensor, Tensor]]:
         """The pairs of states that a loss compares, projected to the same width if necessary."""
+        if loss.is_joint:
+            settled = loss.between(*(states.shapes.parts[loss.parts[0]] for states in (self.student, self.teacher)))
+            for i, j in self.pairs[loss.kind]:
+                both = [[seen[part, at] for part in loss.parts] for seen, at in ((ours, i), (theirs, j))]
+                yield settled, torch.cat(both[0], -1), torch.cat(both[1], -1)
+            return
         for part in loss.parts:
             settled = loss.between(self.student.shapes.parts[part], self.teacher.shapes.parts[part])
             for i, j in self.pairs[loss.kind]:
@@ -138,3 +147,22 @@ class StateLosses(nn.Module):
         if self.channels is not None:
             lines.append("hidden states are compared in the {} of {} channels that were kept".format(*self.widths))
         return lines
+
+
+def _weights(counted: Tensor, attended: Tensor | None) -> Tensor:
+    """How often each token counts in losses on states, [batch, sequence].
+
+    In padded rows the states of all tokens are compared, also where one prediction per text counts or those of some
+    tokens. Then the tokens of a row share as much weight as the row has counted predictions, so that the sum over a
+    batch is divided by the same number as all other losses, in whatever micro-batches it comes:
+
+        w_i = (predictions of the row that count) / (tokens of the row)        0 for padding
+
+    Args:
+        counted: predictions that count, bool [batch, sequence] or [batch, 1].
+        attended: 1 for tokens and 0 for padding, [batch, sequence]; None: rows are not padded; the mask is returned.
+    """
+    if attended is None:
+        return counted
+    tokens = attended.sum(1, keepdim=True).clamp(min=1)  # [batch, 1]
+    return attended * (counted.sum(1, keepdim=True) / tokens)

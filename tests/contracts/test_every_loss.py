@@ -98,6 +98,18 @@ def _cross_entropy(loss: Any, student: Array, teacher: Array, targets: Array, he
     return -np.log(np.take_along_axis(_softmax(student), targets[..., None], -1)[..., 0])
 
 
+def _embedding_cosine(loss: Any, student: Array, teacher: Array, targets: Array, held: Array) -> Array:
+    return 1 - (student * teacher).sum(-1) / np.sqrt((student**2).sum(-1) * (teacher**2).sum(-1))
+
+
+def _score_mse(loss: Any, student: Array, teacher: Array, targets: Array, held: Array) -> Array:
+    return (student[..., 0] - teacher[..., 0]) ** 2
+
+
+def _label_mse(loss: Any, student: Array, teacher: Array, targets: Array, held: Array) -> Array:
+    return (student[..., 0] - targets) ** 2
+
+
 REFERENCES: dict[str, Reference] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
@@ -109,6 +121,9 @@ REFERENCES: dict[str, Reference] = {
     "standardized_kl": _standardized_kl,
     "decoupled_kd": _decoupled_kd,
     "cross_entropy": _cross_entropy,
+    "embedding_cosine": _embedding_cosine,
+    "score_mse": _score_mse,
+    "label_mse": _label_mse,
 }
 """Loss of each token in float64, from probabilities, as the papers write it."""
 
@@ -179,6 +194,9 @@ def _name(spec: LossSpec) -> str:
 
 
 every_loss = pytest.mark.parametrize("loss", _cases(), ids=_name)
+divergences_of_distributions = pytest.mark.parametrize(
+    "loss", [s for s in _cases() if s.needs_teacher and s.compares == "distributions"], ids=_name
+)
 every_divergence = pytest.mark.parametrize("loss", [s for s in _cases() if s.needs_teacher], ids=_name)
 
 
@@ -274,7 +292,8 @@ def test_gradient_is_that_of_the_float64_reference(loss: LossSpec, data: Data) -
 
 @every_divergence
 def test_zero_at_agreement_and_nowhere_less(loss: LossSpec, data: Data) -> None:
-    shifted = (data.teacher + torch.randn(2, TOKENS // 2, 1)).requires_grad_()  # the same distribution
+    shift = torch.randn(2, TOKENS // 2, 1) if loss.compares == "distributions" else torch.zeros(1)
+    shifted = (data.teacher + shift).requires_grad_()  # the same distribution
     term = loss(shifted, data.teacher, data.targets, data.mask)
     term.sum.backward()
     assert abs(term.sum.item()) < 1e-4
@@ -294,6 +313,8 @@ def test_zero_at_agreement_and_nowhere_less(loss: LossSpec, data: Data) -> None:
 @pytest.mark.parametrize("loss", [s for s in _cases() if not s.needs_teacher], ids=_name)
 def test_a_loss_without_teacher_is_least_when_sure_of_the_text(loss: LossSpec, data: Data) -> None:
     sure = 40.0 * nn.functional.one_hot(data.targets, VOCABULARY).float()
+    if loss.compares == "values":
+        sure = data.targets.unsqueeze(-1).float()
     assert loss(sure, None, data.targets, data.mask).sum.item() == pytest.approx(0, abs=1e-6)
     assert torch.equal(
         loss(data.student, None, data.targets, data.mask).sum,
@@ -368,11 +389,16 @@ def test_chunked_is_plain(loss: LossSpec, chunk_tokens: int, data: Data) -> None
     assert terms[loss.kind].count == plain.count
     for ours, theirs in zip(gradients, (hidden.grad, data.head.weight.grad, data.head.bias.grad), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert (KL in terms) == (loss.compares == "distributions")
+    if KL not in terms:
+        return
     kl = LOSSES["forward_kl"]()(logits.detach(), teacher_logits, data.targets, data.mask)  # type: ignore[call-arg, operator]
     torch.testing.assert_close(terms[KL].sum, kl.sum, rtol=1e-5, atol=1e-5)
 
 
-closed_forms = pytest.mark.parametrize("loss", [s for s in _cases() if type(s) is MEMBERS[s.kind]], ids=_name)
+closed_forms = pytest.mark.parametrize(
+    "loss", [s for s in _cases() if type(s) is MEMBERS[s.kind] and s.compares == "distributions"], ids=_name
+)
 
 
 @closed_forms
@@ -487,7 +513,7 @@ def test_a_batch_without_tokens_is_zero_and_runs_backward(loss: LossSpec, data: 
     assert total.item() == 0
     assert {name: (term.sum.item(), term.count.item()) for name, term in terms.items()} == {
         loss.kind: (0, 0),
-        KL: (0, 0),
+        **({KL: (0, 0)} if loss.compares == "distributions" else {}),
     }
     assert not any(gradient.any() for gradient in gradients)
 
@@ -532,7 +558,7 @@ def test_a_large_vocabulary_costs_no_digits(kind: str, form: str) -> None:
     assert loss(student, teacher, targets, on).sum.item() == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
-@every_divergence
+@divergences_of_distributions
 @pytest.mark.parametrize(("student_extra", "teacher_extra"), [(5, 0), (0, 5), (3, 2)])
 def test_padded_vocabularies_are_compared_over_shared_tokens(
     loss: LossSpec, student_extra: int, teacher_extra: int, data: Data

@@ -43,11 +43,24 @@ def _attention_relation(loss: Any, student: Array, teacher: Array, mask: Array) 
     return found
 
 
+def _attention_score(loss: Any, student: Array, teacher: Array, mask: Array) -> Array:
+    found = np.zeros(mask.shape)
+    for b, i in np.argwhere(mask):
+        seen = [j for j in range(i + 1) if mask[b, j]]
+        scores = []
+        for states in (teacher, student):
+            queries, keys = np.split(states[b], 2, -1)
+            scores.append(keys[seen] @ queries[i] / np.sqrt(queries.shape[-1]))
+        found[b, i] = ((scores[0] - scores[1]) ** 2).mean()
+    return found
+
+
 Reference = Callable[[Any, Array, Array, Array], Array]
 REFERENCES: dict[str, Reference] = {
     "hidden_mse": _hidden_mse,
     "hidden_cosine": _hidden_cosine,
     "attention_relation": _attention_relation,
+    "attention_score": _attention_score,
 }
 """(loss, student's states, teacher's, mask) -> loss of each token that counts, float64, as the files write it."""
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from distill.core.errors import DistillError, InputError
-from distill.exporters import HuggingFace, Onnx
+from distill.exporters import Gguf, HuggingFace, Onnx
 from distill.models.load import load_model
 
 for module in ("onnx", "onnxscript", "onnxruntime"):
@@ -107,9 +107,10 @@ def test_it_is_the_trained_model_and_rounded_close_to_it(
         Onnx(max_kl=0.0).verify(model, small, batches)
 
 
-def test_only_this_format_takes_an_encoder(tmp_path: Path, batches: Batches) -> None:
+def test_engines_of_decoders_take_no_encoder(tmp_path: Path, batches: Batches) -> None:
     MODELS["bert classes"][0]().save_pretrained(tmp_path / "in")
     assert "BertForSequenceClassification" in json.loads((tmp_path / "in" / "config.json").read_text())["architectures"]
-    with pytest.raises(InputError, match="bert is a classifier of texts; distill trains and measures causal"):
-        load_model(str(tmp_path / "in"), tasks=HuggingFace.tasks)
-    assert load_model(str(tmp_path / "in"), tasks=Onnx.tasks).config.num_labels == 3
+    with pytest.raises(InputError, match="bert is a classifier of texts, which cannot be used here"):
+        load_model(str(tmp_path / "in"), tasks=Gguf.tasks)
+    for exporter in (Onnx, HuggingFace):
+        assert load_model(str(tmp_path / "in"), tasks=exporter.tasks).config.num_labels == 3

@@ -24,6 +24,10 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 1,
 }
+BERT: dict[str, Any] = {
+    "model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2
+}  # fmt: skip
+TINY_BERT = {"hidden_size": 32, "intermediate_size": 112, "num_hidden_layers": 4, "num_attention_heads": 4}
 TEACHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "meta-llama/Llama-3.1-8B": (
         {
@@ -126,6 +130,29 @@ TEACHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         # rows of llama.cpp's blocks of 32
         SIZES | {"hidden_size": 96, "intermediate_size": 96, "num_attention_heads": 3, "max_position_embeddings": 2048},
     ),
+    "google-bert/bert-base-uncased": (
+        BERT
+        | {
+            "architectures": ["BertForMaskedLM"],
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "tie_word_embeddings": True,
+        },
+        TINY_BERT,
+    ),
+    "sentence-transformers/all-MiniLM-L6-v2": (
+        BERT
+        | {
+            "architectures": ["BertModel"],
+            "hidden_size": 384,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+        },
+        TINY_BERT,
+    ),
     "builtin:quickstart-teacher": (
         {
             "model_type": "llama",
@@ -172,10 +199,13 @@ def _text(number: int) -> str:
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A training and a validation file, JSON Lines."""
+    """A training and a validation file, JSON Lines; with labels, which recipes of encoders read."""
     folder = tmp_path_factory.mktemp("texts")
     for name, numbers in (("train", range(120)), ("validation", range(120, 140))):
-        rows = "".join(json.dumps({"text": _text(number)}) + "\n" for number in numbers)
+        rows = "".join(
+            json.dumps({"text": _text(n), "sentence": _text(n), "label": n % 2, "label_coarse": n % 3}) + "\n"
+            for n in numbers
+        )
         (folder / f"{name}.jsonl").write_text(rows, encoding="utf-8")
     return folder / "train.jsonl", folder / "validation.jsonl"
 
@@ -215,6 +245,8 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     def make(reference: str) -> Path:
         if reference not in made:
             folder = made[reference] = tmp_path_factory.mktemp("teacher")
+            if TEACHERS[reference][0]["model_type"] == "bert":
+                return _encoder(folder, reference)
             tokenizer = train_tokenizer(map(_text, range(120)), 300, folder)
             real, tiny = TEACHERS[reference]
             keys = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "eos_token_id": tokenizer.eos_token_id}
@@ -224,6 +256,31 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         return made[reference]
 
     return make
+
+
+def _encoder(folder: Path, reference: str) -> Path:
+    """A tiny encoder whose tokens are words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    from distill.models.heads import named_head
+    from distill.models.load import new_config, new_model
+
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(tokens)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    named = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    real, tiny = TEACHERS[reference]
+    keys = {key: value for key, value in real.items() if key != "architectures"}
+    config = new_config(keys | {"vocab_size": len(tokens), "max_position_embeddings": 64} | tiny)
+    head = named_head(real)
+    assert head is not None
+    new_model(config, seed=0, task=head).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, **named).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -249,6 +306,8 @@ def shrink(
         else:
             found = [f"data.train={train}"]
         found += [f"data.sequence_length={length}", "data.validation_tokens=200"]
+        if not recipe.task.is_causal:  # random weights reach nothing
+            found.append("require={}")
         found += ["data.calibration_sequences=8", "logging.wandb=disabled", "compute.micro_batch_size=1"]
         if recipe.data.validation is not None:
             found.append(f"data.validation={validation}")
@@ -264,7 +323,8 @@ def shrink(
             if isinstance(own, DataSpec) and not isinstance(own.train, Mixture):
                 found += [f"{at}.data.train={train}", f"{at}.data.sequence_length={length}"]
             if isinstance(stage, BudgetSpec) and stage.steps(recipe.data.sequence_length):
-                found += [f"{at}.num_tokens=null", f"{at}.num_steps=2", f"{at}.batch_size=2"]
+                found += [f"{at}.{budget}=null" for budget in ("num_tokens", "num_epochs")]
+                found += [f"{at}.num_steps=2", f"{at}.batch_size=2"]
             if getattr(stage, "on_policy", None):
                 found += [f"{at}.on_policy.max_new_tokens=8"]
                 found += [f"{at}.on_policy.prompt_tokens=4"] * (kind == "jsonl")

@@ -36,7 +36,7 @@ def test_warmup_is_a_twentieth_when_unset_and_may_fill_the_run() -> None:
 
 def test_the_budget_is_given_once() -> None:
     for settings in ({}, {"num_tokens": 10, "num_steps": 1}):
-        with pytest.raises(ValidationError, match="num_tokens or num_steps"):
+        with pytest.raises(ValidationError, match="num_tokens, num_steps or num_epochs"):
             BudgetSpec(**settings)
     assert BudgetSpec(num_steps=7).steps(128) == 7
     assert BudgetSpec(num_tokens=4097, batch_size=4).steps(128) == 9

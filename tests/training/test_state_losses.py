@@ -298,7 +298,7 @@ def test_what_cannot_be_served_is_refused_by_name(llama: Any, distillation: Any)
 
 
 def test_an_unknown_architecture_is_refused_by_name(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distill.models.states.LAYOUTS", {})
+    monkeypatch.setattr("distill.models.layouts.LAYOUTS", {})
     with pytest.raises(InputError, match=r"'llama' has no layout"):
         DistillationModule(llama(), [ForwardKL(), HiddenMSE()], llama())
 

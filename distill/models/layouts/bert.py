@@ -1,5 +1,6 @@
-"""BERT with its masked-language-modelling head: post-norm encoder with LayerNorm and learned positions."""
+"""BERT: post-norm encoder with LayerNorm and learned positions; with a head for masked tokens, for classes, or none."""
 
+from distill.core.tasks import Head
 from distill.models.layouts.parts import HEADS, HIDDEN, NEURONS, SIZE_KEYS, layer_norm, linear
 from distill.pruning.layout import Layout, Parameter
 
@@ -11,16 +12,19 @@ ENCODER_SIZE_KEYS = {
 }
 
 
-def encoder(model_type: str, prefix: str, head: list[Parameter], pinned_tokens: tuple[str, ...] = ()) -> Layout:
-    """The layout of an encoder whose modules have BERT's names, under a prefix."""
-    layer = f"{prefix}.encoder.layer.{{layer}}"
+def encoder(
+    model_type: str, body: str, head: list[Parameter], pinned_tokens: tuple[str, ...] = (), task: Head = "masked_lm"
+) -> Layout:
+    """The layout of an encoder with BERT's names, in a body of this name; "" is a model without a head."""
+    prefix = f"{body}." if body else ""
+    layer = f"{prefix}encoder.layer.{{layer}}"
     return Layout(
         model_type=model_type,
         parameters=(
-            Parameter(f"{prefix}.embeddings.word_embeddings.weight", ("vocabulary", HIDDEN)),
-            Parameter(f"{prefix}.embeddings.position_embeddings.weight", ("positions", HIDDEN)),
-            Parameter(f"{prefix}.embeddings.token_type_embeddings.weight", ("token_types", HIDDEN)),
-            *layer_norm(f"{prefix}.embeddings.LayerNorm"),
+            Parameter(f"{prefix}embeddings.word_embeddings.weight", ("vocabulary", HIDDEN)),
+            Parameter(f"{prefix}embeddings.position_embeddings.weight", ("positions", HIDDEN)),
+            Parameter(f"{prefix}embeddings.token_type_embeddings.weight", ("token_types", HIDDEN)),
+            *layer_norm(f"{prefix}embeddings.LayerNorm"),
             *(
                 row
                 for name in ("query", "key", "value")
@@ -34,7 +38,8 @@ def encoder(model_type: str, prefix: str, head: list[Parameter], pinned_tokens: 
             *head,
         ),
         size_keys=ENCODER_SIZE_KEYS,
-        body=prefix,
+        body=body,
+        embeddings=f"{prefix}embeddings",
         block=layer,
         reads=(f"{layer}.attention", f"{layer}.intermediate"),
         attention_out=f"{layer}.attention.output.dense",
@@ -48,7 +53,7 @@ def encoder(model_type: str, prefix: str, head: list[Parameter], pinned_tokens: 
         hidden_rule="heads_times_head_dim",
         expects={"is_decoder": False, "add_cross_attention": False},
         pinned_tokens=pinned_tokens,
-        task="masked_lm",
+        task=task,
     )
 
 
@@ -62,4 +67,14 @@ LAYOUT = encoder(
         Parameter("cls.predictions.decoder.weight", ("vocabulary", HIDDEN), unless=TIED),
         Parameter("cls.predictions.decoder.bias", ("vocabulary",), unless=TIED),
     ],
+)
+OTHER_HEADS = (
+    encoder(
+        "bert",
+        "bert",
+        [*linear("bert.pooler.dense", HIDDEN, HIDDEN), *linear("classifier", "classes", HIDDEN)],
+        task="classification",
+    ),
+    encoder("bert", "bert", [*linear("classifier", "classes", HIDDEN)], task="token_classification"),
+    encoder("bert", "", [*linear("pooler.dense", HIDDEN, HIDDEN)], task="embedding"),
 )

@@ -1,8 +1,10 @@
-"""RoBERTa with its masked-language-modelling head: BERT with other names; positions start after pad_token_id."""
+"""RoBERTa: BERT with other names; positions start after pad_token_id."""
 
 from distill.models.layouts.bert import TIED, encoder
 from distill.models.layouts.parts import HIDDEN, layer_norm, linear
 from distill.pruning.layout import Parameter
+
+PINNED = ("pad_token_id",)
 
 LAYOUT = encoder(
     "roberta",
@@ -14,5 +16,16 @@ LAYOUT = encoder(
         Parameter("lm_head.decoder.weight", ("vocabulary", HIDDEN), unless=TIED),
         Parameter("lm_head.decoder.bias", ("vocabulary",), unless=TIED),
     ],
-    pinned_tokens=("pad_token_id",),
+    PINNED,
+)
+OTHER_HEADS = (
+    encoder(
+        "roberta",
+        "roberta",
+        [*linear("classifier.dense", HIDDEN, HIDDEN), *linear("classifier.out_proj", "classes", HIDDEN)],
+        PINNED,
+        "classification",
+    ),
+    encoder("roberta", "roberta", [*linear("classifier", "classes", HIDDEN)], PINNED, "token_classification"),
+    encoder("roberta", "", [*linear("pooler.dense", HIDDEN, HIDDEN)], PINNED, "embedding"),
 )

@@ -25,9 +25,8 @@ def demand(stage: CacheTeacher, context: StageContext) -> int | None:
     """Training sequences that the stages which name this one take from the order of training; None is all."""
     if stage.num_sequences is not None:
         return stage.num_sequences
-    tokens = context.session.corpus().tokens_per_sequence
-    most = 0
+    corpus, most = context.session.corpus(), 0
     for student in context.session.stages.values():
         if isinstance(student, DistillSpec) and student.teacher_named() == context.name:
-            most = max(most, student.steps(tokens) * student.batch_size)
+            most = max(most, corpus.steps_of(student) * student.batch_size)
     return most or None

@@ -17,7 +17,7 @@ from distill.data.teacher_cache.base import CodecSpec
 from distill.losses import LossSpec, states
 from distill.losses.sparse import refusal
 from distill.stages.base import StageSpec, View
-from distill.stages.checks import check_task
+from distill.stages.checks import check_task, refuse_task
 from distill.stages.forecast import Forecast, Signal
 from distill.stages.text import ReadsText
 from distill.training.spec import DistillSpec
@@ -85,6 +85,7 @@ class CacheTeacher(ReadsText):
 
     def forecast(self, view: View) -> Forecast:
         """How much is written down of which sequences, and for whom that may not be enough."""
+        refuse_task(view, "cache_teacher", "name the teacher itself, which is small")
         check_task(self, view)
         config = view.config(self.teacher) or {}
         signal = Signal(
@@ -110,7 +111,7 @@ class CacheTeacher(ReadsText):
         taken: dict[str, int] = {}
         for name, stage in view.stages.items():
             if isinstance(stage, DistillSpec) and stage.teacher_named() == view.name:
-                taken[name] = stage.steps(view.data.sequence_length) * stage.batch_size
+                taken[name] = 0 if stage.num_epochs else stage.steps(view.data.sequence_length) * stage.batch_size
         few = ", ".join(f"{name} takes {count:,}" for name, count in taken.items() if count > self.num_sequences)
         warning = f" - too few if the text has more: {few}; raise num_sequences or leave it unset" if few else ""
         return f"{self.codec.kind} of {self.num_sequences:,} sequences{warning}"

@@ -81,9 +81,19 @@ class Asking:
                 write_checked(file, asdict(given), about)
             self._given[name, reference] = self._progress.count(given)
 
+    def add(self, name: str, reference: str, given: Answers) -> None:
+        """Add what a model answered elsewhere, so that models are compared in pairs.
+
+        Args:
+            name: of the task.
+            reference: of the model.
+            given: its answers.
+        """
+        self._given[name, reference] = given
+
     def finish(self, rows: Sequence[Row]) -> TaskScores:
         """Write every answer to ``tasks/``, and scores and pairs to ``tasks.json``; nothing without tasks."""
-        if not self._tasks:
+        if not self._given:
             return TaskScores()
         for (name, reference), given in self._given.items():
             write_checked(self._file(FOLDER, name, reference), asdict(given), self._about(name, reference))

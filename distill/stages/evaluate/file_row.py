@@ -53,6 +53,8 @@ def row_of_file(stage: Evaluate, context: StageContext, file: ModelFile, teacher
     own = replace(context, session=context.session.in_vocabulary_of(file.model))
     with EngineProcess(file.opening(context), file.name) as process:
         measured = beside_teacher(own, process.predictions, teacher, stage.teacher, stage.batch_size)
+        if (answers := measured.pop("answers", None)) is not None:
+            asking.add(own.session.data.task.kind, file.name, answers)
         asking.ask(file.name, lambda: in_engine(own, file, process))
     return replace(row, engine=process.facts.name, device=process.facts.device, **measured)
 

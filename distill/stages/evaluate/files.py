@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distill.core.artifact import hash_of, replacing
 from distill.core.errors import InputError
+from distill.core.tasks import Embedding
 from distill.evaluation.engine import TRANSFORMERS, Opening
 from distill.exporters.base import ExporterSpec
 from distill.models.kv_cache import cache_type
@@ -52,7 +53,10 @@ class ModelFile:
         device = resolve_device(context.session.compute)
         is_transformers = self.target.runs_in == TRANSFORMERS
         dtype = dtype_on(device) if is_transformers else "auto"
-        return Opening(str(self.folder), self.target.runs_in, device, dtype, kv_cache=self.kv_cache)
+        task = context.session.data.task
+        pooling = (task.pooling, task.normalize) if isinstance(task, Embedding) else None
+        folder, module = str(self.folder), self.target.runs_in
+        return Opening(folder, module, device, dtype, kv_cache=self.kv_cache, pooling=pooling)
 
 
 def is_export(context: StageContext, reference: str) -> bool:

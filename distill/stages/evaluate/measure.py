@@ -6,8 +6,10 @@ import math
 from typing import Any
 
 from distill.data.corpus import Corpus
+from distill.data.task_corpus import TaskCorpus
 from distill.evaluation.domains import together
 from distill.evaluation.quality import Predictions, Quality, compare_predictions, predictions_of
+from distill.evaluation.task_quality import measure_task
 from distill.models.load import move
 from distill.reporting.tradeoff import Domain
 from distill.stages.models import check_packing, load_in_vocabulary
@@ -38,12 +40,30 @@ def beside_teacher(
     if context.session.is_cut and teacher is not None:  # compared with the teacher in its own tokens
         teacher = load_to_measure(context, context.session.artifact(reference).location)
     theirs = None if teacher is None else predictions_of(teacher)
+    corpus = context.session.corpus()
+    if isinstance(corpus, TaskCorpus):
+        return _on_task(own, theirs, corpus, batch_size)
     quality, by_source = _on_text(own, theirs, context.session.corpus(), batch_size)
     measured = {key: getattr(quality, key) for key in QUALITY}
     broken = [key for key, value in measured.items() if value is not None and not math.isfinite(value)]
     note = f"not a finite number: {', '.join(key.replace('_', ' ') for key in broken)}" if broken else ""
     domains = tuple(Domain(name, one.tokens, **_finite(one)) for name, one in by_source.items())
     return measured | dict.fromkeys(broken) | {"domains": domains, "notes": note}
+
+
+def _on_task(own: Predictions, teacher: Predictions | None, corpus: TaskCorpus, batch_size: int) -> dict[str, Any]:
+    """Columns of a task other than the next token, and under ``answers`` what a classifier answered."""
+    found = measure_task(own, teacher, corpus, batch_size)
+    columns: dict[str, Any] = {name: value for name, (value, _) in found.metrics.items()}
+    columns["errors"] = {name: error for name, (_, error) in found.metrics.items()}
+    columns |= {"domains": (), "notes": "", "answers": found.answers}
+    if corpus.task.compares == "values":
+        return columns
+    quality = compare_predictions(own, teacher, corpus.validation_loader(batch_size))
+    measured = _finite(quality)
+    if corpus.task.kind != "masked_lm":
+        measured["perplexity"] = None  # of classes it says nothing that the accuracy does not
+    return columns | measured
 
 
 def _on_text(

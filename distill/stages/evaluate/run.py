@@ -7,12 +7,13 @@ from typing import Any
 
 from distill.core.artifact import Artifact, write_text
 from distill.evaluation.quality import predictions_of
-from distill.models.load import load_config, low_bit_scheme
+from distill.models.load import load_config, low_bit_scheme, task_of
 from distill.models.memory import give_back_memory
 from distill.models.size import measure_size
 from distill.pruning.mask import nonzero_share
+from distill.reporting.tables import COLUMNS, cell
 from distill.reporting.task_tables import task_lines
-from distill.reporting.tradeoff import Row, from_json, to_json
+from distill.reporting.tradeoff import OF_TASKS, Row, from_json, to_json
 from distill.stages.evaluate.asking import Asking
 from distill.stages.evaluate.file_row import row_of_file
 from distill.stages.evaluate.files import ModelFile, export_of, is_export, with_baselines
@@ -65,11 +66,24 @@ def _measured(stage: Evaluate, context: StageContext) -> tuple[list[str], list[M
         stages = context.session.stages
         before = list(stages)[: list(stages).index(context.name)]
         teacher = [stage.teacher] if stage.teacher != "teacher" or context.session.teacher else []
-        made = [name for name in before if stages[name].makes_model or stages[name].makes_file]
+        made = [name for name in before if _is_measured(stage, context, name)]
         named = [*teacher, *made, *stage.controls]
     named = list(dict.fromkeys(named))
     exports = [name for name in named if is_export(context, name)]
     return [name for name in named if name not in exports], [export_of(context, name) for name in exports]
+
+
+def _is_measured(stage: Evaluate, context: StageContext, name: str) -> bool:
+    """Whether a stage made a model or a file; one that still lacks the head of the task cannot be measured."""
+    made, task = context.session.stages[name], context.session.data.task
+    if not made.makes_model:
+        return made.makes_file
+    if task.is_causal or task.head == "embedding":
+        return True
+    head = task_of(load_config(context.session.artifact(name).location))
+    if head != task.head:
+        context.say(f"{name}: not measured, as it has no head for task: {task.kind} yet")
+    return head == task.head
 
 
 def _row(stage: Evaluate, context: StageContext, reference: str, teacher: Any, asking: Asking) -> Row:
@@ -78,6 +92,8 @@ def _row(stage: Evaluate, context: StageContext, reference: str, teacher: Any, a
     own = replace(context, session=context.session.in_vocabulary_of(reference))
     model = teacher if reference == stage.teacher else load_to_measure(own, artifact.location)
     measured = beside_teacher(own, predictions_of(model), teacher, stage.teacher, stage.batch_size)
+    if (answers := measured.pop("answers", None)) is not None:
+        asking.add(own.session.data.task.kind, reference, answers)
     asking.ask(reference, lambda: asking.in_memory(model, own.session))
     size = measure_size(local_folder(artifact))
     lineage = artifact.lineage()
@@ -128,10 +144,15 @@ def _lines_of_sources(row: Row) -> list[str]:
 
 
 def _line(row: Row) -> str:
-    perplexity = "   not finite" if row.perplexity is None else f" {row.perplexity:8.2f}"
     if row.install is not None:
         return f"{row.name:<24} {row.scheme}, not measured: its engine is not installed: {row.install}"
-    parts = [f"{row.name:<24} perplexity{perplexity}"]
+    of_task = [column for column in COLUMNS if column.key in OF_TASKS and getattr(row, column.key) is not None]
+    parts = [
+        f"{row.name:<24} " + "  ".join(f"{one.title.lower()} {cell(row, one)} {one.unit}".rstrip() for one in of_task)
+    ]
+    if not of_task or row.perplexity is not None:
+        perplexity = "   not finite" if row.perplexity is None else f" {row.perplexity:8.2f}"
+        parts = [f"{parts[0]} perplexity{perplexity}".replace("  perplexity", " perplexity")]
     if row.kl_to_teacher is not None:
         parts.append(f"KL {row.kl_to_teacher:.4f}")
     if row.weight_bytes is not None:

@@ -17,7 +17,7 @@ from distill.evaluation.tasks.checks import check_tasks, rehearse_tasks
 from distill.reporting.tables import COLUMNS
 from distill.reporting.tradeoff import SPEED, Role
 from distill.stages.base import View
-from distill.stages.checks import check_task
+from distill.stages.checks import check_task, refuse_task
 from distill.stages.evaluate.rows import ROWS
 from distill.stages.forecast import Forecast
 from distill.stages.text import ReadsText
@@ -122,6 +122,8 @@ class Evaluate(ReadsText):
     def forecast(self, view: View) -> Forecast:
         """Which models it measures, and what they are asked."""
         check_task(self, view)
+        if self.tasks:
+            refuse_task(view, "tasks")
         check_tasks(self.tasks, "tasks")
         self._check_contexts(view)
         limits = {name: f", {task.limit:,} questions" if task.limit else "" for name, task in self.tasks.items()}

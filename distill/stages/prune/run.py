@@ -14,7 +14,7 @@ from distill.core.errors import InputError
 from distill.core.run import CHECKPOINTS
 from distill.core.stored import read_stored
 from distill.data.cut_tokenizer import cut_tokenizer
-from distill.models.layouts import layout_for
+from distill.models.layouts import layout_of
 from distill.models.load import load_config
 from distill.models.shards import prune_folder
 from distill.pruning.base import Scores
@@ -47,7 +47,7 @@ def run(stage: Prune, context: StageContext) -> dict[str, Any]:
             f"{stage.model}: its weights are masked ({lineage.mask}), which a cut would break; cut first, mask then"
         )
     config = load_config(location).to_dict()
-    layout = layout_for(config["model_type"])
+    layout = layout_of(config)
     # What cannot be is refused before anything is computed.
     stage.check_criteria(layout)
     rows = None

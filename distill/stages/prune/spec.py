@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, model_validator
 from distill.core.errors import InputError
 from distill.losses import ForwardKL
 from distill.models.configs import count, is_counted, largest
-from distill.models.layouts import layout_for
+from distill.models.layouts import layout_of
 from distill.pruning import CRITERIA, Activation, BlockInfluence
 from distill.pruning.base import CriterionSpec
 from distill.pruning.keep import AXIS_OF_KEY, KeepSpec
@@ -20,7 +20,7 @@ from distill.pruning.reconstruct import ReconstructSpec
 from distill.pruning.search import Candidate
 from distill.pruning.select import target_sizes
 from distill.stages.base import View
-from distill.stages.checks import check_task
+from distill.stages.checks import check_task, refuse_task
 from distill.stages.forecast import Forecast, Need, Training
 from distill.stages.prune.search.spec import SearchSpec
 from distill.stages.text import ReadsText
@@ -142,7 +142,10 @@ class Prune(ReadsText):
             made = self._cuts(before)
         elif before:
             made = self._found(largest(before) or {}, length)
-        check_task(self, view)
+        check_task(self, view, starts=["model"])
+        for key in ("search", "reconstruct"):
+            if getattr(self, key) is not None:
+                refuse_task(view, key)
         train = self.search.train if self.search is not None else None
         return Forecast(
             reads=self.reading(),
@@ -171,7 +174,7 @@ class Prune(ReadsText):
             return f"{self.search.in_words()} (the model's tokens are not counted yet)"
         if config is None:
             return f"{self.search.in_words()} (the model's config is not on this machine)"
-        layout = layout_for(str(config.get("model_type")))
+        layout = layout_of(config)
         return self.search.told(layout, config, view.data, self._stored_dtype(config))
 
     def _cuts(self, configs: Sequence[Config]) -> list[Config]:
@@ -193,7 +196,7 @@ class Prune(ReadsText):
 
     def _cut(self, config: Config) -> Config:
         assert self.keep is not None
-        layout = layout_for(str(config.get("model_type")))
+        layout = layout_of(config)
         self.check_criteria(layout)
         sizes = target_sizes(self.keep, config, layout)
         if isinstance(self.keep.vocabulary, int):
@@ -203,7 +206,7 @@ class Prune(ReadsText):
     def _found(self, config: Config, sequence_length: int) -> list[Config]:
         """Every model that the search may choose; of a budget of time, or a new model, that shows in the run."""
         assert self.search is not None
-        layout = layout_for(str(config.get("model_type")))
+        layout = layout_of(config)
         self.check_criteria(layout)
         if self.search.budget.is_time or not is_counted(config):
             return [config]
@@ -217,7 +220,7 @@ class Prune(ReadsText):
             InputError: none fits the budget.
         """
         assert self.search is not None
-        layout = layout_for(str(config.get("model_type")))
+        layout = layout_of(config)
         return self.search.architectures(layout, config, sequence_length, self._stored_dtype(config))
 
     def _to_cut(self, before: Config | None, after: Config | None) -> Need | None:
@@ -228,7 +231,7 @@ class Prune(ReadsText):
             return None
         if self.reconstruct is not None:
             return Need(4 * (student + whole), "to cut and reconstruct on a CPU, after scoring")
-        layout = layout_for(str(before["model_type"]))
+        layout = layout_of(before)
         sizes = layout.sizes(before)
         weights = (prod(shape(parameter, sizes)) for parameter in layout.parameters if parameter.exists(before))
         num_bytes = 2 if self._stored_dtype(before) in ("bfloat16", "float16") else 4

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from distill.core.errors import InputError
 from distill.core.stop import stoppable
 from distill.data.cut_tokenizer import tokens_to_keep
-from distill.data.packed_rows import PackedRows
+from distill.data.stream import Stream
 from distill.models.load import load_config
 from distill.pretrained import generation_config_from
 from distill.pruning.token_ids import TOKEN_KEYS
@@ -32,11 +32,11 @@ def tokens_of(context: StageContext, location: str, wanted: int | Literal["used"
         InputError: the text is a stream, or the tokenizer cannot be cut so.
     """
     train = context.session.corpus().train
-    if not isinstance(train, PackedRows):
+    if isinstance(train, Stream):
         raise InputError("keep.vocabulary: a stream is not read before it is trained on; store its text, or keep all")
     tokenizer = context.session.tokenizer()
     counts = np.zeros(len(tokenizer), np.int64)
-    ids = train.tokens.ids()
+    ids = train.ids()
     for start in stoppable(range(0, len(ids), STRETCH)):
         counts += np.bincount(ids[start : start + STRETCH], minlength=len(counts))
     named = _named(location, load_config(location))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from distill.core.errors import InputError
 from distill.models.configs import count
-from distill.models.layouts import LAYOUTS
+from distill.models.layouts import find_layout
 from distill.pruning.layout import Config, Layout, shape
 from distill.quantization.base import DEFAULT_SKIP, Layers, QuantizerSpec, grid_of, matches
 from distill.quantization.kv_cache import CacheType, check_cache
@@ -34,7 +34,7 @@ def check_layers(
     Raises:
         InputError: they do not fit.
     """
-    layout = LAYOUTS.get(str(config.get("model_type")))
+    layout = find_layout(config)
     if layout is None or count(config) is None:
         return
     sizes = layout.sizes(config)

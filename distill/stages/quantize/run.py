@@ -39,7 +39,7 @@ def run(stage: Quantize, context: StageContext) -> dict[str, Any]:
         raise InputError(f"{stage.student}: its weights are low-bit already; quantize the model that it was made from")
     check_vocabulary(context, location)
     if stage.trains():
-        stage.check_steps(stage.steps(context.session.corpus().tokens_per_sequence))
+        stage.check_steps(context.session.corpus().steps_of(stage))
     # a scan needs the weights in each process, to find the same grids
     start = load_model(location, dtype="float32") if stage.mixed else load_trainable(context, location)
     is_read = start.device.type != "meta"  # else what the first process makes of it is sent

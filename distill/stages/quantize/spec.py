@@ -16,7 +16,15 @@ from distill.quantization.base import QuantizerSpec
 from distill.quantization.embeddings import EmbeddingsKind, embeddings_grid
 from distill.quantization.kv_cache import CacheType
 from distill.stages.base import SELF, View
-from distill.stages.checks import check_ends, check_own_teacher, check_sizes, check_states, check_task, note_on_ends
+from distill.stages.checks import (
+    check_ends,
+    check_own_teacher,
+    check_sizes,
+    check_states,
+    check_task,
+    note_on_ends,
+    refuse_task,
+)
 from distill.stages.forecast import FakeQuant, Forecast, Training
 from distill.stages.passes import say_passes
 from distill.stages.quantize.layer_checks import check_layers
@@ -107,7 +115,8 @@ class Quantize(DistillSpec, ReadsText):
             idle = [
                 key
                 for key in (*DistillSpec.model_fields, "lora", "from_step", "freeze_scales")
-                if key not in ("num_tokens", "num_steps") and getattr(self, key) != type(self).model_fields[key].default
+                if key not in ("num_tokens", "num_steps", "num_epochs")
+                and getattr(self, key) != type(self).model_fields[key].default
             ]
             if idle:
                 raise ValueError(
@@ -210,7 +219,7 @@ class Quantize(DistillSpec, ReadsText):
 
     def trains(self) -> bool:
         """Whether there is any training."""
-        return bool(self.num_tokens or self.num_steps)
+        return self.is_trained()
 
     def check_steps(self, num_steps: int) -> None:
         """Refuse what begins at a step that the training has not.
@@ -263,6 +272,7 @@ class Quantize(DistillSpec, ReadsText):
             rehearse_plots(grid.label() for grid in self.every_grid())
 
     def _check(self, view: View, config: Config | None) -> None:
+        refuse_task(view, "quantize", "export to onnx with weights: int8, which rounds encoders")
         check_sizes(self, view, config)
         if self.num_steps:  # of a budget in tokens, packing may make more or fewer
             self.check_steps(self.num_steps)

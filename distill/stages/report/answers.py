@@ -20,6 +20,8 @@ from distill.training.trainer import dtype_on, resolve_device
 def answers_to(stage: Report, context: StageContext, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Answers side by side, one model in memory at a time; an export whose engine is missing is left out by a line."""
     chat = context.session.chat_prompts
+    if not context.session.data.task.is_causal:  # such models continue no text
+        return []
     prompts = ASKED if stage.prompts == PROMPTS and chat is not None else stage.prompts
     trained = [row.name for row in rows if row.role == "teacher" or (row.role == "student" and row.training_tokens)]
     given: dict[str, list[Answer]] = {}

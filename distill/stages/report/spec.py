@@ -8,7 +8,7 @@ from pydantic import Field
 
 from distill.core.errors import InputError
 from distill.stages.base import StageSpec, View
-from distill.stages.checks import check_task
+from distill.stages.checks import check_task, refuse_task
 from distill.stages.forecast import Forecast
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ class Report(StageSpec):
 
     def forecast(self, view: View) -> Forecast:
         """The models that will answer."""
+        if self.prompts and self.prompts != PROMPTS:
+            refuse_task(view, "prompts")
         check_task(self, view)
         return Forecast(reads="reads what was measured", does=[reading] if (reading := self.reading()) else [])
 
@@ -57,7 +59,7 @@ class Report(StageSpec):
         before = list(stages)[: list(stages).index(context.name)]
         if not any(stages[name].kind == "evaluate" for name in before):
             raise InputError("there is nothing to report: no evaluate stage stands before this one")
-        check_prompts(context, self.prompts)
+        check_prompts(context, self.prompts if context.session.data.task.is_causal else ())
         rehearse_plots(dict.fromkeys(name for stage in stages.values() for _, name in stage.references()))
 
     def vocabulary_of(self) -> str | None:

@@ -1,0 +1,224 @@
+"""Rows of a task other than the next token: a text or a pair of texts per row, padded to the longest of its batch.
+
+    input_ids        int64  [batch, sequence]   special tokens and text, then padding
+    attention_mask   int64  [batch, sequence]   1 where a token stands, 0 for padding
+    token_type_ids   int64  [batch, sequence]   only for pairs: 1 in the second text
+
+    task                     targets                                 mask: which of them count
+    masked_lm                [batch, sequence]  the hidden tokens    the hidden tokens, or all tokens (positions: all)
+    classification           [batch, 1]         class                all
+    regression               [batch, 1]         number, float32      all
+    token_classification     [batch, sequence]  class                first token of each word
+    embedding                [batch, 1]         class, or 0          all
+
+With ``positions: all`` a batch has in addition
+
+    text_mask        bool   [batch, sequence]   the hidden tokens: where losses on the text are computed
+    text_weight      float  []                  how often each of these stands in the sum of the losses
+
+``text_weight`` is 1 / share, so that the loss on the text is a mean over the hidden tokens as the loss on the teacher
+is one over all tokens, while both sums are divided by the same number (see :mod:`distill.training.module`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from distill.core.tasks import MaskedLM, ModelTask
+from distill.data.masking import Masking
+from distill.data.order import EndlessOrder
+from distill.data.tally import Tally
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FACTS, IDS = "facts.json", "ids.bin"
+Place = tuple[int, int]
+"""(position in the endless list of training rows, row number); the position is negative outside of training."""
+
+
+@dataclass(frozen=True)
+class RowFile:
+    """Rows on disk: a folder with ``ids.bin`` and ``bounds.npy``, and what a task adds.
+
+    Attributes:
+        path: of the folder.
+        num_rows: rows in it.
+        num_tokens: tokens in it, with special ones.
+        num_cut: rows whose text was too long for ``data.sequence_length``.
+        num_repeated: rows left out of training because validation has their text.
+        before, after: special tokens at the two ends of a row, which are never hidden.
+        classes: names of the classes, in the order of the logits.
+        tally: rows that could not be used.
+    """
+
+    path: str
+    num_rows: int
+    num_tokens: int
+    num_cut: int = 0
+    num_repeated: int = 0
+    before: int = 0
+    after: int = 0
+    classes: tuple[str, ...] = ()
+    tally: Tally = field(default_factory=Tally)
+
+    @classmethod
+    def read(cls, folder: Path) -> RowFile:
+        """What :meth:`write` wrote beside the arrays."""
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        return cls(str(folder), **{**facts, "classes": tuple(facts["classes"]), "tally": Tally(**facts["tally"])})
+
+    def write(self, folder: Path) -> None:
+        """Write all but the arrays."""
+        facts = {key: value for key, value in asdict(self).items() if key != "path"}
+        (folder / FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+
+    def array(self, name: str) -> np.ndarray:
+        """An array of the folder, memory-mapped: ``ids`` uint32 [tokens], ``bounds`` int64 [rows + 1], ``seconds``
+        int64 [rows] (tokens before the second text), ``targets`` [rows] or [tokens]."""
+        found: np.ndarray
+        if name == "ids":  # which are written as they come, so without a header that says how many there are
+            found = np.memmap(Path(self.path) / IDS, np.uint32, mode="r", shape=(self.num_tokens,))
+        else:
+            found = np.lib.format.open_memmap(Path(self.path) / f"{name}.npy", mode="r")  # refuses objects
+        return found
+
+
+class TextRows(Dataset[dict[str, "Tensor"]]):
+    """Rows for a task; see the top of this file.
+
+    Args:
+        file: the rows on disk.
+        task: of the recipe.
+        filling: id that pads.
+        masking: how tokens are hidden; needed for masked_lm alone.
+        chosen: numbers of the rows to show, in order; None shows all.
+    """
+
+    packing = "padded"
+
+    def __init__(
+        self, file: RowFile, task: ModelTask, filling: int, masking: Masking | None, chosen: np.ndarray | None = None
+    ):
+        self.file, self.task, self.filling, self.masking = file, task, filling, masking
+        self.chosen = np.arange(file.num_rows) if chosen is None else chosen
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, places: Sequence[Place | int]) -> dict[str, Tensor]:
+        """The rows at these places as a batch; a bare number is a row outside of training."""
+        pairs = [place if isinstance(place, tuple) else (-1, place) for place in places]
+        rows = [(position, int(self.chosen[number])) for position, number in pairs]
+        spans = [(int(self._array("bounds")[row]), int(self._array("bounds")[row + 1])) for _, row in rows]
+        width = max(end - start for start, end in spans)
+        ids = np.full((len(rows), width), self.filling, np.int64)  # [batch, sequence]
+        attended = np.zeros(ids.shape, np.int64)
+        for at, (start, end) in enumerate(spans):
+            ids[at, : end - start], attended[at, : end - start] = self._array("ids")[start:end], 1
+        batch = {"attention_mask": attended}
+        if (Path(self.file.path) / "seconds.npy").is_file():
+            seconds = self._array("seconds")[[row for _, row in rows]]  # [batch]
+            batch["token_type_ids"] = ((np.arange(width) >= seconds[:, None]) & (attended > 0)).astype(np.int64)
+        if self.masking is not None:
+            batch |= self._masked(self.masking, ids, attended, rows)
+        else:
+            batch |= {"input_ids": ids, **self._labels(rows, spans, width)}
+        return {name: torch.from_numpy(np.asarray(array)) for name, array in batch.items()}
+
+    def _masked(
+        self, masking: Masking, ids: np.ndarray, attended: np.ndarray, rows: Sequence[Place]
+    ) -> dict[str, np.ndarray]:
+        """Inputs with hidden tokens, and what is predicted."""
+        seen, hidden = ids.copy(), np.zeros(ids.shape, bool)
+        for at, (position, row) in enumerate(rows):
+            size = int(attended[at].sum())
+            can = np.zeros(ids.shape[1], bool)
+            can[self.file.before : size - self.file.after] = True
+            seen[at], hidden[at] = masking.hide(ids[at], can, position, row)
+        batch = {"input_ids": seen, "targets": ids}
+        assert isinstance(self.task, MaskedLM)
+        if self.task.positions == "masked" or any(position < 0 for position, _ in rows):
+            return {**batch, "mask": hidden}
+        weight = np.asarray(1 / self.task.mask.share, np.float32)
+        return {**batch, "mask": attended > 0, "text_mask": hidden, "text_weight": weight}
+
+    def _labels(self, rows: Sequence[Place], spans: Sequence[tuple[int, int]], width: int) -> dict[str, np.ndarray]:
+        if self.task.head == "token_classification":
+            targets = np.full((len(rows), width), IGNORED, np.int64)  # [batch, sequence]
+            for at, (start, end) in enumerate(spans):
+                targets[at, : end - start] = self._array("targets")[start:end]
+            return {"targets": np.maximum(targets, 0), "mask": targets != IGNORED}
+        shape = (len(rows), 1)
+        if not (Path(self.file.path) / "targets.npy").is_file():
+            return {"targets": np.zeros(shape, np.int64), "mask": np.ones(shape, bool)}
+        targets = self._array("targets")[[row for _, row in rows]].reshape(shape)
+        return {"targets": targets, "mask": np.ones(shape, bool)}
+
+    def only(self, numbers: np.ndarray) -> TextRows:
+        """Some of the rows. numbers: int64 [rows]"""
+        some = copy(self)
+        some.chosen = self.chosen[numbers]
+        return some
+
+    def lengths(self) -> np.ndarray:
+        """Tokens in each row, without padding. int64 [rows]"""
+        return np.diff(self._array("bounds"))[self.chosen]
+
+    def num_predictions(self) -> int:
+        """Predictions that count in all rows together."""
+        if self.masking is not None:
+            can = np.maximum(self.lengths() - self.file.before - self.file.after, 0)
+            return int(np.where(can > 0, np.maximum(1, np.round(self.masking.spec.share * can)), 0).sum())
+        if self.task.head == "token_classification":
+            counted = np.concatenate([[0], np.cumsum(self._array("targets") != IGNORED)])
+            bounds = self._array("bounds")
+            return int((counted[bounds[self.chosen + 1]] - counted[bounds[self.chosen]]).sum())
+        return len(self)
+
+    def ids(self) -> np.ndarray:
+        """The tokens of all rows, memory-mapped. uint32 [tokens]"""
+        return self._array("ids")
+
+    def _array(self, name: str) -> np.ndarray:
+        if name not in self._arrays:
+            self._arrays[name] = self.file.array(name)
+        return self._arrays[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a worker maps the files itself, they are not sent to it
+        return self.__dict__ | {"_arrays": {}}
+
+
+IGNORED = -100
+"""Stored target of a token that is not predicted."""
+
+
+class PlacesOf(EndlessOrder):
+    """An order that tells the position of each row too, from which its hidden tokens follow.
+
+    Args:
+        order: of the rows.
+    """
+
+    def __init__(self, order: EndlessOrder):
+        super().__init__(order.taken)
+        self.order = order
+
+    def __iter__(self) -> Iterator[list[Place]]:  # type: ignore[override]
+        for positions in self.taken:
+            yield [(position, self.order.row_at(position)) for position in positions]
+
+    def row_at(self, position: int) -> int:
+        """See :class:`~distill.data.order.EndlessOrder`."""
+        return self.order.row_at(position)

@@ -1,0 +1,299 @@
+"""Tasks of encoders in whole runs of a tiny BERT: trained, cut, distilled, measured, exported and reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+)
+
+from distill.core.errors import DistillError, InputError, RecipeError
+from distill.core.run import Run
+from distill.forecast import describe
+from distill.recipe import Recipe
+from distill.reporting.tradeoff import Row, read_rows
+from distill.runner import run
+
+WORDS = [f"w{i}" for i in range(40)]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+RECIPE = """\
+name: tiny
+task: {task}
+teacher: {teacher}
+data:
+  train: {{kind: jsonl, path: {folder}/train.jsonl}}
+  validation: {{kind: jsonl, path: {folder}/valid.jsonl}}
+  sequence_length: 16
+  calibration_sequences: 8
+stages:
+{stages}
+compute: {{accelerator: cpu, log_every_steps: 1, checkpoint_every_steps: 100}}
+logging: {{wandb: disabled}}
+"""
+TAUGHT = """\
+  tune: {{kind: finetune, model: teacher, num_steps: 12, batch_size: 8, optimizer: {{lr: 5e-3, warmup_steps: 0}}}}
+  prune: {{model: tune, keep: {{num_hidden_layers: 2, intermediate_size: 32}}}}
+  distill:
+    {{student: prune, teacher: tune, num_epochs: 0.5, batch_size: 8, losses: {losses}, optimizer: {{lr: 1e-2}}}}
+  alone: {{kind: finetune, model: prune, num_steps: 1, batch_size: 8}}
+  plain: {{kind: export, model: distill}}
+  evaluate: {{teacher: tune, models: [tune, prune, distill], controls: [alone], speed: null}}
+  report: {{}}
+"""
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A body without a head, as encoders of sentences are published."""
+    folder = tmp_path_factory.mktemp("encoder")
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*SPECIAL, *WORDS])}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    # as all-MiniLM-L6-v2 has it: settings of another program, which must not reach any row
+    words.enable_padding(length=12)
+    words.enable_truncation(12)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=32, hidden_dropout_prob=0.1, initializer_range=0.2,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    random = torch.Generator().manual_seed(0)
+    for name, count in (("train", 64), ("valid", 24)):
+        lines = []
+        for _ in range(count):
+            size = int(torch.randint(4, 10, (1,), generator=random))
+            drawn = [int(i) for i in torch.randint(0, len(WORDS), (size,), generator=random)]
+            lines.append(
+                {
+                    "text": " ".join(f"w{i}" for i in drawn),
+                    "other": f"w{drawn[0]} w{drawn[-1]}",
+                    "label": "early" if drawn[0] < 20 else "late",
+                    "third": "abc"[drawn[0] % 3],
+                    "score": drawn[0] / 40,
+                    "words": [f"w{i}" for i in drawn],
+                    "labels": ["B-X" if i < 10 else "I-X" if i < 20 else "O" for i in drawn],
+                }
+            )
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def write(task: str, stages: str, encoder: Path, rows: Path) -> Recipe:
+    return Recipe.from_text(RECIPE.format(task=task, teacher=encoder, folder=rows, stages=stages.rstrip()))
+
+
+def rows_of(done: Run) -> dict[str, Row]:
+    return {row.name: row for row in read_rows(done.stage("evaluate") / "rows.json")}
+
+
+CASES: dict[str, tuple[str, str, Any, list[str]]] = {
+    "classification": (
+        "{kind: classification, text_pair: other}",
+        "[{kind: forward_kl, temperature: 2}, {kind: cross_entropy, weight: 0.1}, hidden_mse, attention_relation]",
+        AutoModelForSequenceClassification,
+        ["accuracy", "macro_f1", "matthews", "kl_to_teacher"],
+    ),
+    "regression": (
+        "{kind: regression, label: score}",
+        "[score_mse, {kind: label_mse, weight: 0.5}, hidden_cosine]",
+        AutoModelForSequenceClassification,
+        ["pearson", "spearman"],
+    ),
+    "token_classification": (
+        "token_classification",
+        "[forward_kl, cross_entropy]",
+        AutoModelForTokenClassification,
+        ["accuracy", "macro_f1", "span_f1", "kl_to_teacher"],
+    ),
+    "masked_lm": (
+        "masked_lm",
+        "[forward_kl, cross_entropy]",
+        AutoModelForMaskedLM,
+        ["accuracy", "perplexity", "kl_to_teacher", "top1_agreement"],
+    ),
+    "masked_lm, all positions": (
+        "{kind: masked_lm, positions: all, mask: {rare_words: 0.7}}",
+        "[{kind: forward_kl, weight: 5, temperature: 2}, {kind: cross_entropy, weight: 2}, "
+        "{kind: hidden_cosine, layers: last}]",
+        AutoModelForMaskedLM,
+        ["accuracy", "perplexity", "kl_to_teacher"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_task_goes_through_all_stages(name: str, encoder: Path, rows: Path, tmp_path: Path) -> None:
+    task, losses, loader, figures = CASES[name]
+    recipe = write(task, TAUGHT.format(losses=losses), encoder, rows)
+    assert f"task: {recipe.task.kind}" in describe(recipe)
+    said: list[str] = []
+    done = run(recipe, tmp_path, say=said.append)
+    # what is trained is a plain folder with the head, which knows its classes
+    plain = next(path for path in (done.stage("plain")).iterdir() if path.is_dir())
+    model, report = loader.from_pretrained(plain, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert model.config.num_hidden_layers == 2
+    classes = {"classification": ["early", "late"], "token_classification": ["B-X", "I-X", "O"]}.get(name)
+    if classes is not None:
+        assert [model.config.id2label[at] for at in range(len(classes))] == classes
+    measured = rows_of(done)
+    for row in measured.values():
+        assert [key for key in figures if getattr(row, key) is None] == []
+    assert measured["tune"].kl_to_teacher in (None, pytest.approx(0, abs=1e-6))
+    for key in set(measured["distill"].errors):
+        assert measured["distill"].errors[key] >= 0
+    figures_of = {stage: json.loads((done.stage(stage) / "metrics.jsonl").read_text().splitlines()[-1]) for stage in
+                  ("tune", "distill")}  # fmt: skip
+    assert figures_of["distill"]["step"] == 4  # half of 64 rows in batches of 8
+    page = (done.stage("report") / "report.md").read_text()
+    assert "Accuracy" in page or "Pearson" in page
+    if name == "classification":
+        scores = json.loads((done.stage("evaluate") / "tasks.json").read_text())
+        assert {(pair["first"], pair["second"]) for pair in scores["pairs"]} >= {
+            ("tune", "distill"),
+            ("alone", "distill"),
+        }
+    first, *_, last = [json.loads(line) for line in (done.stage("tune") / "metrics.jsonl").read_text().splitlines()]
+    loss = "label_mse" if name == "regression" else "cross_entropy"
+    assert last[f"val/{loss}"] < first[f"train/{loss}"]  # it has learned something
+
+
+def test_embeddings_are_learned_from_a_teacher_alone(encoder: Path, rows: Path, tmp_path: Path) -> None:
+    stages = """\
+  prune: {model: teacher, keep: {layers: [0, 2]}}
+  distill: {student: prune, num_steps: 12, batch_size: 8, losses: [embedding_cosine], optimizer: {lr: 3e-3}}
+  plain: {kind: export, model: distill}
+  evaluate: {speed: null}
+  report: {}
+"""
+    done = run(write("{kind: embedding, label: label}", stages, encoder, rows), tmp_path, say=lambda _: None)
+    measured = rows_of(done)
+    assert measured["teacher"].embedding_cosine == pytest.approx(1, abs=1e-5)
+    assert measured["teacher"].neighbours_shared == 1
+    assert measured["distill"].embedding_cosine > measured["prune"].embedding_cosine + 0.02
+    assert measured["distill"].knn_accuracy is not None
+    assert measured["distill"].perplexity is None
+    plain = next(path for path in done.stage("plain").iterdir() if path.is_dir())
+    assert json.loads((plain / "1_Pooling" / "config.json").read_text())["pooling_mode_mean_tokens"] is True
+    assert [one["type"].rpartition(".")[2] for one in json.loads((plain / "modules.json").read_text())] == [
+        "Transformer", "Pooling", "Normalize",
+    ]  # fmt: skip
+    model, report = AutoModel.from_pretrained(plain, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert model.config.num_hidden_layers == 2
+    other = write("{kind: embedding, pooling: cls}", "  evaluate: {speed: null}\n", plain, rows)
+    with pytest.raises(InputError, match="makes embeddings with pooling: mean"):
+        run(other, tmp_path / "other", say=lambda _: None)
+
+
+def test_a_run_that_was_stopped_hides_the_same_tokens(encoder: Path, rows: Path, tmp_path: Path) -> None:
+    """Weights are bit for bit those of a run that was not stopped, also in smaller micro-batches."""
+    stages = """\
+  tune:
+    {{kind: finetune, model: teacher, num_steps: 4, batch_size: 8, validate_every_steps: 4, optimizer: {{lr: 1e-3}}}}
+"""
+    recipe = write("{kind: masked_lm, positions: all, mask: {rare_words: 0.7}}", stages.format(), encoder, rows)
+    recipe = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"checkpoint_every_steps": 2})})
+    whole = run(recipe, tmp_path / "whole", say=lambda _: None)
+
+    class Stop(Exception):
+        pass
+
+    from distill.training.module import DistillationModule
+
+    kept = DistillationModule.on_train_batch_start
+
+    def stop_at_third(module: Any, batch: Any, index: int) -> None:
+        if module.trainer.global_step == 3:
+            raise Stop
+        kept(module, batch, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DistillationModule, "on_train_batch_start", stop_at_third)
+        with pytest.raises(Stop):
+            run(recipe, tmp_path / "stopped", say=lambda _: None)
+    said: list[str] = []
+    again = run(recipe, tmp_path / "stopped", say=said.append)
+    assert any("resuming from step 2 of 4" in line for line in said)
+    files = [one.stage("tune") / "model" / "model.safetensors" for one in (whole, again)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("task", "stages", "match"),
+    [
+        ("classification", "  a: {kind: distill, student: teacher, num_steps: 1}\n", "has no head for task: class"),
+        ("embedding", "  a: {kind: finetune, model: teacher, num_steps: 1}\n", "embedding has no labels to train on"),
+        (
+            "classification",
+            "  a: {kind: quantize, student: teacher, num_steps: 0}\n",
+            "quantize cannot be used with task",
+        ),
+        ("masked_lm", "  a: {kind: cache_teacher}\n", "cache_teacher cannot be used with task: masked_lm"),
+        ("masked_lm", "  a: {kind: finetune, model: teacher, num_steps: 1, lora: {}}\n", "lora cannot be used with"),
+        ("masked_lm", "  a: {kind: sparsify, model: teacher}\n", "sparsify cannot be used with task: masked_lm"),
+    ],
+)
+def test_check_refuses_what_a_task_cannot_do(task: str, stages: str, match: str, encoder: Path, rows: Path) -> None:
+    with pytest.raises(DistillError, match=match):
+        describe(write(task, stages, encoder, rows))
+
+
+@pytest.mark.parametrize(
+    ("task", "losses", "match"),
+    [
+        ("regression", "[forward_kl]", "forward_kl does not fit task: regression; use score_mse or label_mse"),
+        ("embedding", "[score_mse]", "score_mse does not fit task: embedding; use embedding_cosine"),
+        ("classification", "[embedding_cosine]", "embedding_cosine does not fit task: classification"),
+        ("{kind: masked_lm, positions: all}", "[decoupled_kd]", "decoupled_kd reads the text and the teacher at the"),
+    ],
+)
+def test_losses_that_do_not_fit_the_task_are_mistakes(
+    task: str, losses: str, match: str, encoder: Path, rows: Path
+) -> None:
+    stages = f"  a: {{kind: distill, student: teacher, num_steps: 1, losses: {losses}}}\n"
+    with pytest.raises(RecipeError, match=match):
+        write(task, stages, encoder, rows)
+
+
+def test_a_head_with_other_classes_is_refused(encoder: Path, rows: Path, tmp_path: Path) -> None:
+    stages = "  tune: {kind: finetune, model: teacher, num_steps: 1, batch_size: 2}\n"
+    done = run(write("classification", stages, encoder, rows), tmp_path / "one", say=lambda _: None)
+    tuned = Path(done.model("tune").location)
+    for task, match in (
+        ("{kind: classification, label: third}", r"head has 2 classes \(early, late\), the data"),
+        ("{kind: classification, classes: [late, early]}", r"set task.classes: \[early, late\]"),
+        ("{kind: regression, label: score}", "predicts 2 classes, and task: regression one number"),
+    ):
+        with pytest.raises(InputError, match=match):
+            run(write(task, stages, tuned, rows), tmp_path / "two", say=lambda _: None)
