@@ -183,9 +183,10 @@ def test_a_task_goes_through_all_stages(name: str, encoder: Path, rows: Path, tm
             ("tune", "distill"),
             ("alone", "distill"),
         }
-    first, *_, last = [json.loads(line) for line in (done.stage("tune") / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (done.stage("tune") / "metrics.jsonl").read_text().splitlines()]
     loss = "label_mse" if name == "regression" else "cross_entropy"
-    assert last[f"val/{loss}"] < first[f"train/{loss}"]  # it has learned something
+    first, *_, last = [line[f"val/{loss}"] for line in lines if f"val/{loss}" in line]
+    assert last < first  # it has learned something
 
 
 def test_embeddings_are_learned_from_a_teacher_alone(encoder: Path, rows: Path, tmp_path: Path) -> None:
