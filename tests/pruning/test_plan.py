@@ -185,5 +185,5 @@ def test_percentages_become_sizes_that_fit(keep: dict[str, object], sizes: dict[
 
 @pytest.mark.parametrize("size", ["50", "0%", "100%", "half", 3.5, True, 0, -1])
 def test_what_is_no_size_is_refused(size: object) -> None:
-    with pytest.raises(ValidationError, match="whole number, or a percentage|greater than 0"):
+    with pytest.raises(ValidationError, match=r"whole number, or a percentage|greater than 0"):
         KeepSpec.model_validate({"intermediate_size": size})
