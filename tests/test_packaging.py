@@ -43,13 +43,13 @@ def imported() -> dict[str, str]:
 
 
 def test_every_package_that_is_imported_is_declared() -> None:
-    optional = declared("gguf", "gpu", "lm-eval", "onnx", "torchao") - declared()
+    optional = declared("gguf", "gpu", "lm-eval", "onnx", "pdf", "torchao") - declared()
     brought = {"lightning-fabric", "pyarrow", "pydantic-core", "typing-extensions"}  # by lightning, datasets, pydantic
     undeclared = {name: file for name, file in imported().items() if name not in declared() | optional | brought}
     assert undeclared == {}
-    asking = ("distill/exporters/", "distill/evaluation/tasks/harness.py")
+    asking = ("distill/exporters/", "distill/evaluation/tasks/harness.py", "distill/data/documents.py")
     needed = {name for name, file in imported().items() if not file.startswith(asking)}
-    assert needed & optional == {"nvidia-ml-py"}, "only exporters and the harness ask for an extra, and what reads GPUs"
+    assert needed & optional == {"nvidia-ml-py"}, "exporters, the harness and PDF ask for an extra, and what reads GPUs"
     assert packages_distributions().keys() >= {"torch", "transformers"}
 
 
