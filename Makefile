@@ -81,8 +81,8 @@ $(VENV)/.installed-lint: pyproject.toml constraints.txt | $(BIN)/python
 # apart from .venv, as neither the site nor a release needs torch
 .venv-docs/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check \
-		$$($(PYTHON) -c 'import tomllib as t; e = t.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; print(*(repr(p) for p in e["docs"] + e["release"]))')
+	$(PYTHON) -c 'import tomllib as t; e = t.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; print(*e["docs"], *e["release"], sep="\n")' > .venv-docs/requirements.txt
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-docs/requirements.txt
 	touch $@
 
 clean:

@@ -47,11 +47,9 @@ def test_every_package_that_is_imported_is_declared() -> None:
     brought = {"lightning-fabric", "pyarrow", "pydantic-core", "typing-extensions"}  # by lightning, datasets, pydantic
     undeclared = {name: file for name, file in imported().items() if name not in declared() | optional | brought}
     assert undeclared == {}
-    asking = ("distill/exporters/", "distill/evaluation/tasks/harness.py")
+    asking = ("distill/exporters/", "distill/evaluation/tasks/harness.py", "distill/data/documents.py")
     needed = {name for name, file in imported().items() if not file.startswith(asking)}
-    assert needed & optional == {"nvidia-ml-py", "pypdf"}, (
-        "only exporters and the harness ask for an extra, what reads GPUs, and what reads PDF files"
-    )
+    assert needed & optional == {"nvidia-ml-py"}, "exporters, the harness and PDF ask for an extra, and what reads GPUs"
     assert packages_distributions().keys() >= {"torch", "transformers"}
 
 

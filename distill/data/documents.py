@@ -13,11 +13,11 @@ from importlib.util import find_spec
 from io import BytesIO
 
 from distill.core.errors import InputError, MachineError
+from distill.core.installed import install_command
 from distill.data import files
 from distill.data.files import File
 
 SUFFIXES = (".md", ".txt", ".rst", ".pdf")
-INSTALL = "pip install 'distill-lm[pdf]'"
 _LINK = re.compile(r"!?\[([^\[\]]*)\]\([^()\s]*(?:\([^()]*\)[^()\s]*)*(?:\s+\"[^\"]*\")?\)")
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])")
@@ -74,7 +74,7 @@ def missing_reader(found: Sequence[File]) -> str | None:
     pdf = next((file for file in found if files.form(file) == "pdf"), None)
     if pdf is None or find_spec("pypdf") is not None:
         return None
-    return f"{pdf} is read by pypdf, which is not installed: {INSTALL}"
+    return f"{pdf} is read by pypdf, which is not installed: {install_command('pdf')}"
 
 
 def read_documents(found: Sequence[File]) -> list[Text]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from distill.core.spec import Spec
 
@@ -22,6 +22,13 @@ AXIS_OF_KEY = {
     "num_hidden_layers": "layers",
 }
 """Key of :class:`KeepSpec` -> the axis that it cuts."""
+
+
+def _is_number_or_text(value: Any) -> Any:
+    whole = isinstance(value, int | str) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not whole:
+        raise ValueError(f"expected a whole number, or a percentage of the model's such as 50% (got {value!r})")
+    return value
 
 
 def _size(value: int | str) -> int | str:
@@ -43,6 +50,7 @@ def _share(percentage: str) -> float:
 
 Size = Annotated[
     int | str,
+    BeforeValidator(_is_number_or_text),
     AfterValidator(_size),
     WithJsonSchema(
         {

@@ -159,3 +159,31 @@ def test_a_spec_survives_its_own_dump():
 def test_scores_that_are_missing_or_of_another_model_are_refused(scores, keep, message):
     with pytest.raises(InputError, match=message):
         made(keep, scores)
+
+
+@pytest.mark.parametrize(
+    ("keep", "sizes"),
+    [
+        ({"intermediate_size": "50%"}, {"intermediate_size": 5504}),  # 11008 / 2, a multiple of 32
+        ({"hidden_size": "33%"}, {"hidden_size": 1344}),  # 1351.7, down to a multiple of 32
+        ({"num_hidden_layers": "40%"}, {"num_hidden_layers": 13}),  # 12.8
+        ({"num_hidden_layers": "1%"}, {"num_hidden_layers": 2}),  # the first and the last always stay
+        ({"num_attention_heads": "60%"}, {"num_attention_heads": 16}),  # 19.2, two heads in each of 8 groups
+        (
+            {"num_attention_heads": "50%", "num_key_value_heads": "50%"},
+            {"num_attention_heads": 16, "num_key_value_heads": 4},
+        ),
+        ({"intermediate_size": 100}, {"intermediate_size": 100}),
+    ],
+)
+def test_percentages_become_sizes_that_fit(keep: dict[str, object], sizes: dict[str, int]) -> None:
+    before = {"mlp_neurons": 11008, "attention_heads": 32, "kv_groups": 8, "layers": 32, "hidden_channels": 4096}
+    found = KeepSpec.model_validate(keep).resolved(before)
+    assert {key: getattr(found, key) for key in sizes} == sizes
+    assert found.num_layers_of(32) == sizes.get("num_hidden_layers", 32)
+
+
+@pytest.mark.parametrize("size", ["50", "0%", "100%", "half", 3.5, True, 0, -1])
+def test_what_is_no_size_is_refused(size: object) -> None:
+    with pytest.raises(ValidationError, match=r"whole number, or a percentage|greater than 0"):
+        KeepSpec.model_validate({"intermediate_size": size})
