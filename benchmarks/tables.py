@@ -32,6 +32,7 @@ ORDER = (
     "pruning",
     "quantization",
     "chat",
+    "encoders",
     "engines",
     "scoring",
     "threads",
