@@ -33,6 +33,7 @@ ORDER = (
     "quantization",
     "chat",
     "knowledge",
+    "encoders",
     "engines",
     "scoring",
     "threads",

@@ -151,12 +151,8 @@ def test_an_encoder_is_exported_and_else_refused(text: Path, tmp_path: Path) -> 
     card = (tmp_path / "run" / "export" / "small" / "README.md").read_text()
     assert "pipeline_tag: fill-mask" in card
     assert '"token_type_ids"' in card
-    for other in (
-        stages.format(teacher=encoder, text=text, target="huggingface"),
-        RECIPE.format(teacher=encoder, text=text, target="onnx"),
-    ):
-        with pytest.raises(RecipeError, match="bert is an encoder, which predicts masked tokens"):
-            describe(Recipe.from_text(other))
+    with pytest.raises(RecipeError, match="bert is an encoder, which predicts masked tokens, which needs a task"):
+        describe(Recipe.from_text(RECIPE.format(teacher=encoder, text=text, target="onnx")))
 
 
 def make_encoder(folder: Path) -> Path:
