@@ -107,10 +107,10 @@ def differences(runs: list[dict[str, Row]], folders: list[Path]) -> list[dict[st
 
 
 def speeds(rows: dict[str, Row]) -> list[dict[str, Any]]:
-    """A row per model and engine: milliseconds at each batch size and length."""
+    """A row per export, and per model where its speed was measured: milliseconds at each batch size and length."""
     found = []
     for row in rows.values():
-        if not row.speeds:
+        if not row.speeds and not row.is_file:
             continue
         times = {
             f"ms_{point.batch}_{point.prompt_tokens}": 1e3
