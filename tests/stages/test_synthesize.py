@@ -226,6 +226,11 @@ logging: {{wandb: disabled}}
         assert row["grade"] == (4 if "Ulm" in row["question"] + row["reference"] else None)
     found = json.loads((place / "exam.json").read_text())["rows"]
     assert [(row["group"], row["grade"]) for row in found] == [("trained", 4.0), ("control", None)]
+    silent = text.replace("max_new_tokens: 3, num_choices: 0", "max_new_tokens: 0, num_choices: 3")
+    silent = silent.replace('judge: {server: "' + server.address + '"}', "models: [teacher]")
+    place = run(Recipe.from_text(silent), tmp_path / "silent", say=lambda line: None).stage("exam")
+    found = json.loads((place / "exam.json").read_text())["rows"]
+    assert [(row["f1"], row["choice_n"]) for row in found] == [(None, 5), (None, 15)]
     assert [grade_in(said) for said in ("5", "Grade 3.", "10", "it is 2 of 5", "")] == [5, 3, None, 2, None]
 
 

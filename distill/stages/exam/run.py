@@ -133,7 +133,8 @@ def _sit(stage: Exam, lm: ModelInMemory, questions: Sequence[Question], book: st
     sizes = [len(lm.tokenizer(answer, add_special_tokens=False)["input_ids"]) for _, answer in wanted]
     likely = lm.log_likelihoods(wanted)
     means = iter([one.nats / max(1, size) for one, size in zip(likely, sizes, strict=True)])
-    written = lm.written(prompts, new_tokens=stage.max_new_tokens, stops=())
+    new = stage.max_new_tokens
+    written = lm.written(prompts, new_tokens=new, stops=()) if new else [("", False)] * len(questions)
     answers = []
     for question, options, (text, _) in zip(questions, choices, written, strict=True):
         nats, right = -next(means), None
@@ -141,7 +142,8 @@ def _sit(stage: Exam, lm: ModelInMemory, questions: Sequence[Question], book: st
             scores = [next(means) for _ in options[0]]
             right = scores.index(max(scores)) == options[1]
         text, answer = text.strip(), question.answer
-        answers.append(Given(nats, text, token_f1(text, answer), numbers_right(text, answer), right))
+        f1, numbers = (token_f1(text, answer), numbers_right(text, answer)) if new else (None, None)
+        answers.append(Given(nats, text, f1, numbers, right))
     return answers
 
 

@@ -22,7 +22,7 @@ class Given:
     Attributes:
         nats: mean negative log-likelihood of the reference answer, in nats per token.
         text: what the model wrote.
-        f1: token F1 of the text and the reference, 0 to 1.
+        f1: token F1 of the text and the reference, 0 to 1; None if nothing was to be written.
         numbers: share of the numbers of the reference that the text has; None if it has none.
         grade: of a judge, 1 to 5; None without a judge, or if it gave none.
         chosen_right: whether the likeliest choice (per token) is the right one; None without choices.
@@ -32,7 +32,7 @@ class Given:
 
     nats: float
     text: str
-    f1: float
+    f1: float | None
     numbers: float | None = None
     chosen_right: bool | None = None
     grade: int | None = None
@@ -111,7 +111,11 @@ def compared(
 def _pair(model: str, group: str, before: Sequence[Given], after: Sequence[Given]) -> dict[str, Any]:
     row: dict[str, Any] = {"model": model, "group": group}
     for score in ("nats", "f1"):
-        pairs = PairedMeans.of([getattr(one, score) for one in before], [getattr(one, score) for one in after])
+        values = [[getattr(one, score) for one in some] for some in (before, after)]
+        if None in values[0] + values[1]:
+            row |= {f"{score}_difference": None, f"{score}_p": None, f"{score}_interval": None}
+            continue
+        pairs = PairedMeans.of(*values)
         row[f"{score}_difference"], row[f"{score}_p"] = pairs.difference, pairs.p()
         row[f"{score}_interval"] = list(pairs.interval())
     rights = [(a.chosen_right, b.chosen_right) for a, b in zip(before, after, strict=True)]
@@ -167,5 +171,7 @@ def _cell(row: Mapping[str, Any], score: str, digits: int) -> str:
 
 
 def _difference(row: Mapping[str, Any], score: str) -> str:
+    if row[f"{score}_difference"] is None:
+        return ""
     low, high = row[f"{score}_interval"]
     return f"{row[f'{score}_difference']:+.3f} [{low:+.3f}, {high:+.3f}], {row[f'{score}_p']:.3f}"

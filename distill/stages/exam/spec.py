@@ -37,8 +37,8 @@ class Exam(ReadsText):
     num_choices: int = Field(4, ge=0, le=26)
     """Choices of the multiple-choice form of each question: the reference answer, and answers to other questions of its
     group, in random order; 0 is off."""
-    max_new_tokens: int = Field(64, ge=1)
-    """Largest number of tokens of a written answer."""
+    max_new_tokens: int = Field(64, ge=0)
+    """Largest number of tokens of a written answer; 0 writes none, which is much faster and leaves nats and choices."""
     batch_size: int = Field(8, ge=1)
     """Rows of data.sequence_length tokens that are read at once."""
     judge: WriterChoice | None = None
