@@ -151,7 +151,7 @@ def main() -> None:
     kept = statistics.fmean((one["distill"].accuracy or 0.0) / teacher for one in runs)
     result.write(
         "encoders",
-        command="OMP_NUM_THREADS=1 python -m benchmarks.encoders --model MODEL --data DATA --work WORK "
+        command="python -m benchmarks.encoders --model MODEL --data DATA --work WORK "
         f"--seeds {args.seeds}{' --no-speed' * args.no_speed}",
         hardware=hardware.describe(1),
         versions=hardware.versions("onnxruntime"),

@@ -43,7 +43,7 @@ def variants() -> dict[str, dict[str, Any]]:
     """The variants to compare: name -> stage of a recipe, without its budget."""
     found: dict[str, dict[str, Any]] = {CONTROL: {"kind": "finetune"}}
     for kind, spec in LOSSES.items():
-        if not spec.needs_teacher:
+        if not spec.needs_teacher or spec.compares == "values":  # the latter are of other tasks
             continue
         if issubclass(spec, LossSpec):
             found[kind] = {"kind": "distill", "losses": [{"kind": kind}]}
