@@ -16,19 +16,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.core.errors import InputError, RecipeError
 from distill.core.run import Run
+from distill.data.base import Rejected
+from distill.data.split import Split
 from distill.forecast import describe
 from distill.recipe import Recipe
 from distill.runner import run
 from distill.show_rows import is_data_set, show_rows
 from distill.stages.exam.judge import grade_in
 from distill.stages.exam.questions import choices_of
+from distill.stages.session import Session, StageContext
 from distill.stages.synthesize.candidate import Candidate, names_of, numbers_of
 from distill.stages.synthesize.exam_spec import TRAINED, Question
 from distill.stages.synthesize.filters import counts, filtered
 from distill.stages.synthesize.filters_spec import FiltersSpec
+from distill.stages.synthesize.local_writer import LocalWriter
 from distill.stages.synthesize.makers.qna import questions_in
 from distill.stages.synthesize.overlap import numbers_right, token_f1
-from distill.stages.synthesize.requests import Reply, Request
+from distill.stages.synthesize.requests import Reply, Request, asked
+from distill.stages.text import data_of
 from distill.training.module import DistillationModule
 from tests.data import chats
 from tests.stages.chat_server import ChatServer
@@ -318,6 +323,8 @@ def test_the_plan_names_pairs_requests_and_warnings(folder: Path) -> None:
          "hidden_mse compares hidden states position by position"),
         (("num_steps: 3", "num_steps: 3, losses: [cross_entropy]"), "without a loss that reads the teacher"),
         (("min_yield: 0.2", "min_likelihood_gain: 0.1"), "which a server does not tell"),
+        (("filters: {min_yield: 0.2}", "filters: {judge: true}\n  other: {kind: synthesize, make: rewrite, filters: "
+          "{judge: true}}"), "filters.judge has no effect on make: rewrite"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_with_their_line(folder: Path, change: tuple[str, str], said: str) -> None:
@@ -338,8 +345,8 @@ def test_a_low_yield_stops_and_shows_what_was_written(folder: Path, tmp_path: Pa
 
 
 MAKERS = {
-    "answers": "{kind: answers, num_samples: 2, temperature: 1.0, num_prompts: 5, max_new_tokens: 12}",
-    "rewrite": "{kind: rewrite, num_versions: 3, max_new_tokens: 12, chunk_words: 20}",
+    "answers": "{kind: answers, num_samples: 2, temperature: 1.0, num_prompts: 5, max_new_tokens: 120}",
+    "rewrite": "{kind: rewrite, num_versions: 3, max_new_tokens: 120, chunk_words: 20}",
 }
 
 
@@ -367,7 +374,8 @@ logging: {{wandb: disabled}}
     whole, killed = found
     assert whole[0].read_bytes() == killed[0].read_bytes()
     rows = [*rows_of(whole[2]), *(row for f in (whole[0].parent.parent / "data").glob("*") for row in rows_of(f))]
-    assert len(rows) == {"answers": 5, "rewrite": 18}[kind]
+    assert len(rows) == {"answers": 5, "rewrite": 15}[kind]  # of six texts one validates
+    assert len(rows) > len(rows_of(whole[2]))  # some are kept
     # a kill after some rows, in the middle of a line
     lines = killed[0].read_bytes().splitlines(keepends=True)
     killed[0].write_bytes(b"".join(lines[:5]) + lines[5][:9])
@@ -375,6 +383,16 @@ logging: {{wandb: disabled}}
     run(recipe, tmp_path / "killed", say=lambda line: None)
     assert sorted(killed[0].read_bytes().splitlines()) == sorted(whole[0].read_bytes().splitlines())
     assert killed[2].read_bytes() == whole[2].read_bytes()
+
+
+def session_of(folder: Path, place: Path) -> Session:
+    """That of a run which reads conversations."""
+    train = f"{{kind: chat, path: {folder}/replay.jsonl}}"
+    recipe = Recipe.from_text(TEXTS.format(folder=folder, train=train, server="http://x/v1", make="{kind: answers}"))
+    return Session(
+        run=Run(place), recipe="write", text="", teacher=recipe.teacher, data=recipe.data, compute=recipe.compute,
+        logging=recipe.logging, seed=0, stages=recipe.stages, command="", say=lambda line: None,
+    )  # fmt: skip
 
 
 def made_by(folder: Path, place: Path, stage: str) -> Path:
@@ -389,6 +407,22 @@ compute: {{accelerator: cpu}}
 logging: {{wandb: disabled}}
 """
     return run(Recipe.from_text(text), place, say=lambda line: None).stage("made")
+
+
+def test_a_batch_has_one_temperature_and_one_length(folder: Path, tmp_path: Path) -> None:
+    session = session_of(folder, tmp_path)
+    writer = LocalWriter(StageContext(session, "made", tmp_path, ""), "teacher", 4)
+    mixed = [asked(f"Say {n}", length, heat, copy) for n in range(3) for length, heat, copy in
+             ((8, 0.0, 0), (8, 1.5, 1), (5, 0.0, 2), (12, 1.5, 3))]  # fmt: skip
+    every = dict(pair for made in writer.write(mixed, {one.id for one in mixed}) for pair in made)
+    assert [one.id for one in mixed if one.id in every] == [one.id for one in mixed]
+    for length, heat in ((8, 0.0), (8, 1.5), (5, 0.0), (12, 1.5)):
+        some = [one for one in mixed if (one.max_new_tokens, one.temperature) == (length, heat)]
+        alone = dict(pair for made in writer.write(some, {one.id for one in some}) for pair in made)
+        assert {one.id: every[one.id] for one in some} == alone
+        assert all((reply.new_tokens or 0) <= length for reply in alone.values())
+    greedy, sampled = (every[mixed[k].id].text for k in (0, 1))
+    assert greedy != sampled
 
 
 def test_the_likeliest_of_several_answers_is_kept(folder: Path, tmp_path: Path) -> None:
@@ -489,6 +523,55 @@ def test_filters_in_their_order() -> None:
                      "cap"]  # fmt: skip
     assert counts(dropped) == {"finished": 1, "parsed": 2, "length": 1, "refers": 1, "duplicate": 1, "exam": 1,
                                "grounded": 2, "cap": 1}  # fmt: skip
+
+
+def test_texts_made_from_documents_are_no_questions() -> None:
+    rows = [Candidate((), f"The bridge of 19{n}0 stands.", f"In 19{n}0 the bridge rose.", "d#0") for n in range(3)]
+    kept, dropped = filtered(rows, FiltersSpec(), [], None)  # type: ignore[arg-type]
+    assert kept == rows, dropped
+
+
+TEXTS = """\
+name: write
+teacher: {folder}/teacher
+data:
+  train: {train}
+  sequence_length: 64
+  held_out: 0.3
+  clean: {{duplicates: exact}}
+stages:
+  made: {{kind: synthesize, make: {make}, writer: {{server: "{server}"}}}}
+  learn: {{kind: finetune, model: teacher, num_steps: 1, data: made}}
+  mixed: {{kind: finetune, model: teacher, num_steps: 1, data: {{mixture: {{made: 0.5, train: 0.5}}}}}}
+compute: {{accelerator: cpu}}
+logging: {{wandb: disabled}}
+"""
+
+
+@pytest.mark.parametrize("kind", ["rewrite", "answers"])
+def test_what_validates_is_not_shown_to_a_writer(folder: Path, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"Town {n % 16} is old."}) for n in range(20)))
+    train = f"{{kind: jsonl, path: {tmp_path}/text.jsonl}}"
+    if kind == "answers":
+        rows = [json.dumps({"prompt": f"Town {n % 16} is old.", "response": f"Yes {n}"}) for n in range(20)]
+        (tmp_path / "chat.jsonl").write_text("\n".join(rows))
+        train = f"{{kind: chat, path: {tmp_path}/chat.jsonl}}"
+    with ChatServer(lambda body: (f"The old {re.findall(r'Town [0-9]+|$', body['messages'][0]['content'])[0]}.", "stop")
+                    ) as server:  # fmt: skip
+        text = TEXTS.format(folder=folder, train=train, server=server.address, make=f"{{kind: {kind}}}")
+        recipe = Recipe.from_text(text)
+        place = run(recipe, tmp_path / "run", only="made", say=lambda line: None).stage("made")
+        shown = [body["messages"][0]["content"].splitlines()[-1] for body in server.bodies[1:]]
+    seen = [item.text for item in Split(recipe.data).validation() if not isinstance(item, Rejected)]
+    hidden = {one.split("Town ")[1].split(" ")[0] for one in seen}
+    asked = {one.split("Town ")[1].split(" ")[0] for one in shown}
+    assert hidden
+    assert asked | hidden == {str(n) for n in range(16)}
+    assert not asked & hidden
+    made = rows_of(place / "data" / "rows-00000.jsonl")
+    assert len(made) == len(asked)  # of versions in equal words the first is kept
+    for name in ("learn", "mixed"):
+        assert data_of(recipe.stages, recipe.data, name).held_out == 0.3
 
 
 def test_numbers_names_questions_and_overlap() -> None:

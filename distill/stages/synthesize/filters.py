@@ -108,7 +108,7 @@ def _cheap(row: Candidate, spec: FiltersSpec, questions: set[str], exam: _Exam) 
         yield "parsed", row.flaw
     if _PLACEHOLDER.search(row.answer) or (row.messages and _PLACEHOLDER.search(row.question)):
         yield "parsed", "it is empty, is cut off by '...', or repeats a placeholder of the prompt"
-    limits = {"question": (row.question, spec.question_words)} if row.document else {}
+    limits = {"question": (row.question, spec.question_words)} if _is_asked(row) else {}
     for name, (text, (fewest, most)) in {**limits, "answer": (row.answer, spec.answer_words)}.items():
         if not fewest <= (count := len(text.split())) <= most:
             yield "length", f"the {name} has {count} words, limits are {fewest} and {most}"
@@ -126,6 +126,11 @@ def _cheap(row: Candidate, spec: FiltersSpec, questions: set[str], exam: _Exam) 
         lacking += sorted(names_of(row.answer) - _all_words(allowed))
         if lacking:
             yield "grounded", f"{lacking[0]!r} of the answer stands neither in the document nor in the question"
+
+
+def _is_asked(row: Candidate) -> bool:
+    """Whether it is a question about a document; a text made from a document has no question."""
+    return bool(row.document and row.messages)
 
 
 def _all_words(text: str) -> set[str]:
@@ -170,14 +175,14 @@ def _key_of(answer: str) -> str:
 
 def _by_likelihood(rows: list[Candidate], least: float, asker: Asker, dropped: list[Dropped]) -> Iterator[Candidate]:
     """Rows whose answer the document makes likelier; what it gains is stored."""
-    some = [row for row in rows if row.document]
+    some = [row for row in rows if _is_asked(row)]
     from_document = asker.log_probabilities(
         [(tuple(messages_with_document(row.document, row.messages)), row.answer) for row in some]
     )
     alone = asker.log_probabilities([(row.messages, row.answer) for row in some])
     gains = iter([a - b for a, b in zip(from_document, alone, strict=True)])
     for row in rows:
-        if not row.document:
+        if not _is_asked(row):
             yield row
         elif (gain := next(gains)) >= least:
             yield row.with_more(likelihood_gain=round(gain, 4))
@@ -187,13 +192,13 @@ def _by_likelihood(rows: list[Candidate], least: float, asker: Asker, dropped: l
 
 
 def _by_judge(rows: list[Candidate], asker: Asker, dropped: list[Dropped]) -> Iterator[Candidate]:
-    some = [row for row in rows if row.document]
+    some = [row for row in rows if _is_asked(row)]
     requests = [
         asked(JUDGED.format(document=row.document, question=row.question, answer=row.answer), 24) for row in some
     ]
     replies = iter(asker.ask("judgements", requests))
     for row in rows:
-        if not row.document:
+        if not _is_asked(row):
             yield row
             continue
         said = next(replies).text

@@ -79,15 +79,20 @@ class LocalWriter:
         """See :class:`~distill.stages.synthesize.requests.Writer`."""
         prompts = {request.id: self.prompt(request.messages) for request in requests}
         room = {request.id: self._positions - request.max_new_tokens for request in requests}
-        long = [id for id in prompts if len(prompts[id]) > room[id]]
-        if missing := [id for id in long if id in needed]:
+        long = {id for id in prompts if len(prompts[id]) > room[id]}
+        if missing := [id for id in prompts if id in long & needed]:
             yield [(id, Reply("", "prompt too long", len(prompts[id]), 0)) for id in missing]
-        rows = sorted((one for one in requests if one.id not in long), key=lambda one: -len(prompts[one.id]))
-        for start in range(0, len(rows), self._batch_size):
-            batch = rows[start : start + self._batch_size]
-            if needed & {one.id for one in batch}:
-                stop.check()
-                yield self._write(batch, [prompts[one.id] for one in batch])
+        kinds: dict[tuple[int, float], list[Request]] = {}  # a batch is sampled at one temperature, up to one length
+        for request in requests:
+            if request.id not in long:
+                kinds.setdefault((request.max_new_tokens, request.temperature), []).append(request)
+        for some in kinds.values():
+            rows = sorted(some, key=lambda one: -len(prompts[one.id]))
+            for start in range(0, len(rows), self._batch_size):
+                batch = rows[start : start + self._batch_size]
+                if needed & {one.id for one in batch}:
+                    stop.check()
+                    yield self._write(batch, [prompts[one.id] for one in batch])
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation that the model continues.

@@ -46,6 +46,16 @@ class Synthesize(StageSpec):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _filters_have_an_effect(self) -> Synthesize:
+        set_ = {"judge": self.filters.judge, "min_likelihood_gain": self.filters.min_likelihood_gain is not None}
+        for key in (key for key, is_set in set_.items() if is_set and not self.make.asks_about_documents):
+            raise ValueError(
+                f"filters.{key} has no effect on make: {self.make.kind}, whose rows are no questions about a document; "
+                "remove it"
+            )
+        return self
+
     @classmethod
     def form_as_written(cls, section: Mapping[str, Any]) -> Literal["conversations", "text"]:
         """What the rows of the maker that is named are."""

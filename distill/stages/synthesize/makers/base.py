@@ -40,7 +40,8 @@ class MakerSpec(Spec):
 
     holds: ClassVar[Holds] = "conversations"
     """What its rows are."""
-    needs_likelihood: ClassVar[bool] = False
+    asks_about_documents: ClassVar[bool] = False
+    """Whether its rows may be questions with a document, which some filters need."""
 
     kind: str
     max_new_tokens: int = Field(256, ge=1)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -66,6 +66,8 @@ _MARKER = re.compile(r"^\s*(?:(?:question|q)\s*\d*\s*[:.)]|[-*•]|\(?\d+[.):]?)
 
 class Qna(MakerSpec):
     """Questions and answers from qna.yaml files: about their documents, or of their skills."""
+
+    asks_about_documents: ClassVar[bool] = True
 
     kind: Literal["qna"] = "qna"
     path: str | list[str]
