@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from distill.core.errors import InputError, MachineError
+from distill.stages.synthesize.asker import Asker
 from distill.stages.synthesize.replies import Replies
-from distill.stages.synthesize.requests import asked
+from distill.stages.synthesize.requests import REFUSED, asked
 from distill.stages.synthesize.server_writer import CUT, ServerWriter
 from distill.stages.synthesize.writer_spec import ServerSpec
 from tests.stages.chat_server import ChatServer, echo
@@ -84,6 +87,84 @@ def test_a_prompt_that_was_cut_and_an_answer_at_the_limit_are_told() -> None:
     with ChatServer(lambda body: ("half", "length")) as server:
         (made,) = ServerWriter(spec(server), 0).write([one := asked("few", 8)], {one.id})
         assert made[0][1].finish == "length"
+
+
+def test_a_refused_prompt_is_one_dropped_reply() -> None:
+    requests = [asked(("long " * 9 if n % 3 == 0 else "short ") + str(n), 8) for n in range(12)]
+    with ChatServer(refuses=lambda body: 400 * body["messages"][0]["content"].startswith("long")) as server:
+        writer = ServerWriter(spec(server, parallel=2), 0)
+        made = dict(pair for some in writer.write(requests, {one.id for one in requests}) for pair in some)
+        assert [made[one.id].finish == REFUSED for one in requests] == [n % 3 == 0 for n in range(12)]
+        # what is left of a phase after a kill may be the long prompts alone
+        left = {one.id for one in requests[::3]}
+        again = dict(pair for some in writer.write(requests, left) for pair in some)
+        assert {*again} == left
+        with pytest.raises(InputError, match="HTTP 400"):  # none of a phase is taken
+            list(writer.write(requests[::3], left))
+        many = [asked(f"long {n}", 8) for n in range(40)]
+        with pytest.raises(InputError, match="HTTP 400"):
+            list(writer.write(many, {one.id for one in many}))
+        assert sum(body["messages"][0]["content"].startswith("long ") for body in server.bodies) < 12 + 20
+
+
+class Phase:
+    """What an asker needs of a stage."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+
+def test_a_reply_that_failed_is_asked_for_again(tmp_path: Path) -> None:
+    tries: dict[str, int] = {}
+
+    def answer(body: dict[str, Any]) -> tuple[str, str]:
+        said = body["messages"][0]["content"]
+        tries[said] = tries.get(said, 0) + 1
+        if said == "a" and tries[said] == 1:
+            return "", "abort"
+        return ("x", "content_filter") if said == "b" else ("yes", "length" if said == "c" else "stop")
+
+    requests = [asked(said, 8) for said in "abcd"]
+    for run in (1, 2):
+        with ChatServer(answer) as server:
+            phase, replies = Phase(), Replies(tmp_path, "w")
+            asker = Asker(phase, ServerWriter(spec(server), 0), replies)  # type: ignore[arg-type]
+            found = asker.ask("answers", requests)
+        assert [one.finish for one in found] == ["stop", "content_filter", "length", "stop"]
+        assert [one.id in replies for one in requests] == [True, False, True, True]
+        assert tries["b"] == 3 * run
+        assert any("1 are missing after 3 tries, they ended by: content_filter 1" in line for line in phase.said)
+    assert (tries["a"], tries["c"], tries["d"]) == (2, 1, 1)
+
+
+def test_waiting_is_told_and_has_an_end() -> None:
+    with ChatServer(busy=1, retry_after=86400) as server:
+        said: list[str] = []
+        assert ServerWriter(spec(server, max_wait_s=0.8), 0, said.append).model == "tiny"
+        assert len(said) == 1
+        assert "does not answer (HTTP 503" in said[0]
+        server.busy = 99
+        with pytest.raises(MachineError, match="does not answer"):
+            written(ServerWriter(spec(server, max_wait_s=0.7), 0, said.append), 1)
+
+
+@pytest.mark.parametrize("address", ["http://localhost:80x/v1", "http://localhost:99999/v1", "http://a:0/v1",
+                                     "http://a b/v1", "http://a/v\n1"])  # fmt: skip
+def test_a_wrong_address_is_no_traceback(address: str) -> None:
+    with pytest.raises(ValidationError, match="server"):
+        ServerSpec(server=address)
+
+
+def test_a_key_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ChatServer() as server:
+        for key in ("sk-secret\nmore", "sk-secr\u00e9t"):
+            monkeypatch.setenv("A_KEY", key)
+            with pytest.raises(InputError, match="A_KEY holds a line break or a character beyond ASCII") as error:
+                ServerWriter(spec(server, key_variable="A_KEY"), 0)
+            assert "sk-" not in str(error.value)
 
 
 def test_rows_survive_kills_of_the_server_and_of_the_run(tmp_path: Path) -> None:

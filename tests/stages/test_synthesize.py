@@ -323,6 +323,7 @@ def test_the_plan_names_pairs_requests_and_warnings(folder: Path) -> None:
          "hidden_mse compares hidden states position by position"),
         (("num_steps: 3", "num_steps: 3, losses: [cross_entropy]"), "without a loss that reads the teacher"),
         (("min_yield: 0.2", "min_likelihood_gain: 0.1"), "which a server does not tell"),
+        (("sequence_length: 256", "sequence_length: 256\n  chat: {learn_from: all}"), "use assistant or last"),
         (("filters: {min_yield: 0.2}", "filters: {judge: true}\n  other: {kind: synthesize, make: rewrite, filters: "
           "{judge: true}}"), "filters.judge has no effect on make: rewrite"),
     ],

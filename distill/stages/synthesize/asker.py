@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from distill.data.base import Message
 from distill.stages.progress_lines import ProgressLines
 from distill.stages.session import StageContext
 from distill.stages.synthesize.replies import Replies
-from distill.stages.synthesize.requests import Reply, Request, Writer
+from distill.stages.synthesize.requests import FINAL, Reply, Request, Writer
+
+TRIES = 3
+"""Times that a reply is asked for which the writer neither ended nor cut at its limit."""
 
 
 class Asker:
@@ -36,11 +40,21 @@ class Asker:
         if unique:
             self._context.say(f"{what}: {len(unique):,} to write" + (f", {before:,} are there" if before else ""))
         progress = ProgressLines(self._context, len(needed), (what, "written"))
-        for made in self._writer.write(unique, needed) if needed else ():
-            self._replies.add(made)
-            for _ in made:
-                progress.count(None)
-        return [self._replies[request.id] for request in requests]
+        failed: dict[str, Reply] = {}  # id of a request -> its reply, which is not kept
+        for _ in range(TRIES):
+            failed = {}
+            for made in self._writer.write(unique, needed) if needed else ():
+                kept = [(id, reply) for id, reply in made if reply.finish in FINAL]
+                failed |= {id: reply for id, reply in made if reply.finish not in FINAL}
+                self._replies.add(kept)
+                for _ in kept:
+                    progress.count(None)
+            needed = set(failed)
+        if failed:
+            why = Counter(reply.finish for reply in failed.values())
+            ended = ", ".join(f"{finish} {count:,}" for finish, count in why.items())
+            self._context.say(f"{what}: {len(failed):,} are missing after {TRIES} tries, they ended by: {ended}")
+        return [failed.get(request.id) or self._replies[request.id] for request in requests]
 
     def log_probabilities(self, pairs: Sequence[tuple[tuple[Message, ...], str]]) -> list[float]:
         """See :meth:`Writer.log_probabilities`."""

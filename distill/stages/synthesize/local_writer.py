@@ -24,7 +24,7 @@ from distill.data.order import seeded
 from distill.data.tokenizer import load_tokenizer
 from distill.evaluation.tasks.likelihood import log_likelihoods
 from distill.models.load import load_model, move
-from distill.stages.synthesize.requests import STOP, Reply, Request
+from distill.stages.synthesize.requests import LENGTH, STOP, TOO_LONG, Reply, Request
 from distill.training.ends import ends_of
 from distill.training.on_policy import sample, until_end
 from distill.training.spec import OnPolicySpec
@@ -81,7 +81,7 @@ class LocalWriter:
         room = {request.id: self._positions - request.max_new_tokens for request in requests}
         long = {id for id in prompts if len(prompts[id]) > room[id]}
         if missing := [id for id in prompts if id in long & needed]:
-            yield [(id, Reply("", "prompt too long", len(prompts[id]), 0)) for id in missing]
+            yield [(id, Reply("", TOO_LONG, len(prompts[id]), 0)) for id in missing]
         kinds: dict[tuple[int, float], list[Request]] = {}  # a batch is sampled at one temperature, up to one length
         for request in requests:
             if request.id not in long:
@@ -135,7 +135,7 @@ class LocalWriter:
         for request, length, row, kept, is_ended in zip(batch, lengths, written, inside, ended, strict=True):
             tokens = row[kept].tolist()
             text = self._tokenizer.decode(tokens[: len(tokens) - int(is_ended)], skip_special_tokens=True)
-            reply = Reply(str(text).strip(), STOP if is_ended else "length", int(length), len(tokens))
+            reply = Reply(str(text).strip(), STOP if is_ended else LENGTH, int(length), len(tokens))
             made.append((request.id, reply))
         return made
 

@@ -12,6 +12,9 @@ from distill.data.base import Message
 
 STOP = "stop"
 """How a reply ends that the writer ended itself."""
+LENGTH, TOO_LONG, REFUSED = "length", "prompt too long", "refused by the server"
+FINAL = (STOP, LENGTH, TOO_LONG, REFUSED)
+"""How replies end that are kept; one that ends otherwise, such as by "abort", is asked for again."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Reply:
 
     Attributes:
         text: without special tokens and surrounding whitespace.
-        finish: :data:`STOP`, or why it ends otherwise: "length", or "prompt too long" if nothing could be written.
+        finish: :data:`STOP`, or why it ends otherwise, such as one of :data:`FINAL`.
         prompt_tokens: tokens of the prompt as the writer counts them; None if unknown.
         new_tokens: tokens of the reply; None if unknown.
     """

@@ -32,6 +32,16 @@ class ServerSpec(Spec):
         parts = urlsplit(server)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("needs an address such as http://localhost:8000/v1")
+        if not (server.isascii() and server.isprintable()) or " " in server:
+            raise ValueError("holds a space or a character beyond ASCII; write it as the server's address is written")
+        try:
+            port = parts.port
+        except ValueError as error:
+            raise ValueError(
+                f"{str(error)[:1].lower()}{str(error)[1:]}; write it as http://localhost:8000/v1"
+            ) from None
+        if port == 0:
+            raise ValueError("port 0 is none; write it as http://localhost:8000/v1")
         if parts.username or parts.password or parts.query:
             raise ValueError("holds a secret or a query; name a key by key_variable")
         return server
