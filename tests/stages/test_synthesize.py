@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from distill.stages.synthesize.exam_spec import TRAINED, Question
 from distill.stages.synthesize.filters import counts, filtered
 from distill.stages.synthesize.filters_spec import FiltersSpec
 from distill.stages.synthesize.local_writer import LocalWriter
-from distill.stages.synthesize.makers.qna import questions_in
+from distill.stages.synthesize.makers.qna import Qna, lines_in, questions_in
 from distill.stages.synthesize.overlap import numbers_right, token_f1
 from distill.stages.synthesize.requests import Reply, Request, asked
 from distill.stages.text import data_of
@@ -497,22 +498,22 @@ def test_a_judge_drops_rows_and_a_skill_has_no_document(folder: Path, tmp_path: 
 
 
 def test_filters_in_their_order() -> None:
-    document = "The Kiel bridge was built in 1912 by Anna Berg."
+    document = "The Kiel bridge was built in 1912-1913 (9:30-17:00) by Anna Berg."
 
     def row(question: str, answer: str, **more: Any) -> Candidate:
         return Candidate(({"role": "user", "content": question},), answer, document, "d#0", **more)
 
     exam = [Question("Who built the Kiel bridge of 1912?", "Anna Berg.", document, TRAINED, "q:1")]
     rows = [
-        row("When was the Kiel bridge built?", "It was built in 1912."),
+        row("When was the Kiel bridge built?", "It was built in 1912 from 9:30 on."),
         row("When was it built, the bridge?", "It was cut", finish="length"),
         row("When was it built, and where?", "x y", flaw="no question"),
-        row("When was <placeholder> built then?", "In 1912."),
+        row("When was <placeholder> built then?", "In 1912.", is_invented=True),
         row("When then?", "In 1912."),
         row("What does the text say about it?", "That it is old."),
         row("when was the kiel  bridge built", "In 1912."),
         row("Who was the builder of the Kiel bridge of 1912?", "Anna Berg"),
-        row("Which year saw the bridge finished?", "It was 1913."),
+        row("Which year saw the bridge finished?", "It was 1914."),
         row("Which person finished the bridge?", "It was Maria Berg."),
         row("Was the Kiel bridge built?", "Yes, the Kiel bridge was."),
     ]
@@ -575,7 +576,87 @@ def test_what_validates_is_not_shown_to_a_writer(folder: Path, tmp_path: Path, k
         assert data_of(recipe.stages, recipe.data, name).held_out == 0.3
 
 
+def test_views_and_questions_that_are_not_finished_are_dropped_and_counted(folder: Path, tmp_path: Path) -> None:
+    shown: list[str] = []
+
+    def answer(body: dict[str, Any]) -> tuple[str, str]:
+        said = body["messages"][-1]["content"]
+        if "List the facts" in said:
+            return {"1": ("Bridge 1 is", "length"), "2": ("", "stop")}.get(
+                said.split()[1], ("Facts: it stands.", "stop")
+            )
+        if "different questions" in said:
+            shown.append(said)
+            is_filtered = said.startswith("Bridge 3")
+            return "What is the bridge of Ulm?\nWho is", "content_filter" if is_filtered else "length"
+        return "It is Kiel.", "stop"
+
+    with ChatServer(answer) as server:
+        writer = (
+            f'writer: {{server: "{server.address}"}}, filters: {{min_yield: 0, duplicates: false, grounded: false}}'
+        )
+        make = f"make: {{kind: qna, path: {folder}/qna.yaml, views: [facts, text], chunk_words: 20}}"
+        place = made_by(folder, tmp_path / "run", f"{make}, {writer}")
+    asked_of = [said.splitlines()[0] for said in shown]
+    assert sum(one.startswith("Facts") for one in asked_of) == 4
+    assert sum(one.startswith(("Bridge 1", "Bridge 2")) for one in asked_of) == 2  # by the text, never by a lost view
+    why = [(row["filter"], row["source"][-2:], row["why"]) for row in rows_of(place / "dropped.jsonl")]
+    assert sorted(why) == [
+        ("finished", "#0", "the reply ended by length"),
+        ("finished", "#2", "the reply ended by content_filter"),
+        ("parsed", "#1", "the view facts of the chunk is empty"),
+    ]
+    kept = rows_of(place / "data" / "rows-00000.jsonl")
+    assert len([row for row in kept if row["view"] in ("facts", "text")]) == 9  # 12 views, 2 lost, and 1 reply lost
+    assert questions_in(Reply("Who is A then?", "abort")) == lines_in(Reply("Say one\nSay two", "abort")) == []
+
+
+def test_documents_of_several_files_are_found_by_their_patterns(folder: Path, tmp_path: Path) -> None:
+    for name in ("ulm", "bonn"):
+        (tmp_path / f"{name}.md").write_text(DOCUMENT.replace("Ulm", name.title()))
+        text = QNA.replace("Ulm", name.title()).replace("bridges.md", f"{name}.md")
+        (tmp_path / f"{name}.yaml").write_text(text)
+    paths = [str(tmp_path / f"{name}.yaml") for name in ("ulm", "bonn")]
+    (tmp_path / "more.md").write_text(DOCUMENT)
+    named = [str(tmp_path / f"{name}.md") for name in ("bonn", "ulm")]
+
+    class Writes:
+        """Says that it has no question, and keeps what it was shown."""
+
+        def __init__(self) -> None:
+            self.shown: list[str] = []
+
+        def ask(self, what: str, requests: list[Request]) -> list[Reply]:
+            self.shown += [str(one.messages[-1]["content"]) for one in requests]
+            return [Reply("none", "stop") for _ in requests]
+
+    writer = Writes()
+    Qna(path=paths, documents=named, views=["text"]).make(writer, [], 0)  # type: ignore[arg-type]
+    towns = [set(re.findall("Ulm|Bonn", said)) for said in writer.shown]
+    assert len(towns) > 1
+    assert all(len(found) == 1 for found in towns)  # the examples of a town stand with its own document
+    with pytest.raises(InputError, match=r"more\.md matches document.patterns of no qna.yaml"):
+        Qna(path=paths, documents=[*named, str(tmp_path / "more.md")]).check()
+    with pytest.raises(InputError, match=r"none matches document.patterns of .*bonn\.yaml"):
+        Qna(path=paths, documents=named[1:]).check()
+    assert len(Qna(path=paths[:1], documents=str(tmp_path / "more.md")).check()) > 1  # one file has them all
+
+
+def test_prompts_and_answers_of_the_user_are_not_taken_for_placeholders() -> None:
+    said = [("What are the next questions?", "A tag such as <b> follows ..."), ("Show <name>", "+")]
+    rows = [Candidate(({"role": "user", "content": asks},), answer, source="p") for asks, answer in said]
+    rows.append(Candidate(({"role": "user", "content": "Nothing"},), " ", source="p"))
+    kept, dropped = filtered(rows, FiltersSpec(), [], None)  # type: ignore[arg-type]
+    assert kept == rows[:2]
+    assert [one.why for one in dropped] == ["it is empty"]
+    kept, dropped = filtered([replace(row, is_invented=True) for row in rows], FiltersSpec(), [], None)  # type: ignore[arg-type]
+    assert [one.filter for one in dropped] == ["parsed"] * 3
+
+
 def test_numbers_names_questions_and_overlap() -> None:
+    assert numbers_of("1897-1912, 9:30-17:00, 3/4 and 1,200.5") == {"1897", "1912", "9", "30", "17", "00", "3", "4",
+                                                                     "1200.5"}  # fmt: skip
+    assert numbers_right("It opened in 1897.", "1897-1912") == 0.5
     assert numbers_of("In 1,200 or 3.5 and 2001") == {"1200", "3.5", "2001"}
     assert names_of("It was Anna. Then Berg's house") == {"anna", "berg"}
     assert questions_in(Reply("1. Who is A?\n- What is B? It is c.\nnone\n3) Why", "length")) == [

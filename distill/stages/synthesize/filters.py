@@ -106,8 +106,10 @@ def _cheap(row: Candidate, spec: FiltersSpec, questions: set[str], exam: _Exam) 
         yield "finished", f"the reply ended by {row.finish}"
     if row.flaw:
         yield "parsed", row.flaw
-    if _PLACEHOLDER.search(row.answer) or (row.messages and _PLACEHOLDER.search(row.question)):
-        yield "parsed", "it is empty, is cut off by '...', or repeats a placeholder of the prompt"
+    if not row.answer.strip():
+        yield "parsed", "it is empty"
+    if row.is_invented and (_PLACEHOLDER.search(row.answer) or _PLACEHOLDER.search(row.question)):
+        yield "parsed", "it has no words, is cut off by '...', or repeats a placeholder of the prompt"
     limits = {"question": (row.question, spec.question_words)} if _is_asked(row) else {}
     for name, (text, (fewest, most)) in {**limits, "answer": (row.answer, spec.answer_words)}.items():
         if not fewest <= (count := len(text.split())) <= most:

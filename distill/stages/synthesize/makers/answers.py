@@ -65,7 +65,7 @@ class Answers(MakerSpec):
             finished = [one for one in some if replies[one].finish == STOP and replies[one].text] or some
             best = max(finished, key=lambda one: likely[one])
             more = {"log_probability": round(likely[best], 4)} if self.num_samples > 1 else {}
-            rows.append(Candidate(prompt, replies[best].text, "", place, replies[best].finish, more=more))
+            rows.append(Candidate(prompt, replies[best].text, "", place, finish=replies[best].finish, more=more))
         return Made(rows, raw=[reply.text for reply in replies[:5]])
 
 
