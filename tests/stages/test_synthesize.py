@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distill.core.errors import InputError, RecipeError
 from distill.core.run import Run
 from distill.data.base import Rejected
+from distill.data.chat_spec import ChatSpec
 from distill.data.split import Split
 from distill.forecast import describe
 from distill.recipe import Recipe
@@ -34,6 +35,7 @@ from distill.stages.synthesize.local_writer import LocalWriter
 from distill.stages.synthesize.makers.qna import Qna, lines_in, questions_in
 from distill.stages.synthesize.overlap import numbers_right, token_f1
 from distill.stages.synthesize.requests import Reply, Request, asked
+from distill.stages.synthesize.writer_tokenizer import writer_tokenizer
 from distill.stages.text import data_of
 from distill.training.module import DistillationModule
 from tests.data import chats
@@ -334,6 +336,70 @@ def test_mistakes_are_told_with_their_line(folder: Path, change: tuple[str, str]
     assert change[0] in text
     with pytest.raises(RecipeError, match=said):
         Recipe.from_text(text.replace(*change))
+
+
+LATE = """\
+name: late
+teacher: {folder}/teacher
+data: {{train: {{kind: chat, path: {folder}/replay.jsonl}}, sequence_length: 64}}
+stages:
+  said: {{kind: synthesize, make: {make}}}
+  {stage}
+compute: {{accelerator: cpu}}
+logging: {{wandb: disabled}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("make", "stage", "said"),
+    [
+        ("answers", "exam: {questions: said}", "questions: said: make: answers keeps no questions for an exam"),
+        ("{kind: qna, path: qna}", "exam: {questions: said}", "its make keeps no questions for an exam; add exam"),
+        ("{kind: qna, path: skill, exam: {}}", "exam: {questions: said}", "make.exam: keeps no question out"),
+        ("{kind: qna, path: skill, exam: {extra_per_chunk: 2}}", "", "make.exam: keeps no question out"),
+        ("answers", "learn: {kind: distill, student: teacher, num_steps: 1, data: said, teacher_reads: document}",
+         "teacher_reads: document: the rows of said have no document"),
+        ("{kind: qna, path: skill}", "learn: {kind: distill, student: teacher, num_steps: 1, data: said, teacher_reads: "
+         "document}", "teacher_reads: document: the rows of said have no document"),
+    ],
+)  # fmt: skip
+def test_what_would_fail_late_is_refused_by_check(
+    folder: Path, tmp_path: Path, make: str, stage: str, said: str
+) -> None:
+    seeds = "".join(f"  - {{question: Say {n}, answer: It is {n}}}\n" for n in range(3))
+    (tmp_path / "skill.yaml").write_text(f"created_by: me\nseed_examples:\n{seeds}")
+    make = make.replace("path: skill", f"path: {tmp_path}/skill.yaml").replace("path: qna", f"path: {folder}/qna.yaml")
+    with pytest.raises(InputError, match=said):
+        describe(Recipe.from_text(LATE.format(folder=folder, make=make, stage=stage)))
+
+
+def test_a_writer_without_a_key_or_a_template_is_found_before_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    stage = STAGE.format(folder=folder, server="http://127.0.0.1:9/v1").replace(
+        "max_wait", "key_variable: NO_SUCH_KEY, max_wait"
+    )
+    recipe = Recipe.from_text(RECIPE.format(folder=folder, stage=stage))
+    assert "the environment has no NO_SUCH_KEY; export it, before the run" in describe(recipe)
+    context = StageContext(session_of(folder, tmp_path), "facts", tmp_path, "")
+    with pytest.raises(InputError, match="has no NO_SUCH_KEY"):
+        recipe.stages["facts"].rehearse(context)
+    shutil.copytree(folder / "teacher", tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    writes = Recipe.from_text(LATE.format(folder=folder, make=f"answers, writer: {tmp_path}/plain", stage=""))
+    with pytest.raises(InputError, match="plain has no chat template"):
+        writes.stages["said"].rehearse(context)
+
+
+def test_a_template_of_the_recipe_is_not_that_of_another_writer(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text(chats.PLAIN.replace("<|im_start|>' + m.role", "<|im_start|>of the recipe ' + m.role"))
+    session = session_of(folder, tmp_path)
+    session.data = session.data.model_copy(update={"chat": ChatSpec(template=str(file))})
+    shutil.copytree(folder / "teacher", tmp_path / "other")
+    assert "of the recipe" in writer_tokenizer(session, "teacher").chat_template
+    assert writer_tokenizer(session, str(tmp_path / "other")).chat_template == chats.PLAIN
 
 
 def test_a_low_yield_stops_and_shows_what_was_written(folder: Path, tmp_path: Path) -> None:

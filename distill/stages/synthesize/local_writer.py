@@ -21,10 +21,10 @@ from distill.data.chat_encoder import ChatEncoder
 from distill.data.chat_spec import ChatSpec
 from distill.data.message import Unusable
 from distill.data.order import seeded
-from distill.data.tokenizer import load_tokenizer
 from distill.evaluation.tasks.likelihood import log_likelihoods
 from distill.models.load import load_model, move
 from distill.stages.synthesize.requests import LENGTH, STOP, TOO_LONG, Reply, Request
+from distill.stages.synthesize.writer_tokenizer import writer_tokenizer
 from distill.training.ends import ends_of
 from distill.training.on_policy import sample, until_end
 from distill.training.spec import OnPolicySpec
@@ -55,16 +55,8 @@ class LocalWriter:
             context.session.seed,
             batch_size,
         )
-        self._tokenizer = load_tokenizer(self._location)
-        chat = context.session.data.chat or ChatSpec()
-        if chat.template not in ("teacher", "student"):
-            self._tokenizer.chat_template = chat.written()
-        if not self._tokenizer.chat_template:
-            raise InputError(
-                f"writer: {self._location} has no chat template, so it does not follow instructions; name a model that "
-                "was tuned to (such as ...-Instruct), or a server"
-            )
-        self._encoder = ChatEncoder(self._tokenizer, chat, sequence_length=0)
+        self._tokenizer = writer_tokenizer(context.session, reference)
+        self._encoder = ChatEncoder(self._tokenizer, context.session.data.chat or ChatSpec(), sequence_length=0)
         device = resolve_device(context.session.compute)
         self.model = move(load_model(self._location, dtype=dtype_on(device)), device).eval()
         known = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -61,15 +60,7 @@ class ServerWriter:
         self._address = urlsplit(spec.server.rstrip("/"))
         self._stopped = threading.Event()
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if spec.key_variable is not None:
-            key = os.environ.get(spec.key_variable, "").strip()
-            if not key:
-                raise InputError(f"writer.key_variable: the environment has no {spec.key_variable}; export it")
-            if not (key.isascii() and key.isprintable()):
-                raise InputError(
-                    f"writer.key_variable: {spec.key_variable} holds a line break or a character beyond ASCII, which no "
-                    "key has; export the key alone"
-                )
+        if (key := spec.key()) is not None:
             self._headers["Authorization"] = f"Bearer {key}"
         self.model = self._model()
         self._probe()

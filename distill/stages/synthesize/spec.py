@@ -69,6 +69,11 @@ class Synthesize(StageSpec):
         """What its rows are."""
         return type(self.make).holds
 
+    @property
+    def made_documents(self) -> bool:
+        """Whether its maker gives rows the text that answers them."""
+        return self.make.has_documents()
+
     def references(self) -> list[tuple[tuple[str | int, ...], str]]:
         """The writer, where it is a model."""
         return [(("writer",), self.writer)] if isinstance(self.writer, str) else []
@@ -103,6 +108,7 @@ class Synthesize(StageSpec):
         """What is read and asked."""
         lines = self.make.check()
         if isinstance(self.writer, ServerSpec):
+            lines += self.writer.notes()
             who = f"{self.writer.server} writes" + (f" with {self.writer.model}" if self.writer.model else "")
         else:
             who = f"{self.writer} writes"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
+from distill.core.errors import InputError
 from distill.core.spec import Spec
 
 
@@ -25,6 +27,32 @@ class ServerSpec(Spec):
     """Seconds that one request may take."""
     max_wait_s: float = Field(600, ge=0)
     """Seconds that a server may be away before the run stops; what was written is kept."""
+
+    def key(self) -> str | None:
+        """The key; None where none is needed.
+
+        Raises:
+            InputError: the environment does not have it, or what it has is none.
+        """
+        if self.key_variable is None:
+            return None
+        key = os.environ.get(self.key_variable, "").strip()
+        if not key:
+            raise InputError(f"writer.key_variable: the environment has no {self.key_variable}; export it")
+        if not (key.isascii() and key.isprintable()):
+            raise InputError(
+                f"writer.key_variable: {self.key_variable} holds a line break or a character beyond ASCII, which no key "
+                "has; export the key alone"
+            )
+        return key
+
+    def notes(self) -> list[str]:
+        """What the run will need and this environment lacks."""
+        try:
+            self.key()
+        except InputError as error:
+            return [f"{error}, before the run"]
+        return []
 
     @field_validator("server")
     @classmethod

@@ -71,6 +71,18 @@ class MakerSpec(Spec):
         """Why a server cannot be its writer; None if it can."""
         return None
 
+    def why_no_exam(self) -> str | None:
+        """Why it keeps no exam questions out; None if it does."""
+        return f"make: {self.kind} keeps no questions for an exam; name a stage with make: qna and an exam"
+
+    def has_documents(self) -> bool:
+        """Whether its rows have the column document.
+
+        Raises:
+            InputError: a file is wrong.
+        """
+        return False
+
     def make(self, asker: Asker, texts: Iterable[Item], seed: int) -> Made:
         """Have all rows written.
 

@@ -118,9 +118,22 @@ class Qna(MakerSpec):
                 views = chunks * len(self.views) * self.rounds
                 most = views * self.questions_per_view
                 lines.append(f"{chunks} chunks, {views:,} requests for questions, at most {most:,} answers")
+        if self.exam is not None and not self._asks_any(qnas, self.exam):
+            raise InputError(
+                "make.exam: keeps no question out, as skills and contexts with a single pair keep none; name qna.yaml "
+                "files in exam.files, set exam.extra_per_chunk (with documents), or remove exam"
+            )
         for group, qna in self._exam_files():
             lines.append(f"{qna.file}: {len(qna.pairs)} exam questions ({group})")
         return lines
+
+    def why_no_exam(self) -> str | None:
+        """See :meth:`MakerSpec.why_no_exam`."""
+        return "its make keeps no questions for an exam; add exam: {} to it" if self.exam is None else None
+
+    def has_documents(self) -> bool:
+        """Whether one of the files is of knowledge."""
+        return any(qna.kind == "knowledge" for qna in self._read())
 
     def make(self, asker: Asker, texts: Iterable[Item], seed: int) -> Made:
         """See :meth:`MakerSpec.make`."""
@@ -141,6 +154,10 @@ class Qna(MakerSpec):
         for group, qna in self._exam_files():
             exam += [_question(one, number, group) for one in qna.seeds for number in range(len(one.pairs))]
         return Made(rows, exam, raw[:8])
+
+    def _asks_any(self, qnas: Sequence[QnaFile], exam: ExamSpec) -> bool:
+        has_extra = exam.extra_per_chunk > 0 and any(qna.kind == "knowledge" for qna in qnas)
+        return has_extra or bool(self._exam_files()) or any(self._divided(qna, 0)[0] for qna in qnas)
 
     def _read(self) -> list[QnaFile]:
         return [read_qna(str(file)) for file in self._qna_files()]
