@@ -41,7 +41,7 @@ class DocumentPrompts:
         by_prompt: bytes of the ids of a prompt (int64) -> int64 [tokens] of the prompt with its document.
         num_rows: conversations that have a document.
         num_without: conversations that have none, which the teacher reads as they are.
-        num_refused: those with one whose answer would be other tokens behind the document.
+        num_refused: those with one whose answer would be other tokens after the document.
         longest: tokens of the longest such row, with its answer.
         longest_id: what messages call that row.
     """

@@ -67,7 +67,9 @@ def find_documents(paths: str | Sequence[str]) -> list[File]:
     found = files.find(paths, SUFFIXES)
     for file in found:
         if not files.unpacked(file.name).endswith(SUFFIXES):
-            raise InputError(f"{file}: is read as no document (expected {', '.join(SUFFIXES)}); convert it to text")
+            raise InputError(
+                f"{file}: documents of this format cannot be read (expected {', '.join(SUFFIXES)}); convert it to text"
+            )
     return found
 
 

@@ -160,8 +160,8 @@ def check_documents(budget: DistillSpec, view: View) -> None:
     is_made = all(isinstance(source, Made) for source in sources)
     if is_made and not any(view.stages[name].made_documents for name in makers if name in view.stages):
         raise InputError(
-            f"teacher_reads: document: the rows of {', '.join(makers)} have no document; name a stage with make: qna and "
-            "files of knowledge under data, or set teacher_reads: text"
+            f"teacher_reads: document: the rows of {', '.join(makers)} have no document; name a stage with make: qna "
+            "and files of knowledge under data, or set teacher_reads: text"
         )
 
 

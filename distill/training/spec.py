@@ -262,8 +262,8 @@ class DistillSpec(BudgetSpec):
         if self.teacher_reads == "document" and data.chat is not None and data.chat.learn_from == "all":
             yield (
                 ("teacher_reads",),
-                "document cannot be used with data.chat.learn_from: all, since the teacher's prompts have other tokens; "
-                "use assistant or last",
+                "document cannot be used with data.chat.learn_from: all, since the teacher's prompts have other "
+                "tokens; use assistant or last",
             )
         if policy is None:
             return

@@ -54,7 +54,7 @@ def test_files_are_found_and_refused(tmp_path: Path) -> None:
     texts = read_documents(find_documents(str(tmp_path)))
     assert [one.text for one in texts] == [plain(MARKDOWN), "plain text"]
     (tmp_path / "c.docx").write_text("x")
-    with pytest.raises(InputError, match=r"c\.docx: is read as no document"):
+    with pytest.raises(InputError, match=r"c\.docx: documents of this format"):
         find_documents(str(tmp_path / "c.docx"))
     (tmp_path / "bad.txt").write_bytes(b"ok\n\xff")
     with pytest.raises(InputError, match=r"bad\.txt:2: not UTF-8"):

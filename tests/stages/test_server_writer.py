@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import tempfile
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 from distill.core.errors import InputError, MachineError
+from distill.core.forked import can_fork
 from distill.stages.synthesize.asker import Asker
 from distill.stages.synthesize.replies import Replies
 from distill.stages.synthesize.requests import REFUSED, asked
@@ -201,6 +206,43 @@ def survive(folder: Path, num_rows: int, num_kills: int) -> None:
     assert len(lines) == len({json.loads(line)["id"] for line in lines}) == num_rows
 
 
+@pytest.mark.skipif(not can_fork(), reason="needs forks")
+def test_rows_survive_sigkill_of_the_run(tmp_path: Path) -> None:
+    sigkilled(tmp_path, num_rows=60, num_kills=3)
+
+
+def sigkilled(folder: Path, num_rows: int, num_kills: int) -> None:
+    """The process that asks and stores is killed so often, each time after some more requests."""
+    requests = [asked(f"number {n}", 8) for n in range(num_rows)]
+    each = num_rows // (num_kills + 2)
+    with ChatServer() as server:
+        for _ in range(num_kills):
+            before = len(server.bodies)
+            child = os.fork()
+            if child == 0:
+                try:
+                    replies = Replies(folder, "server, model tiny")
+                    needed = {one.id for one in requests if one.id not in replies}
+                    for made in ServerWriter(spec(server, parallel=4), seed=3).write(requests, needed):
+                        replies.add(made)
+                finally:
+                    os._exit(0)
+            until = time.monotonic() + 60
+            while len(server.bodies) < before + each and time.monotonic() < until:
+                time.sleep(0.002)
+            os.kill(child, signal.SIGKILL)
+            assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        replies = Replies(folder, "server, model tiny")
+        assert 0 < len(replies) < num_rows
+        needed = {one.id for one in requests if one.id not in replies}
+        for made in ServerWriter(spec(server, parallel=4), seed=3).write(requests, needed):
+            replies.add(made)
+        whole = written(ServerWriter(spec(server, parallel=8), seed=3), num_rows)
+    assert {one.id: Replies(folder, "server, model tiny")[one.id].text for one in requests} == whole
+    lines = [line for file in (folder / "replies").glob("replies-*") for line in file.read_text().splitlines()]
+    assert len(lines) == len({json.loads(line)["id"] for line in lines}) == num_rows
+
+
 def test_replies_of_another_writer_or_damaged_ones_are_refused(tmp_path: Path) -> None:
     with ChatServer(echo) as server:
         replies = Replies(tmp_path, "a")
@@ -212,3 +254,10 @@ def test_replies_of_another_writer_or_damaged_ones_are_refused(tmp_path: Path) -
     file.write_bytes(file.read_bytes() + b'{"id": 3}\n')
     with pytest.raises(InputError, match=r"replies-00000\.jsonl:2: "):
         Replies(tmp_path, "a")
+
+
+if __name__ == "__main__":  # the long form, with more rows and kills than a test has time for
+    for name, long in (("server", survive), ("run", sigkilled)):
+        with tempfile.TemporaryDirectory() as place:
+            long(Path(place), num_rows=1000, num_kills=20)
+        print(f"1,000 rows survived 20 kills of the {name}")

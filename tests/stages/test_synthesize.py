@@ -20,13 +20,21 @@ from distill.core.run import Run
 from distill.data.base import Rejected
 from distill.data.chat_spec import ChatSpec
 from distill.data.split import Split
+from distill.evaluation.tasks.in_memory import ModelInMemory
+from distill.evaluation.tasks.likelihood import log_likelihoods
 from distill.forecast import describe
 from distill.recipe import Recipe
 from distill.runner import run
+from distill.show_data import show_named
 from distill.show_rows import is_data_set, show_rows
 from distill.stages.exam.judge import grade_in
 from distill.stages.exam.questions import choices_of
+from distill.stages.exam.run import _cut, _sit
+from distill.stages.exam.scores import CLOSED, OPEN, row_of
+from distill.stages.exam.spec import Exam
 from distill.stages.session import Session, StageContext
+from distill.stages.synthesize import local_writer
+from distill.stages.synthesize.asker import Asker
 from distill.stages.synthesize.candidate import Candidate, names_of, numbers_of
 from distill.stages.synthesize.exam_spec import TRAINED, Question
 from distill.stages.synthesize.filters import counts, filtered
@@ -34,7 +42,8 @@ from distill.stages.synthesize.filters_spec import FiltersSpec
 from distill.stages.synthesize.local_writer import LocalWriter
 from distill.stages.synthesize.makers.qna import Qna, lines_in, questions_in
 from distill.stages.synthesize.overlap import numbers_right, token_f1
-from distill.stages.synthesize.requests import Reply, Request, asked
+from distill.stages.synthesize.replies import Replies
+from distill.stages.synthesize.requests import LikelihoodRequest, Reply, Request, asked
 from distill.stages.synthesize.writer_tokenizer import writer_tokenizer
 from distill.stages.text import data_of
 from distill.training.module import DistillationModule
@@ -158,6 +167,10 @@ def test_rows_are_kept_or_dropped_with_a_reason_and_the_exam_stays_out(finished:
     assert ("refers", "What does the passage say of bridges?") in why
     about = json.loads((place / "data.json").read_text())
     assert about["rows"] == len(kept)
+    replies = [row for file in (place / "replies").glob("replies-*") for row in rows_of(file)]
+    assert about["tokens"] == {
+        "prompts": sum(row["prompt_tokens"] for row in replies), "replies": sum(row["new_tokens"] for row in replies)
+    }  # fmt: skip
     assert about["rows"] + sum(about["dropped"].values()) == about["rows_before_filters"]
     assert any("rows kept; dropped: refers" in line for line in said)
 
@@ -359,8 +372,8 @@ logging: {{wandb: disabled}}
         ("{kind: qna, path: skill, exam: {extra_per_chunk: 2}}", "", "make.exam: keeps no question out"),
         ("answers", "learn: {kind: distill, student: teacher, num_steps: 1, data: said, teacher_reads: document}",
          "teacher_reads: document: the rows of said have no document"),
-        ("{kind: qna, path: skill}", "learn: {kind: distill, student: teacher, num_steps: 1, data: said, teacher_reads: "
-         "document}", "teacher_reads: document: the rows of said have no document"),
+        ("{kind: qna, path: skill}", "learn: {kind: distill, student: teacher, num_steps: 1, data: said, "
+         "teacher_reads: document}", "teacher_reads: document: the rows of said have no document"),
     ],
 )  # fmt: skip
 def test_what_would_fail_late_is_refused_by_check(
@@ -491,6 +504,64 @@ def test_a_batch_has_one_temperature_and_one_length(folder: Path, tmp_path: Path
         assert all((reply.new_tokens or 0) <= length for reply in alone.values())
     greedy, sampled = (every[mixed[k].id].text for k in (0, 1))
     assert greedy != sampled
+
+
+def test_likelihoods_are_kept_and_computed_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = StageContext(session_of(folder, tmp_path), "made", tmp_path / "made", "")
+    writer = LocalWriter(context, "teacher", 1)  # blocks of eight
+    given = [LikelihoodRequest(({"role": "user", "content": "Say " * (n % 5)},), f"It is {n}") for n in range(20)]
+    given.append(given[3])
+    computed: list[int] = []
+
+    def counting(model: Any, pairs: Any, **more: Any) -> Any:
+        computed.append(len(pairs))
+        if sum(computed) == 16 + 4 and not list(tmp_path.glob("again")):
+            raise PulledPlug
+        return log_likelihoods(model, pairs, **more)
+
+    monkeypatch.setattr(local_writer, "log_likelihoods", counting)
+    with pytest.raises(PulledPlug):
+        Asker(context, writer, Replies(context.folder, "w")).likelihoods(given)
+    assert computed == [8, 8, 4]
+    file = context.folder / "replies" / "likelihoods.jsonl"
+    with file.open("ab") as stream:
+        stream.write(b'{"id": "half')
+    (tmp_path / "again").touch()
+    computed.clear()
+    found = Asker(context, writer, Replies(context.folder, "w")).likelihoods(given)
+    assert computed == [4]
+    whole = Asker(context, writer, Replies(tmp_path / "whole", "w")).likelihoods(given)
+    assert found == whole
+    assert found[3] == found[-1]
+    assert len(file.read_text().splitlines()) == 20
+
+
+def test_documents_beyond_the_context_are_dropped_and_counted(folder: Path, tmp_path: Path) -> None:
+    context = StageContext(session_of(folder, tmp_path), "made", tmp_path / "made", "")
+    asker = Asker(context, LocalWriter(context, "teacher", 4), Replies(context.folder, "w"))
+    said = ({"role": "user", "content": "When was the bridge built?"},)
+    rows = [Candidate(said, "In 1912.", "It was built in 1912. " * times) for times in (1, 60)]
+    spec = FiltersSpec(duplicates=False, min_likelihood_gain=-100)
+    kept, dropped = filtered(rows, spec, [], asker)
+    assert [one.document for one in kept] == [rows[0].document]
+    assert [(one.filter, "longer than the writer's context" in one.why) for one in dropped] == [("likelihood", True)]
+    # and in the exam
+    model, tokenizer = (one.from_pretrained(folder / "teacher") for one in (AutoModelForCausalLM, AutoTokenizer))
+    lm = ModelInMemory(model.eval(), tokenizer, chat=ChatSpec(), batch_tokens=2048)
+    questions = [Question("When?", "In 1912.", row.document, TRAINED, "q") for row in rows]
+    stage = Exam(questions="made", num_choices=0, max_new_tokens=2)
+    for book, cut in ((CLOSED, [False, False]), (OPEN, [False, True])):
+        answers = _sit(stage, lm, questions, book, 0)
+        assert [one.is_cut for one in answers] == cut
+        row = row_of("m", book, TRAINED, answers)
+        assert row["cut"] == sum(cut)
+        assert bool(_cut([row])) == any(cut)
+
+
+def test_a_stage_that_is_not_finished_says_so(tmp_path: Path) -> None:
+    (tmp_path / "facts" / "replies").mkdir(parents=True)
+    with pytest.raises(InputError, match="facts: this stage is not finished"):
+        show_named(str(tmp_path / "facts"), [], None, 2, 0, None)
 
 
 def test_the_likeliest_of_several_answers_is_kept(folder: Path, tmp_path: Path) -> None:

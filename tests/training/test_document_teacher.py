@@ -165,6 +165,9 @@ def test_samples_of_the_student_get_the_document_too(
     module = DistillationModule(student, [ReverseKL()], source, on_policy=policy)
     sampled = policy.source(student, batches[0], module.losses, 0, 10, 0).batch
     total, _ = module.batch_losses(sampled, [("reverse_kl", ReverseKL())])
+    assert not source._kept  # they do not return
+    source.signal(batches[0])
+    assert source._kept
     wanted = torch.zeros((), dtype=torch.float64)
     ours, theirs = model(1).double(), model(2).double()
     documents = {row["prompt"]: row.get("document") for row in ROWS}

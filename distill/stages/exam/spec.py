@@ -1,7 +1,8 @@
 """Questions on documents, asked with the closed and the open book, before and after a training.
 
 A question is answered from memory (closed book) or with its document before it (open book). The exam is made by the
-synthesize stage before anything is trained, and no training row tells its answers.
+synthesize stage before anything is trained. Rows that repeat an exam question are dropped from the training; other rows
+may state the same fact in other words, as the facts of a document are what is trained.
 """
 
 from __future__ import annotations
@@ -102,9 +103,9 @@ class Exam(ReadsText):
                 f"questions: no earlier stage {self.questions!r} that makes an exam (there are "
                 f"{', '.join(earlier) or 'none'}); name a synthesize stage whose make has an exam"
             )
-        elif isinstance(stage := view.stages[self.questions], Synthesize):
-            if (why := stage.make.why_no_exam()) is not None:
-                raise InputError(f"questions: {self.questions}: {why}")
+        made_by = view.stages.get(self.questions)
+        if isinstance(made_by, Synthesize) and (why := made_by.make.why_no_exam()) is not None:
+            raise InputError(f"questions: {self.questions}: {why}")
         who = ", ".join(self.models) if self.models else "every model before it"
         return Forecast(reads=self.reading(), does=[f"asks {who} the questions of {self.questions}"], notes=notes)
 

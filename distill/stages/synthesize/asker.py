@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from distill.data.base import Message
 from distill.stages.progress_lines import ProgressLines
 from distill.stages.session import StageContext
 from distill.stages.synthesize.replies import Replies
-from distill.stages.synthesize.requests import FINAL, Reply, Request, Writer
+from distill.stages.synthesize.requests import FINAL, Likelihood, LikelihoodRequest, Reply, Request, Writer
 
 TRIES = 3
 """Times that a reply is asked for which the writer neither ended nor cut at its limit."""
@@ -56,9 +55,22 @@ class Asker:
             self._context.say(f"{what}: {len(failed):,} are missing after {TRIES} tries, they ended by: {ended}")
         return [failed.get(request.id) or self._replies[request.id] for request in requests]
 
-    def log_probabilities(self, pairs: Sequence[tuple[tuple[Message, ...], str]]) -> list[float]:
-        """See :meth:`Writer.log_probabilities`."""
-        return self._writer.log_probabilities(pairs)
+    def likelihoods(self, given: Sequence[LikelihoodRequest]) -> list[Likelihood]:
+        """How likely the writer finds each answer, in their order; equal ones are asked for once."""
+        unique = list({one.id: one for one in given}.values())
+        needed = {one.id for one in unique if self._replies.likelihood(one.id) is None}
+        before = len(unique) - len(needed)
+        if unique:
+            self._context.say(
+                f"likelihoods: {len(unique):,} to compute" + (f", {before:,} are there" if before else "")
+            )
+        progress = ProgressLines(self._context, len(needed), ("likelihoods", "computed"))
+        for found in self._writer.likelihoods(unique, needed) if needed else ():
+            self._replies.add_likelihoods(found)
+            for _ in found:
+                progress.count(None)
+        known = [self._replies.likelihood(one.id) for one in given]
+        return [one for one in known if one is not None]
 
     def say(self, line: str) -> None:
         """Print one line for people."""

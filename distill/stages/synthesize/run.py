@@ -47,6 +47,7 @@ def run(stage: Synthesize, context: StageContext) -> dict[str, Any]:
         "dropped": by_filter,
         "exam_questions": len(made.exam),
         "replies": len(replies),
+        "tokens": replies.num_tokens(),
         "seconds": round(time.perf_counter() - started, 1),
     }
     about = {**figures, "stage": stage.model_dump(mode="json"), "seed": context.session.seed}

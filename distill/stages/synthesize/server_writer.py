@@ -22,8 +22,7 @@ from distill.core import stop
 from distill.core.artifact import hash_of
 from distill.core.errors import InputError, MachineError
 from distill.core.source import suggest
-from distill.data.base import Message
-from distill.stages.synthesize.requests import REFUSED, Reply, Request
+from distill.stages.synthesize.requests import REFUSED, Likelihood, LikelihoodRequest, Reply, Request
 from distill.stages.synthesize.writer_spec import ServerSpec
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
@@ -111,7 +110,7 @@ class ServerWriter:
             pool.shutdown(wait=False, cancel_futures=True)
             self._stopped = threading.Event()
 
-    def log_probabilities(self, pairs: Sequence[tuple[tuple[Message, ...], str]]) -> list[float]:
+    def likelihoods(self, given: Sequence[LikelihoodRequest], needed: set[str]) -> Iterator[dict[str, Likelihood]]:
         """Refuse: chat endpoints do not tell the probability of a given text."""
         raise InputError("writer: a server does not tell the probability of a text; name a model as writer")
 

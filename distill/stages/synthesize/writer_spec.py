@@ -41,8 +41,8 @@ class ServerSpec(Spec):
             raise InputError(f"writer.key_variable: the environment has no {self.key_variable}; export it")
         if not (key.isascii() and key.isprintable()):
             raise InputError(
-                f"writer.key_variable: {self.key_variable} holds a line break or a character beyond ASCII, which no key "
-                "has; export the key alone"
+                f"writer.key_variable: {self.key_variable} holds a line break or a character beyond ASCII, which no "
+                "key has; export the key alone"
             )
         return key
 

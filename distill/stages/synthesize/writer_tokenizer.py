@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def writer_tokenizer(session: Session, reference: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a writer: with its own template, and of the recipe's teacher with a file of ``data.chat.template``.
+    """The tokenizer of a writer, with its own template; a file in ``data.chat.template`` replaces the teacher's.
 
     Args:
         session: of the stage.

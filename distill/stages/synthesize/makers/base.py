@@ -26,7 +26,7 @@ class Made:
 
     Attributes:
         rows: before any filter.
-        exam: questions that no row may tell.
+        exam: questions that no row may repeat.
         raw: some replies as they were written, to be shown when few rows remain.
     """
 
