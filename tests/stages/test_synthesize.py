@@ -20,9 +20,11 @@ from distill.core.run import Run
 from distill.data.base import Rejected
 from distill.data.chat_spec import ChatSpec
 from distill.data.split import Split
+from distill.data.tokenizer import load_tokenizer
 from distill.evaluation.tasks.in_memory import ModelInMemory
 from distill.evaluation.tasks.likelihood import log_likelihoods
 from distill.forecast import describe
+from distill.models.load import load_model
 from distill.recipe import Recipe
 from distill.runner import run
 from distill.show_data import show_named
@@ -546,7 +548,7 @@ def test_documents_beyond_the_context_are_dropped_and_counted(folder: Path, tmp_
     assert [one.document for one in kept] == [rows[0].document]
     assert [(one.filter, "longer than the writer's context" in one.why) for one in dropped] == [("likelihood", True)]
     # and in the exam
-    model, tokenizer = (one.from_pretrained(folder / "teacher") for one in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = load_model(str(folder / "teacher")), load_tokenizer(str(folder / "teacher"))
     lm = ModelInMemory(model.eval(), tokenizer, chat=ChatSpec(), batch_tokens=2048)
     questions = [Question("When?", "In 1912.", row.document, TRAINED, "q") for row in rows]
     stage = Exam(questions="made", num_choices=0, max_new_tokens=2)

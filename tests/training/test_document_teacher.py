@@ -193,7 +193,7 @@ def of_rows(folder: Path, rows: list[dict[str, Any]], **more: Any) -> DataSpec:
     return DataSpec.model_validate({**text, **more})
 
 
-A, B = ({"prompt": "Year?", "response": "It was 5.", "document": f"Of {name}."} for name in "AB")
+A, B = (dict[str, Any](prompt="Year?", response="It was 5.", document=f"Of {name}.") for name in "AB")
 
 
 @pytest.mark.parametrize(
@@ -249,10 +249,13 @@ def test_turns_in_rows_of_their_own_and_tools_keep_the_document(tmp_path: Path) 
     assert all("Of A." in tokenizer.decode(prompt) for prompt in found.by_prompt.values())
     named = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + chats.CALLS
     tokenizer = chats.chat_tokenizer(named, (*chats.IM, "<|end|>", "<|pad|>"))
-    row = {"messages": chats.WITH_TOOLS, "document": "Of A.", "tools": [chats.WHOLE["tools"][0]]}
+    tools: Any = chats.WHOLE["tools"]
+    row = {"messages": chats.WITH_TOOLS, "document": "Of A.", "tools": tools[:1]}
     found = document_prompts(of_rows(tmp_path, [row]), tokenizer)
     found.check(None)
-    assert all(tokenizer.decode(prompt).startswith("f<|im_start|>user\nOf A.") for prompt in found.by_prompt.values())
+    assert all(
+        str(tokenizer.decode(prompt)).startswith("f<|im_start|>user\nOf A.") for prompt in found.by_prompt.values()
+    )
 
 
 def test_rows_that_cannot_be_read_are_refused(text: tuple[DataSpec, Path], tokenizer: Any, tmp_path: Path) -> None:
