@@ -17,7 +17,7 @@ from distill.data.micro_batches import MicroBatches
 from distill.data.packed_rows import PackedRows
 from distill.recipe import Recipe
 from distill.recipes import find
-from distill.show_rows import is_data_set, show_rows
+from distill.show_rows import is_data_set, is_unfinished, show_rows
 from distill.stages.session import Session
 from distill.stages.text import data_of
 
@@ -48,6 +48,8 @@ def show_named(name: str, set: list[str], run_dir: Path | None, num_rows: int, s
             raise InputError(f"{', '.join(unused)}: only with a recipe; remove it")
         show_rows(Path(name), num_rows, start)
         return
+    if is_unfinished(Path(name)):
+        raise InputError(f"{name}: this stage is not finished, its replies are kept; run the same command again first")
     if start:
         raise InputError("--start: only with RUN_DIR/STAGE of a synthesize stage; remove it")
     show(Recipe.load(find(name), set), run_dir, num_rows, stage=stage)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from distill.core.errors import InputError
 from distill.core.outside import read_json
+from distill.stages.synthesize.replies import FOLDER as REPLIES
 from distill.stages.synthesize.rows import ABOUT, DROPPED, EXAM, FOLDER, read_lines
 
 LONGEST = 600
@@ -20,6 +21,11 @@ LONGEST = 600
 def is_data_set(place: Path) -> bool:
     """Whether a folder is that of a stage that has made rows."""
     return (place / ABOUT).is_file() and (place / DROPPED).is_file()
+
+
+def is_unfinished(place: Path) -> bool:
+    """Whether a folder is that of a stage that was ended while it made rows."""
+    return not is_data_set(place) and (place / REPLIES).is_dir()
 
 
 def show_rows(place: Path, num_rows: int, start: int = 0, console: Console | None = None) -> None:

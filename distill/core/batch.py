@@ -16,6 +16,7 @@ A task other than the next token has other targets, and for one prediction per t
 
     kept           int64  [tokens] only in training, positions of the flattened batch that count; computed on the CPU,
                    because nonzero() on a GPU makes the CPU wait
+    is_sampled     bool   [] only in training, True in a batch that the student has written, whose rows do not return
 
 Nothing after it shifts tokens or guesses where a document ends.
 """
@@ -26,6 +27,7 @@ from collections.abc import Mapping
 from typing import Any
 
 KEPT = "kept"
+SAMPLED = "is_sampled"
 IGNORED = -100
 """Label of a token that is not learned from, in transformers."""
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")

@@ -61,7 +61,8 @@ class Conversation:
         learned: of each message, whether it is learned from.
         tools: JSON schemas of the functions that the assistant may call.
         arguments: of the chat template, for this conversation alone.
-        document: what a teacher may read before it, which the student does not; empty where there is none.
+        document: what a teacher may read before it, which the student does not; empty where there is none. It is read
+            with ``teacher_reads: document`` alone, which needs a text.
     """
 
     id: str
@@ -69,7 +70,7 @@ class Conversation:
     learned: tuple[bool, ...]
     tools: tuple[dict[str, Any], ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
-    document: str = ""
+    document: Any = ""
 
     @property
     def text(self) -> str:

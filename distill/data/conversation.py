@@ -85,12 +85,11 @@ def conversation_of(row: Any, id: str, columns: Columns) -> Conversation:
     if not isinstance(arguments, dict):
         raise wrong_type("chat_template_kwargs", "a mapping", arguments)
     try:
-        json.dumps([messages, tools, row.get("document")], ensure_ascii=False, default=repr).encode("utf-8")
+        document = row.get("document") or ""  # of another type than text it may be anything that is not read
+        said = [messages, tools, document if isinstance(document, str) else ""]
+        json.dumps(said, ensure_ascii=False, default=repr).encode("utf-8")
     except UnicodeEncodeError:
         raise Unusable("not text", "it holds half of a surrogate pair, which is no text") from None
-    document = row.get("document") or ""
-    if not isinstance(document, str):
-        raise wrong_type("document", "text", document)
     return Conversation(id, messages, learned, tools, arguments, document)
 
 

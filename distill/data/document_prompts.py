@@ -4,25 +4,25 @@
     teacher reads    user: document, question        assistant: answer
 
 Both rows end with the same tokens, those of the answer. So a row of the student becomes that of its teacher when the
-tokens before the first counted one are replaced, which this file prepares: ids of a prompt -> ids of the same prompt
-with its document. The key is the prompt itself, so it is found in packed rows, and before answers that the student has
-sampled.
+tokens before a counted turn are replaced, which this file prepares: ids of a prompt -> ids of the same prompt with its
+document. The key is the prompt itself, so it is found in packed rows, and before answers that the student has sampled.
+So a prompt that stands in two rows must stand before the same document in both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from distill.core.errors import InputError
-from distill.data.base import Conversation
+from distill.data.base import Conversation, digest
 from distill.data.chat_encoder import ChatEncoder
 from distill.data.chat_spec import ChatSpec
 from distill.data.encoder import Encoded, Row
-from distill.data.message import Unusable
 from distill.data.spec import DataSpec
 from distill.data.with_document import messages_with_document
 
@@ -40,13 +40,15 @@ class DocumentPrompts:
     Attributes:
         by_prompt: bytes of the ids of a prompt (int64) -> int64 [tokens] of the prompt with its document.
         num_rows: conversations that have a document.
-        num_refused: those of them whose answer would be other tokens behind the document.
+        num_without: conversations that have none, which the teacher reads as they are.
+        num_refused: those with one whose answer would be other tokens after the document.
         longest: tokens of the longest such row, with its answer.
         longest_id: what messages call that row.
     """
 
     by_prompt: dict[bytes, np.ndarray] = field(default_factory=dict)
     num_rows: int = 0
+    num_without: int = 0
     num_refused: int = 0
     longest: int = 0
     longest_id: str = ""
@@ -76,7 +78,7 @@ class DocumentPrompts:
         if self.num_refused:
             raise InputError(
                 f"teacher_reads: document: in {self.num_refused:,} of {self.num_rows:,} rows the answer has other "
-                "tokens behind the document than without it; the chat template must write both prompts alike"
+                "tokens after the document than without it; use a chat template that writes both prompts alike"
             )
         if positions is not None and self.longest > positions:
             raise InputError(
@@ -91,58 +93,128 @@ def document_prompts(data: DataSpec, tokenizer: PreTrainedTokenizerFast) -> Docu
     Args:
         data: the text of a stage.
         tokenizer: of the run, with its chat template.
+
+    Raises:
+        InputError: a document is no text, or one prompt stands before several documents.
     """
     found = DocumentPrompts()
     if not data.holds_conversations:
         return found
     encoder = ChatEncoder(tokenizer, data.chat or ChatSpec(), ANY_LENGTH)
-    batch: list[Conversation] = []
-    for _, source in data.sources():
-        for item in source.documents() if source.holds_conversations() else ():
-            if isinstance(item, Conversation) and item.document:
-                batch.append(item)
-            if len(batch) == AT_ONCE:
-                _add(found, batch, encoder)
-                batch = []
-    _add(found, batch, encoder)
+    # validation text is learned from at each turn of the assistant, so that other prompts may begin there
+    encoders = [encoder] if encoder.learn_from == "assistant" else [encoder, encoder.for_validation()]
+    reader, openings = _Reader(found, encoders), set[bytes]()
+    for some in _batches(item for item in _conversations(data) if item.document):
+        openings |= {digest(item.opening) for item in some}
+        reader.add(some)
+    without = (item for item in _conversations(data) if not item.document)
+    for some in _batches(without):
+        found.num_without += len(some)
+        reader.check([item for item in some if digest(item.opening) in openings])
     return found
 
 
-def _add(found: DocumentPrompts, batch: Iterable[Conversation], encoder: ChatEncoder) -> None:
-    items = list(batch)
-    for item, encoded in zip(items, encoder.rows(items, with_bytes=False), strict=True):
-        if not isinstance(encoded, Encoded):
-            continue  # no row of the text either
-        found.num_rows += 1
-        messages = tuple(messages_with_document(item.document, item.messages))
-        shown = Conversation(item.id, messages, item.learned, item.tools, item.arguments)
-        first = next(number for number, message in enumerate(messages) if message["role"] == "assistant")
-        try:
-            prompt = np.asarray(encoder.prompt(list(messages[:first])), np.int64)
-        except Unusable:
-            found.num_refused += 1
-            continue
-        (whole,) = encoder.rows([shown], with_bytes=False)
-        student, teacher = encoded.rows[0], whole.rows[0] if isinstance(whole, Encoded) else None
-        if teacher is None or not _agree(student, teacher, prompt):
-            found.num_refused += 1
-            continue
-        start = _first_learned(student)
-        key = np.ascontiguousarray(np.asarray(student.ids)[:start], np.int64).tobytes()
-        found.by_prompt.setdefault(key, prompt)
-        if len(teacher.ids) > found.longest:
-            found.longest, found.longest_id = len(teacher.ids), item.id
+def _conversations(data: DataSpec) -> Iterator[Conversation]:
+    for _, source in data.sources():
+        for item in source.documents() if source.holds_conversations() else ():
+            if isinstance(item, Conversation):
+                if not isinstance(item.document, str):
+                    raise InputError(
+                        f"teacher_reads: document: {item.id}: its column document needs a text (got "
+                        f"{type(item.document).__name__}); write the text that the teacher shall read"
+                    )
+                yield item
 
 
-def _agree(student: Row, teacher: Row, prompt: np.ndarray) -> bool:
-    """Whether the teacher's row is the prompt with the document, and then the student's tokens of the answer."""
-    ours, theirs = _first_learned(student), _first_learned(teacher)
-    prefix = np.asarray(teacher.ids)[:theirs]
-    return np.array_equal(prefix, prompt) and np.array_equal(
-        np.asarray(student.ids)[ours:], np.asarray(teacher.ids)[theirs:]
+def _batches(items: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    batches = iter(items)
+    while some := list(islice(batches, AT_ONCE)):
+        yield some
+
+
+class _Reader:
+    """Fills in the prompts.
+
+    Args:
+        found: to be filled.
+        encoders: by which rows are made; the first is that of the training text.
+    """
+
+    def __init__(self, found: DocumentPrompts, encoders: Sequence[ChatEncoder]):
+        self.found, self.encoders = found, encoders
+        self._whose: dict[bytes, str] = {}  # bytes of a prompt -> the row that it is from
+
+    def add(self, items: Sequence[Conversation]) -> None:
+        """Rows with a document."""
+        for number, encoder in enumerate(self.encoders):
+            with_documents = [
+                replace(item, messages=tuple(messages_with_document(str(item.document), item.messages)))
+                for item in items
+            ]
+            pairs = zip(
+                encoder.rows(items, with_bytes=False), encoder.rows(with_documents, with_bytes=False), strict=True
+            )
+            for item, (student, teacher) in zip(items, pairs, strict=True):
+                if isinstance(student, Encoded):  # else it is no row of the text either
+                    self.found.num_rows += number == 0
+                    prompts = _prompts(student.rows, teacher.rows) if isinstance(teacher, Encoded) else None
+                    if prompts is None:
+                        self.found.num_refused += number == 0
+                    else:
+                        self._keep(item.id, prompts)
+
+    def check(self, items: Sequence[Conversation]) -> None:
+        """Rows without a document, whose prompts no row with one may have."""
+        for encoder in self.encoders if items else ():
+            for item, encoded in zip(items, encoder.rows(items, with_bytes=False), strict=True):
+                for row in encoded.rows if isinstance(encoded, Encoded) else ():
+                    for start in _starts(row):
+                        key = _key(row, start)
+                        if key in self._whose:
+                            raise _ambiguous(item.id, self._whose[key], "without a document")
+
+    def _keep(self, id: str, prompts: Iterable[tuple[bytes, np.ndarray, int]]) -> None:
+        for key, prompt, length in prompts:
+            known = self.found.by_prompt.setdefault(key, prompt)
+            if not np.array_equal(known, prompt):
+                raise _ambiguous(id, self._whose[key], "with another document")
+            self._whose.setdefault(key, id)
+            if length > self.found.longest:
+                self.found.longest, self.found.longest_id = length, id
+
+
+def _ambiguous(id: str, other: str, how: str) -> InputError:
+    return InputError(
+        f"teacher_reads: document: {id} has the same prompt as {other}, {how}, so it is open what the teacher shall "
+        "read; leave one of the rows out, or name in the question what it is about"
     )
 
 
-def _first_learned(row: Row) -> int:
+def _prompts(students: Sequence[Row], teachers: Sequence[Row]) -> list[tuple[bytes, np.ndarray, int]] | None:
+    """(bytes of a prompt, the prompt with the document, tokens of its row) of each turn that is learned from.
+
+    None where the two rows are not the same from the first learned token on.
+    """
+    if len(students) != len(teachers):
+        return None
+    made = []
+    for student, teacher in zip(students, teachers, strict=True):
+        ours, theirs = (np.asarray(row.ids, np.int64) for row in (student, teacher))
+        assert student.learned is not None
+        assert teacher.learned is not None
+        first, shown = int(np.argmax(student.learned)), int(np.argmax(teacher.learned))
+        is_same = np.array_equal(ours[first:], theirs[shown:])
+        if not is_same or not np.array_equal(student.learned[first:], teacher.learned[shown:]):
+            return None
+        made += [(_key(student, at), theirs[: at + shown - first], len(theirs)) for at in _starts(student)]
+    return made
+
+
+def _starts(row: Row) -> list[int]:
+    """The first learned token of each turn."""
     assert row.learned is not None
-    return int(np.argmax(row.learned))
+    return [int(at) for at in np.flatnonzero(row.learned & ~np.concatenate([[False], row.learned[:-1]]))]
+
+
+def _key(row: Row, start: int) -> bytes:
+    return np.ascontiguousarray(np.asarray(row.ids)[:start], np.int64).tobytes()

@@ -7,7 +7,7 @@ such files are refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BytesIO
@@ -20,6 +20,8 @@ from distill.data.files import File
 SUFFIXES = (".md", ".txt", ".rst", ".pdf")
 _LINK = re.compile(r"!?\[([^\[\]]*)\]\([^()\s]*(?:\([^()]*\)[^()\s]*)*(?:\s+\"[^\"]*\")?\)")
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n]*\n(?:.*?^[ \t]*\1[`~]*[ \t]*$|.*)", re.DOTALL | re.MULTILINE)
+_CODE = re.compile(r"(?<!`)(`+)(?!`)(?:(?!\n[ \t]*\n).)+?(?<!`)\1(?!`)", re.DOTALL)
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])")
 
 
@@ -65,7 +67,9 @@ def find_documents(paths: str | Sequence[str]) -> list[File]:
     found = files.find(paths, SUFFIXES)
     for file in found:
         if not files.unpacked(file.name).endswith(SUFFIXES):
-            raise InputError(f"{file}: is read as no document (expected {', '.join(SUFFIXES)}); convert it to text")
+            raise InputError(
+                f"{file}: documents of this format cannot be read (expected {', '.join(SUFFIXES)}); convert it to text"
+            )
     return found
 
 
@@ -120,16 +124,38 @@ def _of_pdf(data: bytes, file: File) -> str:
 
 
 def plain(markdown: str) -> str:
-    """Markdown without comments and with links replaced by their words. Headings, lists and tables stay."""
-    text = _COMMENT.sub("", markdown)
-    while (shorter := _LINK.sub(r"\1", text)) != text:
-        text = shorter
-    return tidy(text)
+    """Markdown without comments and with links replaced by their words. Headings, lists, tables and code stay."""
+
+    def without_links(text: str) -> str:
+        text = _COMMENT.sub("", text)
+        while (shorter := _LINK.sub(r"\1", text)) != text:
+            text = shorter
+        return _on_lines(text)
+
+    return _around_code(markdown, without_links)
 
 
 def tidy(text: str) -> str:
-    """A text whose paragraphs are single lines, between empty lines."""
-    paragraphs = re.split(r"\n\s*\n", text.replace("\r\n", "\n"))
+    """A text whose paragraphs are single lines, between empty lines; code between fences stays as it is."""
+    return _around_code(text, _on_lines)
+
+
+def _around_code(text: str, change: Callable[[str], str]) -> str:
+    """The text, changed but for its code: blocks between fences, and spans between backticks."""
+    kept: list[str] = []
+
+    def hide(code: str) -> str:
+        kept.append(code)
+        return f"\0{len(kept) - 1}\0"
+
+    text = text.replace("\r\n", "\n").replace("\0", "")
+    text = _FENCE.sub(lambda found: f"\n\n{hide(found[0])}\n\n", text)
+    text = _CODE.sub(lambda found: hide(found[0].replace("\n", " ")), text)
+    return re.sub(r"\0(\d+)\0", lambda found: kept[int(found[1])], change(text)).strip("\n")
+
+
+def _on_lines(text: str) -> str:
+    paragraphs = re.split(r"\n\s*\n", text)
     kept = [" ".join(_lines(one)) if not _is_list(one) else "\n".join(_lines(one)) for one in paragraphs]
     return "\n\n".join(one for one in kept if one)
 
@@ -144,7 +170,8 @@ def _is_list(paragraph: str) -> bool:
 
 
 def chunks_of(document: Text, num_words: int) -> list[Chunk]:
-    """The document in chunks of whole paragraphs; longer paragraphs are cut between sentences, else between words.
+    """The document in chunks of whole paragraphs; longer paragraphs are cut between sentences, lists and code between
+    lines, and what is longer still between words.
 
     Args:
         document: to cut.
@@ -163,19 +190,38 @@ def chunks_of(document: Text, num_words: int) -> list[Chunk]:
 
 
 def _pieces(text: str, num_words: int) -> Iterator[str]:
-    for paragraph in text.split("\n\n"):
+    for paragraph in _paragraphs(text):
         if len(paragraph.split()) <= num_words:
             yield paragraph
             continue
-        piece: list[str] = []
-        for sentence in _SENTENCE.split(paragraph):
-            words = sentence.split()
-            if piece and len(piece) + len(words) > num_words:
-                yield " ".join(piece)
-                piece = []
+        keeps_lines = _FENCE.match(paragraph) is not None or _is_list(paragraph)
+        joint = "\n" if keeps_lines else " "
+        piece, size = list[str](), 0
+        for unit in paragraph.split("\n") if keeps_lines else _SENTENCE.split(paragraph):
+            words = unit.split()
+            part = unit if keeps_lines else " ".join(words)
+            if piece and size + len(words) > num_words:
+                yield joint.join(piece)
+                piece, size = [], 0
             while len(words) > num_words:
                 yield " ".join(words[:num_words])
                 words = words[num_words:]
-            piece += words
-        if piece:
-            yield " ".join(piece)
+                part = " ".join(words)
+            piece.append(part)
+            size += len(words)
+        if size:
+            yield joint.join(piece)
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """What stands between empty lines, and code between fences as one."""
+    end = 0
+    for found in _FENCE.finditer(text):
+        yield from _not_empty(text[end : found.start()].split("\n\n"))
+        yield found[0]
+        end = found.end()
+    yield from _not_empty(text[end:].split("\n\n"))
+
+
+def _not_empty(paragraphs: Sequence[str]) -> Iterator[str]:
+    return (one.strip("\n") for one in paragraphs if one.strip())

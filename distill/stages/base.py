@@ -101,6 +101,15 @@ class StageSpec(Spec):
         """What the rows are that it makes, where it makes some."""
         return "conversations"
 
+    @property
+    def made_documents(self) -> bool:
+        """Whether some rows that it makes have the column document.
+
+        Raises:
+            InputError: a file that says so is wrong.
+        """
+        return False
+
     def files(self) -> list[File]:
         """Files that it reads besides models and the run's text; where one changes, its result is made again.
 

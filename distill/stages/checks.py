@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distill.core.errors import InputError
+from distill.data.made import Made
 from distill.losses import AnyLossSpec, StateLossSpec
 from distill.models.configs import count
 from distill.models.heads import named_head
@@ -140,6 +141,28 @@ def check_ends(stage: StageSpec, budget: DistillSpec, view: View) -> None:
         ends = [(view.config(reference) or {}).get("eos_token_id") for _, reference in stage.references()]
         if len(ends) == 2 and None not in ends:
             agreed_ends(*ends)
+
+
+def check_documents(budget: DistillSpec, view: View) -> None:
+    """Refuse a teacher that is to read documents where all rows are made by stages that give them none.
+
+    Args:
+        budget: of the stage.
+        view: of the stage.
+
+    Raises:
+        InputError: no row will have a document.
+    """
+    if budget.teacher_reads != "document":
+        return
+    sources = [source for _, source in view.data.sources()]
+    makers = list(dict.fromkeys(source.stage for source in sources if isinstance(source, Made)))
+    is_made = all(isinstance(source, Made) for source in sources)
+    if is_made and not any(view.stages[name].made_documents for name in makers if name in view.stages):
+        raise InputError(
+            f"teacher_reads: document: the rows of {', '.join(makers)} have no document; name a stage with make: qna "
+            "and files of knowledge under data, or set teacher_reads: text"
+        )
 
 
 def note_on_ends(student: str, teacher: str, view: View) -> list[str]:

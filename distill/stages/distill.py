@@ -12,6 +12,7 @@ from distill.pruning.layout import Config
 from distill.stages.ask_every import AskEvery, check_asked
 from distill.stages.base import SELF, View
 from distill.stages.checks import (
+    check_documents,
     check_ends,
     check_own_teacher,
     check_sizes,
@@ -85,6 +86,7 @@ class Distill(DistillSpec, ReadsText):
             refuse_task(view, "evaluate_every")
         check_states(self.losses, view, self.student, self.teacher)
         check_ends(self, self, view)
+        check_documents(self, view)
         check_asked(self.evaluate_every, view)
 
     def rehearse(self, context: StageContext) -> None:

@@ -29,6 +29,8 @@ from distill.reporting.plots import render
 from distill.stages.base import SELF
 from distill.stages.models import check_vocabulary, config_of_new
 from distill.stages.session import StageContext
+from distill.stages.synthesize.writer_spec import ServerSpec
+from distill.stages.synthesize.writer_tokenizer import writer_tokenizer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,19 +139,20 @@ def check_outside(context: StageContext, *references: str, tokens: bool = True) 
 
 
 def check_writer(context: StageContext, writer: object) -> None:
-    """Read config and tokenizer of a model from outside that writes, in whatever tokens.
+    """Read config and tokenizer of a model from outside that writes, in whatever tokens; of a server the key.
 
     Args:
         context: of the stage.
-        writer: its reference; a server, or None, is left out.
+        writer: its reference, or a server; None is left out, and so are models that stages make.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or has no chat template; the environment has no key.
     """
-    if isinstance(writer, str) and writer not in context.session.stages:
-        location = context.session.artifact(writer).location
-        load_config(location)
-        load_tokenizer(location)
+    if isinstance(writer, ServerSpec):
+        writer.key()
+    elif isinstance(writer, str) and writer not in context.session.stages:
+        load_config(context.session.artifact(writer).location)
+        writer_tokenizer(context.session, writer)
 
 
 def check_target(context: StageContext, reference: str, target: ExporterSpec) -> None:

@@ -15,7 +15,7 @@ from distill.data.mixture import Mixture
 from distill.data.spec import DataSpec, Packing, kinds_of, of_conversations
 from distill.stages.base import StageSpec
 
-INHERITED = ("sequence_length", "tokenizer", "validation_tokens", "calibration_sequences")
+INHERITED = ("sequence_length", "tokenizer", "validation_tokens", "calibration_sequences", "held_out")
 """Keys that a stage's own section takes from the recipe's where it does not say them."""
 
 
@@ -62,7 +62,7 @@ class ReadsText(StageSpec):
     """Its own text: a section as the recipe's `data`; the name of an earlier stage whose text it reads, or which makes
     rows; or {mixture: {STAGE: 0.9, train: 0.1}}, shares of rows that stages make and of the recipe's training text;
     null: the recipe's. What a section does not say of sequence_length, tokenizer, validation_tokens,
-    calibration_sequences and chat is the recipe's."""
+    calibration_sequences, held_out and chat is the recipe's."""
 
 
 def data_of(stages: Mapping[str, StageSpec], data: DataSpec, name: str) -> DataSpec:
@@ -148,7 +148,7 @@ def with_inherited(section: Any, data: Any) -> Any:
         return section
     if isinstance(section.get("mixture"), dict) and "train" not in section:
         section = _mixed(section, data)
-    keys = [key for key in INHERITED if key in data]
+    keys = [key for key in INHERITED if key in data and not (key == "held_out" and section.get("validation"))]
     kinds = [kind for key in ("train", "validation") for kind in kinds_of(section.get(key))]
     if "chat" in data and any(of_conversations(kind) for kind in kinds):
         keys.append("chat")

@@ -243,9 +243,10 @@ def _with_documents(context: StageContext, source: Teacher) -> Teacher:
     """The teacher, which is given the documents of the text's rows."""
     prompts = document_prompts(context.session.data, context.session.tokenizer())
     teacher = DocumentTeacher(source, prompts)
-    context.say(
-        f"the teacher reads a document before {len(prompts.by_prompt):,} prompts, {prompts.longest:,} tokens at most"
-    )
+    line = f"the teacher reads a document before {len(prompts.by_prompt):,} prompts, {prompts.longest:,} tokens at most"
+    if prompts.num_without:
+        line += f"; {prompts.num_without:,} conversations have no document, and it reads them as the student does"
+    context.say(line)
     return teacher
 
 

@@ -1,4 +1,4 @@
-"""A teacher that reads a document before the question, while its student reads the question alone: prompt distillation.
+"""Prompt distillation: the teacher reads a document and the question, the student only the question.
 
     loss = sum over t of D( student(. | question, answer_<t),  teacher(. | document, question, answer_<t) )
 
@@ -7,7 +7,8 @@ differ; those of the answer are the same, so position p of a student's row is po
 is the number of tokens that the document adds. The losses see the teacher's hidden states at the student's positions.
 
 The teacher reads each conversation by itself, without padding. So what it says of one depends on neither the batch nor
-the order, and is kept in memory: with several passes over the rows it is computed once.
+the order, and is kept in memory: with several passes over the rows it is computed once. Samples of the student do not
+return, and are not kept.
 
 Source: Kujanpaa et al. 2024, arXiv 2412.14964; Snell et al. 2022, arXiv 2209.15189 (context distillation).
 """
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.core.batch import SAMPLED
 from distill.core.errors import InputError
 from distill.data.document_prompts import DocumentPrompts
 from distill.losses.head import Head, Signal
@@ -79,7 +81,7 @@ class DocumentTeacher(Teacher):
             for start, end in _pieces(None if places is None else places[row], ids.shape[1]):
                 counted = np.flatnonzero(mask[row, start:end])  # positions in the piece, [counted]
                 if len(counted):
-                    states.append(self._read(ids[row, start:end], counted, device))
+                    states.append(self._read(ids[row, start:end], counted, device, keeps=SAMPLED not in batch))
                     rows.append(np.full(len(counted), row))
                     columns.append(counted + start)
         if not states or self._head is None:  # nothing counts, or all is kept; the head is needed all the same
@@ -94,13 +96,14 @@ class DocumentTeacher(Teacher):
             aligned[tuple(at)] = hidden
         return Signal(aligned, self._head)
 
-    def _read(self, piece: np.ndarray, counted: np.ndarray, device: torch.device) -> Tensor:
+    def _read(self, piece: np.ndarray, counted: np.ndarray, device: torch.device, *, keeps: bool) -> Tensor:
         """Hidden states of the teacher for the counted positions of a piece. [counted, hidden]
 
         Args:
             piece: ids of a conversation as the student reads it. int64 [tokens]
             counted: positions whose next token counts, rising. int64 [counted]
             device: of the student.
+            keeps: whether to keep them for a later pass over the text.
         """
         first, last = int(counted[0]), int(counted[-1])
         shown = self.prompts.find(piece[: first + 1])
@@ -114,7 +117,7 @@ class DocumentTeacher(Teacher):
         assert isinstance(signal, Signal)
         self._head = signal.head
         hidden = signal.hidden[0, torch.from_numpy(positions).to(signal.hidden.device)]  # [counted, hidden]
-        if self._room >= (size := hidden.numel() * hidden.element_size()):
+        if keeps and self._room >= (size := hidden.numel() * hidden.element_size()):
             self._room -= size
             self._kept[key] = hidden.cpu().clone()
         return hidden.to(device)

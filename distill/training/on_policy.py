@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from distill.core.batch import causal_batch
+from distill.core.batch import SAMPLED, causal_batch
 from distill.core.errors import InputError
 from distill.data.order import seeded
 from distill.losses import AnyLossSpec, LossTerm
@@ -145,6 +145,7 @@ class OnPolicy:
         # the mask of a token is at the position that predicts it
         mask = torch.zeros_like(sequences, dtype=torch.bool).scatter(1, written - 1, wrote)
         samples = causal_batch(sequences, mask)
+        samples[SAMPLED] = torch.ones((), dtype=torch.bool)
         if prompts.places is not None:
             samples["position_ids"] = torch.cat([prompts.places, prompts.places[:, -1:] + steps + 1], 1)
         figures = {"on_policy/entropy": LossTerm((entropy * wrote).sum(), wrote.sum())}

@@ -259,6 +259,12 @@ class DistillSpec(BudgetSpec):
                 ("teacher_reads",),
                 "document needs conversations with a column document; set data to a synthesize stage that makes qna",
             )
+        if self.teacher_reads == "document" and data.chat is not None and data.chat.learn_from == "all":
+            yield (
+                ("teacher_reads",),
+                "document cannot be used with data.chat.learn_from: all, since the teacher's prompts have other "
+                "tokens; use assistant or last",
+            )
         if policy is None:
             return
         if not data.task.is_causal:

@@ -38,6 +38,11 @@ def test_every_form_is_the_same_conversation(form: str) -> None:
     assert found.opening == "Hi"
 
 
+def test_a_document_is_any_value_until_a_teacher_reads_it() -> None:
+    assert read({"messages": EXPECTED, "document": "Of A."}).document == "Of A."
+    assert list(read({"messages": EXPECTED, "document": {"id": 3, "path": "a.pdf"}}).messages) == EXPECTED
+
+
 def test_an_instruction_has_its_input_behind_it() -> None:
     row = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
     assert read(row).messages[0]["content"] == "Add.\n\n1 and 2"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distill.core.errors import DistillError, InputError
-from distill.data.documents import Text, chunks_of, find_documents, missing_reader, plain, read_documents
+from distill.data.documents import Text, chunks_of, find_documents, missing_reader, plain, read_documents, tidy
 
 MARKDOWN = """# Title
 
@@ -24,13 +24,37 @@ def test_markdown_keeps_words_and_line_breaks_that_mean_something() -> None:
     assert plain(MARKDOWN) == "# Title\n\nThe Red Line runs since x 1912.\n\n- one\n- two"
 
 
+CODE = """Call it, or [`handlers[name](event)`](a.md):
+```python
+def on(name):  # see [x](y) <!-- z -->
+
+    handlers[name](event)
+```
+Then `a[0](b)` and
+see [this](there).
+"""
+
+
+def test_code_stays_as_it_is() -> None:
+    code = CODE[CODE.index("```") : CODE.rindex("```") + 3]
+    assert plain(CODE) == f"Call it, or `handlers[name](event)`:\n\n{code}\n\nThen `a[0](b)` and see this."
+    assert tidy(CODE.replace("\n", "\r\n")).count(code) == 1
+    assert plain("a ``x ` [y](z)`` [b](c) ` d") == "a ``x ` [y](z)`` b ` d"
+    assert plain("~~~\nopen [a](b)\n") == "~~~\nopen [a](b)"
+    (one,) = chunks_of(Text("d", plain(CODE)), 40)
+    assert one.text == plain(CODE)
+    pieces = [chunk.text for chunk in chunks_of(Text("d", plain(CODE)), 9)]
+    assert "    handlers[name](event)" in "\n".join(pieces).split("\n")
+    assert " ".join(pieces).split() == plain(CODE).split()
+
+
 def test_files_are_found_and_refused(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text(MARKDOWN)
     (tmp_path / "b.txt").write_text("plain   text")
     texts = read_documents(find_documents(str(tmp_path)))
     assert [one.text for one in texts] == [plain(MARKDOWN), "plain text"]
     (tmp_path / "c.docx").write_text("x")
-    with pytest.raises(InputError, match=r"c\.docx: is read as no document"):
+    with pytest.raises(InputError, match=r"c\.docx: documents of this format"):
         find_documents(str(tmp_path / "c.docx"))
     (tmp_path / "bad.txt").write_bytes(b"ok\n\xff")
     with pytest.raises(InputError, match=r"bad\.txt:2: not UTF-8"):

@@ -27,6 +27,8 @@ class ChatServer:
         port: 0 for a free one.
         models: names that ``/models`` lists.
         fails: number of requests after which each further one is cut off; None never.
+        busy: requests that are answered by 503 first, with ``Retry-After`` if ``retry_after`` is given.
+        refuses: HTTP code by which a request is refused, from its body; 0 for those that are answered.
         prompt_tokens: counts those of a request; None for its words and 4 more.
     """
 
@@ -39,6 +41,8 @@ class ChatServer:
         fails: int | None = None,
         key: str | None = None,
         busy: int = 0,
+        retry_after: int | None = None,
+        refuses: Callable[[dict[str, Any]], int] = lambda body: 0,
         prompt_tokens: Callable[[dict[str, Any]], int] | None = None,
     ):
         self.bodies: list[dict[str, Any]] = []
@@ -64,6 +68,9 @@ class ChatServer:
                         server.busy -= 1
                         self.send(503, {"error": "loading"})
                         return
+                if code := refuses(body):
+                    self.send(code, {"error": "context length exceeded"})
+                    return
                 if fails is not None and number > fails:
                     self.connection.close()  # as a process that is killed
                     return
@@ -78,6 +85,8 @@ class ChatServer:
                 data = json.dumps(content).encode()
                 try:
                     self.send_response(status)
+                    if status == 503 and retry_after is not None:
+                        self.send_header("Retry-After", str(retry_after))
                     self.send_header("Content-Length", str(len(data)))
                     self.end_headers()
                     self.wfile.write(data)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import tempfile
+import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from distill.core.errors import InputError, MachineError
+from distill.core.forked import can_fork
+from distill.stages.synthesize.asker import Asker
 from distill.stages.synthesize.replies import Replies
-from distill.stages.synthesize.requests import asked
+from distill.stages.synthesize.requests import REFUSED, asked
 from distill.stages.synthesize.server_writer import CUT, ServerWriter
 from distill.stages.synthesize.writer_spec import ServerSpec
 from tests.stages.chat_server import ChatServer, echo
@@ -86,6 +94,84 @@ def test_a_prompt_that_was_cut_and_an_answer_at_the_limit_are_told() -> None:
         assert made[0][1].finish == "length"
 
 
+def test_a_refused_prompt_is_one_dropped_reply() -> None:
+    requests = [asked(("long " * 9 if n % 3 == 0 else "short ") + str(n), 8) for n in range(12)]
+    with ChatServer(refuses=lambda body: 400 * body["messages"][0]["content"].startswith("long")) as server:
+        writer = ServerWriter(spec(server, parallel=2), 0)
+        made = dict(pair for some in writer.write(requests, {one.id for one in requests}) for pair in some)
+        assert [made[one.id].finish == REFUSED for one in requests] == [n % 3 == 0 for n in range(12)]
+        # what is left of a phase after a kill may be the long prompts alone
+        left = {one.id for one in requests[::3]}
+        again = dict(pair for some in writer.write(requests, left) for pair in some)
+        assert {*again} == left
+        with pytest.raises(InputError, match="HTTP 400"):  # none of a phase is taken
+            list(writer.write(requests[::3], left))
+        many = [asked(f"long {n}", 8) for n in range(40)]
+        with pytest.raises(InputError, match="HTTP 400"):
+            list(writer.write(many, {one.id for one in many}))
+        assert sum(body["messages"][0]["content"].startswith("long ") for body in server.bodies) < 12 + 20
+
+
+class Phase:
+    """What an asker needs of a stage."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+
+def test_a_reply_that_failed_is_asked_for_again(tmp_path: Path) -> None:
+    tries: dict[str, int] = {}
+
+    def answer(body: dict[str, Any]) -> tuple[str, str]:
+        said = body["messages"][0]["content"]
+        tries[said] = tries.get(said, 0) + 1
+        if said == "a" and tries[said] == 1:
+            return "", "abort"
+        return ("x", "content_filter") if said == "b" else ("yes", "length" if said == "c" else "stop")
+
+    requests = [asked(said, 8) for said in "abcd"]
+    for run in (1, 2):
+        with ChatServer(answer) as server:
+            phase, replies = Phase(), Replies(tmp_path, "w")
+            asker = Asker(phase, ServerWriter(spec(server), 0), replies)  # type: ignore[arg-type]
+            found = asker.ask("answers", requests)
+        assert [one.finish for one in found] == ["stop", "content_filter", "length", "stop"]
+        assert [one.id in replies for one in requests] == [True, False, True, True]
+        assert tries["b"] == 3 * run
+        assert any("1 are missing after 3 tries, they ended by: content_filter 1" in line for line in phase.said)
+    assert (tries["a"], tries["c"], tries["d"]) == (2, 1, 1)
+
+
+def test_waiting_is_told_and_has_an_end() -> None:
+    with ChatServer(busy=1, retry_after=86400) as server:
+        said: list[str] = []
+        assert ServerWriter(spec(server, max_wait_s=0.8), 0, said.append).model == "tiny"
+        assert len(said) == 1
+        assert "does not answer (HTTP 503" in said[0]
+        server.busy = 99
+        with pytest.raises(MachineError, match="does not answer"):
+            written(ServerWriter(spec(server, max_wait_s=0.7), 0, said.append), 1)
+
+
+@pytest.mark.parametrize("address", ["http://localhost:80x/v1", "http://localhost:99999/v1", "http://a:0/v1",
+                                     "http://a b/v1", "http://a/v\n1"])  # fmt: skip
+def test_a_wrong_address_is_no_traceback(address: str) -> None:
+    with pytest.raises(ValidationError, match="server"):
+        ServerSpec(server=address)
+
+
+def test_a_key_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ChatServer() as server:
+        for key in ("sk-secret\nmore", "sk-secr\u00e9t"):
+            monkeypatch.setenv("A_KEY", key)
+            with pytest.raises(InputError, match="A_KEY holds a line break or a character beyond ASCII") as error:
+                ServerWriter(spec(server, key_variable="A_KEY"), 0)
+            assert "sk-" not in str(error.value)
+
+
 def test_rows_survive_kills_of_the_server_and_of_the_run(tmp_path: Path) -> None:
     survive(tmp_path, num_rows=120, num_kills=5)
 
@@ -120,6 +206,43 @@ def survive(folder: Path, num_rows: int, num_kills: int) -> None:
     assert len(lines) == len({json.loads(line)["id"] for line in lines}) == num_rows
 
 
+@pytest.mark.skipif(not can_fork(), reason="needs forks")
+def test_rows_survive_sigkill_of_the_run(tmp_path: Path) -> None:
+    sigkilled(tmp_path, num_rows=60, num_kills=3)
+
+
+def sigkilled(folder: Path, num_rows: int, num_kills: int) -> None:
+    """The process that asks and stores is killed so often, each time after some more requests."""
+    requests = [asked(f"number {n}", 8) for n in range(num_rows)]
+    each = num_rows // (num_kills + 2)
+    with ChatServer() as server:
+        for _ in range(num_kills):
+            before = len(server.bodies)
+            child = os.fork()
+            if child == 0:
+                try:
+                    replies = Replies(folder, "server, model tiny")
+                    needed = {one.id for one in requests if one.id not in replies}
+                    for made in ServerWriter(spec(server, parallel=4), seed=3).write(requests, needed):
+                        replies.add(made)
+                finally:
+                    os._exit(0)
+            until = time.monotonic() + 60
+            while len(server.bodies) < before + each and time.monotonic() < until:
+                time.sleep(0.002)
+            os.kill(child, signal.SIGKILL)
+            assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        replies = Replies(folder, "server, model tiny")
+        assert 0 < len(replies) < num_rows
+        needed = {one.id for one in requests if one.id not in replies}
+        for made in ServerWriter(spec(server, parallel=4), seed=3).write(requests, needed):
+            replies.add(made)
+        whole = written(ServerWriter(spec(server, parallel=8), seed=3), num_rows)
+    assert {one.id: Replies(folder, "server, model tiny")[one.id].text for one in requests} == whole
+    lines = [line for file in (folder / "replies").glob("replies-*") for line in file.read_text().splitlines()]
+    assert len(lines) == len({json.loads(line)["id"] for line in lines}) == num_rows
+
+
 def test_replies_of_another_writer_or_damaged_ones_are_refused(tmp_path: Path) -> None:
     with ChatServer(echo) as server:
         replies = Replies(tmp_path, "a")
@@ -131,3 +254,10 @@ def test_replies_of_another_writer_or_damaged_ones_are_refused(tmp_path: Path) -
     file.write_bytes(file.read_bytes() + b'{"id": 3}\n')
     with pytest.raises(InputError, match=r"replies-00000\.jsonl:2: "):
         Replies(tmp_path, "a")
+
+
+if __name__ == "__main__":  # the long form, with more rows and kills than a test has time for
+    for name, long in (("server", survive), ("run", sigkilled)):
+        with tempfile.TemporaryDirectory() as place:
+            long(Path(place), num_rows=1000, num_kills=20)
+        print(f"1,000 rows survived 20 kills of the {name}")

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,37 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.core.errors import InputError, RecipeError
 from distill.core.run import Run
+from distill.data.base import Rejected
+from distill.data.chat_spec import ChatSpec
+from distill.data.split import Split
+from distill.data.tokenizer import load_tokenizer
+from distill.evaluation.tasks.in_memory import ModelInMemory
+from distill.evaluation.tasks.likelihood import log_likelihoods
 from distill.forecast import describe
+from distill.models.load import load_model
 from distill.recipe import Recipe
 from distill.runner import run
+from distill.show_data import show_named
 from distill.show_rows import is_data_set, show_rows
 from distill.stages.exam.judge import grade_in
 from distill.stages.exam.questions import choices_of
+from distill.stages.exam.run import _cut, _sit
+from distill.stages.exam.scores import CLOSED, OPEN, row_of
+from distill.stages.exam.spec import Exam
+from distill.stages.session import Session, StageContext
+from distill.stages.synthesize import local_writer
+from distill.stages.synthesize.asker import Asker
 from distill.stages.synthesize.candidate import Candidate, names_of, numbers_of
 from distill.stages.synthesize.exam_spec import TRAINED, Question
 from distill.stages.synthesize.filters import counts, filtered
 from distill.stages.synthesize.filters_spec import FiltersSpec
-from distill.stages.synthesize.makers.qna import questions_in
+from distill.stages.synthesize.local_writer import LocalWriter
+from distill.stages.synthesize.makers.qna import Qna, lines_in, questions_in
 from distill.stages.synthesize.overlap import numbers_right, token_f1
-from distill.stages.synthesize.requests import Reply, Request
+from distill.stages.synthesize.replies import Replies
+from distill.stages.synthesize.requests import LikelihoodRequest, Reply, Request, asked
+from distill.stages.synthesize.writer_tokenizer import writer_tokenizer
+from distill.stages.text import data_of
 from distill.training.module import DistillationModule
 from tests.data import chats
 from tests.stages.chat_server import ChatServer
@@ -150,6 +169,10 @@ def test_rows_are_kept_or_dropped_with_a_reason_and_the_exam_stays_out(finished:
     assert ("refers", "What does the passage say of bridges?") in why
     about = json.loads((place / "data.json").read_text())
     assert about["rows"] == len(kept)
+    replies = [row for file in (place / "replies").glob("replies-*") for row in rows_of(file)]
+    assert about["tokens"] == {
+        "prompts": sum(row["prompt_tokens"] for row in replies), "replies": sum(row["new_tokens"] for row in replies)
+    }  # fmt: skip
     assert about["rows"] + sum(about["dropped"].values()) == about["rows_before_filters"]
     assert any("rows kept; dropped: refers" in line for line in said)
 
@@ -318,6 +341,9 @@ def test_the_plan_names_pairs_requests_and_warnings(folder: Path) -> None:
          "hidden_mse compares hidden states position by position"),
         (("num_steps: 3", "num_steps: 3, losses: [cross_entropy]"), "without a loss that reads the teacher"),
         (("min_yield: 0.2", "min_likelihood_gain: 0.1"), "which a server does not tell"),
+        (("sequence_length: 256", "sequence_length: 256\n  chat: {learn_from: all}"), "use assistant or last"),
+        (("filters: {min_yield: 0.2}", "filters: {judge: true}\n  other: {kind: synthesize, make: rewrite, filters: "
+          "{judge: true}}"), "filters.judge has no effect on make: rewrite"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_with_their_line(folder: Path, change: tuple[str, str], said: str) -> None:
@@ -325,6 +351,70 @@ def test_mistakes_are_told_with_their_line(folder: Path, change: tuple[str, str]
     assert change[0] in text
     with pytest.raises(RecipeError, match=said):
         Recipe.from_text(text.replace(*change))
+
+
+LATE = """\
+name: late
+teacher: {folder}/teacher
+data: {{train: {{kind: chat, path: {folder}/replay.jsonl}}, sequence_length: 64}}
+stages:
+  said: {{kind: synthesize, make: {make}}}
+  {stage}
+compute: {{accelerator: cpu}}
+logging: {{wandb: disabled}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("make", "stage", "said"),
+    [
+        ("answers", "exam: {questions: said}", "questions: said: make: answers keeps no questions for an exam"),
+        ("{kind: qna, path: qna}", "exam: {questions: said}", "its make keeps no questions for an exam; add exam"),
+        ("{kind: qna, path: skill, exam: {}}", "exam: {questions: said}", "make.exam: keeps no question out"),
+        ("{kind: qna, path: skill, exam: {extra_per_chunk: 2}}", "", "make.exam: keeps no question out"),
+        ("answers", "learn: {kind: distill, student: teacher, num_steps: 1, data: said, teacher_reads: document}",
+         "teacher_reads: document: the rows of said have no document"),
+        ("{kind: qna, path: skill}", "learn: {kind: distill, student: teacher, num_steps: 1, data: said, "
+         "teacher_reads: document}", "teacher_reads: document: the rows of said have no document"),
+    ],
+)  # fmt: skip
+def test_what_would_fail_late_is_refused_by_check(
+    folder: Path, tmp_path: Path, make: str, stage: str, said: str
+) -> None:
+    seeds = "".join(f"  - {{question: Say {n}, answer: It is {n}}}\n" for n in range(3))
+    (tmp_path / "skill.yaml").write_text(f"created_by: me\nseed_examples:\n{seeds}")
+    make = make.replace("path: skill", f"path: {tmp_path}/skill.yaml").replace("path: qna", f"path: {folder}/qna.yaml")
+    with pytest.raises(InputError, match=said):
+        describe(Recipe.from_text(LATE.format(folder=folder, make=make, stage=stage)))
+
+
+def test_a_writer_without_a_key_or_a_template_is_found_before_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    stage = STAGE.format(folder=folder, server="http://127.0.0.1:9/v1").replace(
+        "max_wait", "key_variable: NO_SUCH_KEY, max_wait"
+    )
+    recipe = Recipe.from_text(RECIPE.format(folder=folder, stage=stage))
+    assert "the environment has no NO_SUCH_KEY; export it, before the run" in describe(recipe)
+    context = StageContext(session_of(folder, tmp_path), "facts", tmp_path, "")
+    with pytest.raises(InputError, match="has no NO_SUCH_KEY"):
+        recipe.stages["facts"].rehearse(context)
+    shutil.copytree(folder / "teacher", tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    writes = Recipe.from_text(LATE.format(folder=folder, make=f"answers, writer: {tmp_path}/plain", stage=""))
+    with pytest.raises(InputError, match="plain has no chat template"):
+        writes.stages["said"].rehearse(context)
+
+
+def test_a_template_of_the_recipe_is_not_that_of_another_writer(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text(chats.PLAIN.replace("<|im_start|>' + m.role", "<|im_start|>of the recipe ' + m.role"))
+    session = session_of(folder, tmp_path)
+    session.data = session.data.model_copy(update={"chat": ChatSpec(template=str(file))})
+    shutil.copytree(folder / "teacher", tmp_path / "other")
+    assert "of the recipe" in writer_tokenizer(session, "teacher").chat_template
+    assert writer_tokenizer(session, str(tmp_path / "other")).chat_template == chats.PLAIN
 
 
 def test_a_low_yield_stops_and_shows_what_was_written(folder: Path, tmp_path: Path) -> None:
@@ -338,8 +428,8 @@ def test_a_low_yield_stops_and_shows_what_was_written(folder: Path, tmp_path: Pa
 
 
 MAKERS = {
-    "answers": "{kind: answers, num_samples: 2, temperature: 1.0, num_prompts: 5, max_new_tokens: 12}",
-    "rewrite": "{kind: rewrite, num_versions: 3, max_new_tokens: 12, chunk_words: 20}",
+    "answers": "{kind: answers, num_samples: 2, temperature: 1.0, num_prompts: 5, max_new_tokens: 120}",
+    "rewrite": "{kind: rewrite, num_versions: 3, max_new_tokens: 120, chunk_words: 20}",
 }
 
 
@@ -367,7 +457,8 @@ logging: {{wandb: disabled}}
     whole, killed = found
     assert whole[0].read_bytes() == killed[0].read_bytes()
     rows = [*rows_of(whole[2]), *(row for f in (whole[0].parent.parent / "data").glob("*") for row in rows_of(f))]
-    assert len(rows) == {"answers": 5, "rewrite": 18}[kind]
+    assert len(rows) == {"answers": 5, "rewrite": 15}[kind]  # of six texts one validates
+    assert len(rows) > len(rows_of(whole[2]))  # some are kept
     # a kill after some rows, in the middle of a line
     lines = killed[0].read_bytes().splitlines(keepends=True)
     killed[0].write_bytes(b"".join(lines[:5]) + lines[5][:9])
@@ -375,6 +466,16 @@ logging: {{wandb: disabled}}
     run(recipe, tmp_path / "killed", say=lambda line: None)
     assert sorted(killed[0].read_bytes().splitlines()) == sorted(whole[0].read_bytes().splitlines())
     assert killed[2].read_bytes() == whole[2].read_bytes()
+
+
+def session_of(folder: Path, place: Path) -> Session:
+    """That of a run which reads conversations."""
+    train = f"{{kind: chat, path: {folder}/replay.jsonl}}"
+    recipe = Recipe.from_text(TEXTS.format(folder=folder, train=train, server="http://x/v1", make="{kind: answers}"))
+    return Session(
+        run=Run(place), recipe="write", text="", teacher=recipe.teacher, data=recipe.data, compute=recipe.compute,
+        logging=recipe.logging, seed=0, stages=recipe.stages, command="", say=lambda line: None,
+    )  # fmt: skip
 
 
 def made_by(folder: Path, place: Path, stage: str) -> Path:
@@ -389,6 +490,80 @@ compute: {{accelerator: cpu}}
 logging: {{wandb: disabled}}
 """
     return run(Recipe.from_text(text), place, say=lambda line: None).stage("made")
+
+
+def test_a_batch_has_one_temperature_and_one_length(folder: Path, tmp_path: Path) -> None:
+    session = session_of(folder, tmp_path)
+    writer = LocalWriter(StageContext(session, "made", tmp_path, ""), "teacher", 4)
+    mixed = [asked(f"Say {n}", length, heat, copy) for n in range(3) for length, heat, copy in
+             ((8, 0.0, 0), (8, 1.5, 1), (5, 0.0, 2), (12, 1.5, 3))]  # fmt: skip
+    every = dict(pair for made in writer.write(mixed, {one.id for one in mixed}) for pair in made)
+    assert [one.id for one in mixed if one.id in every] == [one.id for one in mixed]
+    for length, heat in ((8, 0.0), (8, 1.5), (5, 0.0), (12, 1.5)):
+        some = [one for one in mixed if (one.max_new_tokens, one.temperature) == (length, heat)]
+        alone = dict(pair for made in writer.write(some, {one.id for one in some}) for pair in made)
+        assert {one.id: every[one.id] for one in some} == alone
+        assert all((reply.new_tokens or 0) <= length for reply in alone.values())
+    greedy, sampled = (every[mixed[k].id].text for k in (0, 1))
+    assert greedy != sampled
+
+
+def test_likelihoods_are_kept_and_computed_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = StageContext(session_of(folder, tmp_path), "made", tmp_path / "made", "")
+    writer = LocalWriter(context, "teacher", 1)  # blocks of eight
+    given = [LikelihoodRequest(({"role": "user", "content": "Say " * (n % 5)},), f"It is {n}") for n in range(20)]
+    given.append(given[3])
+    computed: list[int] = []
+
+    def counting(model: Any, pairs: Any, **more: Any) -> Any:
+        computed.append(len(pairs))
+        if sum(computed) == 16 + 4 and not list(tmp_path.glob("again")):
+            raise PulledPlug
+        return log_likelihoods(model, pairs, **more)
+
+    monkeypatch.setattr(local_writer, "log_likelihoods", counting)
+    with pytest.raises(PulledPlug):
+        Asker(context, writer, Replies(context.folder, "w")).likelihoods(given)
+    assert computed == [8, 8, 4]
+    file = context.folder / "replies" / "likelihoods.jsonl"
+    with file.open("ab") as stream:
+        stream.write(b'{"id": "half')
+    (tmp_path / "again").touch()
+    computed.clear()
+    found = Asker(context, writer, Replies(context.folder, "w")).likelihoods(given)
+    assert computed == [4]
+    whole = Asker(context, writer, Replies(tmp_path / "whole", "w")).likelihoods(given)
+    assert found == whole
+    assert found[3] == found[-1]
+    assert len(file.read_text().splitlines()) == 20
+
+
+def test_documents_beyond_the_context_are_dropped_and_counted(folder: Path, tmp_path: Path) -> None:
+    context = StageContext(session_of(folder, tmp_path), "made", tmp_path / "made", "")
+    asker = Asker(context, LocalWriter(context, "teacher", 4), Replies(context.folder, "w"))
+    said = ({"role": "user", "content": "When was the bridge built?"},)
+    rows = [Candidate(said, "In 1912.", "It was built in 1912. " * times) for times in (1, 60)]
+    spec = FiltersSpec(duplicates=False, min_likelihood_gain=-100)
+    kept, dropped = filtered(rows, spec, [], asker)
+    assert [one.document for one in kept] == [rows[0].document]
+    assert [(one.filter, "longer than the writer's context" in one.why) for one in dropped] == [("likelihood", True)]
+    # and in the exam
+    model, tokenizer = load_model(str(folder / "teacher")), load_tokenizer(str(folder / "teacher"))
+    lm = ModelInMemory(model.eval(), tokenizer, chat=ChatSpec(), batch_tokens=2048)
+    questions = [Question("When?", "In 1912.", row.document, TRAINED, "q") for row in rows]
+    stage = Exam(questions="made", num_choices=0, max_new_tokens=2)
+    for book, cut in ((CLOSED, [False, False]), (OPEN, [False, True])):
+        answers = _sit(stage, lm, questions, book, 0)
+        assert [one.is_cut for one in answers] == cut
+        row = row_of("m", book, TRAINED, answers)
+        assert row["cut"] == sum(cut)
+        assert bool(_cut([row])) == any(cut)
+
+
+def test_a_stage_that_is_not_finished_says_so(tmp_path: Path) -> None:
+    (tmp_path / "facts" / "replies").mkdir(parents=True)
+    with pytest.raises(InputError, match="facts: this stage is not finished"):
+        show_named(str(tmp_path / "facts"), [], None, 2, 0, None)
 
 
 def test_the_likeliest_of_several_answers_is_kept(folder: Path, tmp_path: Path) -> None:
@@ -462,22 +637,22 @@ def test_a_judge_drops_rows_and_a_skill_has_no_document(folder: Path, tmp_path: 
 
 
 def test_filters_in_their_order() -> None:
-    document = "The Kiel bridge was built in 1912 by Anna Berg."
+    document = "The Kiel bridge was built in 1912-1913 (9:30-17:00) by Anna Berg."
 
     def row(question: str, answer: str, **more: Any) -> Candidate:
         return Candidate(({"role": "user", "content": question},), answer, document, "d#0", **more)
 
     exam = [Question("Who built the Kiel bridge of 1912?", "Anna Berg.", document, TRAINED, "q:1")]
     rows = [
-        row("When was the Kiel bridge built?", "It was built in 1912."),
+        row("When was the Kiel bridge built?", "It was built in 1912 from 9:30 on."),
         row("When was it built, the bridge?", "It was cut", finish="length"),
         row("When was it built, and where?", "x y", flaw="no question"),
-        row("When was <placeholder> built then?", "In 1912."),
+        row("When was <placeholder> built then?", "In 1912.", is_invented=True),
         row("When then?", "In 1912."),
         row("What does the text say about it?", "That it is old."),
         row("when was the kiel  bridge built", "In 1912."),
         row("Who was the builder of the Kiel bridge of 1912?", "Anna Berg"),
-        row("Which year saw the bridge finished?", "It was 1913."),
+        row("Which year saw the bridge finished?", "It was 1914."),
         row("Which person finished the bridge?", "It was Maria Berg."),
         row("Was the Kiel bridge built?", "Yes, the Kiel bridge was."),
     ]
@@ -491,7 +666,136 @@ def test_filters_in_their_order() -> None:
                                "grounded": 2, "cap": 1}  # fmt: skip
 
 
+def test_texts_made_from_documents_are_no_questions() -> None:
+    rows = [Candidate((), f"The bridge of 19{n}0 stands.", f"In 19{n}0 the bridge rose.", "d#0") for n in range(3)]
+    kept, dropped = filtered(rows, FiltersSpec(), [], None)  # type: ignore[arg-type]
+    assert kept == rows, dropped
+
+
+TEXTS = """\
+name: write
+teacher: {folder}/teacher
+data:
+  train: {train}
+  sequence_length: 64
+  held_out: 0.3
+  clean: {{duplicates: exact}}
+stages:
+  made: {{kind: synthesize, make: {make}, writer: {{server: "{server}"}}}}
+  learn: {{kind: finetune, model: teacher, num_steps: 1, data: made}}
+  mixed: {{kind: finetune, model: teacher, num_steps: 1, data: {{mixture: {{made: 0.5, train: 0.5}}}}}}
+compute: {{accelerator: cpu}}
+logging: {{wandb: disabled}}
+"""
+
+
+@pytest.mark.parametrize("kind", ["rewrite", "answers"])
+def test_what_validates_is_not_shown_to_a_writer(folder: Path, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"Town {n % 16} is old."}) for n in range(20)))
+    train = f"{{kind: jsonl, path: {tmp_path}/text.jsonl}}"
+    if kind == "answers":
+        rows = [json.dumps({"prompt": f"Town {n % 16} is old.", "response": f"Yes {n}"}) for n in range(20)]
+        (tmp_path / "chat.jsonl").write_text("\n".join(rows))
+        train = f"{{kind: chat, path: {tmp_path}/chat.jsonl}}"
+    with ChatServer(lambda body: (f"The old {re.findall(r'Town [0-9]+|$', body['messages'][0]['content'])[0]}.", "stop")
+                    ) as server:  # fmt: skip
+        text = TEXTS.format(folder=folder, train=train, server=server.address, make=f"{{kind: {kind}}}")
+        recipe = Recipe.from_text(text)
+        place = run(recipe, tmp_path / "run", only="made", say=lambda line: None).stage("made")
+        shown = [body["messages"][0]["content"].splitlines()[-1] for body in server.bodies[1:]]
+    seen = [item.text for item in Split(recipe.data).validation() if not isinstance(item, Rejected)]
+    hidden = {one.split("Town ")[1].split(" ")[0] for one in seen}
+    asked = {one.split("Town ")[1].split(" ")[0] for one in shown}
+    assert hidden
+    assert asked | hidden == {str(n) for n in range(16)}
+    assert not asked & hidden
+    made = rows_of(place / "data" / "rows-00000.jsonl")
+    assert len(made) == len(asked)  # of versions in equal words the first is kept
+    for name in ("learn", "mixed"):
+        assert data_of(recipe.stages, recipe.data, name).held_out == 0.3
+
+
+def test_views_and_questions_that_are_not_finished_are_dropped_and_counted(folder: Path, tmp_path: Path) -> None:
+    shown: list[str] = []
+
+    def answer(body: dict[str, Any]) -> tuple[str, str]:
+        said = body["messages"][-1]["content"]
+        if "List the facts" in said:
+            return {"1": ("Bridge 1 is", "length"), "2": ("", "stop")}.get(
+                said.split()[1], ("Facts: it stands.", "stop")
+            )
+        if "different questions" in said:
+            shown.append(said)
+            is_filtered = said.startswith("Bridge 3")
+            return "What is the bridge of Ulm?\nWho is", "content_filter" if is_filtered else "length"
+        return "It is Kiel.", "stop"
+
+    with ChatServer(answer) as server:
+        writer = (
+            f'writer: {{server: "{server.address}"}}, filters: {{min_yield: 0, duplicates: false, grounded: false}}'
+        )
+        make = f"make: {{kind: qna, path: {folder}/qna.yaml, views: [facts, text], chunk_words: 20}}"
+        place = made_by(folder, tmp_path / "run", f"{make}, {writer}")
+    asked_of = [said.splitlines()[0] for said in shown]
+    assert sum(one.startswith("Facts") for one in asked_of) == 4
+    assert sum(one.startswith(("Bridge 1", "Bridge 2")) for one in asked_of) == 2  # by the text, never by a lost view
+    why = [(row["filter"], row["source"][-2:], row["why"]) for row in rows_of(place / "dropped.jsonl")]
+    assert sorted(why) == [
+        ("finished", "#0", "the reply ended by length"),
+        ("finished", "#2", "the reply ended by content_filter"),
+        ("parsed", "#1", "the view facts of the chunk is empty"),
+    ]
+    kept = rows_of(place / "data" / "rows-00000.jsonl")
+    assert len([row for row in kept if row["view"] in ("facts", "text")]) == 9  # 12 views, 2 lost, and 1 reply lost
+    assert questions_in(Reply("Who is A then?", "abort")) == lines_in(Reply("Say one\nSay two", "abort")) == []
+
+
+def test_documents_of_several_files_are_found_by_their_patterns(folder: Path, tmp_path: Path) -> None:
+    for name in ("ulm", "bonn"):
+        (tmp_path / f"{name}.md").write_text(DOCUMENT.replace("Ulm", name.title()))
+        text = QNA.replace("Ulm", name.title()).replace("bridges.md", f"{name}.md")
+        (tmp_path / f"{name}.yaml").write_text(text)
+    paths = [str(tmp_path / f"{name}.yaml") for name in ("ulm", "bonn")]
+    (tmp_path / "more.md").write_text(DOCUMENT)
+    named = [str(tmp_path / f"{name}.md") for name in ("bonn", "ulm")]
+
+    class Writes:
+        """Says that it has no question, and keeps what it was shown."""
+
+        def __init__(self) -> None:
+            self.shown: list[str] = []
+
+        def ask(self, what: str, requests: list[Request]) -> list[Reply]:
+            self.shown += [str(one.messages[-1]["content"]) for one in requests]
+            return [Reply("none", "stop") for _ in requests]
+
+    writer = Writes()
+    Qna(path=paths, documents=named, views=["text"]).make(writer, [], 0)  # type: ignore[arg-type]
+    towns = [set(re.findall("Ulm|Bonn", said)) for said in writer.shown]
+    assert len(towns) > 1
+    assert all(len(found) == 1 for found in towns)  # the examples of a town stand with its own document
+    with pytest.raises(InputError, match=r"more\.md matches document.patterns of no qna.yaml"):
+        Qna(path=paths, documents=[*named, str(tmp_path / "more.md")]).check()
+    with pytest.raises(InputError, match=r"none matches document.patterns of .*bonn\.yaml"):
+        Qna(path=paths, documents=named[1:]).check()
+    assert len(Qna(path=paths[:1], documents=str(tmp_path / "more.md")).check()) > 1  # one file has them all
+
+
+def test_prompts_and_answers_of_the_user_are_not_taken_for_placeholders() -> None:
+    said = [("What are the next questions?", "A tag such as <b> follows ..."), ("Show <name>", "+")]
+    rows = [Candidate(({"role": "user", "content": asks},), answer, source="p") for asks, answer in said]
+    rows.append(Candidate(({"role": "user", "content": "Nothing"},), " ", source="p"))
+    kept, dropped = filtered(rows, FiltersSpec(), [], None)  # type: ignore[arg-type]
+    assert kept == rows[:2]
+    assert [one.why for one in dropped] == ["it is empty"]
+    kept, dropped = filtered([replace(row, is_invented=True) for row in rows], FiltersSpec(), [], None)  # type: ignore[arg-type]
+    assert [one.filter for one in dropped] == ["parsed"] * 3
+
+
 def test_numbers_names_questions_and_overlap() -> None:
+    assert numbers_of("1897-1912, 9:30-17:00, 3/4 and 1,200.5") == {"1897", "1912", "9", "30", "17", "00", "3", "4",
+                                                                     "1200.5"}  # fmt: skip
+    assert numbers_right("It opened in 1897.", "1897-1912") == 0.5
     assert numbers_of("In 1,200 or 3.5 and 2001") == {"1200", "3.5", "2001"}
     assert names_of("It was Anna. Then Berg's house") == {"anna", "berg"}
     assert questions_in(Reply("1. Who is A?\n- What is B? It is c.\nnone\n3) Why", "length")) == [

@@ -165,6 +165,9 @@ def test_samples_of_the_student_get_the_document_too(
     module = DistillationModule(student, [ReverseKL()], source, on_policy=policy)
     sampled = policy.source(student, batches[0], module.losses, 0, 10, 0).batch
     total, _ = module.batch_losses(sampled, [("reverse_kl", ReverseKL())])
+    assert not source._kept  # they do not return
+    source.signal(batches[0])
+    assert source._kept
     wanted = torch.zeros((), dtype=torch.float64)
     ours, theirs = model(1).double(), model(2).double()
     documents = {row["prompt"]: row.get("document") for row in ROWS}
@@ -182,6 +185,77 @@ def test_samples_of_the_student_get_the_document_too(
         ]
         wanted += (logs[0].exp() * (logs[0] - logs[1])).sum()
     assert float(total) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def of_rows(folder: Path, rows: list[dict[str, Any]], **more: Any) -> DataSpec:
+    (folder / "some.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    text = {"train": {"kind": "chat", "path": str(folder / "some.jsonl")}, "sequence_length": 160}
+    return DataSpec.model_validate({**text, **more})
+
+
+A, B = (dict[str, Any](prompt="Year?", response="It was 5.", document=f"Of {name}.") for name in "AB")
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([A, B], r"jsonl:2 has the same prompt as .*jsonl:1, with another document"),
+        ([{**A, "document": ""}, A], r"jsonl:1 has the same prompt as .*jsonl:2, without a document"),
+        ([{**A, "document": {"id": 3}}], r"jsonl:1: its column document needs a text \(got dict\)"),
+    ],
+)
+def test_a_prompt_has_one_document(rows: list[dict[str, Any]], said: str, tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=said):
+        document_prompts(of_rows(tmp_path, rows), tokenizer)
+
+
+def test_equal_rows_and_rows_without_a_document_are_counted(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [A, A, {"prompt": "Other?", "response": "No."}, {"prompt": "Third?", "response": "No.", "document": None}]
+    found = document_prompts(of_rows(tmp_path, rows), tokenizer)
+    assert (found.num_rows, found.num_without, len(found.by_prompt)) == (2, 2, 1)
+
+
+TURNS = [chats.user("One?"), chats.assistant("First."), chats.user("Two?"), chats.assistant("Second.")]
+
+
+@pytest.mark.parametrize(
+    ("messages", "chat", "learned"),
+    [
+        (TURNS, {}, [1, 3]),
+        ([TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]], {}, [3]),
+        (TURNS, {"learn_from": "last"}, [1, 3]),  # what validates is learned from at each turn
+    ],
+)
+def test_each_learned_turn_has_its_prompt(
+    messages: list[dict[str, Any]], chat: dict[str, Any], learned: list[int], tokenizer: Any, tmp_path: Path
+) -> None:
+    row = {"messages": messages, "document": "Of A."}
+    found = document_prompts(of_rows(tmp_path, [row], chat=chat), tokenizer)
+    found.check(None)
+    said = [f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>\n" for one in TURNS]
+    wanted = {}
+    for turn in learned:
+        before = "".join(said[:turn]) + "<|im_start|>assistant\n"
+        shown = before.replace("One?", "Of A.\n\nOne?")
+        wanted[np.array(tokenizer(before).input_ids, np.int64).tobytes()] = tokenizer(shown).input_ids
+    assert {key: prompt.tolist() for key, prompt in found.by_prompt.items()} == wanted
+
+
+def test_turns_in_rows_of_their_own_and_tools_keep_the_document(tmp_path: Path) -> None:
+    tokenizer = chats.chat_tokenizer(chats.REWRITES, (*chats.IM, "<|end|>", "<|pad|>"))
+    found = document_prompts(of_rows(tmp_path, [{"messages": chats.THOUGHT, "document": "Of A."}]), tokenizer)
+    found.check(None)
+    assert len(found.by_prompt) == 2
+    assert all("Of A." in tokenizer.decode(prompt) for prompt in found.by_prompt.values())
+    named = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + chats.CALLS
+    tokenizer = chats.chat_tokenizer(named, (*chats.IM, "<|end|>", "<|pad|>"))
+    tools: Any = chats.WHOLE["tools"]
+    row = {"messages": chats.WITH_TOOLS, "document": "Of A.", "tools": tools[:1]}
+    found = document_prompts(of_rows(tmp_path, [row]), tokenizer)
+    found.check(None)
+    assert all(
+        str(tokenizer.decode(prompt)).startswith("f<|im_start|>user\nOf A.") for prompt in found.by_prompt.values()
+    )
 
 
 def test_rows_that_cannot_be_read_are_refused(text: tuple[DataSpec, Path], tokenizer: Any, tmp_path: Path) -> None:

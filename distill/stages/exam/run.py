@@ -54,7 +54,7 @@ def run(stage: Exam, context: StageContext) -> dict[str, Any]:
     ]
     pairs = compared(sittings, questions, stage.baseline)
     page = tables(rows, pairs, stage.baseline)
-    lines = _forgetting(text, stage.baseline)
+    lines = [*_cut(rows), *_forgetting(text, stage.baseline)]
     write_lines(context.folder / ANSWERS, _answers(sittings, questions))
     write_text(context.folder / PAGE, "# Exam\n\n" + page + "\n" + "\n".join(lines) + "\n")
     content = {"rows": rows, "pairs": pairs, "bits_per_byte": text, "questions": len(questions)}
@@ -132,18 +132,20 @@ def _sit(stage: Exam, lm: ModelInMemory, questions: Sequence[Question], book: st
     ]
     sizes = [len(lm.tokenizer(answer, add_special_tokens=False)["input_ids"]) for _, answer in wanted]
     likely = lm.log_likelihoods(wanted)
+    cuts = iter([one.cut for one in likely])
     means = iter([one.nats / max(1, size) for one, size in zip(likely, sizes, strict=True)])
     new = stage.max_new_tokens
     written = lm.written(prompts, new_tokens=new, stops=()) if new else [("", False)] * len(questions)
     answers = []
-    for question, options, (text, _) in zip(questions, choices, written, strict=True):
-        nats, right = -next(means), None
+    for question, options, (text, is_cut) in zip(questions, choices, written, strict=True):
+        nats, right, is_cut = -next(means), None, next(cuts) or is_cut
         if options is not None:
             scores = [next(means) for _ in options[0]]
+            is_cut = sum(next(cuts) for _ in options[0]) > 0 or is_cut  # the sum reads all of them
             right = scores.index(max(scores)) == options[1]
         text, answer = text.strip(), question.answer
         f1, numbers = (token_f1(text, answer), numbers_right(text, answer)) if new else (None, None)
-        answers.append(Given(nats, text, f1, numbers, right))
+        answers.append(Given(nats, text, f1, numbers, right, is_cut=is_cut))
     return answers
 
 
@@ -154,6 +156,16 @@ def _answers(sittings: dict[tuple[str, str], Sitting], questions: Sequence[Quest
         | {"reference": question.answer, "place": question.place, **asdict(one)}
         for (model, book), given in sittings.items()
         for question, one in zip(questions, given.answers, strict=True)
+    ]
+
+
+def _cut(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each model that could not read some questions as a whole."""
+    return [
+        f"{escaped(row['model'])}, {row['book']} book: {row['cut']} of {row['questions']} {row['group']} questions are "
+        "longer than its context and were read without their beginning; make shorter chunks (make.chunk_words)"
+        for row in rows
+        if row["cut"]
     ]
 
 

@@ -25,6 +25,8 @@ class Given:
         f1: token F1 of the text and the reference, 0 to 1; None if nothing was to be written.
         numbers: share of the numbers of the reference that the text has; None if it has none.
         grade: of a judge, 1 to 5; None without a judge, or if it gave none.
+        is_cut: whether the question, with its document, was longer than the model's context, so that its beginning was
+            left out.
         chosen_right: whether the likeliest choice (per token) is the right one; None without choices.
     """
 
@@ -36,6 +38,7 @@ class Given:
     numbers: float | None = None
     chosen_right: bool | None = None
     grade: int | None = None
+    is_cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def row_of(model: str, book: str, group: str, answers: Sequence[Given]) -> dict[
         values = [float(value) for one in answers if (value := read(one)) is not None]
         row[name], row[f"{name}_se"] = _mean_and_error(values)
         row[f"{name}_n"] = len(values)
+    row["cut"] = sum(one.is_cut for one in answers)
     return row
 
 

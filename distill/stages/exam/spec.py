@@ -1,7 +1,8 @@
 """Questions on documents, asked with the closed and the open book, before and after a training.
 
 A question is answered from memory (closed book) or with its document before it (open book). The exam is made by the
-synthesize stage before anything is trained, and no training row tells its answers.
+synthesize stage before anything is trained. Rows that repeat an exam question are dropped from the training; other rows
+may state the same fact in other words, as the facts of a document are what is trained.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from distill.data.files import File, find
 from distill.stages.base import View
 from distill.stages.checks import check_task
 from distill.stages.forecast import Forecast
-from distill.stages.synthesize.writer_spec import WriterChoice
+from distill.stages.synthesize.spec import Synthesize
+from distill.stages.synthesize.writer_spec import ServerSpec, WriterChoice
 from distill.stages.text import ReadsText
 
 ROWS, PAGE, ANSWERS = "exam.json", "exam.md", "answers.jsonl"
@@ -91,6 +93,7 @@ class Exam(ReadsText):
             InputError: the questions are of no stage that makes some.
         """
         check_task(self, view)
+        notes = self.judge.notes() if isinstance(self.judge, ServerSpec) else []
         names = list(view.stages)
         earlier = [name for name in names[: names.index(view.name)] if view.stages[name].makes_data]
         if self.is_file:
@@ -100,8 +103,11 @@ class Exam(ReadsText):
                 f"questions: no earlier stage {self.questions!r} that makes an exam (there are "
                 f"{', '.join(earlier) or 'none'}); name a synthesize stage whose make has an exam"
             )
+        made_by = view.stages.get(self.questions)
+        if isinstance(made_by, Synthesize) and (why := made_by.make.why_no_exam()) is not None:
+            raise InputError(f"questions: {self.questions}: {why}")
         who = ", ".join(self.models) if self.models else "every model before it"
-        return Forecast(reads=self.reading(), does=[f"asks {who} the questions of {self.questions}"])
+        return Forecast(reads=self.reading(), does=[f"asks {who} the questions of {self.questions}"], notes=notes)
 
     def rehearse(self, context: Any) -> None:
         """Compare the models' tokens with the run's, and read the text, on which something must be there to measure."""

@@ -17,6 +17,7 @@ from distill.quantization.embeddings import EmbeddingsKind, embeddings_grid
 from distill.quantization.kv_cache import CacheType
 from distill.stages.base import SELF, View
 from distill.stages.checks import (
+    check_documents,
     check_ends,
     check_own_teacher,
     check_sizes,
@@ -288,6 +289,7 @@ class Quantize(DistillSpec, ReadsText):
         check_task(self, view)
         check_states(self.losses, view, self.student, self.teacher)
         check_ends(self, self, view)
+        check_documents(self, view)
 
     def taught_by(self) -> str | None:
         """The reference of the teacher that it learns from, or "self"; None when it learns from none."""

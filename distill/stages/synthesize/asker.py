@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
-from distill.data.base import Message
 from distill.stages.progress_lines import ProgressLines
 from distill.stages.session import StageContext
 from distill.stages.synthesize.replies import Replies
-from distill.stages.synthesize.requests import Reply, Request, Writer
+from distill.stages.synthesize.requests import FINAL, Likelihood, LikelihoodRequest, Reply, Request, Writer
+
+TRIES = 3
+"""Times that a reply is asked for which the writer neither ended nor cut at its limit."""
 
 
 class Asker:
@@ -36,15 +39,38 @@ class Asker:
         if unique:
             self._context.say(f"{what}: {len(unique):,} to write" + (f", {before:,} are there" if before else ""))
         progress = ProgressLines(self._context, len(needed), (what, "written"))
-        for made in self._writer.write(unique, needed) if needed else ():
-            self._replies.add(made)
-            for _ in made:
-                progress.count(None)
-        return [self._replies[request.id] for request in requests]
+        failed: dict[str, Reply] = {}  # id of a request -> its reply, which is not kept
+        for _ in range(TRIES):
+            failed = {}
+            for made in self._writer.write(unique, needed) if needed else ():
+                kept = [(id, reply) for id, reply in made if reply.finish in FINAL]
+                failed |= {id: reply for id, reply in made if reply.finish not in FINAL}
+                self._replies.add(kept)
+                for _ in kept:
+                    progress.count(None)
+            needed = set(failed)
+        if failed:
+            why = Counter(reply.finish for reply in failed.values())
+            ended = ", ".join(f"{finish} {count:,}" for finish, count in why.items())
+            self._context.say(f"{what}: {len(failed):,} are missing after {TRIES} tries, they ended by: {ended}")
+        return [failed.get(request.id) or self._replies[request.id] for request in requests]
 
-    def log_probabilities(self, pairs: Sequence[tuple[tuple[Message, ...], str]]) -> list[float]:
-        """See :meth:`Writer.log_probabilities`."""
-        return self._writer.log_probabilities(pairs)
+    def likelihoods(self, given: Sequence[LikelihoodRequest]) -> list[Likelihood]:
+        """How likely the writer finds each answer, in their order; equal ones are asked for once."""
+        unique = list({one.id: one for one in given}.values())
+        needed = {one.id for one in unique if self._replies.likelihood(one.id) is None}
+        before = len(unique) - len(needed)
+        if unique:
+            self._context.say(
+                f"likelihoods: {len(unique):,} to compute" + (f", {before:,} are there" if before else "")
+            )
+        progress = ProgressLines(self._context, len(needed), ("likelihoods", "computed"))
+        for found in self._writer.likelihoods(unique, needed) if needed else ():
+            self._replies.add_likelihoods(found)
+            for _ in found:
+                progress.count(None)
+        known = [self._replies.likelihood(one.id) for one in given]
+        return [one for one in known if one is not None]
 
     def say(self, line: str) -> None:
         """Print one line for people."""

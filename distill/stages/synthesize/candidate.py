@@ -11,7 +11,7 @@ from distill.core.artifact import hash_of
 from distill.data.base import Message
 
 _WORD = re.compile(r"\w+(?:['\u2019.,/-]\w+)*")
-_NUMBER = re.compile(r"\d+(?:[.,:/-]\d+)*")
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")  # of 1897-1912 and 9:30 each part
 _NAME = re.compile(r"(?<![.!?:]\s)(?<!^)(?<![\"'(])\b[A-Z][\w'\u2019-]+")
 
 
@@ -24,6 +24,7 @@ class Candidate:
         answer: what the assistant says; of a row of text the text.
         document: the text that the answer is taken from; empty where there is none.
         source: where it comes from, such as the id of a chunk.
+        is_invented: whether a writer has written the question too, who may have repeated placeholders of its prompt.
         finish: how the reply ended; see :class:`~distill.stages.synthesize.requests.Reply`.
         flaw: why the reply could not be read; empty if it could.
         more: what is stored beside it.
@@ -33,6 +34,7 @@ class Candidate:
     answer: str
     document: str = ""
     source: str = ""
+    is_invented: bool = False
     finish: str = "stop"
     flaw: str = ""
     more: Mapping[str, Any] = field(default_factory=dict)

@@ -3,10 +3,10 @@
     finished      the writer ended the reply itself
     parsed        the reply has the form that was asked for, without placeholders of the prompt
     length        the words of question and answer are within limits
-    refers        a question or an answer speaks of "the passage", which is not there when the model is asked later
+    refers        a question or an answer speaks of "the passage", which the model does not have when it is asked
     duplicate     an earlier row has the same question (case, punctuation and spaces aside)
-    exam          the row tells an exam question: the same question, or more than half of its runs of eight words, or
-                  its answer with the same numbers
+    exam          the row repeats an exam question: the same question, or more than half of its runs of eight words,
+                  or its answer with the same numbers
     grounded      numbers and names of the answer stand in the document or in the question
     likelihood    log p(answer | document, question) - log p(answer | question) is at least so many nats per token
     judge         a writer who reads document, question and answer finds the answer faithful and the question clear
@@ -27,7 +27,7 @@ from distill.stages.synthesize.asker import Asker
 from distill.stages.synthesize.candidate import Candidate, names_of, numbers_of, without_possessive, words_of
 from distill.stages.synthesize.exam_spec import Question
 from distill.stages.synthesize.filters_spec import FiltersSpec
-from distill.stages.synthesize.requests import STOP, asked
+from distill.stages.synthesize.requests import STOP, LikelihoodRequest, asked
 
 ORDER = ("finished", "parsed", "length", "refers", "duplicate", "exam", "grounded", "likelihood", "judge", "cap")
 RUN, SHARE = 8, 0.5
@@ -73,7 +73,7 @@ def filtered(
     Args:
         rows: in order; of equal ones the first is kept.
         spec: which filters.
-        exam: questions that no row may tell.
+        exam: questions that no row may repeat.
         asker: for the filters that need a model.
     """
     kept, dropped = list[Candidate](), list[Dropped]()
@@ -106,26 +106,33 @@ def _cheap(row: Candidate, spec: FiltersSpec, questions: set[str], exam: _Exam) 
         yield "finished", f"the reply ended by {row.finish}"
     if row.flaw:
         yield "parsed", row.flaw
-    if _PLACEHOLDER.search(row.answer) or (row.messages and _PLACEHOLDER.search(row.question)):
-        yield "parsed", "it is empty, is cut off by '...', or repeats a placeholder of the prompt"
-    limits = {"question": (row.question, spec.question_words)} if row.document else {}
+    if not row.answer.strip():
+        yield "parsed", "it is empty"
+    if row.is_invented and (_PLACEHOLDER.search(row.answer) or _PLACEHOLDER.search(row.question)):
+        yield "parsed", "it has no words, is cut off by '...', or repeats a placeholder of the prompt"
+    limits = {"question": (row.question, spec.question_words)} if _is_asked(row) else {}
     for name, (text, (fewest, most)) in {**limits, "answer": (row.answer, spec.answer_words)}.items():
         if not fewest <= (count := len(text.split())) <= most:
             yield "length", f"the {name} has {count} words, limits are {fewest} and {most}"
     if spec.refers_to_text and row.document:
         for text in (row.question, row.answer):
             if found := _REFERS.search(text):
-                yield "refers", f"it speaks of {found[0]!r}, which a model that is asked later has not before it"
+                yield "refers", f"it speaks of {found[0]!r}, which the model does not have when it is asked"
     if spec.duplicates and _key(row) in questions:
         yield "duplicate", "an earlier row asks the same"
     if (question := exam.told_by(row)) is not None:
-        yield "exam", f"it tells the exam question {question.question!r}"
+        yield "exam", f"it repeats the exam question {question.question!r}"
     if spec.grounded and row.document:
         allowed = f"{row.document} {row.question}"
         lacking = sorted(numbers_of(row.answer) - numbers_of(allowed))
         lacking += sorted(names_of(row.answer) - _all_words(allowed))
         if lacking:
             yield "grounded", f"{lacking[0]!r} of the answer stands neither in the document nor in the question"
+
+
+def _is_asked(row: Candidate) -> bool:
+    """Whether it is a question about a document; a text made from a document has no question."""
+    return bool(row.document and row.messages)
 
 
 def _all_words(text: str) -> set[str]:
@@ -147,7 +154,7 @@ class _Exam:
         ]
 
     def told_by(self, row: Candidate) -> Question | None:
-        """The question that a row tells; None if none."""
+        """The question that a row repeats; None if none."""
         if not self._questions:
             return None
         text = f"{row.question} {row.answer}"
@@ -170,16 +177,22 @@ def _key_of(answer: str) -> str:
 
 def _by_likelihood(rows: list[Candidate], least: float, asker: Asker, dropped: list[Dropped]) -> Iterator[Candidate]:
     """Rows whose answer the document makes likelier; what it gains is stored."""
-    some = [row for row in rows if row.document]
-    from_document = asker.log_probabilities(
-        [(tuple(messages_with_document(row.document, row.messages)), row.answer) for row in some]
+    some = [row for row in rows if _is_asked(row)]
+    from_document = asker.likelihoods(
+        [LikelihoodRequest(tuple(messages_with_document(row.document, row.messages)), row.answer) for row in some]
     )
-    alone = asker.log_probabilities([(row.messages, row.answer) for row in some])
-    gains = iter([a - b for a, b in zip(from_document, alone, strict=True)])
+    alone = asker.likelihoods([LikelihoodRequest(row.messages, row.answer) for row in some])
+    pairs = iter(zip(from_document, alone, strict=True))
     for row in rows:
-        if not row.document:
+        if not _is_asked(row):
             yield row
-        elif (gain := next(gains)) >= least:
+            continue
+        shown, hidden = next(pairs)
+        gain = shown.mean - hidden.mean
+        if shown.is_cut:
+            why = "with its document it is longer than the writer's context, so no likelihood can be told"
+            dropped.append(Dropped(row, "likelihood", why))
+        elif gain >= least:
             yield row.with_more(likelihood_gain=round(gain, 4))
         else:
             why = f"the document makes the answer likelier by {gain:.3f} nats per token, less than {least:g}"
@@ -187,13 +200,13 @@ def _by_likelihood(rows: list[Candidate], least: float, asker: Asker, dropped: l
 
 
 def _by_judge(rows: list[Candidate], asker: Asker, dropped: list[Dropped]) -> Iterator[Candidate]:
-    some = [row for row in rows if row.document]
+    some = [row for row in rows if _is_asked(row)]
     requests = [
         asked(JUDGED.format(document=row.document, question=row.question, answer=row.answer), 24) for row in some
     ]
     replies = iter(asker.ask("judgements", requests))
     for row in rows:
-        if not row.document:
+        if not _is_asked(row):
             yield row
             continue
         said = next(replies).text

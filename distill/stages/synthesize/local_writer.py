@@ -1,8 +1,8 @@
 """A model of the run that writes in batches.
 
 The tokens of a reply depend on random numbers of its own request, so on neither the order of the requests nor the other
-rows. The rounding of a batch depends on its shape; therefore all requests of a phase are cut into the same batches
-whenever it runs, and a batch of which some replies are missing is written anew as a whole.
+rows. The rounding of a batch depends on its shape; therefore a resumed run makes the same batches of all requests of a
+phase, and writes a batch of which some replies are missing again as a whole.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from distill.data.chat_encoder import ChatEncoder
 from distill.data.chat_spec import ChatSpec
 from distill.data.message import Unusable
 from distill.data.order import seeded
-from distill.data.tokenizer import load_tokenizer
 from distill.evaluation.tasks.likelihood import log_likelihoods
 from distill.models.load import load_model, move
-from distill.stages.synthesize.requests import STOP, Reply, Request
+from distill.stages.synthesize.requests import LENGTH, STOP, TOO_LONG, Likelihood, LikelihoodRequest, Reply, Request
+from distill.stages.synthesize.writer_tokenizer import writer_tokenizer
 from distill.training.ends import ends_of
 from distill.training.on_policy import sample, until_end
 from distill.training.spec import OnPolicySpec
@@ -33,6 +33,8 @@ from distill.training.trainer import dtype_on, resolve_device
 if TYPE_CHECKING:
     from distill.stages.session import StageContext
 
+BATCHES_AT_ONCE, MOST_TOKENS = 8, 8192
+"""Batches of likelihoods that are stored at once, and tokens of a batch at most."""
 COLDEST = 1e-6
 """Temperature in place of 0: the softmax has one token, the most likely one."""
 
@@ -55,16 +57,8 @@ class LocalWriter:
             context.session.seed,
             batch_size,
         )
-        self._tokenizer = load_tokenizer(self._location)
-        chat = context.session.data.chat or ChatSpec()
-        if chat.template not in ("teacher", "student"):
-            self._tokenizer.chat_template = chat.written()
-        if not self._tokenizer.chat_template:
-            raise InputError(
-                f"writer: {self._location} has no chat template, so it does not follow instructions; name a model that "
-                "was tuned to (such as ...-Instruct), or a server"
-            )
-        self._encoder = ChatEncoder(self._tokenizer, chat, sequence_length=0)
+        self._tokenizer = writer_tokenizer(context.session, reference)
+        self._encoder = ChatEncoder(self._tokenizer, context.session.data.chat or ChatSpec(), sequence_length=0)
         device = resolve_device(context.session.compute)
         self.model = move(load_model(self._location, dtype=dtype_on(device)), device).eval()
         known = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -79,15 +73,20 @@ class LocalWriter:
         """See :class:`~distill.stages.synthesize.requests.Writer`."""
         prompts = {request.id: self.prompt(request.messages) for request in requests}
         room = {request.id: self._positions - request.max_new_tokens for request in requests}
-        long = [id for id in prompts if len(prompts[id]) > room[id]]
-        if missing := [id for id in long if id in needed]:
-            yield [(id, Reply("", "prompt too long", len(prompts[id]), 0)) for id in missing]
-        rows = sorted((one for one in requests if one.id not in long), key=lambda one: -len(prompts[one.id]))
-        for start in range(0, len(rows), self._batch_size):
-            batch = rows[start : start + self._batch_size]
-            if needed & {one.id for one in batch}:
-                stop.check()
-                yield self._write(batch, [prompts[one.id] for one in batch])
+        long = {id for id in prompts if len(prompts[id]) > room[id]}
+        if missing := [id for id in prompts if id in long & needed]:
+            yield [(id, Reply("", TOO_LONG, len(prompts[id]), 0)) for id in missing]
+        kinds: dict[tuple[int, float], list[Request]] = {}  # a batch is sampled at one temperature, up to one length
+        for request in requests:
+            if request.id not in long:
+                kinds.setdefault((request.max_new_tokens, request.temperature), []).append(request)
+        for some in kinds.values():
+            rows = sorted(some, key=lambda one: -len(prompts[one.id]))
+            for start in range(0, len(rows), self._batch_size):
+                batch = rows[start : start + self._batch_size]
+                if needed & {one.id for one in batch}:
+                    stop.check()
+                    yield self._write(batch, [prompts[one.id] for one in batch])
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation that the model continues.
@@ -100,13 +99,25 @@ class LocalWriter:
         except Unusable as why:
             raise InputError(f"writer: the chat template of {self._location} refuses a prompt: {why}") from None
 
-    def log_probabilities(self, pairs: Sequence[tuple[tuple[Message, ...], str]]) -> list[float]:
+    def likelihoods(self, given: Sequence[LikelihoodRequest], needed: set[str]) -> Iterator[dict[str, Likelihood]]:
         """See :class:`~distill.stages.synthesize.requests.Writer`."""
-        ids = [(self.prompt(messages), self._encoder.encode([answer])[0][:-1].tolist()) for messages, answer in pairs]
-        ids = [(before, after[len(self._encoder.start) :] or [self._ends[0]]) for before, after in ids]
-        batch_tokens = self._batch_size * max((len(before) + len(after) for before, after in ids), default=1)
-        found = log_likelihoods(self.model, ids, positions=self._positions, batch_tokens=min(batch_tokens, 8192))
-        return [one.nats / len(after) for one, (_, after) in zip(found, ids, strict=True)]
+        ids = {one.id: self._ids(one) for one in given}
+        order = sorted(ids, key=lambda id: -sum(map(len, ids[id])))
+        at_once = self._batch_size * BATCHES_AT_ONCE
+        for start in range(0, len(order), at_once):
+            some = order[start : start + at_once]
+            if not needed & set(some):
+                continue
+            batch_tokens = min(self._batch_size * sum(map(len, ids[some[0]])), MOST_TOKENS)
+            found = log_likelihoods(
+                self.model, [ids[id] for id in some], positions=self._positions, batch_tokens=batch_tokens
+            )
+            yield {id: Likelihood(one.nats / len(ids[id][1]), one.cut) for id, one in zip(some, found, strict=True)}
+
+    def _ids(self, given: LikelihoodRequest) -> tuple[list[int], list[int]]:
+        """Ids of the prompt and of the answer, which is the end of the turn where it is empty."""
+        answer = self._encoder.encode([given.answer])[0][:-1].tolist()
+        return self.prompt(given.messages), answer[len(self._encoder.start) :] or [self._ends[0]]
 
     def _write(self, batch: Sequence[Request], prompts: Sequence[list[int]]) -> list[tuple[str, Reply]]:
         """Replies to requests of one temperature and length."""
@@ -130,7 +141,7 @@ class LocalWriter:
         for request, length, row, kept, is_ended in zip(batch, lengths, written, inside, ended, strict=True):
             tokens = row[kept].tolist()
             text = self._tokenizer.decode(tokens[: len(tokens) - int(is_ended)], skip_special_tokens=True)
-            reply = Reply(str(text).strip(), STOP if is_ended else "length", int(length), len(tokens))
+            reply = Reply(str(text).strip(), STOP if is_ended else LENGTH, int(length), len(tokens))
             made.append((request.id, reply))
         return made
 

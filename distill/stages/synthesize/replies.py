@@ -1,23 +1,22 @@
 """Replies on disk, row by row, so that a kill loses the batch that was being written and nothing else.
 
 replies/replies-00000.jsonl    one reply per line, synced after each batch; a new file every 5,000 rows
+replies/likelihoods.jsonl      log-likelihoods of texts that the writer was given, in the same way
 replies/writer.json            what stands for the writer
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import ConfigDict
 
-from distill.core.artifact import sync
-from distill.core.errors import InputError, MachineError
-from distill.core.stored import parse_stored, read_checked, write_checked
-from distill.stages.synthesize.requests import Reply
+from distill.core.errors import InputError
+from distill.core.stored import read_checked, write_checked
+from distill.stages.synthesize.appended import append_lines, appended_lines
+from distill.stages.synthesize.requests import Likelihood, Reply
 
 PER_FILE = 5000
 FOLDER = "replies"
@@ -34,6 +33,17 @@ class Stored:
     finish: str
     prompt_tokens: int | None = None
     new_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class _StoredLikelihood:
+    """The likelihood of a text, with the id of what was asked."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    id: str
+    mean: float
+    is_cut: bool
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,13 @@ class Replies:
         self._known: dict[str, Reply] = {}
         self._files = sorted(self.folder.glob("replies-*.jsonl"))
         for number, file in enumerate(self._files):
-            self._read(file, fix, is_last=number == len(self._files) - 1)
+            for row in appended_lines(file, Stored, fix, is_last=number == len(self._files) - 1):
+                self._known[row.id] = Reply(row.text, row.finish, row.prompt_tokens, row.new_tokens)
+        self._likelihoods: dict[str, Likelihood] = {}
+        self._file_of_likelihoods = self.folder / "likelihoods.jsonl"
+        if self._file_of_likelihoods.is_file():
+            for one in appended_lines(self._file_of_likelihoods, _StoredLikelihood, fix):
+                self._likelihoods[one.id] = Likelihood(one.mean, one.is_cut)
 
     def __contains__(self, id: str) -> bool:
         return id in self._known
@@ -84,27 +100,27 @@ class Replies:
         if not fresh:
             return
         file = self.folder / f"replies-{len(self._known) // PER_FILE:05}.jsonl"
-        lines = "".join(json.dumps({"id": id, **asdict(reply)}) + "\n" for id, reply in fresh.items())
-        try:
-            is_new = not file.exists()
-            with file.open("ab") as stream:
-                stream.write(lines.encode())
-                stream.flush()
-                os.fsync(stream.fileno())
-            if is_new:
-                sync(self.folder)
-        except OSError as error:
-            raise MachineError(f"{file}: cannot be written ({error.strerror or error})") from error
+        append_lines(file, [{"id": id, **asdict(reply)} for id, reply in fresh.items()])
         self._known |= fresh
 
-    def _read(self, file: Path, fix: str, *, is_last: bool) -> None:
-        content = file.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content) and is_last:  # a kill while a line was written
-            with file.open("rb+") as stream:
-                stream.truncate(end)
-        elif end < len(content):
-            raise InputError(f"{file}: ends in the middle of a line; put it back, or {fix}")
-        for number, line in enumerate(content[:end].splitlines(), 1):
-            row = parse_stored(line.decode("utf-8", "replace"), Stored, f"{file}:{number}", f"put it back, or {fix}")
-            self._known[row.id] = Reply(row.text, row.finish, row.prompt_tokens, row.new_tokens)
+    def num_tokens(self) -> dict[str, int]:
+        """Tokens of all prompts and replies, where the writer has counted them."""
+        return {
+            "prompts": sum(reply.prompt_tokens or 0 for reply in self._known.values()),
+            "replies": sum(reply.new_tokens or 0 for reply in self._known.values()),
+        }
+
+    def likelihood(self, id: str) -> Likelihood | None:
+        """The likelihood of a text that was computed before; None if it was not."""
+        return self._likelihoods.get(id)
+
+    def add_likelihoods(self, found: Mapping[str, Likelihood]) -> None:
+        """Store likelihoods; those that are there already stay as they are.
+
+        Raises:
+            MachineError: the disk is full or not writable.
+        """
+        fresh = {id: one for id, one in found.items() if id not in self._likelihoods}
+        if fresh:
+            append_lines(self._file_of_likelihoods, [{"id": id, **asdict(one)} for id, one in fresh.items()])
+            self._likelihoods |= fresh

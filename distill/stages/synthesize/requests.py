@@ -12,6 +12,9 @@ from distill.data.base import Message
 
 STOP = "stop"
 """How a reply ends that the writer ended itself."""
+LENGTH, TOO_LONG, REFUSED = "length", "prompt too long", "refused by the server"
+FINAL = (STOP, LENGTH, TOO_LONG, REFUSED)
+"""How replies end that are kept; one that ends otherwise, such as by "abort", is asked for again."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Reply:
 
     Attributes:
         text: without special tokens and surrounding whitespace.
-        finish: :data:`STOP`, or why it ends otherwise: "length", or "prompt too long" if nothing could be written.
+        finish: :data:`STOP`, or why it ends otherwise, such as one of :data:`FINAL`.
         prompt_tokens: tokens of the prompt as the writer counts them; None if unknown.
         new_tokens: tokens of the reply; None if unknown.
     """
@@ -51,6 +54,37 @@ class Reply:
     finish: str
     prompt_tokens: int | None = None
     new_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely a writer finds an answer.
+
+    Attributes:
+        mean: log-probability per token, in nats.
+        is_cut: whether the beginning of its messages was left out, as all was longer than the writer's context.
+    """
+
+    mean: float
+    is_cut: bool = False
+
+
+@dataclass(frozen=True)
+class LikelihoodRequest:
+    """An answer whose likelihood is asked for.
+
+    Attributes:
+        messages: what is said before it.
+        answer: its text.
+    """
+
+    messages: tuple[Message, ...]
+    answer: str
+
+    @cached_property
+    def id(self) -> str:
+        """Stands for both."""
+        return hash_of(self.messages, self.answer)
 
 
 class Writer(Protocol):
@@ -68,8 +102,12 @@ class Writer(Protocol):
             needed: ids of the requests without a reply.
         """
 
-    def log_probabilities(self, pairs: Sequence[tuple[tuple[Message, ...], str]]) -> list[float]:
-        """Mean log-probability per token of each answer after its messages, in nats.
+    def likelihoods(self, given: Sequence[LikelihoodRequest], needed: set[str]) -> Iterator[dict[str, Likelihood]]:
+        """How likely each answer is after its messages, by id, as they are computed.
+
+        Args:
+            given: all that are asked for, each once. They decide the batches.
+            needed: ids of those that were not computed before.
 
         Raises:
             InputError: the writer does not tell.

@@ -3,7 +3,7 @@
 data/rows-00000.jsonl      a row per line: {id, messages, document, source, ...}, or {id, text, source, ...}
 dropped.jsonl              the rows that are left out: {id, filter, why, messages, ...}
 exam.jsonl                 questions that are kept out of the training
-data.json                  lineage: the writer, the settings, counts of kept and dropped rows, tokens, seconds
+data.json                  lineage: the writer, the settings, counts of kept and dropped rows and of tokens, seconds
 """
 
 from __future__ import annotations

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from distill.core.artifact import write_text
 from distill.core.errors import InputError
 from distill.data.base import Item
+from distill.data.clean import Cleaner
+from distill.data.mixture_split import texts_of
 from distill.stages.session import StageContext
 from distill.stages.synthesize.asker import Asker
 from distill.stages.synthesize.filters import Dropped, counts, filtered
@@ -45,6 +47,7 @@ def run(stage: Synthesize, context: StageContext) -> dict[str, Any]:
         "dropped": by_filter,
         "exam_questions": len(made.exam),
         "replies": len(replies),
+        "tokens": replies.num_tokens(),
         "seconds": round(time.perf_counter() - started, 1),
     }
     about = {**figures, "stage": stage.model_dump(mode="json"), "seed": context.session.seed}
@@ -61,9 +64,13 @@ def in_words(by_filter: dict[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in by_filter.items()) or "none"
 
 
-def _texts(context: StageContext) -> Iterable[Item]:
-    """The recipe's training text, for makers that begin with texts."""
-    return context.session.data.train.documents()
+def _texts(context: StageContext) -> Iterator[Item]:
+    """The training side of the recipe's text, as it is trained on: cleaned, without what validates."""
+    data = context.session.data
+    texts = texts_of(data)
+    cleaner = None if data.clean is None else Cleaner(data.clean, texts)
+    for text in texts:
+        yield from text.split.training() if cleaner is None else cleaner.training(text)
 
 
 def _dropped_row(one: Dropped) -> dict[str, Any]:

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,15 +22,22 @@ from distill.core import stop
 from distill.core.artifact import hash_of
 from distill.core.errors import InputError, MachineError
 from distill.core.source import suggest
-from distill.data.base import Message
-from distill.stages.synthesize.requests import Reply, Request
+from distill.stages.synthesize.requests import REFUSED, Likelihood, LikelihoodRequest, Reply, Request
 from distill.stages.synthesize.writer_spec import ServerSpec
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 """HTTP codes of a server that may answer later."""
+REFUSED_CODES = (400, 413, 422)
+"""HTTP codes of a server that does not take one request, such as a prompt that is too long; others may be fine."""
+MOST_REFUSED = 16
+"""First requests of a phase which may all be refused; then something else is wrong than a single prompt."""
 CUT = "prompt cut by the server"
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 LARGEST_ANSWER = 1 << 26
+
+
+class _Refused(InputError):
+    """The server does not take one request."""
 
 
 class ServerWriter:
@@ -40,21 +46,20 @@ class ServerWriter:
     Args:
         spec: which server.
         seed: of the run.
+        say: prints one line for people.
 
     Raises:
         InputError: the address, the model or the key are wrong.
         MachineError: the server does not answer.
     """
 
-    def __init__(self, spec: ServerSpec, seed: int):
-        self._spec, self._seed = spec, seed
+    def __init__(self, spec: ServerSpec, seed: int, say: Callable[[str], object] = print):
+        self._spec, self._seed, self._say = spec, seed, say
+        self._is_away = False
         self._address = urlsplit(spec.server.rstrip("/"))
         self._stopped = threading.Event()
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if spec.key_variable is not None:
-            key = os.environ.get(spec.key_variable, "").strip()
-            if not key:
-                raise InputError(f"writer.key_variable: the environment has no {spec.key_variable}; export it")
+        if (key := spec.key()) is not None:
             self._headers["Authorization"] = f"Bearer {key}"
         self.model = self._model()
         self._probe()
@@ -64,8 +69,13 @@ class ServerWriter:
         return f"server, model {self.model}"
 
     def write(self, requests: Sequence[Request], needed: set[str]) -> Iterator[list[tuple[str, Reply]]]:
-        """See :class:`~distill.stages.synthesize.requests.Writer`. What is finished is yielded before an error."""
+        """See :class:`~distill.stages.synthesize.requests.Writer`. What is finished is yielded before an error.
+
+        A request that the server refuses has an empty reply, unless the first ones of a phase are all refused.
+        """
+        is_fresh, refused = len(needed) == len(requests), list[tuple[str, Reply]]()  # none of them is known to be fine
         waiting = [request for request in requests if request.id in needed]
+        most = min(MOST_REFUSED, len(waiting))
         pool = ThreadPoolExecutor(self._spec.parallel, thread_name_prefix="writer")
         failed: BaseException | None = None
         open_: dict[Future[Reply], str] = {}
@@ -78,11 +88,18 @@ class ServerWriter:
                 made = []
                 for future in done:
                     id = open_.pop(future)
-                    if (error := future.exception()) is None:
+                    error = future.exception()
+                    if error is None:
                         made.append((id, future.result()))
+                        is_fresh = False
+                    elif isinstance(error, _Refused) and not (is_fresh and len(refused) + 1 >= most):
+                        refused.append((id, Reply("", REFUSED)))
                     elif failed is None:
                         failed = error
                         self._stopped.set()  # the others give up waiting for the server, and finish what they read
+                if refused and not is_fresh:
+                    made += refused
+                    refused = []
                 if made:
                     yield made
                 if failed is not None and not open_:
@@ -93,7 +110,7 @@ class ServerWriter:
             pool.shutdown(wait=False, cancel_futures=True)
             self._stopped = threading.Event()
 
-    def log_probabilities(self, pairs: Sequence[tuple[tuple[Message, ...], str]]) -> list[float]:
+    def likelihoods(self, given: Sequence[LikelihoodRequest], needed: set[str]) -> Iterator[dict[str, Likelihood]]:
         """Refuse: chat endpoints do not tell the probability of a given text."""
         raise InputError("writer: a server does not tell the probability of a text; name a model as writer")
 
@@ -163,11 +180,17 @@ class ServerWriter:
             except (OSError, http.client.HTTPException) as error:
                 status, answer, after, why = 0, None, None, f"{type(error).__name__}: {error}"
             if status == 200:
+                self._is_away = False
                 return answer
             if status and status not in RETRIED:
-                raise InputError(f"{self._spec.server}{path}: HTTP {status}: {_short(answer)}; see the server's log")
+                kind = _Refused if status in REFUSED_CODES else InputError
+                raise kind(f"{self._spec.server}{path}: HTTP {status}: {_short(answer)}; see the server's log")
             why = f"HTTP {status}: {_short(answer)}" if status else why
-            if time.monotonic() + pause > until or self._stopped.wait(after or pause):
+            left = until - time.monotonic()
+            if left > pause and not self._is_away:
+                self._is_away = True  # the others that wait say nothing
+                self._say(f"{self._spec.server} does not answer ({why}); waiting for it, {left:,.0f} s at most")
+            if left < pause or self._stopped.wait(min(after or pause, left)):
                 raise MachineError(
                     f"{self._spec.server}: does not answer ({why}); what was written is kept, the same command goes on"
                 )

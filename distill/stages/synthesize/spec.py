@@ -46,6 +46,16 @@ class Synthesize(StageSpec):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _filters_have_an_effect(self) -> Synthesize:
+        set_ = {"judge": self.filters.judge, "min_likelihood_gain": self.filters.min_likelihood_gain is not None}
+        for key in (key for key, is_set in set_.items() if is_set and not self.make.asks_about_documents):
+            raise ValueError(
+                f"filters.{key} has no effect on make: {self.make.kind}, whose rows are no questions about a document; "
+                "remove it"
+            )
+        return self
+
     @classmethod
     def form_as_written(cls, section: Mapping[str, Any]) -> Literal["conversations", "text"]:
         """What the rows of the maker that is named are."""
@@ -58,6 +68,11 @@ class Synthesize(StageSpec):
     def made_form(self) -> Literal["conversations", "text"]:
         """What its rows are."""
         return type(self.make).holds
+
+    @property
+    def made_documents(self) -> bool:
+        """Whether its maker gives rows the text that answers them."""
+        return self.make.has_documents()
 
     def references(self) -> list[tuple[tuple[str | int, ...], str]]:
         """The writer, where it is a model."""
@@ -93,6 +108,7 @@ class Synthesize(StageSpec):
         """What is read and asked."""
         lines = self.make.check()
         if isinstance(self.writer, ServerSpec):
+            lines += self.writer.notes()
             who = f"{self.writer.server} writes" + (f" with {self.writer.model}" if self.writer.model else "")
         else:
             who = f"{self.writer} writes"

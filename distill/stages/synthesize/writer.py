@@ -23,4 +23,4 @@ def writer_of(choice: str | ServerSpec, batch_size: int, context: StageContext) 
     """
     if isinstance(choice, str):
         return LocalWriter(context, choice, batch_size)
-    return ServerWriter(choice, context.session.seed)
+    return ServerWriter(choice, context.session.seed, context.say)

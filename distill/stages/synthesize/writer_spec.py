@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
+from distill.core.errors import InputError
 from distill.core.spec import Spec
 
 
@@ -26,12 +28,48 @@ class ServerSpec(Spec):
     max_wait_s: float = Field(600, ge=0)
     """Seconds that a server may be away before the run stops; what was written is kept."""
 
+    def key(self) -> str | None:
+        """The key; None where none is needed.
+
+        Raises:
+            InputError: the environment does not have it, or what it has is none.
+        """
+        if self.key_variable is None:
+            return None
+        key = os.environ.get(self.key_variable, "").strip()
+        if not key:
+            raise InputError(f"writer.key_variable: the environment has no {self.key_variable}; export it")
+        if not (key.isascii() and key.isprintable()):
+            raise InputError(
+                f"writer.key_variable: {self.key_variable} holds a line break or a character beyond ASCII, which no "
+                "key has; export the key alone"
+            )
+        return key
+
+    def notes(self) -> list[str]:
+        """What the run will need and this environment lacks."""
+        try:
+            self.key()
+        except InputError as error:
+            return [f"{error}, before the run"]
+        return []
+
     @field_validator("server")
     @classmethod
     def _is_an_address(cls, server: str) -> str:
         parts = urlsplit(server)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("needs an address such as http://localhost:8000/v1")
+        if not (server.isascii() and server.isprintable()) or " " in server:
+            raise ValueError("holds a space or a character beyond ASCII; write it as the server's address is written")
+        try:
+            port = parts.port
+        except ValueError as error:
+            raise ValueError(
+                f"{str(error)[:1].lower()}{str(error)[1:]}; write it as http://localhost:8000/v1"
+            ) from None
+        if port == 0:
+            raise ValueError("port 0 is none; write it as http://localhost:8000/v1")
         if parts.username or parts.password or parts.query:
             raise ValueError("holds a secret or a query; name a key by key_variable")
         return server

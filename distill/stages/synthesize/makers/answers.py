@@ -19,7 +19,7 @@ from pydantic import Field
 from distill.data.base import Conversation, Item, Message, Rejected
 from distill.stages.synthesize.candidate import Candidate
 from distill.stages.synthesize.makers.base import Made, MakerSpec
-from distill.stages.synthesize.requests import STOP, Request
+from distill.stages.synthesize.requests import STOP, LikelihoodRequest, Request
 
 if TYPE_CHECKING:
     from distill.stages.synthesize.asker import Asker
@@ -56,16 +56,18 @@ class Answers(MakerSpec):
         replies = asker.ask("answers", requests)
         likely = [0.0] * len(replies)
         if self.num_samples > 1:
-            likely = asker.log_probabilities(
-                [(request.messages, reply.text or " ") for request, reply in zip(requests, replies, strict=True)]
-            )
+            given = [
+                LikelihoodRequest(request.messages, reply.text or " ")
+                for request, reply in zip(requests, replies, strict=True)
+            ]
+            likely = [one.mean for one in asker.likelihoods(given)]
         rows = []
         for number, (prompt, place) in enumerate(prompts):
             some = [number * self.num_samples + copy for copy in copies]
             finished = [one for one in some if replies[one].finish == STOP and replies[one].text] or some
             best = max(finished, key=lambda one: likely[one])
             more = {"log_probability": round(likely[best], 4)} if self.num_samples > 1 else {}
-            rows.append(Candidate(prompt, replies[best].text, "", place, replies[best].finish, more=more))
+            rows.append(Candidate(prompt, replies[best].text, "", place, finish=replies[best].finish, more=more))
         return Made(rows, raw=[reply.text for reply in replies[:5]])
 
 

@@ -26,7 +26,7 @@ class Made:
 
     Attributes:
         rows: before any filter.
-        exam: questions that no row may tell.
+        exam: questions that no row may repeat.
         raw: some replies as they were written, to be shown when few rows remain.
     """
 
@@ -40,7 +40,8 @@ class MakerSpec(Spec):
 
     holds: ClassVar[Holds] = "conversations"
     """What its rows are."""
-    needs_likelihood: ClassVar[bool] = False
+    asks_about_documents: ClassVar[bool] = False
+    """Whether its rows may be questions with a document, which some filters need."""
 
     kind: str
     max_new_tokens: int = Field(256, ge=1)
@@ -69,6 +70,18 @@ class MakerSpec(Spec):
     def why_no_server(self) -> str | None:
         """Why a server cannot be its writer; None if it can."""
         return None
+
+    def why_no_exam(self) -> str | None:
+        """Why it keeps no exam questions out; None if it does."""
+        return f"make: {self.kind} keeps no questions for an exam; name a stage with make: qna and an exam"
+
+    def has_documents(self) -> bool:
+        """Whether its rows have the column document.
+
+        Raises:
+            InputError: a file is wrong.
+        """
+        return False
 
     def make(self, asker: Asker, texts: Iterable[Item], seed: int) -> Made:
         """Have all rows written.

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -35,7 +35,7 @@ from distill.stages.synthesize.candidate import Candidate, numbers_of, words_of
 from distill.stages.synthesize.exam_spec import CONTROL, TRAINED, ExamSpec, Question
 from distill.stages.synthesize.makers.base import Made, MakerSpec
 from distill.stages.synthesize.overlap import token_f1
-from distill.stages.synthesize.requests import STOP, Reply, Request, asked
+from distill.stages.synthesize.requests import LENGTH, STOP, Reply, Request, asked
 
 if TYPE_CHECKING:
     from distill.stages.synthesize.asker import Asker
@@ -67,12 +67,14 @@ _MARKER = re.compile(r"^\s*(?:(?:question|q)\s*\d*\s*[:.)]|[-*•]|\(?\d+[.):]?)
 class Qna(MakerSpec):
     """Questions and answers from qna.yaml files: about their documents, or of their skills."""
 
+    asks_about_documents: ClassVar[bool] = True
+
     kind: Literal["qna"] = "qna"
     path: str | list[str]
     """qna.yaml files, folders of them or globs; knowledge and skills, versions 1 to 3. builtin:qna is a sample."""
     documents: str | list[str] | None = None
-    """Documents (Markdown, text, PDF), folders or globs; unset: the patterns of a file, searched beside it.
-    Repositories are not fetched."""
+    """Documents (Markdown, text, PDF), folders or globs; unset: the patterns of a file, searched beside it. Of several
+    files of knowledge each has those that match its patterns. Repositories are not fetched."""
     views: list[View] = Field(["text", "facts"], min_length=1)
     """What questions are made from: the text of a chunk, its facts, a summary, extracts."""
     questions_per_view: int = Field(5, ge=1, le=50)
@@ -116,9 +118,22 @@ class Qna(MakerSpec):
                 views = chunks * len(self.views) * self.rounds
                 most = views * self.questions_per_view
                 lines.append(f"{chunks} chunks, {views:,} requests for questions, at most {most:,} answers")
+        if self.exam is not None and not self._asks_any(qnas, self.exam):
+            raise InputError(
+                "make.exam: keeps no question out, as skills and contexts with a single pair keep none; name qna.yaml "
+                "files in exam.files, set exam.extra_per_chunk (with documents), or remove exam"
+            )
         for group, qna in self._exam_files():
             lines.append(f"{qna.file}: {len(qna.pairs)} exam questions ({group})")
         return lines
+
+    def why_no_exam(self) -> str | None:
+        """See :meth:`MakerSpec.why_no_exam`."""
+        return "its make keeps no questions for an exam; add exam: {} to it" if self.exam is None else None
+
+    def has_documents(self) -> bool:
+        """Whether one of the files is of knowledge."""
+        return any(qna.kind == "knowledge" for qna in self._read())
 
     def make(self, asker: Asker, texts: Iterable[Item], seed: int) -> Made:
         """See :meth:`MakerSpec.make`."""
@@ -139,6 +154,10 @@ class Qna(MakerSpec):
         for group, qna in self._exam_files():
             exam += [_question(one, number, group) for one in qna.seeds for number in range(len(one.pairs))]
         return Made(rows, exam, raw[:8])
+
+    def _asks_any(self, qnas: Sequence[QnaFile], exam: ExamSpec) -> bool:
+        has_extra = exam.extra_per_chunk > 0 and any(qna.kind == "knowledge" for qna in qnas)
+        return has_extra or bool(self._exam_files()) or any(self._divided(qna, 0)[0] for qna in qnas)
 
     def _read(self) -> list[QnaFile]:
         return [read_qna(str(file)) for file in self._qna_files()]
@@ -167,8 +186,7 @@ class Qna(MakerSpec):
         if self.documents is not None and not qnas:
             raise InputError("make.documents: has no effect, as skills have no documents; remove it")
         if self.documents is not None:
-            found = find_documents(self.documents)
-            return [(qnas[0], found), *((qna, list[File]()) for qna in qnas[1:])]
+            return _divided_among(qnas, find_documents(self.documents))
         made = []
         for qna in qnas:
             assert qna.origin is not None
@@ -203,32 +221,40 @@ class Qna(MakerSpec):
         replies = asker.ask(
             "views", [asked(f"{chunk.text}\n\n{VIEWS[view]}", self.max_new_tokens) for chunk, view in written]
         )
-        texts = {
-            (chunk.id, view): reply.text for (chunk, view), reply in zip(written, replies, strict=True) if reply.text
-        }
+        texts, rows = {(chunk.id, "text"): chunk.text for chunk in chunks}, list[Candidate]()
+        for (chunk, view), reply in zip(written, replies, strict=True):
+            if reply.finish == STOP and reply.text:
+                texts[chunk.id, view] = reply.text
+            else:
+                rows.append(_unread(chunk, reply, f"the view {view} of the chunk is empty"))
         planned, requests = list[tuple[Chunk, str]](), list[Request]()
         for round_ in range(self.rounds):
             for number, (chunk, view) in enumerate(views):
-                text = chunk.text if view == "text" else texts.get((chunk.id, view), chunk.text)
+                if (chunk.id, view) not in texts:
+                    continue
+                text = texts[chunk.id, view]
                 examples = _examples(seeds, number + round_)
                 said = QUESTIONS.format(text=text, count=self.questions_per_view, about=about, examples=examples)
                 planned.append((chunk, view))
                 requests.append(asked(said, self.max_new_tokens, self.temperature, round_))
         replies = asker.ask("questions", requests)
         raw += [reply.text for reply in replies[:4]]
-        rows, questions = [], list[tuple[Chunk, str, str]]()
+        questions = list[tuple[Chunk, str, str]]()
         for (chunk, view), reply in zip(planned, replies, strict=True):
             found = questions_in(reply)[: self.questions_per_view]
             questions += [(chunk, view, question) for question in found]
             if not found:
-                flaw = f"no question in the reply {reply.text[:60]!r}"
-                rows.append(Candidate(_user("?"), reply.text, chunk.text, chunk.id, flaw=flaw))
+                rows.append(_unread(chunk, reply, f"no question in the reply {reply.text[:60]!r}"))
         asks = [self._ask(chunk.text, question) for chunk, _, question in questions]
         replies = asker.ask("answers", asks)
         raw += [reply.text for reply in replies[:4]]
         for (chunk, view, question), reply in zip(questions, replies, strict=True):
             more = {"view": view, "qna": qna.file}
-            rows.append(Candidate(_user(question), reply.text, chunk.text, chunk.id, reply.finish, more=more))
+            rows.append(
+                Candidate(
+                    _user(question), reply.text, chunk.text, chunk.id, is_invented=True, finish=reply.finish, more=more
+                )
+            )
         return rows
 
     def _extra(self, qna: QnaFile, chunks: Sequence[Chunk], asker: Asker) -> list[Question]:
@@ -284,7 +310,9 @@ class Qna(MakerSpec):
         asks = [Request((*turns, {"role": "user", "content": q}), self.answer_tokens) for q in questions]
         answers = asker.ask("answers", asks)
         return [
-            Candidate(_user(question), reply.text, "", qna.file, reply.finish, more={"qna": qna.file})
+            Candidate(
+                _user(question), reply.text, "", qna.file, is_invented=True, finish=reply.finish, more={"qna": qna.file}
+            )
             for question, reply in zip(questions, answers, strict=True)
         ]
 
@@ -307,6 +335,29 @@ def _found(path: str | list[str]) -> list[File]:
         if file.suffix not in (".yaml", ".yml"):
             raise InputError(f"{file}: is no qna.yaml; name documents by make.documents")
     return found
+
+
+def _divided_among(qnas: Sequence[QnaFile], documents: Sequence[File]) -> list[tuple[QnaFile, list[File]]]:
+    """Each file of knowledge with those of the documents that are its own: all of them, or by its patterns.
+
+    Raises:
+        InputError: a document is of no file or of several, or a file has none.
+    """
+    if len(qnas) == 1:
+        return [(qnas[0], list(documents))]
+    found: dict[str, list[File]] = {qna.file: [] for qna in qnas}
+    for document in documents:
+        path = PurePosixPath(document.as_posix())
+        owners = [q.file for q in qnas if q.origin is not None and any(path.match(one) for one in q.origin.patterns)]
+        if len(owners) != 1:
+            raise InputError(
+                f"make.documents: {document} matches document.patterns of {' and '.join(owners) or 'no qna.yaml'}, and "
+                "each document is of one; write other patterns, or a stage for each qna.yaml"
+            )
+        found[owners[0]].append(document)
+    if lacking := [file for file, some in found.items() if not some]:
+        raise InputError(f"make.documents: none matches document.patterns of {lacking[0]}; name its documents too")
+    return [(qna, found[qna.file]) for qna in qnas]
 
 
 def _plain_text(file: File) -> str:
@@ -345,6 +396,11 @@ def _examples(seeds: Sequence[Seed], number: int) -> str:
     return EXAMPLES.format(questions="\n".join(_line(pair.question) for pair in pairs[:3]))
 
 
+def _unread(chunk: Chunk, reply: Reply, flaw: str) -> Candidate:
+    """Stands for a reply that makes no row, so that it is dropped and counted, as unfinished or by its flaw."""
+    return Candidate(_user("?"), reply.text, chunk.text, chunk.id, finish=reply.finish, flaw=flaw)
+
+
 def _user(said: str) -> tuple[Message, ...]:
     return ({"role": "user", "content": said},)
 
@@ -354,14 +410,20 @@ def _line(text: str) -> str:
 
 
 def lines_in(reply: Reply) -> list[str]:
-    """The lines of a list, without numbers and bullets; a last one that is cut off is left out."""
+    """The lines of a list, without numbers and bullets; a last one that is cut off is left out.
+
+    A reply that ended otherwise than by itself or at its limit has none.
+    """
     lines = [_MARKER.sub("", line).strip().strip('"*') for line in reply.text.splitlines()]
     lines = [line for line in lines if len(words_of(line)) > 1]
-    return lines if reply.finish == STOP else lines[:-1]
+    return lines if reply.finish == STOP else lines[:-1] if reply.finish == LENGTH else []
 
 
 def questions_in(reply: Reply) -> list[str]:
-    """The questions in a reply: the first of each line of a list."""
-    complete = Reply(reply.text, STOP)  # a question that has its question mark is whole
+    """The questions in a reply: the first of each line of a list.
+
+    One that ended at the limit is read up to its last question mark; one that ended otherwise has none.
+    """
+    complete = Reply(reply.text, STOP if reply.finish == LENGTH else reply.finish)  # a question with its mark is whole
     found = [line[: line.index("?") + 1].strip() for line in lines_in(complete) if "?" in line]
     return list(dict.fromkeys(question for question in found if len(words_of(question)) > 2))

@@ -61,7 +61,7 @@ class Rewrite(MakerSpec):
         ]
         replies = asker.ask("versions", requests)
         rows = [
-            Candidate((), reply.text, chunk.text, chunk.id, reply.finish, more={"style": number % len(STYLES)})
+            Candidate((), reply.text, chunk.text, chunk.id, finish=reply.finish, more={"style": number % len(STYLES)})
             for (chunk, number), reply in zip(planned, replies, strict=True)
         ]
         return Made(rows, raw=[reply.text for reply in replies[:5]])
