@@ -13,7 +13,7 @@ from distill.core.errors import InputError
 from distill.core.outside import is_folder
 from distill.core.run import RECIPE, Run
 from distill.forecast import describe
-from distill.models.configs import config_of
+from distill.models.configs import config_of, positions_of
 from distill.models.load import locate
 from distill.recipe import Recipe
 
@@ -51,8 +51,8 @@ def recipe_of(
     """
     if not ("/" in model or ":" in model or is_folder(model)):
         raise InputError(f"{model}: no such folder, and a Hub id is <who>/<model>")
-    positions = (config_of(locate(model)) or {}).get("max_position_embeddings")
-    length = min(SEQUENCE_LENGTH, positions) if isinstance(positions, int) else SEQUENCE_LENGTH
+    positions = positions_of(config_of(locate(model)))
+    length = SEQUENCE_LENGTH if positions is None else min(SEQUENCE_LENGTH, positions)
     title = name or re.sub(r"[^A-Za-z0-9._-]+", "-", f"{Path(model.partition(':')[2] or model).name}-{kind}")[-100:]
     recipe = {
         "name": title.lstrip("-._") or kind,

@@ -27,6 +27,7 @@ from distill.exporters import EXPORTERS
 from distill.exporters.base import EngineMissing, ExporterSpec, VerifyResult, require_writers
 from distill.exporters.compressed_tensors import save
 from distill.exporters.model_card import write_card
+from distill.models.configs import positions_of
 from distill.models.load import load_model
 from distill.models.written import check_written
 from distill.quantization.convert import round_unquantized
@@ -153,6 +154,6 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: P
 
 def _text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Iterable[Mapping[str, Tensor]]:
     """Some rows of Python's documentation."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 256
+    limit = positions_of(model.config.get_text_config().to_dict()) or 256
     texts = (document.text[:2000] for document in islice(PythonDocs(parts="topics").documents(), 4))
     return batches_of(texts, tokenizer, sequence_length=min(256, limit), batch_size=4)

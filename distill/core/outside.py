@@ -65,14 +65,27 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         InputError: it holds none, cannot be read, or is larger than any such file.
     """
+    found = _parsed(file)
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: holds {type(found).__name__}, expected a JSON object; fetch or make it anew")
+    return found
+
+
+def read_json_list(file: Path) -> list[Any]:
+    """As :func:`read_json`, for a file that holds a list."""
+    found = _parsed(file)
+    if not isinstance(found, list):
+        raise InputError(f"{file}: holds {type(found).__name__}, expected a JSON list; fetch or make it anew")
+    return found
+
+
+def _parsed(file: Path) -> Any:
     try:
         found = json.loads(read(file).decode("utf-8"))
         json.dumps(found, ensure_ascii=False).encode("utf-8")  # an escape may stand for half of a surrogate pair
     except (ValueError, RecursionError) as error:
         why = " ".join(str(error).split())
         raise InputError(f"{file}: cannot be read as JSON ({why}); it is damaged, fetch or make it anew") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{file}: holds {type(found).__name__}, expected a JSON object; fetch or make it anew")
     return found
 
 

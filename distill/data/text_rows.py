@@ -14,10 +14,12 @@
 With ``positions: all`` a batch has in addition
 
     text_mask        bool   [batch, sequence]   the hidden tokens: where losses on the text are computed
-    text_weight      float  []                  how often each of these stands in the sum of the losses
+    text_weight      float  []                  factor of the losses on the text: tokens / hidden tokens, of all rows
 
-``text_weight`` is 1 / share, so that the loss on the text is a mean over the hidden tokens as the loss on the teacher
-is one over all tokens, while both sums are divided by the same number (see :mod:`distill.training.module`).
+A step divides all its losses by the number of its tokens (see :mod:`distill.training.module`). With this factor, the
+loss on the text becomes a mean over the hidden tokens. The factor is that of all training rows and not of a batch, so
+that the gradient does not depend on the size of the micro-batches. It is less than 1 / share in short rows, because
+each row hides at least one token, and more in long ones, because special tokens are never hidden.
 """
 
 from __future__ import annotations
@@ -112,6 +114,7 @@ class TextRows(Dataset[dict[str, "Tensor"]]):
         self.file, self.task, self.filling, self.masking = file, task, filling, masking
         self.chosen = np.arange(file.num_rows) if chosen is None else chosen
         self._arrays: dict[str, np.ndarray] = {}
+        self._weight: float | None = None
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -150,8 +153,21 @@ class TextRows(Dataset[dict[str, "Tensor"]]):
         assert isinstance(self.task, MaskedLM)
         if self.task.positions == "masked" or any(position < 0 for position, _ in rows):
             return {**batch, "mask": hidden}
-        weight = np.asarray(1 / self.task.mask.share, np.float32)
+        weight = np.asarray(self._text_weight(), np.float32)
         return {**batch, "mask": attended > 0, "text_mask": hidden, "text_weight": weight}
+
+    def _text_weight(self) -> float:
+        """Tokens of all rows on disk / tokens that are hidden in them."""
+        if self._weight is None:
+            assert self.masking is not None
+            hidden = self._num_hidden(self.masking, np.diff(self._array("bounds")))
+            self._weight = self.file.num_tokens / max(hidden, 1)
+        return self._weight
+
+    def _num_hidden(self, masking: Masking, lengths: np.ndarray) -> int:
+        """Tokens that are hidden in rows of these lengths, int64 [rows]."""
+        can = np.maximum(lengths - self.file.before - self.file.after, 0)
+        return int(np.where(can > 0, np.maximum(1, np.round(masking.spec.share * can)), 0).sum())
 
     def _labels(self, rows: Sequence[Place], spans: Sequence[tuple[int, int]], width: int) -> dict[str, np.ndarray]:
         if self.task.head == "token_classification":
@@ -178,8 +194,7 @@ class TextRows(Dataset[dict[str, "Tensor"]]):
     def num_predictions(self) -> int:
         """Predictions that count in all rows together."""
         if self.masking is not None:
-            can = np.maximum(self.lengths() - self.file.before - self.file.after, 0)
-            return int(np.where(can > 0, np.maximum(1, np.round(self.masking.spec.share * can)), 0).sum())
+            return self._num_hidden(self.masking, self.lengths())
         if self.task.head == "token_classification":
             counted = np.concatenate([[0], np.cumsum(self._array("targets") != IGNORED)])
             bounds = self._array("bounds")

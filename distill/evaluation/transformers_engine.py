@@ -14,7 +14,7 @@ import transformers
 from distill.core.quiet import quiet_torchao
 from distill.evaluation.engine import Opening
 from distill.models.head import Pooling, pooling_if_any, set_pooling
-from distill.models.heads import head_of, loader_of, task_of
+from distill.models.heads import head_of, known_inputs, loader_of, task_of
 from distill.pretrained import config_from, model_from, model_of
 
 
@@ -67,7 +67,6 @@ class TransformersEngine:
         self.device = torch.cuda.get_device_name(model.device) if kind == "cuda" else kind
         self.vocabulary: int = model.config.get_text_config().vocab_size
         self._options: dict[str, Any] = {"use_cache": True} if self.decodes else {}
-        self._takes_kinds = "token_type_ids" in inspect.signature(model.forward).parameters
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             self._options["logits_to_keep"] = 1  # an engine computes the last position's logits only
 
@@ -105,7 +104,7 @@ class TransformersEngine:
 
     def _row(self, ids: torch.Tensor, kinds: torch.Tensor | None = None) -> torch.Tensor:
         """[batch, tokens, vocabulary], or [batch, 1, classes]; hidden states of a model without a head."""
-        more = {"token_type_ids": kinds.to(self._model.device)} if kinds is not None and self._takes_kinds else {}
+        more = {} if kinds is None else known_inputs(self._model, {"token_type_ids": kinds.to(self._model.device)})
         output = self._model(ids.to(self._model.device), **more)
         found: torch.Tensor = output.last_hidden_state if self._head == "embedding" else output.logits
         return found if found.ndim == 3 else found.unsqueeze(1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from distill.models.heads import reads_token_types
+
 FILE, DATA = "model.onnx", "model.onnx.data"
 PAST, PRESENT = "past_key_values.", "present."
 """Prefixes of the names of KV cache inputs and outputs; other tools use the same names."""
@@ -11,5 +13,5 @@ PAST, PRESENT = "past_key_values.", "present."
 
 def inputs_of(config: Any) -> list[str]:
     """Names of a graph's inputs, int64 [batch, sequence] each; encoders of text pairs also have ``token_type_ids``."""
-    segments = ["token_type_ids"] if getattr(config, "type_vocab_size", 0) > 1 else []
+    segments = ["token_type_ids"] if reads_token_types(config) else []
     return ["input_ids", "attention_mask", *segments]

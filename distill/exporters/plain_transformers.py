@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from inspect import signature
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from distill.core.batch import model_inputs
 from distill.core.errors import DistillError, InputError
 from distill.exporters.base import VerifyResult, require_close
 from distill.exporters.compare import compare
-from distill.models.heads import head_of, loader_of, task_of
+from distill.models.heads import head_of, known_inputs, loader_of, task_of
 from distill.models.kv_cache import cache_type, round_cache
 from distill.models.load import load_config, without_bars
 from distill.pretrained import model_from
@@ -75,12 +74,9 @@ def _reload(folder: Path) -> PreTrainedModel:
 def _logits(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """[batch, sequence, vocabulary], or [batch, 1, classes] of a classifier of texts; fp32.
 
-    Of a model without a head it is the hidden states, whose channels stand for the vocabulary: [batch, 1, hidden], of
-    the first token.
+    A model without a head has no logits. Its hidden states at the first token are compared instead: [batch, 1, hidden].
     """
-    inputs = model_inputs(batch, model.device)
-    if "token_type_ids" not in signature(model.forward).parameters:
-        inputs.pop("token_type_ids", None)
+    inputs = known_inputs(model, model_inputs(batch, model.device))
     if (head := head_of(model)) == "causal_lm":
         return model(**inputs, use_cache=False).logits.float()
     if head == "embedding":

@@ -4,9 +4,10 @@
     loss_i = mean over heads h and tokens j of  (s_hij of the student - s_hij of the teacher)^2
 
 per token i, over the tokens j to which the model attends. Both models must have the same number of heads, which may
-differ in channels. :mod:`attention_relation <distill.losses.attention_relation>` has no such condition, and reads
-values too; prefer it unless the student was cut in depth alone. The scores are computed from the outputs of the linear
-projections, before rotary position embeddings, so that the loss does not depend on how attention is computed.
+differ in channels. With grouped queries, each query head is compared with the key that it reads.
+:mod:`attention_relation <distill.losses.attention_relation>` has no such condition, and reads values too; prefer it
+unless the student was cut in depth alone. The scores are computed from the outputs of the linear projections, before
+rotary position embeddings, so that the loss does not depend on how attention is computed.
 
 Source: Jiao et al. 2019, arXiv 1909.10351 (equation 7). Their code sets scores of padding to 0; here padding is left
 out.
@@ -36,6 +37,7 @@ class AttentionScore(StateLossSpec):
 
     kind: Literal["attention_score"] = "attention_score"
     _heads: int = PrivateAttr(1)
+    _channels: tuple[int, int] | None = PrivateAttr(None)
 
     def __call__(
         self,
@@ -46,7 +48,15 @@ class AttentionScore(StateLossSpec):
         *,
         is_causal: bool = True,
     ) -> LossTerm:
-        return attention_score(student, teacher, mask, documents, num_heads=self._heads, is_causal=is_causal)
+        return attention_score(
+            student,
+            teacher,
+            mask,
+            documents,
+            num_heads=self._heads,
+            channels_per_head=self._channels,
+            is_causal=is_causal,
+        )
 
     def between(self, student: Shape, teacher: Shape) -> Self:
         """A copy of this loss that knows the number of heads.
@@ -60,7 +70,7 @@ class AttentionScore(StateLossSpec):
                 "use attention_relation, which compares models with different heads"
             )
         settled = self.model_copy()
-        settled._heads = student[0]
+        settled._heads, settled._channels = student[0], (student[1], teacher[1])
         return settled
 
 
@@ -71,28 +81,31 @@ def attention_score(
     documents: Tensor | None = None,
     *,
     num_heads: int,
+    channels_per_head: tuple[int, int] | None = None,
     is_causal: bool = True,
 ) -> LossTerm:
     """Squared difference of attention scores, averaged over heads and attended tokens, summed over tokens.
 
     Args:
-        student: queries and then keys of all heads, [batch, sequence, 2 x student width].
-        teacher: the same of the teacher, [batch, sequence, 2 x teacher width].
+        student: queries and then keys of all heads, [batch, sequence, width of queries + width of keys].
+        teacher: the same of the teacher.
         mask: [batch, sequence], False for tokens that are excluded; or weights of the tokens, 0 for those.
         documents: [batch, sequence], index of each token's document, to which attention is limited; None if each row is
             one document.
-        num_heads: of both models.
+        num_heads: query heads of both models.
+        channels_per_head: of the student and of the teacher; None: there are as many key heads as query heads.
         is_causal: whether a token attends to itself and earlier tokens only.
     """
     import torch
 
-    def scores(states: Tensor) -> Tensor:
+    def scores(states: Tensor, channels: int) -> Tensor:
         """[batch, heads, sequence, sequence]."""
-        queries, keys = (
-            half.float().unflatten(-1, (num_heads, -1)).transpose(1, 2) for half in states.chunk(2, dim=-1)
-        )  # [batch, heads, sequence, channels]
-        return queries @ keys.transpose(2, 3) / sqrt(queries.shape[-1])
+        heads = states.float().unflatten(-1, (-1, channels)).transpose(1, 2)
+        queries, keys = heads[:, :num_heads], heads[:, num_heads:]  # [batch, heads, sequence, channels]
+        keys = keys.repeat_interleave(num_heads // keys.shape[1], dim=1)  # query heads in a row share a key
+        return queries @ keys.transpose(2, 3) / sqrt(channels)
 
+    ours, theirs = channels_per_head or (states.shape[-1] // (2 * num_heads) for states in (student, teacher))
     length, counted = mask.shape[1], mask.bool()
     seen = counted.unsqueeze(1).expand(-1, length, -1)  # [batch, sequence, sequence]
     if is_causal:
@@ -100,6 +113,6 @@ def attention_score(
     if documents is not None:
         seen = seen & (documents.unsqueeze(1) == documents.unsqueeze(2))
     with torch.autocast(student.device.type, enabled=False):
-        difference = (scores(student) - scores(teacher)).square().mean(1)  # [batch, sequence, sequence]
+        difference = (scores(student, ours) - scores(teacher, theirs)).square().mean(1)  # [batch, sequence, sequence]
     values = difference.masked_fill(~seen, 0.0).sum(-1) / seen.sum(-1).clamp(min=1)
     return masked_sum(values, mask)

@@ -21,6 +21,11 @@ from distill.models.layouts import find_layout
 from distill.models.load import locate
 from distill.pruning.layout import Config
 
+AFTER_PADDING = frozenset((
+    "camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+))  # fmt: skip
+"""``model_type`` of encoders whose first position has the index ``pad_token_id + 1``, so that those before are lost."""
 AT_MOST = "vocab_size_is_at_most"
 """Key in the config of a new model: its vocabulary size is only an upper bound until the tokenizer exists."""
 
@@ -69,6 +74,24 @@ def count(config: Config | None) -> int | None:
     if layout is None or config is None or "vocab_size" not in config:
         return None
     return layout.count(config)
+
+
+def positions_of(config: Config | None) -> int | None:
+    """Tokens that a model can read at once; None if its config is not known or states no number.
+
+    RoBERTa and its like have ``pad_token_id + 1`` more embeddings of positions than tokens can use: 514 for 512.
+
+    Args:
+        config: ``config.to_dict()`` or a parsed ``config.json``.
+    """
+    found = (config or {}).get("max_position_embeddings")
+    if config is None or not isinstance(found, int):
+        return None
+    is_rotary = config.get("position_embedding_type") == "rotary"
+    if config.get("model_type") not in AFTER_PADDING or is_rotary:
+        return found
+    padding = config.get("pad_token_id")
+    return found - (1 if padding is None else int(padding)) - 1
 
 
 def is_counted(config: Config) -> bool:

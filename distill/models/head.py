@@ -23,8 +23,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
-from functools import cache
-from inspect import signature
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -38,7 +36,7 @@ from transformers import PreTrainedModel, masking_utils
 
 from distill.core.errors import InputError
 from distill.losses.head import Head
-from distill.models.heads import head_of
+from distill.models.heads import head_of, known_inputs
 from distill.quantization.fake_quant import FakeQuantLinear
 
 
@@ -65,19 +63,13 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, **arguments: Tensor
 
 def _states_of_encoder(model: PreTrainedModel, kind: str, inputs: dict[str, Tensor]) -> Tensor:
     """:func:`hidden_states` of a model that does not predict the next token."""
-    if not _takes_token_types(cast(Any, type(model))):
-        inputs.pop("token_type_ids", None)
+    inputs = known_inputs(model, inputs)
     if kind == "embedding":
         states = model(**inputs).last_hidden_state  # [batch, sequence, hidden]
         return pooling_of(model)(states, inputs.get("attention_mask")).unsqueeze(1)
     with _passing_on(_head_module(model)):
         states = model(**inputs).logits  # what the last layer was to read
     return states if states.ndim > 2 else states.unsqueeze(1)
-
-
-@cache
-def _takes_token_types(model: Any) -> bool:
-    return "token_type_ids" in signature(model.forward).parameters
 
 
 @contextmanager
@@ -127,6 +119,13 @@ def set_pooling(model: PreTrainedModel, pooling: Pooling) -> PreTrainedModel:
     """Choose how a model without a head makes embeddings; the model itself."""
     cast(Any, model).distill_pooling = pooling
     return model
+
+
+def freeze_pooler(model: PreTrainedModel) -> None:
+    """Freeze the layer of a body that no embedding reads, as a weight without a gradient stops several processes."""
+    pooler = getattr(model, "pooler", None)
+    if pooling_if_any(model) is not None and isinstance(pooler, torch.nn.Module):
+        pooler.requires_grad_(False)
 
 
 def pooling_if_any(model: PreTrainedModel) -> Pooling | None:

@@ -42,6 +42,17 @@ HUB_TASKS: Mapping[Head, str] = {
 """Head -> the name of its task on the Hub."""
 
 
+ENCODERS = frozenset((
+    "albert", "bart", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2",
+    "distilbert", "electra", "ernie", "esm", "esmc", "eurobert", "flaubert", "fnet", "funnel", "gte", "ibert",
+    "jina_embeddings_v3", "layoutlm", "longformer", "luke", "mbart", "megatron-bert", "mobilebert", "modernbert",
+    "modernvbert", "mpnet", "mra", "mvp", "neomme", "nomic_bert", "nystromformer", "perceiver", "reformer",
+    "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "squeezebert", "tapas", "ultrabert",
+    "ultravbert", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso",
+))  # fmt: skip
+"""``model_type`` of the architectures that transformers loads with a head for masked tokens."""
+
+
 def named_head(config: Mapping[str, Any]) -> Head | None:
     """The head that a config names; None if it names no class, or one that is not known here.
 
@@ -71,17 +82,37 @@ def with_head(config: Mapping[str, Any], head: Head, num_classes: int | None = N
     return made
 
 
-def task_of(config: PretrainedConfig) -> Head:
-    """The task of a model. Without this, transformers would load an encoder as a causal model without a causal mask."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    head = named_head({"architectures": config.architectures})
+def task_in(config: Mapping[str, Any]) -> Head:
+    """As :func:`task_of`, from ``config.to_dict()`` or a parsed ``config.json``."""
+    head = named_head(config)
     if head in ("classification", "token_classification"):
         return head
-    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    if not is_encoder:
+    if config.get("model_type") not in ENCODERS or config.get("is_decoder"):
         return "causal_lm"
     return "embedding" if head == "embedding" else "masked_lm"
+
+
+def task_of(config: PretrainedConfig) -> Head:
+    """The task of a model. Without this, transformers would load an encoder as a causal model without a causal mask."""
+    return task_in({key: getattr(config, key, None) for key in ("architectures", "model_type", "is_decoder")})
+
+
+def reads_token_types(config: Any) -> bool:
+    """Whether a model tells the two texts of a pair apart; RoBERTa takes token types, but has one type only."""
+    return (getattr(config, "type_vocab_size", 0) or 0) > 1
+
+
+def known_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a model without token types where it has none.
+
+    Args:
+        model: of transformers.
+        inputs: arguments of its forward.
+    """
+    known = dict(inputs)
+    if not reads_token_types(getattr(model, "config", None)):
+        known.pop("token_type_ids", None)
+    return known
 
 
 def loader_of(task: Head) -> Any:

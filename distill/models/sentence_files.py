@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from distill.core.errors import InputError
-from distill.core.outside import is_folder, read_json
+from distill.core.outside import is_folder, read_json, read_json_list
 
 MODULES, POOLING, LENGTH = "modules.json", "1_Pooling", "sentence_bert_config.json"
 _TYPES = "sentence_transformers.models"
@@ -54,25 +55,52 @@ def read_pooling(location: str) -> tuple[str, bool] | None:
     """(pooling, whether embeddings are scaled to length 1) of a folder; None where it does not say.
 
     Raises:
-        InputError: it pools in another way than by the mean or the first token.
+        InputError: a file is damaged, it pools in another way than by the mean or the first token, or has further
+            modules, such as a linear layer behind the pooling.
     """
     folder = Path(location)
-    if not is_folder(location) or not is_sentence_encoder(folder) or not (folder / POOLING / "config.json").is_file():
+    if not is_folder(location) or not is_sentence_encoder(folder):
         return None
-    modules, modes = (
-        json.loads((folder / MODULES).read_text(encoding="utf-8")),
-        read_json(folder / POOLING / "config.json"),
-    )
-    on = [
-        key.removeprefix("pooling_mode_") for key, value in modes.items() if key.startswith("pooling_mode_") and value
-    ]
-    kind = {"mean_tokens": "mean", "cls_token": "cls"}.get(on[0]) if len(on) == 1 else None
+    kinds: list[str] = []
+    for module in read_json_list(folder / MODULES):
+        kinds.append(str(module.get("type", "") if isinstance(module, dict) else module).rpartition(".")[2])
+        if kinds[-1] not in ("Transformer", "Pooling", "Normalize"):
+            raise InputError(
+                f"{location}: {MODULES} has a module {kinds[-1]!r}, and task: embedding knows Transformer, Pooling and "
+                "Normalize; use another model"
+            )
+    if "Pooling" not in kinds:
+        return None
+    modes = _modes(read_json(folder / POOLING / "config.json"))
+    kind = {"mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls"}.get("+".join(modes))
     if kind is None:
         raise InputError(
-            f"{location}: pools by {' and '.join(on) or 'nothing'}, which task: embedding does not know (expected mean "
-            "or cls); use another model"
+            f"{location}: pools by {' and '.join(modes) or 'nothing'}, which task: embedding does not know (expected "
+            "mean or cls); use another model"
         )
-    return kind, any(str(one.get("type", "")).endswith("Normalize") for one in modules if isinstance(one, dict))
+    return kind, "Normalize" in kinds
+
+
+def _modes(config: dict[str, Any]) -> list[str]:
+    """How a folder pools: one key with a name or several in current releases, a key per way in earlier ones."""
+    named = config.get("pooling_mode")
+    if named is not None:
+        return [str(mode) for mode in (named if isinstance(named, list) else [named])]
+    prefix = "pooling_mode_"
+    return [key.removeprefix(prefix) for key, value in config.items() if key.startswith(prefix) and value is True]
+
+
+def read_length(location: str) -> int | None:
+    """Tokens of a text, at most, that a folder states; None where it states none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    file = Path(location) / LENGTH
+    if not is_folder(location) or not file.is_file():
+        return None
+    stated = read_json(file).get("max_seq_length")
+    return stated if isinstance(stated, int) and stated > 0 else None
 
 
 def copy_sentence_files(source: Path, folder: Path) -> None:
@@ -80,12 +108,12 @@ def copy_sentence_files(source: Path, folder: Path) -> None:
     pooling = read_pooling(str(source))
     if pooling is None:
         return
-    width = int(read_json(source / POOLING / "config.json").get("word_embedding_dimension", 0))
-    length = read_json(source / LENGTH) if (source / LENGTH).is_file() else {}
+    config = read_json(source / POOLING / "config.json")
+    width = int(config.get("embedding_dimension") or config.get("word_embedding_dimension") or 0)
     write_sentence_files(
         folder,
         width=width,
         pooling=pooling[0],
         normalize=pooling[1],
-        max_length=int(length.get("max_seq_length") or 512),
+        max_length=read_length(str(source)) or 512,
     )

@@ -57,16 +57,37 @@ def load_for_task(
     if own == "causal_lm":
         raise another_task(location, config.model_type, own, f"cannot be used with task: {task.kind}; use an encoder")
     if isinstance(task, Embedding):
-        return _body(location, task, dtype)
+        return _body(location, task, dtype, new_head or 0)
     if own == task.head:
-        model = load_model(location, dtype=dtype, tasks=(task.head,))
-        _check_head(location, model.config, task, classes)
-        return model
+        return ready_for_task(location, load_model(location, dtype=dtype, tasks=(task.head,)), task, classes)
     if new_head is None:
         raise another_task(
             location, config.model_type, own, f"has no head for task: {task.kind}; train one first, by kind: finetune"
         )
     return _with_new_head(location, task, classes, dtype, new_head)
+
+
+def ready_for_task(location: str, model: PreTrainedModel, task: ModelTask, classes: Sequence[str]) -> PreTrainedModel:
+    """A loaded model with the head of a task, checked, and ready to make embeddings where these are the task.
+
+    Args:
+        location: for messages.
+        model: the loaded model.
+        task: of the recipe.
+        classes: see :func:`load_for_task`. Classes without names in the config are named by them.
+
+    Raises:
+        InputError: the model has other classes than the data, or its folder states another pooling.
+    """
+    _check_head(location, model.config, task, classes)
+    if isinstance(task, Embedding):
+        stored = read_pooling(locate(location))
+        if stored not in (None, (task.pooling, task.normalize)):
+            raise InputError(
+                f"{location}: makes embeddings with pooling: {stored[0]} and normalize: {str(stored[1]).lower()}; set "
+                "these in task"
+            )
+    return _pooled(model, task)
 
 
 def new_for_task(config: PretrainedConfig, task: ModelTask, classes: Sequence[str], *, seed: int) -> PreTrainedModel:
@@ -77,17 +98,12 @@ def new_for_task(config: PretrainedConfig, task: ModelTask, classes: Sequence[st
     return _pooled(model, task)
 
 
-def _body(location: str, task: Embedding, dtype: str) -> PreTrainedModel:
-    """A model without its head. A pooler is not read by the task, so it may be missing."""
+def _body(location: str, task: Embedding, dtype: str, seed: int) -> PreTrainedModel:
+    """A model without its head. A pooler is not read by the task, so it may be missing and is drawn from the seed."""
     if low_bit_scheme(load_config(location)):
         raise InputError(f"{location}: its weights are low-bit, which task: embedding cannot load; use the original")
-    stored = read_pooling(locate(location))
-    if stored not in (None, (task.pooling, task.normalize)):
-        raise InputError(
-            f"{location}: makes embeddings with pooling: {stored[0]} and normalize: {str(stored[1]).lower()}; set "
-            "these in task"
-        )
-    with without_bars(location), _quiet():
+    with without_bars(location), _quiet(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         model, report = model_from(
             locate(location),
             loader_of("embedding"),
@@ -96,7 +112,7 @@ def _body(location: str, task: Embedding, dtype: str) -> PreTrainedModel:
             ignore_mismatched_sizes=True,
         )
     check_loaded(location, model, report, {name for name in report["missing_keys"] if name.startswith("pooler.")})
-    return _pooled(model.eval(), task)
+    return ready_for_task(location, model.eval(), task, ())
 
 
 def _pooled(model: PreTrainedModel, task: ModelTask) -> PreTrainedModel:
@@ -161,7 +177,15 @@ def _check_head(location: str, config: PretrainedConfig, task: ModelTask, classe
             f"{location}: its head has {len(own)} classes ({', '.join(own[:8])}), the data {len(classes)} "
             f"({', '.join(classes[:8])}); choose another model, or train a new head on its body"
         )
-    if own != [*classes] and own != [f"LABEL_{at}" for at in range(len(own))]:
+    if own != [*classes] and own == [f"LABEL_{at}" for at in range(len(own))]:
+        if getattr(task, "classes", None) is None and [*classes] != [str(at) for at in range(len(classes))]:
+            raise InputError(
+                f"{location}: its classes have no names ({own[0]} to {own[-1]}), so their order is not known; set "
+                f"task.classes to the classes of the data ({', '.join(classes[:8])}) in the order of its logits"
+            )
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {name: at for at, name in enumerate(classes)}
+    elif own != [*classes]:
         if {*own} == {*classes}:
             raise InputError(
                 f"{location}: its classes are in the order {', '.join(own)}, those of the data in the order "

@@ -31,7 +31,7 @@ from distill.numerics.term import LossTerm
 from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.keep import KeepSpec
 from distill.pruning.layout import Layout, config_of
-from distill.pruning.next_token_loss import cross_entropy, kl_sum, predictions, require_targets
+from distill.pruning.next_token_loss import kl_sum, predictions, require_targets, target_loss
 from distill.pruning.observe import eval_mode, masked_batches, no_cache
 from distill.pruning.statistics import Statistics
 
@@ -50,7 +50,8 @@ class LeaveOneOut(CriterionSpec):
 
     kind: Literal["leave_one_out"] = "leave_one_out"
     loss: Literal["cross_entropy", "kl"] = "cross_entropy"
-    """The loss: cross-entropy on the text, or KL divergence from the original model."""
+    """The loss: cross-entropy on the text (of a regression the squared error), or KL divergence from the original
+    model."""
     block_layers: int | None = Field(None, ge=1)
     """Layers removed together; null: as many as the plan removes if layer_choice is contiguous, else 1."""
 
@@ -79,14 +80,17 @@ class LeaveOneOut(CriterionSpec):
                 if self.loss == "cross_entropy" or layout.task == "embedding":
                     require_targets(layout, inputs, self.kind)
                 targets = following[mask]  # [tokens]
+                if self.loss == "kl" and targets.is_floating_point():
+                    raise InputError(
+                        f"{self.kind}: loss: kl compares distributions, and a regression predicts a number; use loss: "
+                        "cross_entropy, which is the squared error there"
+                    )
                 passes = leave_one_out(model, blocks, length, inputs, **no_cache(layout))
                 original = predictions(next(passes), mask)  # [tokens, vocabulary]
-                before = cross_entropy(original, targets)
+                before = target_loss(original, targets)
                 for start, without in enumerate(stoppable(passes)):
                     logits = predictions(without, mask)  # [tokens, vocabulary]
-                    increase = (
-                        kl_sum(original, logits) if self.loss == "kl" else cross_entropy(logits, targets) - before
-                    )
+                    increase = kl_sum(original, logits) if self.loss == "kl" else target_loss(logits, targets) - before
                     statistics.add(f"without {start}", increase)
                 statistics.add("tokens", mask.sum())
 

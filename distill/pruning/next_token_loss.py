@@ -49,16 +49,18 @@ def predictions(logits: Tensor, mask: Tensor) -> Tensor:
     return (logits if logits.ndim > 2 else logits.unsqueeze(1))[mask]
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of -log p(target), nats, fp64 scalar.
+def target_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the losses on the targets, fp64 scalar: -log p(target) in nats, or the squared error of a regression.
 
     Args:
-        logits: [tokens, vocabulary].
-        targets: int64 [tokens].
+        logits: [tokens, vocabulary], or [texts, 1] of a regression.
+        targets: int64 [tokens], or the true numbers, float [texts].
     """
     import torch
     import torch.nn.functional as F
 
+    if targets.is_floating_point():
+        return (logits.squeeze(-1).double() - targets.double()).square().sum()
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     for chunk, chunk_targets in zip(logits.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
         total = total + F.cross_entropy(chunk.float(), chunk_targets, reduction="none").double().sum()

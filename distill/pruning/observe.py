@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from distill.core.batch import model_inputs
 from distill.core.errors import InputError
 from distill.core.stop import stoppable
+from distill.models.heads import known_inputs
 from distill.pruning.layout import Layout
 
 if TYPE_CHECKING:
@@ -197,18 +197,10 @@ def masked_batches(
                 f"a calibration batch has a mask of {mask.dtype} {tuple(mask.shape)}, "
                 f"expected torch.bool {tuple(batch['input_ids'].shape)}, the shape of its input_ids"
             )
-        yield _known_inputs(model, batch, device), batch["targets"].to(device), mask
+        yield known_inputs(model, model_inputs(batch, device)), batch["targets"].to(device), mask
         tokens += int(mask.sum())
     if tokens == 0:
         raise InputError("the masks of the calibration data select 0 tokens, expected 1 or more; use more data")
-
-
-def _known_inputs(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The inputs of a model; token types are left out for one that has none."""
-    inputs = model_inputs(batch, device)
-    if "token_type_ids" in inputs and "token_type_ids" not in signature(model.forward).parameters:
-        del inputs["token_type_ids"]
-    return inputs
 
 
 def no_cache(layout: Layout) -> dict[str, bool]:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.layout import WIDTH_AXES, Layout, config_of
-from distill.pruning.next_token_loss import cross_entropy, predictions, require_targets
+from distill.pruning.next_token_loss import predictions, require_targets, target_loss
 from distill.pruning.observe import eval_mode, masked_batches, no_cache
 from distill.pruning.statistics import Statistics
 
@@ -54,7 +54,7 @@ class Taylor(CriterionSpec):
                 gates.clear()
                 causal: Any = model
                 logits = predictions(causal(**inputs, **no_cache(layout)).logits, mask)  # [tokens, vocabulary]
-                cross_entropy(logits, targets[mask]).backward()
+                target_loss(logits, targets[mask]).backward()
                 del logits  # frees the graph, and the tensors that its hooks hold, before the next forward pass
                 for name, derivative in gates.items():
                     statistics.add(name, derivative.double().abs().sum(0))

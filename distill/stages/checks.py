@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from distill.core.errors import InputError
 from distill.data.made import Made
 from distill.losses import AnyLossSpec, StateLossSpec
-from distill.models.configs import count
-from distill.models.heads import named_head
-from distill.models.layouts import LAYOUTS
+from distill.models.configs import count, positions_of
+from distill.models.heads import task_in
 from distill.models.load import Task, another_task, locate
 from distill.models.states import Shapes, pairs_of
 from distill.pretrained import token_names
@@ -36,7 +35,7 @@ def check_task(stage: StageSpec, view: View, tasks: Sequence[Task] | None = None
         config = view.config(reference) or {}
         if not task.is_causal and "model_type" not in config:
             continue  # not on this machine; it is looked at when it is loaded
-        own = _head_of(config)
+        own = task_in(config)
         allowed: Sequence[Task] = tasks or (task.head,)
         is_encoder = not task.is_causal and own != "causal_lm"
         if tasks is None and is_encoder and (task.head == "embedding" or path[0] in starts):
@@ -52,17 +51,6 @@ def check_task(stage: StageSpec, view: View, tasks: Sequence[Task] | None = None
             raise another_task(
                 reference, kind, own, f"has no head for task: {task.kind}; train one first, by kind: finetune"
             )
-
-
-def _head_of(config: Config) -> Task:
-    """As :func:`distill.models.heads.task_of`, without transformers; of an unknown architecture the next token."""
-    named, kind = named_head(config), str(config.get("model_type"))
-    if named in ("classification", "token_classification", "masked_lm"):
-        return named
-    layout = LAYOUTS.get(kind)
-    if layout is None or layout.task == "causal_lm":
-        return "causal_lm"
-    return "embedding" if named == "embedding" else layout.task
 
 
 def refuse_task(view: View, what: str, fix: str = "remove it") -> None:
@@ -97,8 +85,8 @@ def check_sizes(budget: BudgetSpec, view: View, config: Config | None) -> None:
     split_batch(budget, view.compute, view.compute.known_processes())
     if not view.data.task.is_causal and view.compute.strategy == "fsdp":
         raise InputError(f"compute.strategy: fsdp cannot be used with task: {view.data.task.kind}; use ddp")
-    positions = (config or {}).get("max_position_embeddings")
-    if isinstance(positions, int) and length > positions:
+    positions = positions_of(config)
+    if positions is not None and length > positions:
         raise InputError(f"data.sequence_length ({length}) is longer than the model's {positions} positions; lower it")
 
 

@@ -14,6 +14,7 @@ from distill.core.errors import InputError
 from distill.data.cut_tokenizer import rows_of
 from distill.data.task_corpus import TaskCorpus
 from distill.data.tokenizer import check_read_back, check_same_vocabulary, load_tokenizer
+from distill.models.configs import positions_of
 from distill.models.head import pooling_if_any
 from distill.models.heads import head_of
 from distill.models.layouts import layout_of
@@ -31,7 +32,7 @@ from distill.models.new import NewModel
 from distill.models.packed import check_apart
 from distill.models.sentence_files import write_sentence_files
 from distill.models.shards import prune_folder
-from distill.models.task_models import load_for_task, new_for_task
+from distill.models.task_models import load_for_task, new_for_task, ready_for_task
 from distill.models.written import check_written
 from distill.pruning.base import Scores
 from distill.pruning.layout import config_of
@@ -148,13 +149,17 @@ def load_in_vocabulary(context: StageContext, location: str, dtype: str) -> PreT
         )
     layout = layout_of(config)
     part = plan(Scores(), {}, layout, config, vocabulary=rows)
-    if layout.task != session.data.task.head:
+    task = session.data.task
+    if layout.task != task.head:
+        fix = "train one first, by kind: finetune"
+        if task.head == "embedding":
+            fix = "store its body alone, by AutoModel.from_pretrained(...).save_pretrained(...), or keep all tokens"
         raise InputError(
-            f"{location}: keep.vocabulary cut the student's tokens, and this model has no head for task: "
-            f"{session.data.task.kind} to be compared with it; train one first, by kind: finetune"
+            f"{location}: keep.vocabulary cut the student's tokens, and this model has no head for "
+            f"task: {task.kind} to be compared with it; {fix}"
         )
-    model = prune_folder(location, part, layout, getattr(torch, stored_dtype_of(location, dtype)))
-    return model.eval()
+    model = prune_folder(location, part, layout, getattr(torch, stored_dtype_of(location, dtype))).eval()
+    return ready_for_task(location, model, task, () if task.is_causal else classes_of(context))
 
 
 def check_vocabulary(context: StageContext, location: str, *, tokens: bool = True) -> None:
@@ -211,7 +216,7 @@ def check_context_length(model: PreTrainedModel, length: int, what: str = "data.
     Raises:
         InputError: they are.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(model.config.get_text_config().to_dict())
     if limit is not None and length > limit:
         raise InputError(f"{what} ({length}) is longer than the model's {limit} positions; lower it")
 
@@ -245,21 +250,28 @@ def hold_mask(context: StageContext, reference: str, model: PreTrainedModel, *, 
     return lineage.mask
 
 
-def save_plain(model: PreTrainedModel, stored_dtype: str) -> Any:
-    """A writer of a plain Hugging Face folder for :meth:`StageContext.write_model`, in ``stored_dtype``."""
+def save_plain(model: PreTrainedModel, stored_dtype: str, *, max_length: int | None = None) -> Any:
+    """A writer of a plain Hugging Face folder for :meth:`StageContext.write_model`.
+
+    Args:
+        model: to be written.
+        stored_dtype: of its weights.
+        max_length: tokens of a text, at most, that a model of embeddings reads; None: 512. It never exceeds the model's
+            positions.
+    """
 
     def save(folder: Any) -> None:
         plain = move(model, "cpu").to(getattr(torch, stored_dtype))
         plain.save_pretrained(folder)
         check_written(folder, plain)
         if head_of(plain) == "embedding" and (pooling := pooling_if_any(plain)) is not None:
-            positions = getattr(plain.config, "max_position_embeddings", 512)
+            length = max_length or 512
             write_sentence_files(
                 Path(folder),
                 width=plain.config.hidden_size,
                 pooling=pooling.kind,
                 normalize=pooling.normalize,
-                max_length=min(512, positions),
+                max_length=min(length, positions_of(plain.config.to_dict()) or length),
             )
 
     return save

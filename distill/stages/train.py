@@ -21,6 +21,7 @@ from distill.losses.base import AnyLossSpec
 from distill.models.lora import LoraSpec
 from distill.models.memory import give_back_memory
 from distill.models.new import NewModel
+from distill.models.sentence_files import read_length
 from distill.stages.ask_every import AskEvery
 from distill.stages.base import SELF
 from distill.stages.cache_teacher.student import open_cache
@@ -94,8 +95,10 @@ def train_and_write(
     student = assemble(model, lora=lora, gradient_checkpointing=session.compute.gradient_checkpointing)
     parent = start if isinstance(start, str) else "a new model"
     figures = train(context, student, losses, budget, teacher=teacher, start=parent, evaluate_every=evaluate_every)
+    shown = start if teacher in (None, SELF) else teacher
+    length = read_length(session.artifact(shown).location) if isinstance(shown, str) else None
     context.write_model(
-        save_plain(disassemble(student), dtype),
+        save_plain(disassemble(student), dtype, max_length=length),
         parent=parent,
         teacher=None if teacher is None else session.teacher_behind(parent if teacher == SELF else teacher),
         figures=figures,

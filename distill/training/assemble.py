@@ -15,6 +15,7 @@ from typing import Any, cast
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from distill.models.head import freeze_pooler
 from distill.models.kv_cache import round_cache
 from distill.models.lora import LoraSpec, add_lora, merge_lora
 from distill.quantization.base import QuantizerSpec
@@ -55,6 +56,7 @@ def assemble(
     :func:`~distill.models.lora.add_lora`.
     """
     model.requires_grad_(True)
+    freeze_pooler(model)
     if quantizer is not None:
         prepare(model, quantizer, layers, activations, embeddings)
     if kv_cache is not None:

@@ -261,7 +261,7 @@ class DistillationModule(pl.LightningModule):
         head, kept = output_head(self.student), batch.get(KEPT)
         if (hidden_tokens := batch.get("text_mask")) is None:
             total, terms = head_losses(hidden, head, signal, targets, mask, outer, kept=kept)
-        else:  # losses on the text count only some of the positions, each of them text_weight times
+        else:  # losses on the text count only some of the positions, and have a factor of their own
             on_text = [pair for pair in outer if pair[1].needs_text]
             others = [pair for pair in outer if not pair[1].needs_text]
             total, terms = hidden.new_zeros(()), dict[str, LossTerm]()

@@ -93,19 +93,21 @@ class StateLosses(nn.Module):
         """The weighted sum of the losses over the recorded batch (scalar), and the unweighted terms without a graph.
 
         Args:
-            batch: see :class:`distill.training.module.DistillationModule`. Tokens where its mask is False affect
-                neither losses nor gradients; in padded rows, padding does not (see :func:`_weights`).
+            batch: see :class:`distill.training.module.DistillationModule`. In a causal model, tokens where its mask is
+                False affect neither losses nor gradients. In an encoder the states of all tokens are compared, except
+                padding (see :func:`_weights`).
             losses: (kind, loss) pairs. Their weights must be numbers, not schedules.
         """
         counted, positions = batch["mask"], batch.get("position_ids")
         documents = None if positions is None else (positions == 0).cumsum(1)  # index of each token's document
-        mask = _weights(counted, batch.get("attention_mask"))  # [batch, sequence]
+        is_causal = self.student.shapes.is_causal
+        mask = counted if is_causal else _weights(counted, batch.get("attention_mask"))  # [batch, sequence]
         hide = ~mask.bool().unsqueeze(-1)  # [batch, sequence, 1]
         ours, theirs = (  # (part, layer) -> [batch, sequence, width]
             {state: seen.to(mask.device).masked_fill(hide, 0) for state, seen in states.take().items()}
             for states in (self.student, self.teacher)
         )
-        terms, is_causal = {}, self.student.shapes.is_causal
+        terms = {}
         for name, loss in losses:
             met = self._met(loss, ours, theirs)
             sums = [
@@ -150,11 +152,11 @@ class StateLosses(nn.Module):
 
 
 def _weights(counted: Tensor, attended: Tensor | None) -> Tensor:
-    """How often each token counts in losses on states, [batch, sequence].
+    """The weight of each token in the losses on the states of an encoder, [batch, sequence].
 
-    In padded rows the states of all tokens are compared, also where one prediction per text counts or those of some
-    tokens. Then the tokens of a row share as much weight as the row has counted predictions, so that the sum over a
-    batch is divided by the same number as all other losses, in whatever micro-batches it comes:
+    The states of all tokens of a row are compared, also where the task has one prediction per text or predicts some
+    tokens only. The weights of a row's tokens add up to the number of its predictions. All losses of a batch are then
+    divided by the same number, and the result does not depend on the micro-batches:
 
         w_i = (predictions of the row that count) / (tokens of the row)        0 for padding
 

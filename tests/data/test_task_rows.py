@@ -141,13 +141,16 @@ def test_hidden_tokens_follow_from_seed_and_position_alone(tmp_path, tokenizer) 
         assert all(torch.equal(one[name], other[name]) for name in one)
     # of two processes each takes its half, with the same tokens hidden
     halves = [first(MicroBatches(2, rank=rank, world_size=2), 1)[0] for rank in (0, 1)]
-    hidden = [batch["mask"].sum(1).tolist() for batch in halves]
-    assert hidden[0] + hidden[1] == whole[0]["mask"].sum(1).tolist()
-    # every pass hides others; validation always the same
-    passes = len(corpus.train) // 4
-    assert not all(
-        torch.equal(a["mask"], b["mask"]) for a, b in zip(whole[:4], whole[passes : passes + 4], strict=True)
-    )
+    for name in ("input_ids", "targets", "mask"):
+        width = whole[0][name].shape[1]
+        parts = [torch.nn.functional.pad(half[name], (0, width - half[name].shape[1])) for half in halves]
+        assert torch.equal(torch.cat(parts), whole[0][name])
+    # a row hides other tokens in every pass; in validation always the same
+    count = len(corpus.train)
+    passes = [corpus.train[[(position, row) for row in range(count)]] for position in (0, count, count)]
+    changed = (passes[0]["mask"] != passes[1]["mask"]).any(1)
+    assert changed.float().mean() > 0.5
+    assert torch.equal(passes[1]["input_ids"], passes[2]["input_ids"])
     for one, other in zip(corpus.validation_loader(4), corpus.validation_loader(4), strict=True):
         assert torch.equal(one["input_ids"], other["input_ids"])
 
@@ -163,11 +166,20 @@ def test_special_tokens_and_padding_are_never_hidden(tmp_path, tokenizer) -> Non
         assert mask.sum(1).tolist() == [max(1, round(0.9 * int(size))) for size in sizes]
 
 
+def _hidden_in(corpus: TaskCorpus) -> dict[str, int]:
+    """Tokens, and hidden tokens, of one pass over the training rows."""
+    batches = iter(corpus.train_loader(MicroBatches(1)))
+    rows = [next(batches) for _ in range(len(corpus.train))]
+    hidden = sum(int(row.get("text_mask", row["mask"]).sum()) for row in rows)
+    return {"tokens": sum(int(row["attention_mask"].sum()) for row in rows), "hidden": hidden}
+
+
 def test_all_positions_are_learned_from_and_hidden_ones_weigh_as_a_mean(tmp_path, tokenizer) -> None:
     corpus = _masked(tmp_path, tokenizer, positions="all")
     batch = next(iter(corpus.train_loader(MicroBatches(4))))
     assert torch.equal(batch["mask"], batch["attention_mask"].bool())
-    assert float(batch["text_weight"]) == pytest.approx(1 / 0.15)
+    whole = _hidden_in(corpus)
+    assert float(batch["text_weight"]) == pytest.approx(whole["tokens"] / whole["hidden"])
     assert 0 < int(batch["text_mask"].sum()) < int(batch["mask"].sum())
     measured = next(iter(corpus.validation_loader(4)))
     assert "text_mask" not in measured  # models are compared at the hidden tokens

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distill.core.errors import InputError
-from distill.losses import attention_relation, embedding_cosine, hidden_mse
+from distill.losses import AttentionScore, attention_relation, embedding_cosine, hidden_mse
 from distill.losses.base import masked_sum
 from distill.training.state_losses import _weights
 
@@ -113,3 +113,29 @@ def test_embeddings_are_compared_by_their_direction() -> None:
     assert close.sum.item() == pytest.approx(exact, rel=1e-2)
     with pytest.raises(InputError, match="7 channels, the teacher's 6"):
         embedding_cosine(student, teacher[..., :6], on)
+
+
+@pytest.mark.parametrize("key_heads", [4, 2, 1], ids=["a key per query", "grouped queries", "one key"])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["encoder", "causal"])
+def test_attention_scores_are_compared_head_by_head(key_heads: int, is_causal: bool) -> None:
+    """Against the formula in float64, with queries and keys that are cut out one head at a time."""
+    random, channels = torch.Generator().manual_seed(2), (3, 5)
+    attended = _states()[2]
+    states = [torch.randn(3, 6, (HEADS + key_heads) * size, generator=random) for size in channels]
+    expected, size = np.zeros(attended.shape), HEADS // key_heads
+    for b, i in np.argwhere(attended.numpy()):
+        seen = [j for j in range(6) if attended[b, j] and (j <= i or not is_causal)]
+        for head in range(HEADS):
+            scores = []
+            for tensor, width in zip(states, channels, strict=True):
+                values = tensor[b].double().numpy()
+                first = (HEADS + head // size) * width  # keys are behind all queries
+                keys = values[:, first : first + width]
+                scores.append(keys[seen] @ values[i, head * width : (head + 1) * width] / np.sqrt(width))
+            expected[b, i] += ((scores[0] - scores[1]) ** 2).mean() / HEADS
+    loss = AttentionScore().between(*((HEADS, size) for size in channels))
+    term = loss(*states, attended.bool(), is_causal=is_causal)
+    assert term.sum.item() == pytest.approx(expected.sum(), rel=1e-5)
+    assert term.count.item() == attended.sum().item()
+    with pytest.raises(InputError, match="the student has 2 heads for queries or keys and the teacher 4"):
+        AttentionScore().between((2, 3), (4, 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,33 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from distill.core.errors import DistillError, InputError, RecipeError
 from distill.core.run import Run
+from distill.core.tasks import Classification, Embedding
+from distill.evaluation.transformers_engine import TransformersEngine
+from distill.exporters.plain_transformers import _logits
 from distill.forecast import describe
+from distill.models.configs import positions_of
+from distill.models.head import hidden_states
+from distill.models.heads import ENCODERS
+from distill.models.layouts import layout_of
+from distill.models.sentence_files import read_length, read_pooling, write_sentence_files
+from distill.models.task_models import load_for_task
+from distill.pruning import LeaveOneOut, Taylor
+from distill.pruning.layout import config_of
+from distill.pruning.observe import masked_batches
 from distill.recipe import Recipe
 from distill.reporting.tradeoff import Row, read_rows
 from distill.runner import run
+from distill.training.assemble import assemble
 
 WORDS = [f"w{i}" for i in range(40)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -59,7 +77,7 @@ TAUGHT = """\
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A body without a head, as encoders of sentences are published."""
     folder = tmp_path_factory.mktemp("encoder")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*SPECIAL, *WORDS])}, unk_token="[UNK]"))
+    words = Tokenizer(models.WordPiece({word: i for i, word in enumerate([*SPECIAL, *WORDS])}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
@@ -298,3 +316,166 @@ def test_a_head_with_other_classes_is_refused(encoder: Path, rows: Path, tmp_pat
     ):
         with pytest.raises(InputError, match=match):
             run(write(task, stages, tuned, rows), tmp_path / "two", say=lambda _: None)
+
+
+def test_a_pooler_that_no_embedding_reads_is_not_trained(encoder: Path, tmp_path: Path) -> None:
+    """A parameter that is trained but gets no gradient stops a run on several GPUs."""
+    model = assemble(load_for_task(str(encoder), Embedding())).model
+    ids, mask = torch.arange(6).unsqueeze(0) + 5, torch.ones(1, 6, dtype=torch.int64)
+    hidden_states(model, ids, attention_mask=mask).square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    # a pooler that the folder lacks follows from the seed, and the draw changes no other random numbers
+    BertModel.from_pretrained(encoder, add_pooling_layer=False).save_pretrained(tmp_path)
+    state = torch.get_rng_state()
+    first = load_for_task(str(tmp_path), Embedding(), new_head=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(7)
+    again, other = (load_for_task(str(tmp_path), Embedding(), new_head=seed) for seed in (3, 4))
+    assert torch.equal(first.pooler.dense.weight, again.pooler.dense.weight)
+    assert not torch.equal(first.pooler.dense.weight, other.pooler.dense.weight)
+
+
+@pytest.fixture(scope="module")
+def roberta() -> RobertaForSequenceClassification:
+    config = RobertaConfig(
+        vocab_size=45, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=18, type_vocab_size=1, num_labels=1, initializer_range=0.2,
+    )  # fmt: skip
+    return RobertaForSequenceClassification(config).eval()
+
+
+def test_a_pair_is_read_by_an_encoder_with_one_token_type(roberta: Any) -> None:
+    """RoBERTa takes token types, and has no embedding of the second one."""
+    ids, kinds = torch.arange(5, 11).unsqueeze(0), torch.tensor([[0, 0, 0, 1, 1, 1]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        expected = roberta(**batch).logits
+        batch |= {"token_type_ids": kinds}
+        assert torch.equal(_logits(roberta, batch)[:, 0], expected)
+        torch.testing.assert_close(
+            torch.from_numpy(TransformersEngine(roberta).row(ids[0].tolist(), 3)), expected, rtol=1e-5, atol=1e-6
+        )
+        hidden_states(roberta, **batch)
+    batch |= {"mask": torch.ones(1, 1, dtype=torch.bool), "targets": torch.zeros(1, 1, dtype=torch.int64)}
+    ((inputs, _, _),) = masked_batches(roberta, [batch], layout_of(config_of(roberta)), predicted=True)
+    assert sorted(inputs) == ["attention_mask", "input_ids"]
+
+
+def test_encoders_without_a_layout_are_known_by_name(encoder: Path, rows: Path, tmp_path: Path) -> None:
+    assert {*MODEL_FOR_MASKED_LM_MAPPING_NAMES} == ENCODERS
+    stages = "  a: {kind: finetune, model: teacher, num_steps: 1}\n"
+    for kind, names in (("deberta-v2", []), ("modernbert", ["ModernBertModel"]), ("xlm-roberta", ["XLMRobertaModel"])):
+        config = {"model_type": kind, "architectures": names, "hidden_size": 32, "vocab_size": 45}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for file in encoder.glob("tokenizer*"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        describe(write("classification", stages, tmp_path, rows))
+
+
+def test_a_teacher_of_embeddings_is_cut_to_the_tokens_of_its_student(encoder: Path, rows: Path, tmp_path: Path) -> None:
+    words = Path(tmp_path / "rows")
+    words.mkdir()
+    for name, first in (("train", 0), ("valid", 40)):
+        lines = [json.dumps({"text": f"w{i % 7} w{i % 5} w{i % 3}"}) + "\n" for i in range(first, first + 40)]
+        (words / f"{name}.jsonl").write_text("".join(lines))
+    teacher = tmp_path / "teacher"
+    shutil.copytree(encoder, teacher)
+    write_sentence_files(teacher, width=32, pooling="mean", normalize=True, max_length=9)
+    stages = """\
+  prune: {model: teacher, keep: {layers: [0, 2], vocabulary: used}}
+  distill: {student: prune, num_steps: 1, batch_size: 4, losses: [embedding_cosine]}
+"""
+    done = run(write("embedding", stages, teacher, words), tmp_path, say=lambda _: None)
+    made = done.model("distill").location
+    assert AutoModel.from_pretrained(made).config.vocab_size < 45
+    assert read_pooling(made) == ("mean", True)
+    assert read_length(made) == 9  # as the teacher has it
+
+
+def test_classes_without_names_need_an_order(encoder: Path, tmp_path: Path) -> None:
+    config = BertConfig.from_pretrained(encoder, num_labels=3)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    names = ("a", "b", "c")
+    with pytest.raises(InputError, match=r"no names \(LABEL_0 to LABEL_2\).* set task.classes .*a, b, c"):
+        load_for_task(str(tmp_path), Classification(), names)
+    stated = load_for_task(str(tmp_path), Classification(classes=("c", "a", "b")), ("c", "a", "b"))
+    assert stated.config.id2label == {0: "c", 1: "a", 2: "b"}
+    assert stated.config.label2id == {"c": 0, "a": 1, "b": 2}
+    assert load_for_task(str(tmp_path), Classification(), ("0", "1", "2")).config.id2label[1] == "1"
+
+
+def test_positions_of_padding_are_not_counted(encoder: Path, rows: Path, roberta: Any, tmp_path: Path) -> None:
+    """18 embeddings of positions, of which the first two are for padding."""
+    assert positions_of(roberta.config.to_dict()) == 16
+    assert positions_of({"model_type": "bert", "max_position_embeddings": 18, "pad_token_id": 0}) == 18
+    roberta(torch.full((1, 16), 7))
+    with pytest.raises((IndexError, RuntimeError)):
+        roberta(torch.full((1, 17), 7))
+    config = {**roberta.config.to_dict(), "max_position_embeddings": 17}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for file in encoder.glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(InputError, match=r"sequence_length \(16\) is longer than the model's 15 positions"):
+        describe(write("regression", "  a: {kind: finetune, model: teacher, num_steps: 1}\n", tmp_path, rows))
+
+
+def test_a_regression_is_scored_by_its_squared_error(roberta: Any) -> None:
+    random = torch.Generator().manual_seed(0)
+    ids, targets = torch.randint(5, 45, (6, 7), generator=random), torch.randn(6, 1, generator=random)
+    batch = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "targets": targets,
+        "mask": torch.ones(6, 1, dtype=torch.bool),
+    }  # fmt: skip
+    layout, blocks = layout_of(config_of(roberta)), roberta.roberta.encoder.layer
+
+    def error() -> float:
+        with torch.no_grad():
+            return (roberta(ids).logits - targets).square().mean().item()
+
+    scores = LeaveOneOut().score(roberta, layout, [batch]).layers
+    whole = error()
+    for layer in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(blocks[layer], "forward", lambda states, *_, **__: states)
+            assert scores[layer].item() == pytest.approx(error() - whole, rel=1e-3, abs=1e-6)
+    neurons = Taylor().score(roberta, layout, [batch]).mlp_neurons
+    gradient = torch.zeros(6)
+    for row in range(6):  # the derivative with respect to a factor of the neuron's column, row by row
+        weight = blocks[1].output.dense.weight
+        loss = (roberta(ids[[row]]).logits - targets[[row]]).square().sum()
+        gradient[row] = (torch.autograd.grad(loss, weight)[0] * weight)[:, 3].sum()
+    assert neurons[1, 3].item() == pytest.approx(gradient.abs().mean().item(), rel=1e-3)
+    with pytest.raises(InputError, match="loss: kl compares distributions, and a regression predicts a number"):
+        LeaveOneOut(loss="kl").score(roberta, layout, [batch])
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"embedding_dimension": 8, "pooling_mode": "mean", "include_prompt": True}, ("mean", True)),
+        ({"embedding_dimension": 8, "pooling_mode": "cls"}, ("cls", True)),
+        ({"word_embedding_dimension": 8, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True},
+         ("mean", True)),
+        ({"pooling_mode": ["mean", "max"]}, "pools by mean and max"),
+        ({"pooling_mode": "lasttoken"}, "pools by lasttoken"),
+        ({"pooling_mode_max_tokens": True}, "pools by max_tokens"),
+    ],
+)  # fmt: skip
+def test_pooling_is_read_as_all_releases_write_it(config: Any, expected: Any, tmp_path: Path) -> None:
+    write_sentence_files(tmp_path, width=8, pooling="cls", normalize=True, max_length=9)
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            read_pooling(str(tmp_path))
+        return
+    assert read_pooling(str(tmp_path)) == expected
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    behind = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
+    for text, match in (
+        (json.dumps([*modules, behind]), "has a module 'Dense'"),
+        ("[{", "modules.json: cannot be read as JSON"),
+        ("{}", "modules.json: holds dict, expected a JSON list"),
+    ):
+        (tmp_path / "modules.json").write_text(text)
+        with pytest.raises(InputError, match=match):
+            read_pooling(str(tmp_path))

@@ -128,6 +128,12 @@ def test_the_calibration_hash_is_that_of_the_rows():
     mask = mask.clone()
     mask[2, 5] = False
     assert calibration_hash([causal_batch(ids, mask)]) != one
+    # of encoders, targets and token types are no part of the tokens
+    kinds = (torch.arange(6) > 3).long().expand(4, -1)
+    padded = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mask": torch.ones(4, 1, dtype=torch.bool)}
+    labels = torch.tensor([[0], [1], [1], [0]])
+    given = [{"targets": labels}, {"targets": 1 - labels}, {"targets": labels, "token_type_ids": kinds}]
+    assert len({calibration_hash([{**padded, **more}]) for more in given}) == 3
 
 
 def test_a_contiguous_cut_is_measured_as_a_whole_and_drawn(teacher, text, tmp_path):

@@ -133,6 +133,17 @@ def test_bf16_mixed_trains_on_the_same_losses(distillation: Any, batch: Any) -> 
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.states.parameters())
 
 
+def test_an_attention_mask_adds_no_states_to_a_causal_loss(distillation: Any, batch: Any) -> None:
+    """Collators of other programs give one; the states of a prompt, whose labels are -100, stay out of the losses."""
+    model, whole = distillation().eval(), batch(0, 6)
+    found = []
+    for more in ({}, {"attention_mask": torch.ones_like(whole["input_ids"])}):
+        given = {**whole, "mask": whole["mask"] & (torch.arange(whole["mask"].shape[1]) > 2), **more}
+        found.append(model.batch_losses(given, model.losses)[1])
+    for name, term in found[0].items():
+        torch.testing.assert_close(found[1][name].sum, term.sum)
+
+
 def test_masked_tokens_reach_neither_loss_nor_gradient(distillation: Any, batch: Any) -> None:
     """Not even as NaN, and not through the learned map."""
     model, whole = distillation(), batch(0, 6)

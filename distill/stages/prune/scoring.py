@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from distill.core.artifact import fingerprint, hash_of, write_bytes
+from distill.core.batch import MODEL_INPUTS
 from distill.core.run import SCORES_FOLDER
 from distill.core.stored import CHECK
 from distill.pruning.base import CriterionSpec, Scores, score
@@ -73,10 +74,15 @@ def of_axes(choices: Mapping[str, str], found: Mapping[str, Scores]) -> Scores:
 
 
 def calibration_hash(batches: Iterable[Mapping[str, Tensor]]) -> str:
-    """Stands for the tokens that are read, where they stand and which of them count, however they are batched."""
+    """Hash of all that a criterion reads of the rows: inputs, targets, and which of these count.
+
+    Where rows are not padded, it does not depend on the size of the batches.
+    """
     digest = hashlib.sha256()
     for batch in batches:
-        read = [batch[key] for key in ("input_ids", "mask", "position_ids", "attention_mask") if key in batch]
+        read = [batch[key] for key in ("input_ids", "mask", *MODEL_INPUTS[1:]) if key in batch]
+        if "attention_mask" in batch:  # the targets of a causal row follow from its tokens
+            read.append(batch["targets"])
         for row in zip(*read, strict=True):
             digest.update(b"".join(tensor.numpy().tobytes() for tensor in row))
     return digest.hexdigest()[:16]
