@@ -32,6 +32,14 @@ class ColumnsSpec(SourceSpec):
         """
         raise NotImplementedError
 
+    def class_names(self, column: str) -> tuple[str, ...] | None:
+        """Names of the classes that a column stores as numbers from 0; None where the source does not say.
+
+        Raises:
+            InputError: the source cannot be read.
+        """
+        return None
+
     def documents(self) -> Iterator[Document | Rejected]:
         """One document per row, in order; rows with an empty text are skipped."""
         text_of = TextOf(self.text)

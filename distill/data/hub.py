@@ -42,6 +42,16 @@ class Hub(ColumnsSpec):
             found = found.select_columns([name for name in names if name in columns])
         return numbered(self._where(), self.path, found)
 
+    def class_names(self, column: str) -> tuple[str, ...] | None:
+        """Those of a ``ClassLabel``, or of a list of them."""
+        self._check_place()
+        found, _ = load_rows(
+            self._where(), self.path, self.name, self.split, revision=self.revision, streaming=self.streaming
+        )
+        feature = (found.features or {}).get(column)
+        names = getattr(getattr(feature, "feature", feature), "names", None)
+        return tuple(names) if names else None
+
     def fingerprint(self) -> str:
         """A hash of Hub id, name, split and revision; of a local folder in place of the id the names in it and all
         bytes."""

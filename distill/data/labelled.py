@@ -64,12 +64,14 @@ def labelled(source: SourceSpec, task: ModelTask, key: str) -> Iterator[Labelled
         source = source.model_copy(update={"text": task.words})
     text_of = None if isinstance(task, TokenClassification) else TextOf(source.text)
     wanted = frozenset(columns_of(task))
+    has_classes = isinstance(task, Classification | Embedding | TokenClassification) and task.label is not None
+    stated = _names(source, task) if has_classes else None
     names = wanted if text_of is None else None if text_of.columns is None else text_of.columns | wanted
     for id, row in source.rows(names):
         try:
             if isinstance(row, Unusable):
                 raise row
-            item = _row(id, row, task, text_of)
+            item = _row(id, row, task, text_of, stated)
         except Unusable as why:
             yield Rejected(id, why.reason, why.detail.encode("utf-8", "backslashreplace").decode())
             continue
@@ -86,10 +88,21 @@ def columns_of(task: ModelTask) -> tuple[str, ...]:
     return (*pair, label) if label else pair
 
 
-def _row(id: str, row: Any, task: ModelTask, text_of: TextOf | None) -> Labelled:
+def _names(source: ColumnsSpec, task: Any) -> tuple[str, ...] | None:
+    """Names of the classes that rows have as numbers: those of the source, else those of the recipe.
+
+    In a recipe whose classes are numbers themselves, such as [2, 1, 0], a number is a name.
+    """
+    classes = getattr(task, "classes", None)
+    if classes is not None and any(name.removeprefix("-").isdecimal() for name in classes):
+        return None
+    return source.class_names(task.label) or classes
+
+
+def _row(id: str, row: Any, task: ModelTask, text_of: TextOf | None, names: tuple[str, ...] | None) -> Labelled:
     if text_of is None:
         assert isinstance(task, TokenClassification)
-        words, labels = _strings(row, task.words), _classes(row, task.label)
+        words, labels = _strings(row, task.words), _classes(row, task.label, names)
         if len(words) != len(labels):
             raise Unusable(
                 "wrong length",
@@ -103,7 +116,7 @@ def _row(id: str, row: Any, task: ModelTask, text_of: TextOf | None) -> Labelled
         second = _string(row, task.text_pair)
     label: Label = None
     if isinstance(task, Classification | Embedding) and task.label is not None:
-        label = _class(_column(row, task.label), task.label)
+        label = _class(_column(row, task.label), task.label, names)
     elif isinstance(task, Regression):
         label = _number(_column(row, task.label), task.label)
     return Labelled(id, first if second is None else f"{first}\n\n{second}", first=first, second=second, label=label)
@@ -131,17 +144,21 @@ def _strings(row: Any, name: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _classes(row: Any, name: str) -> tuple[str, ...]:
+def _classes(row: Any, name: str, names: tuple[str, ...] | None) -> tuple[str, ...]:
     value = _column(row, name)
     if not isinstance(value, list):
         raise Unusable("wrong type", f"column {name!r} must hold a list of classes (got {type(value).__name__})")
-    return tuple(_class(one, name) for one in value)
+    return tuple(_class(one, name, names) for one in value)
 
 
-def _class(value: Any, name: str) -> str:
-    """The name of a class; a whole number is its own name."""
+def _class(value: Any, name: str, names: tuple[str, ...] | None) -> str:
+    """The name of a class; a whole number is one of ``names``, or without these its own name."""
     if isinstance(value, str) and value.strip():
         return value
+    if isinstance(value, int) and not isinstance(value, bool) and names is not None:
+        if 0 <= value < len(names):
+            return names[value]
+        raise Unusable("no class", f"column {name!r} has {value}, and its classes are numbered 0 to {len(names) - 1}")
     if isinstance(value, int):
         return str(value).lower()  # true and false, too
     raise Unusable("no class", f"column {name!r} must hold a name or a whole number (got {value!r:.40})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,6 +47,7 @@ class RowWriter:
         self.task, self.sequence_length = task, sequence_length
         self._backend: Any = backend_of(tokenizer)
         self._backend.encode_special_tokens = True  # a text that names a special token does not contain it
+        self._gap = " " if _reads_spaces(self._backend) else ""
         self._before, self._after = around(tokenizer)
         self._room = sequence_length - len(self._before) - len(self._after)
         if self._room < 1:
@@ -135,7 +137,8 @@ class RowWriter:
                 yield from self._pieces(np.array(encoding.ids, np.uint32))
             return
         if isinstance(self.task, TokenClassification):
-            texts: list[Any] = [list(item.words) for item in items]
+            # as in " ".join(words)
+            texts: list[Any] = [[*item.words[:1], *(self._gap + word for word in item.words[1:])] for item in items]
             encodings = self._backend.encode_batch(texts, is_pretokenized=True)
         else:
             texts = [item.first if item.second is None else (item.first, item.second) for item in items]
@@ -154,6 +157,17 @@ class RowWriter:
             piece = ids[start : start + self._room]
             row = np.concatenate([np.array(self._before, np.uint32), piece, np.array(self._after, np.uint32)])
             yield row, len(row), None, False
+
+
+def _reads_spaces(backend: Any) -> bool:
+    """Whether a token includes the space before its word, as in byte-level tokenizers of GPT-2 and RoBERTa.
+
+    Such a tokenizer reads a word without a space as the end of the word before. Tokenizers that put a space before
+    every text need none.
+    """
+    step = json.loads(backend.to_str())["pre_tokenizer"] or {}
+    steps = step.get("pretokenizers", [step])
+    return any(one.get("type") == "ByteLevel" and not one.get("add_prefix_space") for one in steps)
 
 
 def _of_first_tokens(word_ids: Sequence[int | None], labels: Any) -> list[str | None]:

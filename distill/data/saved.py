@@ -30,6 +30,16 @@ class Saved(FileSource, ColumnsSpec):
 
         return saved_rows.read(self._folder(), columns, self)
 
+    def class_names(self, column: str) -> tuple[str, ...] | None:
+        """Those of a ``ClassLabel``, or of a list of them, which ``dataset_info.json`` has."""
+        file = self._folder() / "dataset_info.json"
+        features = read_json(file).get("features") if file.is_file() else None
+        feature = features.get(column) if isinstance(features, dict) else None
+        if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+            feature = feature["feature"]
+        names = feature.get("names") if isinstance(feature, dict) else None
+        return tuple(map(str, names)) if isinstance(names, list) and names else None
+
     def _files(self) -> list[File]:
         """Those that ``state.json`` names, in its order; ``datasets`` leaves others of its own beside them.
 

@@ -41,7 +41,8 @@ class TaskCorpus(Corpus):
     Attributes:
         train, validation: see :class:`~distill.data.text_rows.TextRows`.
         task: of the recipe.
-        questions: stands for the validation rows as texts, in whatever tokens they are read.
+        questions: hash of the text of the validation rows. It is the same for all tokenizers, so that results of models
+            with different tokens can be compared row by row.
     """
 
     train: TextRows  # type: ignore[assignment]
@@ -158,7 +159,7 @@ def open_rows(
         task.model_dump(mode="json", exclude={"mask", "positions", "pooling", "normalize"}),
         data.sequence_length,
         RULE,
-        "rows 2",
+        "rows 3",
     )
 
     def read(source: SourceSpec) -> Iterator[Item]:

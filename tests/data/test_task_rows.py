@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from datasets import ClassLabel, Dataset, Features, List, Value
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from distill.core.errors import InputError
@@ -211,3 +212,47 @@ def test_a_tokenizer_without_a_mask_token_is_refused(tmp_path, tokenizer) -> Non
     other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="[SEP]", pad_token="[PAD]")
     with pytest.raises(InputError, match="masked_lm needs a tokenizer with a mask token"):
         opened(tmp_path, other, {"kind": "masked_lm"}, [{"text": "w1 w2"}] * 4)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_words_are_read_as_in_their_text_by_byte_level_tokenizers(prefix: bool, tmp_path: Path) -> None:
+    """A token of theirs includes the space before its word; a word without a space would be glued to the last one."""
+    words = [["one", "day", "in", "winter"], ["winter", "in", "one", "day"]] * 10
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<e>"], initial_alphabet=alphabet)
+    backend.train_from_iterator([" ".join(row) for row in words], trainer)
+    byte_level = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>", pad_token="<e>")
+    rows = [{"words": row, "labels": ["A", "B", "A", "B"], "id": i} for i, row in enumerate(words)]
+    corpus = opened(tmp_path, byte_level, {"kind": "token_classification"}, rows, sequence_length=16, held_out=0.5)
+    batch = all_rows(corpus)
+    expected = [byte_level(" ".join(row), add_special_tokens=False)["input_ids"] for row in words[:2]]
+    for ids, mask, attended in zip(batch["input_ids"], batch["mask"], batch["attention_mask"], strict=True):
+        assert ids[attended.bool()].tolist() in expected
+        assert mask.sum() == 4
+
+
+def test_classes_that_are_stored_as_numbers_have_their_names(tmp_path, tokenizer) -> None:
+    """Data sets of the Hub store the number of a ClassLabel."""
+    names = ["O", "B-X", "I-X"]
+    rows = [{"words": ["w1", f"w{i}"], "labels": [i % 3, 0]} for i in range(20)]
+    features = Features({"words": List(Value("string")), "labels": List(ClassLabel(names=names))})
+    Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "hub" / "train.parquet")
+    for source, task in (
+        ({"kind": "saved", "path": str(tmp_path / "saved")}, {}),
+        ({"kind": "hub", "path": str(tmp_path / "hub")}, {}),
+        ({"kind": "parquet", "path": str(tmp_path / "hub" / "train.parquet")}, {"classes": names}),
+    ):
+        more = {"train": source, "held_out": 0.2}
+        corpus = opened(tmp_path, tokenizer, {"kind": "token_classification", **task}, rows, **more)
+        assert corpus.classes == (tuple(names) if task else ("B-X", "I-X", "O"))
+        batch, found = all_rows(corpus), set()
+        for ids, targets in zip(batch["input_ids"].tolist(), batch["targets"].tolist(), strict=True):
+            number = ids[2] - len(SPECIAL)
+            assert corpus.classes[targets[1]] == names[number % 3]
+            found.add(number % 3)
+        assert found == {0, 1, 2}
+    with pytest.raises(InputError, match="'labels' has 2, and its classes are numbered 0 to 1"):
+        opened(tmp_path, tokenizer, {"kind": "token_classification", "classes": ["O", "B-X"]}, rows, **more)

@@ -188,8 +188,7 @@ def test_a_task_goes_through_all_stages(name: str, encoder: Path, rows: Path, tm
     for row in measured.values():
         assert [key for key in figures if getattr(row, key) is None] == []
     assert measured["tune"].kl_to_teacher in (None, pytest.approx(0, abs=1e-6))
-    for key in set(measured["distill"].errors):
-        assert measured["distill"].errors[key] >= 0
+    assert {key for key, error in measured["distill"].errors.items() if error > 0} & {*figures}
     figures_of = {stage: json.loads((done.stage(stage) / "metrics.jsonl").read_text().splitlines()[-1]) for stage in
                   ("tune", "distill")}  # fmt: skip
     assert figures_of["distill"]["step"] == 4  # half of 64 rows in batches of 8
@@ -236,7 +235,7 @@ def test_embeddings_are_learned_from_a_teacher_alone(encoder: Path, rows: Path, 
 
 
 def test_a_run_that_was_stopped_hides_the_same_tokens(encoder: Path, rows: Path, tmp_path: Path) -> None:
-    """Weights are bit for bit those of a run that was not stopped, also in smaller micro-batches."""
+    """Weights are bit for bit those of a run that was not stopped."""
     stages = """\
   tune:
     {{kind: finetune, model: teacher, num_steps: 4, batch_size: 8, validate_every_steps: 4, optimizer: {{lr: 1e-3}}}}

@@ -62,7 +62,7 @@ def _on_task(own: Predictions, teacher: Predictions | None, corpus: TaskCorpus, 
     quality = compare_predictions(own, teacher, corpus.validation_loader(batch_size))
     measured = _finite(quality)
     if corpus.task.kind != "masked_lm":
-        measured["perplexity"] = None  # of classes it says nothing that the accuracy does not
+        measured["perplexity"] = None  # a perplexity over a few classes adds nothing to the accuracy
     return columns | measured
 
 
