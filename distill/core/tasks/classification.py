@@ -20,8 +20,8 @@ class Classification(OfTexts):
     label: str = "label"
     """Column with the class: a name or a whole number."""
     classes: tuple[str, ...] | None = Field(None, min_length=2)
-    """The classes, in the order of the logits; null: those of the training data, sorted. Rows have a class by its name, or
-    by its number from 0."""
+    """The classes, in the order of the logits; null: those of the training data, sorted. Rows have the name
+    of a class, or its number from 0."""
 
     @model_validator(mode="after")
     def _each_once(self) -> Classification:

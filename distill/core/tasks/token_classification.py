@@ -22,5 +22,5 @@ class TokenClassification(ModelTask):
     label: str = "labels"
     """Column with the list of classes, one per word: names or whole numbers. The first token of a word predicts it."""
     classes: tuple[str, ...] | None = Field(None, min_length=2)
-    """The classes, in the order of the logits; null: those of the training data, sorted. Rows have a class by its name, or
-    by its number from 0."""
+    """The classes, in the order of the logits; null: those of the training data, sorted. Rows have the name
+    of a class, or its number from 0."""
