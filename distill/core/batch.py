@@ -70,3 +70,21 @@ def model_inputs(batch: Mapping[str, Any], device: Any = None) -> dict[str, Any]
     """
     inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     return inputs if device is None else {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def reads_token_types(config: Any) -> bool:
+    """Whether a model tells the two texts of a pair apart; RoBERTa takes token types, but has one type only."""
+    return (getattr(config, "type_vocab_size", 0) or 0) > 1
+
+
+def known_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a model without token types where it has none.
+
+    Args:
+        model: of transformers.
+        inputs: arguments of its forward.
+    """
+    known = dict(inputs)
+    if not reads_token_types(getattr(model, "config", None)):
+        known.pop("token_type_ids", None)
+    return known

@@ -11,10 +11,11 @@ import numpy
 import torch
 import transformers
 
+from distill.core.batch import known_inputs
 from distill.core.quiet import quiet_torchao
 from distill.evaluation.engine import Opening
 from distill.models.head import Pooling, pooling_if_any, set_pooling
-from distill.models.heads import head_of, known_inputs, loader_of, task_of
+from distill.models.heads import head_of, loader_of, task_of
 from distill.pretrained import config_from, model_from, model_of
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distill.models.heads import reads_token_types
+from distill.core.batch import reads_token_types
 
 FILE, DATA = "model.onnx", "model.onnx.data"
 PAST, PRESENT = "past_key_values.", "present."

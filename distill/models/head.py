@@ -34,9 +34,10 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.func import functional_call
 from transformers import PreTrainedModel, masking_utils
 
+from distill.core.batch import known_inputs
 from distill.core.errors import InputError
 from distill.losses.head import Head
-from distill.models.heads import head_of, known_inputs
+from distill.models.heads import head_of
 from distill.quantization.fake_quant import FakeQuantLinear
 
 

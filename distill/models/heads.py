@@ -97,24 +97,6 @@ def task_of(config: PretrainedConfig) -> Head:
     return task_in({key: getattr(config, key, None) for key in ("architectures", "model_type", "is_decoder")})
 
 
-def reads_token_types(config: Any) -> bool:
-    """Whether a model tells the two texts of a pair apart; RoBERTa takes token types, but has one type only."""
-    return (getattr(config, "type_vocab_size", 0) or 0) > 1
-
-
-def known_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of a model without token types where it has none.
-
-    Args:
-        model: of transformers.
-        inputs: arguments of its forward.
-    """
-    known = dict(inputs)
-    if not reads_token_types(getattr(model, "config", None)):
-        known.pop("token_type_ids", None)
-    return known
-
-
 def loader_of(task: Head) -> Any:
     """The class of transformers that loads a model with this head."""
     import transformers

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from distill.core.batch import model_inputs
+from distill.core.batch import known_inputs, model_inputs
 from distill.core.errors import InputError
 from distill.core.stop import stoppable
-from distill.models.heads import known_inputs
 from distill.pruning.layout import Layout
 
 if TYPE_CHECKING:
