@@ -14,7 +14,9 @@ from distill.core.errors import InputError
 from distill.core.run import Run
 from distill.data.loader import order_of
 from distill.data.micro_batches import MicroBatches
+from distill.data.order import GlobalOrder
 from distill.data.packed_rows import PackedRows
+from distill.data.text_rows import TextRows
 from distill.recipe import Recipe
 from distill.recipes import find
 from distill.show_rows import is_data_set, is_unfinished, show_rows
@@ -99,6 +101,9 @@ def show(
     if data.order is not None:
         say("rows are shown as they stand before data.order, which sorts a share of each training")
     say(f"the tokens stay in {session.run.folder / 'data'}, where a run finds them")
+    if isinstance(corpus.train, TextRows):
+        _show_texts(corpus.train, corpus.seed, num_rows, session.tokenizer(), console)
+        return
     for number, pieces in enumerate(_rows(corpus, num_rows), 1):
         tokens, learned = sum(len(ids) for ids, _ in pieces), sum(int(which.sum()) for _, which in pieces)
         say(f"\nrow {number}: {tokens:,} tokens, {learned:,} learned from")
@@ -136,6 +141,31 @@ def _rows(corpus: Corpus, count: int) -> list[list[tuple[np.ndarray, np.ndarray]
             pieces.append((read, np.pad(which, (lead, 0)) if learned is not None else np.ones(len(read), bool)))
         rows.append(pieces)
     return rows
+
+
+def _show_texts(train: TextRows, seed: int, count: int, tokenizer: Any, console: Console) -> None:
+    """Print the first rows of a task: what the model reads, which tokens are predicted, and the class of the text."""
+    coloured, classes = console.color_system is not None, train.file.classes
+    order = GlobalOrder(len(train), seed, MicroBatches(1), train.lengths())
+    for position in range(min(count, len(train))):
+        batch = train[[(position, order.row_at(position))]]
+        size = int(batch["attention_mask"].sum())
+        ids, targets = batch["input_ids"][0, :size].numpy(), batch["targets"][0].numpy()
+        predicted = batch.get("text_mask", batch["mask"])[0, :size].numpy().astype(bool)
+        of_tokens = train.masking is not None or train.task.head == "token_classification"
+        what = f"{int(predicted.sum()):,} predicted" if of_tokens else "one prediction"
+        console.print(f"\nrow {position + 1}: {size:,} tokens, {what}", soft_wrap=True, markup=False)
+        learned = predicted if of_tokens else np.ones(size, bool)
+        console.print(_marked(tokenizer, ids, learned, coloured=coloured), soft_wrap=True)
+        if train.masking is not None:
+            answers = tokenizer.convert_ids_to_tokens(targets[:size][predicted].tolist())
+        elif train.task.head == "token_classification":
+            answers = [classes[target] for target in targets[:size][predicted]]
+        elif train.task.head == "embedding":
+            continue
+        else:
+            answers = [classes[int(targets[0])] if classes else f"{float(targets[0]):g}"]
+        console.print("predicted: " + ", ".join(answers), soft_wrap=True, markup=False)
 
 
 def _marked(tokenizer: Any, ids: np.ndarray, learned: np.ndarray, *, coloured: bool) -> Text:

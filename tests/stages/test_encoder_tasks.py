@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
@@ -42,6 +44,7 @@ from distill.pruning.observe import masked_batches
 from distill.recipe import Recipe
 from distill.reporting.tradeoff import Row, read_rows
 from distill.runner import run
+from distill.show_data import show
 from distill.training.assemble import assemble
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -478,3 +481,22 @@ def test_pooling_is_read_as_all_releases_write_it(config: Any, expected: Any, tm
         (tmp_path / "modules.json").write_text(text)
         with pytest.raises(InputError, match=match):
             read_pooling(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("{kind: classification, text_pair: other}", ["9 tokens, one prediction", "predicted: late"]),
+        ("{kind: regression, label: score}", ["6 tokens, one prediction", "predicted: 0.5"]),
+        ("token_classification", ["6 tokens, 4 predicted", "predicted: O, I-X, B-X, I-X"]),
+        ("masked_lm", ["6 tokens, 1 predicted", "\u27e6[MASK]\u27e7"]),
+        ("embedding", ["6 tokens, one prediction"]),
+    ],
+)
+def test_rows_are_shown_as_they_are_trained(
+    task: str, said: list[str], encoder: Path, rows: Path, tmp_path: Path
+) -> None:
+    printed = StringIO()
+    recipe = write(task, "  evaluate: {models: [teacher], speed: null}\n", encoder, rows)
+    show(recipe, tmp_path, 1, Console(file=printed, width=200))
+    assert [words for words in said if words not in printed.getvalue()] == []
