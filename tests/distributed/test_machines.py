@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
+from distill.training.metrics import read_rows
 from tests.faults.machines import Machines, refusal
 from tests.faults.workers import Workers, World
 
 SILENCE_S = 10
 OPTIONS = ["--set", "stages.train.batch_size=4", "--set", "compute.checkpoint_every_steps=1"]
+OPTIONS += ["--set", "compute.log_every_steps=1"]
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +40,14 @@ def wait_for_checkpoint(world: World, run: Path) -> None:
         time.sleep(0.002)
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "train" / "model" / "model.safetensors")
+def losses(run: Path) -> list[float]:
+    return [row["train/cross_entropy"] for row in read_rows(run / "train") if "lr" in row]
 
 
 def test_a_short_cut_is_waited_for_and_a_long_one_ends_both_sides(
     workers: Workers, machines: Machines, chaos: Path, tmp_path: Path
 ) -> None:
-    """The run that is interrupted for a moment goes on; the one that is cut off is resumed to the same weights."""
+    """The run that is interrupted for a moment goes on; the one that is cut off is resumed to the same losses."""
     short, long = tmp_path / "short", tmp_path / "long"
     world = started(workers, machines, chaos, short, steps=30)
     wait_for_checkpoint(world, short)
@@ -72,6 +72,6 @@ def test_a_short_cut_is_waited_for_and_a_long_one_ends_both_sides(
     world = started(workers, machines, chaos, long, steps=30)
     assert world.wait(120) == [0] * 4, world.said()
     assert "resuming from step" in world.said()
-    expected = weights(short)
-    for name, weight in weights(long).items():  # DDP groups the gradients of its first step in another order
-        torch.testing.assert_close(weight, expected[name], rtol=0.01, atol=1e-4, msg=name)
+    # DDP groups the gradients of a process's first step in another order, so that sums differ in their last bits
+    assert losses(long) == pytest.approx(losses(short), rel=1e-3)
+    assert len(losses(short)) == 30
