@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.faults.campaign import ANY_TIME, Campaign
 from tests.faults.workers import Workers
 
@@ -17,6 +19,7 @@ def test_twenty_five_kills_lose_nothing(workers: Workers, chaos: Path, tmp_path:
     assert toll.exact == toll.finished >= 1
 
 
+@pytest.mark.exhaustive
 def test_nor_do_kills_while_checkpoints_are_written_behind(workers: Workers, chaos: Path, tmp_path: Path) -> None:
     options = ["--set", "compute.write_checkpoints=behind"]
     toll = Campaign(workers, chaos, "train", tmp_path, options=options, seed=1).run(num_kills=6)

@@ -59,7 +59,9 @@ def test_a_signal_to_a_whole_group_lets_the_step_be_finished(workers: Workers, c
     assert "of 24, which is saved" in world.said()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.exhaustive)]
+)
 def test_a_signal_to_the_launcher_stops_workers_that_are_only_starting(
     number: signal.Signals, code: int, chaos: Path, tmp_path: Path
 ) -> None:

@@ -91,6 +91,7 @@ def test_a_cut_vocabulary_and_scales_that_learn_late(workers: Workers, quickstar
     assert figures(two, "int4") == [pytest.approx(row, rel=1e-2, abs=1e-5) for row in figures(one, "int4")]
 
 
+@pytest.mark.exhaustive
 def test_a_search_is_the_work_of_the_first(workers: Workers, quickstart: Path, tmp_path: Path) -> None:
     recipe = yaml.safe_load(quickstart.read_text())
     train = {"num_candidates": 2, "num_steps": 2, "batch_size": 4}

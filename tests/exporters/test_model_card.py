@@ -90,7 +90,9 @@ def test_an_upload_is_planned_without_a_network(tmp_path: Path, monkeypatch: pyt
 
 
 def test_quantized_models_say_so(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"quantization_config": {"format": "pack-quantized"}}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "quantization_config": {"format": "pack-quantized"}}'
+    )
     facts = HuggingFace().card(tmp_path)
     write_card(tmp_path, title="small", facts=facts, engine="transformers", lineage=LINEAGE)
     card = ModelCard.load(tmp_path / "README.md")
@@ -136,7 +138,7 @@ EVIL = "<script>alert(1)</script> [x](javascript:alert(1)) **y** | z\n\n# headin
 
 def test_nothing_from_outside_is_rendered(tmp_path: Path) -> None:
     """A licence, a path, a mask or a row's name may be anybody's words."""
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"format": EVIL}}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": {"format": EVIL}}))
     lineage = Lineage(EVIL, EVIL, EVIL, EVIL, EVIL, EVIL, EVIL, mask=EVIL)
     facts = HuggingFace().card(tmp_path)
     rows, notes = [{"model": EVIL, EVIL: EVIL}], ["`-k q8_0` <script>x</script>\n---\n# y"]

@@ -23,6 +23,7 @@ VARIANTS = {file.stem for file in FILES if file.stem.endswith("-control")} | {
     "csv-columns",
     "llama-3.1-8b-to-4b-depth",
     "mistral-nemo-12b-to-8b",
+    "sst2-minilm-3-layers",
 }
 """Recipes that differ from another one in few keys; ``make test-all`` runs them as well."""
 

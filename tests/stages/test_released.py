@@ -50,9 +50,9 @@ def test_teacher_and_optimizer_are_gone_when_the_training_is(
         alive["optimizer"] = weakref.ref(found["optimizer"])
         return found
 
-    def save(*args: Any) -> Any:
+    def save(*args: Any, **more: Any) -> Any:
         left.update({name: reference() is not None for name, reference in alive.items()})
-        return saved(*args)
+        return saved(*args, **more)
 
     left: dict[str, bool] = {}
     monkeypatch.setattr(LiveTeacher, "__init__", make)
