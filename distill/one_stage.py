@@ -43,7 +43,7 @@ def recipe_of(
         stage: keys of the stage.
         settings: overrides such as ``group_size=64`` (a key of the stage) or ``compute.devices=2``.
         text: file or folder of text, or a Hub id of a data set; None: Python's documentation and library.
-        name: of the run; None: the model's name and the stage's kind.
+        name: of the run; None: the name of the model's folder, or of its run and stage, and the stage's kind.
 
     Raises:
         InputError: a reference leads nowhere.
@@ -53,7 +53,11 @@ def recipe_of(
         raise InputError(f"{model}: no such folder, and a Hub id is <who>/<model>")
     positions = positions_of(config_of(locate(model)))
     length = SEQUENCE_LENGTH if positions is None else min(SEQUENCE_LENGTH, positions)
-    title = name or re.sub(r"[^A-Za-z0-9._-]+", "-", f"{Path(model.partition(':')[2] or model).name}-{kind}")[-100:]
+    path = Path(model.partition(":")[2] or model)
+    # models of runs stand in RUN/STAGE/model; the last name alone would give all of them the same run folder
+    is_of_run = path.name == "model" and (path.parents[1] / RECIPE).is_file()
+    title = "-".join(path.parts[-3:-1]) if is_of_run else path.name
+    title = name or re.sub(r"[^A-Za-z0-9._-]+", "-", f"{title}-{kind}")[-100:]
     recipe = {
         "name": title.lstrip("-._") or kind,
         "teacher": model,

@@ -50,6 +50,10 @@ def find(recipe: str) -> Path:
     name = path.name.removesuffix(".yaml")
     if name in names and (recipe == name or path.parts[:-1] == ("recipes",)):
         return names[name]
+    if len(path.parts) > 1 or path.suffix in (".yaml", ".yml"):
+        raise InputError(
+            f"{recipe}: no such file{suggest(name, names)}; 'distill list recipes' names those that come with distill"
+        )
     raise InputError(
         f"{recipe}: no such recipe (those that come with distill: {', '.join(names)}){suggest(name, names)}"
     )

@@ -52,6 +52,8 @@ def show_named(name: str, set: list[str], run_dir: Path | None, num_rows: int, s
         return
     if is_unfinished(Path(name)):
         raise InputError(f"{name}: this stage is not finished, its replies are kept; run the same command again first")
+    if len(Path(name).parts) > 1 and not Path(name).is_file() and not name.endswith((".yaml", ".yml")):
+        raise InputError(f"{name}: neither a recipe's file nor the folder of a synthesize stage (RUN_DIR/STAGE)")
     if start:
         raise InputError("--start: only with RUN_DIR/STAGE of a synthesize stage; remove it")
     show(Recipe.load(find(name), set), run_dir, num_rows, stage=stage)

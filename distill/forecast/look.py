@@ -6,7 +6,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from distill.core.tasks import ModelTask
 from distill.data.base import Conversation, Document, Item, Rejected, SourceSpec, Tokenized
+from distill.data.labelled import labelled
 from distill.data.tally import Tally
 from distill.models.load import locate
 from distill.recipe import Recipe
@@ -56,8 +58,13 @@ class Look:
         return len(item.text)
 
 
-def look(source: SourceSpec) -> Look | None:
-    """The first rows of a source; None where that is a download or a stream.
+def look(source: SourceSpec, task: ModelTask, key: str) -> Look | None:
+    """The first rows of a source, as the task reads them; None where that is a download or a stream.
+
+    Args:
+        source: of the recipe.
+        task: of the recipe.
+        key: of the source in the recipe.
 
     Raises:
         InputError: a file cannot be read.
@@ -65,7 +72,8 @@ def look(source: SourceSpec) -> Look | None:
     if not source.is_at_hand():
         return None
     found, size, until = Look(), 0, time.monotonic() + LOOK_S
-    for number, item in enumerate(source.documents()):
+    items = source.documents() if task.is_causal else labelled(source, task, key)
+    for number, item in enumerate(items):
         if number >= LOOKED_AT or size >= LOOK_BYTES or time.monotonic() > until:
             found.is_all = False
             break

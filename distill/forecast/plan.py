@@ -55,7 +55,7 @@ def describe(recipe: Recipe, memory_gb: float | None = None) -> str:
             said.append(f"  {key}:{_text(one).removeprefix('  data')}")
         try:
             if not mistakes:
-                looks = {name: look(source) for name, source in section.sources()}
+                looks = {name: look(source, section.task, name) for name, source in section.sources()}
                 text = texts.text_of(one, looks)
                 about = (*lines_of_text(text, section), *about_reading(one, looks), *about_chat(one))
                 said += [f"    {line}" for line in about]

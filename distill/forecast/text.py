@@ -127,7 +127,8 @@ def lines(text: TextForecast, data: DataSpec) -> Iterator[str]:
         each = "a copy" if spec.copies == 1 else f"{spec.copies} copies"
         yield f"among them {each} of each document, with {spec.probability:.0%} of the words replaced (data.augment)"
     yield from about_tokenizing(text.train + (text.validation or 0), text.bytes_per_token, text.rates)
-    if text.validation is not None and min(text.validation, data.validation_tokens) < FEW_PREDICTIONS:
+    few = text.validation is not None and min(text.validation, data.validation_tokens) < FEW_PREDICTIONS
+    if text.validation is not None and few and data.task.is_causal:  # other tasks predict fewer things than tokens
         more = "data.held_out" if data.validation is None else "data.validation"
         if text.validation >= FEW_PREDICTIONS:
             more = "data.validation_tokens"

@@ -18,7 +18,13 @@ from distill.training.ends import agreed_ends, note_of_ends
 from distill.training.spec import BudgetSpec, DistillSpec, split_batch
 
 
-def check_task(stage: StageSpec, view: View, tasks: Sequence[Task] | None = None, starts: Sequence[str] = ()) -> None:
+def check_task(
+    stage: StageSpec,
+    view: View,
+    tasks: Sequence[Task] | None = None,
+    starts: Sequence[str] = (),
+    also: Sequence[str] = (),
+) -> None:
     """Refuse models with another head than the recipe's task needs.
 
     Args:
@@ -26,19 +32,21 @@ def check_task(stage: StageSpec, view: View, tasks: Sequence[Task] | None = None
         view: of the stage.
         tasks: heads that the stage can use; None: that of the recipe's task.
         starts: keys of the stage that name models which may lack the head, as training gives them one or needs none.
+        also: models that the stage reads without naming them.
 
     Raises:
         InputError: a model has another one.
     """
     task = view.data.task
-    for path, reference in stage.references():
+    named = [(path[0], reference) for path, reference in stage.references()]
+    for key, reference in [*named, *(("", reference) for reference in also)]:
         config = view.config(reference) or {}
         if not task.is_causal and "model_type" not in config:
             continue  # not on this machine; it is looked at when it is loaded
         own = task_in(config)
         allowed: Sequence[Task] = tasks or (task.head,)
         is_encoder = not task.is_causal and own != "causal_lm"
-        if tasks is None and is_encoder and (task.head == "embedding" or path[0] in starts):
+        if tasks is None and is_encoder and (task.head == "embedding" or key in starts):
             continue
         if own not in allowed:
             kind = str(config.get("model_type"))

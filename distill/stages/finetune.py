@@ -56,7 +56,7 @@ class Finetune(BudgetSpec, ReadsText):
             forecast = with_task(view.of_model(self.model, self._check), view)
         else:
             check_config(self.model.config, "model.config")
-            forecast = self._new(view, self.model.config)
+            forecast = with_task(self._new(view, self.model.config), view)
             self._check(view, forecast.makes[0])
         return replace(
             forecast,

@@ -500,3 +500,25 @@ def test_rows_are_shown_as_they_are_trained(
     recipe = write(task, "  evaluate: {models: [teacher], speed: null}\n", encoder, rows)
     show(recipe, tmp_path, 1, Console(file=printed, width=200))
     assert [words for words in said if words not in printed.getvalue()] == []
+
+
+@pytest.mark.parametrize(
+    ("task", "stages", "said"),
+    [
+        ("{kind: classification, label: lable}", "tune", r"data\.train: 64 of 64 rows .* no column 'lable'"),
+        ("{kind: regression, label: label}", "tune", r"data\.train: 64 of 64 rows .* must hold a finite number"),
+        ("classification", "tune, all", r"evaluate: .* has no head for task: classification; train one first"),
+    ],
+)
+def test_check_finds_what_the_run_would_find_late(task: str, stages: str, said: str, encoder: Path, rows: Path) -> None:
+    tune = "  tune: {kind: finetune, model: teacher, num_steps: 1, batch_size: 8}\n"
+    measured = "{speed: null}" if "all" in stages else "{teacher: tune, speed: null}"
+    with pytest.raises(InputError, match=said):
+        describe(write(task, f"{tune}  evaluate: {measured}\n", encoder, rows))
+
+
+def test_a_new_model_gets_the_head_of_the_task(encoder: Path, rows: Path) -> None:
+    sizes = "hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32, type_vocab_size: 2"
+    new = f"  new: {{kind: finetune, model: {{config: {{model_type: bert, {sizes}, max_position_embeddings: 32}}}}, "
+    stages = new + "num_steps: 1, batch_size: 8}\n  evaluate: {teacher: new, speed: null}\n"
+    assert "[2/2] evaluate" in describe(write("classification", stages, encoder, rows))

@@ -121,7 +121,7 @@ class Evaluate(ReadsText):
 
     def forecast(self, view: View) -> Forecast:
         """Which models it measures, and what they are asked."""
-        check_task(self, view)
+        check_task(self, view, also=self._read(view))
         if self.tasks:
             refuse_task(view, "tasks")
         check_tasks(self.tasks, "tasks")
@@ -131,12 +131,16 @@ class Evaluate(ReadsText):
         reads = self.reading() if self.models else "measures every model before it"
         return Forecast(reads=reads, does=asked)
 
+    def _read(self, view: View) -> list[str]:
+        """The models that will be measured."""
+        return self.reads([name for name in view.known if name != "teacher"])
+
     def _check_contexts(self, view: View) -> None:
         """Refuse prompts that are longer than what a model can read, before any quality is measured."""
         if self.speed is None or not self.speed.contexts:
             return
         wanted = max(self.speed.contexts) + self.speed.new_tokens
-        for reference in self.reads(list(view.known)):
+        for reference in self._read(view):
             positions = (view.config(reference) or {}).get("max_position_embeddings")
             if isinstance(positions, int) and wanted > positions:
                 raise InputError(

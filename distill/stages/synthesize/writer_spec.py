@@ -76,14 +76,14 @@ class ServerSpec(Spec):
 
 
 def _how(value: Any) -> str | None:
-    """Which form of the key was written."""
+    """Which form of the key was written, by names that are no keys, so that a mistake is told at the right key."""
     if isinstance(value, str):
-        return "model"
-    return "server" if isinstance(value, dict | ServerSpec) else None
+        return "a model"
+    return "a server" if isinstance(value, dict | ServerSpec) else None
 
 
 WriterChoice = Annotated[
-    Annotated[str, Tag("model")] | Annotated[ServerSpec, Tag("server")],
+    Annotated[str, Tag("a model")] | Annotated[ServerSpec, Tag("a server")],
     Discriminator(
         _how,
         custom_error_type="writer_choice",
