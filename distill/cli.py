@@ -173,7 +173,7 @@ def list_members(
         str | None,
         typer.Argument(
             help="recipes, stages, losses, criteria, quantizers, activations, sources, codecs, exporters, tasks, "
-            "makers, or a section such as data, compute, keep, search, optimizer, lora, mixed; unset: all."
+            "makers, model_tasks, or a section such as data, compute, keep, search, optimizer, lora, mixed; unset: all."
         ),
     ] = None,
 ) -> None:
@@ -264,7 +264,7 @@ def cache_info(folder: CacheFolder) -> None:
 
 @cache.command("verify")
 def cache_verify(folder: CacheFolder) -> None:
-    """Hold every byte of a teacher cache against its checksums; exit code 1 when some have changed."""
+    """Compare every byte of a teacher cache with its checksums; exit code 1 if some have changed."""
     from distill.data.teacher_cache.verify import verify
 
     print(verify(folder))

@@ -15,14 +15,14 @@ from distill.core.run import RECIPE, Run
 from distill.forecast import describe
 from distill.models.configs import config_of, positions_of
 from distill.models.load import locate
-from distill.recipe import Recipe
+from distill.recipe import Recipe, may_be_model
 
 SEQUENCE_LENGTH = 512
 """Tokens of a row, or as many positions as the model has."""
 TEXT_BYTES = 1_000_000
 """Of Python's documentation and library, which is read where no text is named."""
 SECTIONS = ("data.", "compute.", "logging.", "seed=", "stages.")
-"""Overrides that begin so are keys of the recipe; all others are keys of the stage."""
+"""Beginnings of overrides that are keys of the recipe; all others are keys of the stage."""
 KINDS = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text_files", ".md": "text_files"}
 
 
@@ -33,7 +33,6 @@ def recipe_of(
     settings: Sequence[str] = (),
     *,
     text: str | None = None,
-    name: str | None = None,
 ) -> Recipe:
     """The recipe of one stage.
 
@@ -43,13 +42,12 @@ def recipe_of(
         stage: keys of the stage.
         settings: overrides such as ``group_size=64`` (a key of the stage) or ``compute.devices=2``.
         text: file or folder of text, or a Hub id of a data set; None: Python's documentation and library.
-        name: of the run; None: the name of the model's folder, or of its run and stage, and the stage's kind.
 
     Raises:
         InputError: a reference leads nowhere.
         RecipeError: an argument does not fit; every mistake is told.
     """
-    if not ("/" in model or ":" in model or is_folder(model)):
+    if not may_be_model(model):
         raise InputError(f"{model}: no such folder, and a Hub id is <who>/<model>")
     positions = positions_of(config_of(locate(model)))
     length = SEQUENCE_LENGTH if positions is None else min(SEQUENCE_LENGTH, positions)
@@ -57,7 +55,7 @@ def recipe_of(
     # models of runs stand in RUN/STAGE/model; the last name alone would give all of them the same run folder
     is_of_run = path.name == "model" and (path.parents[1] / RECIPE).is_file()
     title = "-".join(path.parts[-3:-1]) if is_of_run else path.name
-    title = name or re.sub(r"[^A-Za-z0-9._-]+", "-", f"{title}-{kind}")[-100:]
+    title = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{title}-{kind}")[-100:]
     recipe = {
         "name": title.lstrip("-._") or kind,
         "teacher": model,

@@ -61,7 +61,7 @@ RESERVED = {"teacher", "self", "data", "scores", "wandb", "comparison"}
 
 
 WHAT_IS_SAID = ("train", "validation", "held_out", "chat", "clean", "augment")
-"""Keys of a text that decide which tokens there are; how they are cut into rows does not matter to a cache."""
+"""Keys of a text that decide its tokens. Keys that only decide the rows do not matter to a teacher cache."""
 
 
 class Recipe(Spec):
@@ -215,7 +215,7 @@ class Recipe(Spec):
             for key, what in stage.mistakes(data_of(self.stages, self.data, name)):
                 yield f"{source.at((*path, *key))}: {what}"
             earlier.append(name)
-        if self.teacher is not None and not _may_be_model(self.teacher):
+        if self.teacher is not None and not may_be_model(self.teacher):
             yield f"{source.at(('teacher',))}: no folder {self.teacher!r} here, and a Hub id is <who>/<model>"
         for made in made_sources(self.data):
             yield (
@@ -224,7 +224,7 @@ class Recipe(Spec):
             )
         for section, data in own_texts(self.stages, self.data).items():
             yield from (f"{source.at((*section.split('.'), what))}: {why}" for what, why in data.refusals())
-        yield from self._chat_mistakes(source)
+        yield from self._chat_mistakes(source, self.data, ("data",))
         yield from self._augment_mistakes(source, self.data, ("data",))
         yield from self._require_mistakes(source)
         if self.data.tokenizer == "teacher" and self.teacher is None:
@@ -240,7 +240,7 @@ class Recipe(Spec):
             yield f"{source.at(('teacher',))}: no stage uses it; remove it"
 
     def _text_mistakes(self, source: Source, name: str, earlier: list[str]) -> Iterable[str]:
-        """A stage's own text that is nobody's, or does not fit the run."""
+        """A stage's own text that does not exist or does not fit the run."""
         stage = self.stages[name]
         own, at = getattr(stage, "data", None), source.at(("stages", name, "data"))
         readers = [one for one in earlier if isinstance(self.stages[one], ReadsText) or self.stages[one].makes_data]
@@ -281,9 +281,8 @@ class Recipe(Spec):
                     f"{', '.join(differing)}); set data: {teacher} here"
                 )
 
-    def _chat_mistakes(self, source: Source, data: DataSpec | None = None, path: KeyPath = ("data",)) -> Iterable[str]:
-        """A chat template that nobody has, and prompts that would be no prompts."""
-        data = data or self.data
+    def _chat_mistakes(self, source: Source, data: DataSpec, path: KeyPath) -> Iterable[str]:
+        """A chat template that is to come from a teacher which the recipe does not have."""
         if not data.holds_conversations:
             return
         chat = data.chat or ChatSpec()
@@ -302,7 +301,7 @@ class Recipe(Spec):
         if model == "teacher":
             if self.teacher is None:
                 yield f"{at}: there is no teacher to take embeddings from; name a folder or a Hub id"
-        elif model in self.stages or not _may_be_model(model):
+        elif model in self.stages or not may_be_model(model):
             yield f"{at}: no folder or Hub id {model!r} (a text is made before any stage runs)"
 
     def _require_mistakes(self, source: Source) -> Iterable[str]:
@@ -356,6 +355,10 @@ class Recipe(Spec):
                         "this name; call one of the two otherwise"
                     )
 
+    def _is_read_as_file(self, reference: str, path: KeyPath) -> bool:
+        """Whether a key names the file that a stage makes, such as ``models`` of evaluate an export."""
+        return self.stages[reference].makes_file and self.stages[str(path[1])].reads_files and "models" in path[2:]
+
     def _reference_mistakes(self, source: Source, path: KeyPath, reference: str, earlier: list[str]) -> Iterable[str]:
         at = f"{source.at(path)}: "
         if reference == "teacher":
@@ -369,11 +372,9 @@ class Recipe(Spec):
             elif self.stages[reference].makes_signal and path[-1] == "teacher":
                 if (why := self.stages[reference].refuses(reference, self.stages[str(path[1])])) is not None:
                     yield at + why
-            elif self.stages[reference].makes_file and self.stages[str(path[1])].reads_files and "models" in path[2:]:
-                pass
-            elif not self.stages[reference].makes_model:
+            elif not self.stages[reference].makes_model and not self._is_read_as_file(reference, path):
                 yield at + f"{reference!r} is of kind {self.stages[reference].kind}, which makes no model"
-        elif not _may_be_model(reference):
+        elif not may_be_model(reference):
             models = ["teacher", *(name for name in earlier if self.stages[name].makes_model)]
             yield (
                 at
@@ -396,6 +397,6 @@ def _padded(data: Any) -> Any:
     return {"packing": "padded", **data} if isinstance(data, dict) else data
 
 
-def _may_be_model(reference: str) -> bool:
+def may_be_model(reference: str) -> bool:
     """Whether it can be looked for: a folder, a path, a Hub id or a builtin."""
     return "/" in reference or ":" in reference or is_folder(reference)

@@ -69,7 +69,6 @@ class OpenRun:
     Attributes:
         folder: of the run.
         recipe: with every value written out.
-        notes: a line for each file that has changed since it was written, and is left out of curves.
     """
 
     def __init__(self, folder: Path, recipe: Recipe):

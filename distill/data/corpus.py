@@ -287,7 +287,7 @@ def _key(data: DataSpec, encoder: TextEncoder, tokenizer: PreTrainedTokenizerFas
     validation = data.validation or data.train
     return hash_of(
         data.train.identity(),
-        data.validation.identity() if data.validation else data.held_out,
+        data.split_identity(),
         data.validation_tokens if validation.is_stream() else None,
         tokenizer_hash(tokenizer),
         *encoder.identity(),
@@ -415,7 +415,7 @@ def _check_split(tokens: dict[str, TokenFile], text: OneText) -> None:
 def _spread(packed: PackedRows, data: DataSpec) -> np.ndarray:
     """Numbers of the validation rows to use: evenly over all, so that one end of the text does not stand for it.
 
-    Those of a mixture are shared among the sources as they are in training, a row of each at least.
+    In a mixture, each source gets its share as in training, a row of each at least.
     """
     parts, source, lengths = packed.tokens.parts, packed.source_of_rows(), packed.lengths()
     weights = [part.weight for part in parts] or [1]

@@ -3,10 +3,10 @@
     student reads    user: question                  assistant: answer
     teacher reads    user: document, question        assistant: answer
 
-Both rows end with the same tokens, those of the answer. So a row of the student becomes that of its teacher when the
-tokens before a counted turn are replaced, which this file prepares: ids of a prompt -> ids of the same prompt with its
-document. The key is the prompt itself, so it is found in packed rows, and before answers that the student has sampled.
-So a prompt that stands in two rows must stand before the same document in both.
+Both rows end with the tokens of the answer. A row of the student becomes that of its teacher by replacing the tokens
+before each counted turn. This file maps the ids of a prompt to the ids of the same prompt with its document. The key is
+the prompt, so it is also found in packed rows and before sampled answers. Therefore two rows with the same prompt must
+have the same document.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class DocumentPrompts:
         by_prompt: bytes of the ids of a prompt (int64) -> int64 [tokens] of the prompt with its document.
         num_rows: conversations that have a document.
         num_without: conversations that have none, which the teacher reads as they are.
-        num_refused: those with one whose answer would be other tokens after the document.
-        longest: tokens of the longest such row, with its answer.
+        num_refused: conversations with a document in which the tokens of the answer differ from those without it.
+        longest: tokens of the longest row with its document and answer.
         longest_id: what messages call that row.
     """
 

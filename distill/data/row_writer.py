@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill.core.artifact import replacing
+from distill.core.batch import IGNORED
 from distill.core.errors import InputError
 from distill.core.seal import is_sealed, seal
 from distill.core.tasks import MaskedLM, ModelTask, TokenClassification
@@ -22,7 +23,7 @@ from distill.data.encoder import backend_of
 from distill.data.first_tokens import around
 from distill.data.labelled import Labelled, sorted_classes
 from distill.data.tally import Tally
-from distill.data.text_rows import IDS, IGNORED, RowFile
+from distill.data.text_rows import IDS, RowFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -187,16 +188,18 @@ def _targets(
     if isinstance(task, TokenClassification):
         flat = [label for row in labels for label in row]
         names = tuple(classes or sorted_classes({label for label in flat if label is not None}))
-        return names, _numbers(flat, names, what, IGNORED)
-    if task.has_classes or (labels and isinstance(labels[0], str)):
+        return names, _numbers(flat, names, what)
+    if task.has_classes or isinstance(labels[0], str):
         names = tuple(classes or sorted_classes({*labels}))
-        return names, _numbers(labels, names, what, IGNORED)
+        return names, _numbers(labels, names, what)
     if task.is_labelled:
         return (), np.array(labels, np.float32)
     return (), None
 
 
-def _numbers(labels: Sequence[str | None], names: Sequence[str], what: str, missing: int) -> np.ndarray:
+def _numbers(labels: Sequence[str | None], names: Sequence[str], what: str) -> np.ndarray:
+    if not names:
+        raise InputError(f"{what}: no word has a class; each of the two columns needs a list as long as the other")
     if len(names) < 2:
         raise InputError(f"{what}: all rows are of class {names[0]!r}; a classifier needs at least 2 classes")
     number = {name: at for at, name in enumerate(names)}
@@ -205,7 +208,7 @@ def _numbers(labels: Sequence[str | None], names: Sequence[str], what: str, miss
             f"{what}: class {unknown!r} is not among the {len(names)} classes ({', '.join(names[:8])}"
             f"{', ...' if len(names) > 8 else ''}), which are those of the training data or of task.classes"
         )
-    return np.array([missing if label is None else number[label] for label in labels], np.int64)
+    return np.array([IGNORED if label is None else number[label] for label in labels], np.int64)
 
 
 def _in_batches(items: Iterator[Labelled]) -> Iterator[list[Labelled]]:

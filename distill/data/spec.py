@@ -140,6 +140,10 @@ class DataSpec(Spec):
         if isinstance(self.tokenizer, TrainTokenizer):
             yield "tokenizer", f"no tokenizer is trained {of}; name that of an encoder"
 
+    def split_identity(self) -> Any:
+        """Stands for what is validated on: the validation source, or the share that is held out."""
+        return self.validation.identity() if self.validation else self.held_out
+
     @property
     def holds_conversations(self) -> bool:
         """Whether some of it is conversations."""

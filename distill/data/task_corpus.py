@@ -154,7 +154,7 @@ def open_rows(
     writer = RowWriter(task, tokenizer, data.sequence_length)
     key = hash_of(
         data.train.identity(),
-        data.validation.identity() if data.validation else data.held_out,
+        data.split_identity(),
         tokenizer_hash(tokenizer),
         task.model_dump(mode="json", exclude={"mask", "positions", "pooling", "normalize"}),
         data.sequence_length,
@@ -185,7 +185,7 @@ def open_rows(
     if not validation.num_predictions():
         raise InputError("data.validation: nothing to measure on: no token is predicted; give more or longer texts")
     identity = hash_of(key, task.model_dump(mode="json"), data.validation_tokens)
-    questions = hash_of(data.train.identity(), data.validation.identity() if data.validation else data.held_out)
+    questions = hash_of(data.train.identity(), data.split_identity())
     return TaskCorpus(train, validation, seed, data.calibration_sequences, identity, task=task, questions=questions)
 
 

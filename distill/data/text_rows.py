@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from distill.core.batch import IGNORED
 from distill.core.tasks import MaskedLM, ModelTask
 from distill.data.masking import Masking
 from distill.data.order import EndlessOrder
@@ -215,12 +216,8 @@ class TextRows(Dataset[dict[str, "Tensor"]]):
         return self.__dict__ | {"_arrays": {}}
 
 
-IGNORED = -100
-"""Stored target of a token that is not predicted."""
-
-
 class PlacesOf(EndlessOrder):
-    """An order that tells the position of each row too, from which its hidden tokens follow.
+    """An order that yields (position, row number); masking derives the hidden tokens from the position.
 
     Args:
         order: of the rows.

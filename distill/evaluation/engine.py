@@ -1,4 +1,4 @@
-"""What runs a model, as the processes that measure it see it: a prompt, then token by token, or the logits of a text.
+"""The interface of an engine: open a model, then prefill and decode token by token, or compute the logits of a text.
 
 transformers is here (:mod:`distill.evaluation.transformers_engine`); the engines of exports are files of
 :mod:`distill.exporters`, each with a function ``open_engine``, and are loaded by name in the process that runs them.

@@ -1,4 +1,4 @@
-"""A model in its engine, in a process of its own, that is asked for logits and for the next token."""
+"""A model in its engine, in a separate process that returns logits or the next token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distill.evaluation.engine_server import EngineFacts, serve
 from distill.evaluation.quality import Chunk
 
 ANSWER_S = 600.0
-"""Seconds after which an engine that gives no answer is given up."""
+"""Seconds without an answer from the engine after which an error is raised."""
 
 
 class EngineProcess:
@@ -22,7 +22,7 @@ class EngineProcess:
 
     Args:
         opening: of the model.
-        what: of whom an error speaks.
+        what: name of the model in error messages.
 
     Attributes:
         facts: of the engine.

@@ -1,4 +1,4 @@
-"""What a piece of work takes of the machine: energy by counters, and load. What has no counter is None."""
+"""Energy and load during a piece of work. Figures without a counter are None."""
 
 from __future__ import annotations
 

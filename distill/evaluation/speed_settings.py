@@ -19,7 +19,7 @@ class SpeedSettings:
         device: "cpu", "cuda" or "cuda:N".
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         threads: CPU threads; None: torch's own choice.
-        timeout_s: seconds after which the measurement is given up.
+        timeout_s: seconds after which the measurement is stopped.
         grid: further (batch, prompt_tokens) at which the same is measured.
         energy_s: seconds of prefill, and of decoding, over which energy is measured where there is a counter.
     """

@@ -71,8 +71,12 @@ def measure_task(own: Predictions, teacher: Predictions | None, corpus: TaskCorp
         return TaskQuality(_of_numbers(outputs[:, 0].double(), targets.double()))
     answers = outputs[:, 0].long()
     right = (answers == targets).double()
-    sums, counts = (np.bincount(rows, weights=one, minlength=int(rows.max()) + 1) for one in (right, None))
-    found: Metrics = {"accuracy": (float(right.mean()), resampling.of_ratio(sums, counts))}
+    if kind == "classification":
+        error = standard_error(int(right.sum()), len(right)) or 0.0
+    else:  # several predictions of a row are not independent
+        sums, counts = (np.bincount(rows, weights=one, minlength=int(rows.max()) + 1) for one in (right, None))
+        error = resampling.of_ratio(sums, counts)
+    found: Metrics = {"accuracy": (float(right.mean()), error)}
     if corpus.task.has_classes:
         found |= _of_classes(answers, targets, rows, len(corpus.classes))
     if kind == "token_classification":
@@ -83,10 +87,7 @@ def measure_task(own: Predictions, teacher: Predictions | None, corpus: TaskCorp
                 float(hits.sum() / both.sum().clamp(min=1)),
                 resampling.of_ratio(hits.numpy(), both.numpy()),
             )
-    if kind != "classification":
-        return TaskQuality(_defined(found))
-    found["accuracy"] = (float(right.mean()), standard_error(int(right.sum()), len(right)) or 0.0)
-    return TaskQuality(_defined(found), _answers(answers, targets, corpus))
+    return TaskQuality(_defined(found), _answers(answers, targets, corpus) if kind == "classification" else None)
 
 
 def _of_numbers(scores: Tensor, labels: Tensor) -> Metrics:

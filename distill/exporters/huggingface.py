@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from distill.core.markdown import escaped
 from distill.exporters.base import CardFacts, ExporterSpec, VerifyResult, cache_notes, new_folder
 from distill.exporters.deliver import copy_files
-from distill.models.heads import CLASS_OF, HUB_TASKS, task_of
+from distill.models.heads import HUB_TASKS, auto_class, task_of
 from distill.models.load import Task, load_config
 from distill.models.sentence_files import copy_sentence_files, is_sentence_encoder
 
@@ -85,7 +85,7 @@ def _scheme(folder: Path) -> Mapping[str, Any] | None:
 
 
 def _how_to_load(scheme: Mapping[str, Any] | None, task: Task, *, is_pooled: bool) -> str:
-    loader = f"AutoModel{CLASS_OF[task]}" if task != "embedding" else "AutoModel"
+    loader = auto_class(task)
     code = (
         f"```python\nfrom transformers import {loader}, AutoTokenizer\n\n"
         'folder = "."  # this folder, or its Hub id\n'

@@ -97,17 +97,16 @@ def task_of(config: PretrainedConfig) -> Head:
     return task_in({key: getattr(config, key, None) for key in ("architectures", "model_type", "is_decoder")})
 
 
-def loader_of(task: Head) -> Any:
-    """The class of transformers that loads a model with this head."""
+def auto_class(head: Head) -> str:
+    """Name of the class of transformers that loads a model with this head."""
+    return "AutoModel" if head == "embedding" else f"AutoModel{CLASS_OF[head]}"
+
+
+def loader_of(head: Head) -> Any:
+    """The class that :func:`auto_class` names."""
     import transformers
 
-    names = {
-        "masked_lm": "AutoModelForMaskedLM",
-        "classification": "AutoModelForSequenceClassification",
-        "token_classification": "AutoModelForTokenClassification",
-        "embedding": "AutoModel",
-    }
-    return getattr(transformers, names.get(task, "AutoModelForCausalLM"))
+    return getattr(transformers, auto_class(head))
 
 
 def head_of(model: Any) -> Head:

@@ -161,7 +161,7 @@ def _head_settings(task: ModelTask, classes: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_head(location: str, config: PretrainedConfig, task: ModelTask, classes: Sequence[str]) -> None:
-    """Refuse a head that predicts something else than the data has.
+    """Refuse a head that does not predict the classes, or the number, of the data.
 
     Raises:
         InputError: the number, the names or the order of the classes differ.

@@ -1,4 +1,4 @@
-"""A stage's own text: which stages read one, and how it follows from the recipe's."""
+"""The key ``data`` of a stage: its forms, and what it inherits from the recipe's."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _how(value: Any) -> str | None:
     """Which form of the key was written."""
     if isinstance(value, str):
         return "stage"
-    if isinstance(value, StageMixture) or (isinstance(value, dict) and "mixture" in value):
+    if isinstance(value, dict) and "mixture" in value:
         return "mixture"
     return "own" if isinstance(value, dict | DataSpec) else None
 
@@ -122,15 +122,19 @@ def located(data: DataSpec, folder_of: Callable[[str], Path]) -> DataSpec:
             return source.model_copy(update={"path": str(folder_of(source.stage))})
         if not isinstance(source, Mixture):
             return source
-        several = {key: {name: placed(one) for name, one in getattr(source, key).items()} for key in
-                   ("sources", "validation")}  # fmt: skip
-        return source.model_copy(update=several)
+        sides = {side: getattr(source, side) for side in ("sources", "validation")}
+        return source.model_copy(
+            update={side: {name: placed(one) for name, one in of.items()} for side, of in sides.items()}
+        )
 
     return data.model_copy(update={"train": placed(data.train), "validation": placed(data.validation)})
 
 
 def spoken(stages: Mapping[str, StageSpec], data: DataSpec) -> DataSpec:
-    """The text by whose chat template models of a run are saved and asked: the first that has conversations."""
+    """The text whose chat template the models of a run are saved and asked with.
+
+    It is the first one that holds conversations; without one, the recipe's.
+    """
     texts = [data, *(data_of(stages, data, name) for name in stages)]
     return next((text for text in texts if text.holds_conversations), data)
 
@@ -143,7 +147,7 @@ def own_texts(stages: Mapping[str, StageSpec], data: DataSpec) -> dict[str, Data
 
 
 def with_inherited(section: Any, data: Any) -> Any:
-    """A stage's section as it was written, with what it takes from the recipe's; anything else as it is."""
+    """Add the inherited keys to a stage's section, before validation; return anything but a section unchanged."""
     if not isinstance(section, dict) or not isinstance(data, dict):
         return section
     if isinstance(section.get("mixture"), dict) and "train" not in section:

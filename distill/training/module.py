@@ -181,7 +181,6 @@ class DistillationModule(pl.LightningModule):
         """Move the teacher to the student's device, and reset the sums of an interrupted step."""
         self.on_validation_start()
         self._step = Step.begin(self.device)
-        self.tokens_read = self.tokens_read.to(self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Enable fake quantization, and hold its scales, when their steps are reached."""

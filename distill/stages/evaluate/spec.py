@@ -44,7 +44,7 @@ class SpeedSpec(Spec):
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Further batch sizes, with each length of the prompt."""
     timeout_s: float = Field(600, gt=0)
-    """Seconds after which a measurement of one model is given up."""
+    """Seconds after which a measurement of one model is stopped."""
 
     def grid(self) -> tuple[tuple[int, int], ...]:
         """Every (batch size, length of the prompt)."""

@@ -33,7 +33,7 @@ from distill.training.trainer import resolve_device
 
 
 def run(stage: Quantize, context: StageContext) -> dict[str, Any]:
-    """Prepare, train, convert; then hold the packed model against the trained one."""
+    """Prepare, train, convert; then compare the packed model with the trained one."""
     location = context.session.artifact(stage.student).location
     if low_bit_scheme(load_config(location)):
         raise InputError(f"{stage.student}: its weights are low-bit already; quantize the model that it was made from")

@@ -81,7 +81,7 @@ def filtered(
     for row in rows:
         found = next(_cheap(row, spec, questions, told), None)
         if found is None:
-            questions.add(_key(row))
+            questions.add(_key(row.question or row.answer))
             kept.append(row)
         else:
             dropped.append(Dropped(row, *found))
@@ -118,7 +118,7 @@ def _cheap(row: Candidate, spec: FiltersSpec, questions: set[str], exam: _Exam) 
         for text in (row.question, row.answer):
             if found := _REFERS.search(text):
                 yield "refers", f"it speaks of {found[0]!r}, which the model does not have when it is asked"
-    if spec.duplicates and _key(row) in questions:
+    if spec.duplicates and _key(row.question or row.answer) in questions:
         yield "duplicate", "an earlier row asks the same"
     if (question := exam.told_by(row)) is not None:
         yield "exam", f"it repeats the exam question {question.question!r}"
@@ -139,28 +139,28 @@ def _all_words(text: str) -> set[str]:
     return {without_possessive(word) for word in re.findall(r"[\w'\u2019-]+", text.casefold())}
 
 
-def _key(row: Candidate) -> str:
-    return " ".join(words_of(row.question or row.answer))
+def _key(text: str) -> str:
+    """Words of a text in lower case, without punctuation."""
+    return " ".join(words_of(text))
 
 
 class _Exam:
     """Exam questions, to be found in rows."""
 
     def __init__(self, questions: Sequence[Question]):
-        self._questions = [
-            (question, _runs(f"{question.question} {question.answer}"), _key_of(question.answer), numbers_of(both))
-            for question in questions
-            if (both := f"{question.question} {question.answer}")
-        ]
+        self._questions = []
+        for question in questions:
+            both = f"{question.question} {question.answer}"
+            self._questions.append((question, _runs(both), _key(question.answer), numbers_of(both)))
 
     def told_by(self, row: Candidate) -> Question | None:
         """The question that a row repeats; None if none."""
         if not self._questions:
             return None
         text = f"{row.question} {row.answer}"
-        runs, key, numbers, asked = _runs(text), _key_of(row.answer), numbers_of(text), _key_of(row.question)
+        runs, key, numbers, asked = _runs(text), _key(row.answer), numbers_of(text), _key(row.question)
         for question, theirs, answer, wanted in self._questions:
-            is_copied = _key_of(question.question) == asked or len(theirs & runs) > SHARE * len(theirs)
+            is_copied = _key(question.question) == asked or len(theirs & runs) > SHARE * len(theirs)
             if is_copied or (key == answer and wanted == numbers):
                 return question
         return None
@@ -169,10 +169,6 @@ class _Exam:
 def _runs(text: str) -> set[tuple[str, ...]]:
     words = words_of(text)
     return {tuple(words[start : start + RUN]) for start in range(len(words) - RUN + 1)}
-
-
-def _key_of(answer: str) -> str:
-    return " ".join(words_of(answer))
 
 
 def _by_likelihood(rows: list[Candidate], least: float, asker: Asker, dropped: list[Dropped]) -> Iterator[Candidate]:
@@ -190,7 +186,7 @@ def _by_likelihood(rows: list[Candidate], least: float, asker: Asker, dropped: l
         shown, hidden = next(pairs)
         gain = shown.mean - hidden.mean
         if shown.is_cut:
-            why = "with its document it is longer than the writer's context, so no likelihood can be told"
+            why = "with its document it is longer than the writer's context, so its likelihood cannot be computed"
             dropped.append(Dropped(row, "likelihood", why))
         elif gain >= least:
             yield row.with_more(likelihood_gain=round(gain, 4))

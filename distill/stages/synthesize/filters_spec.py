@@ -8,7 +8,7 @@ from distill.core.spec import Spec
 
 
 class FiltersSpec(Spec):
-    """Which rows are dropped; the order is fixed, see docs/knowledge.md."""
+    """Which rows are dropped; the order is fixed, see docs/stages/synthesize.md."""
 
     question_words: tuple[int, int] = (3, 60)
     """Fewest and most words of a question."""

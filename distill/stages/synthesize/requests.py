@@ -11,7 +11,7 @@ from distill.core.artifact import hash_of
 from distill.data.base import Message
 
 STOP = "stop"
-"""How a reply ends that the writer ended itself."""
+"""Finish of a reply that the writer ended itself."""
 LENGTH, TOO_LONG, REFUSED = "length", "prompt too long", "refused by the server"
 FINAL = (STOP, LENGTH, TOO_LONG, REFUSED)
 """How replies end that are kept; one that ends otherwise, such as by "abort", is asked for again."""

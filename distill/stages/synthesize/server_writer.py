@@ -73,7 +73,8 @@ class ServerWriter:
 
         A request that the server refuses has an empty reply, unless the first ones of a phase are all refused.
         """
-        is_fresh, refused = len(needed) == len(requests), list[tuple[str, Reply]]()  # none of them is known to be fine
+        is_fresh = len(needed) == len(requests)  # no reply of this phase has succeeded yet
+        refused = list[tuple[str, Reply]]()
         waiting = [request for request in requests if request.id in needed]
         most = min(MOST_REFUSED, len(waiting))
         pool = ThreadPoolExecutor(self._spec.parallel, thread_name_prefix="writer")

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from distill.core.errors import InputError
 from distill.data.files import File
+from distill.models.heads import task_in
 from distill.stages.base import StageSpec, View
 from distill.stages.forecast import Forecast
 from distill.stages.synthesize.filters_spec import FiltersSpec
@@ -113,6 +114,6 @@ class Synthesize(StageSpec):
         else:
             who = f"{self.writer} writes"
             config = view.config(self.writer)
-            if config is not None and str(config.get("model_type")) in ("bert", "distilbert", "roberta"):
+            if config is not None and task_in(config) != "causal_lm":
                 raise InputError(f"writer: {self.writer} is of type {config['model_type']}, which writes no text")
         return Forecast(reads=who, does=[f"makes {self.make.kind}"], notes=lines)

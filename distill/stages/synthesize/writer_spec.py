@@ -32,7 +32,7 @@ class ServerSpec(Spec):
         """The key; None where none is needed.
 
         Raises:
-            InputError: the environment does not have it, or what it has is none.
+            InputError: the environment does not have it, or its value is not a key.
         """
         if self.key_variable is None:
             return None

@@ -60,7 +60,7 @@ BUILTIN = "builtin:"
 SAMPLE = Path(__file__).parents[1] / "sample"
 """An invented railway and general knowledge: qna.yaml, its document, and control questions."""
 AGREE = 0.6
-"""Token F1 of two answers from which they are taken for the same."""
+"""Token F1 from which two answers count as the same."""
 _MARKER = re.compile(r"^\s*(?:(?:question|q)\s*\d*\s*[:.)]|[-*•]|\(?\d+[.):]?)\s*", re.IGNORECASE)
 
 
@@ -341,7 +341,7 @@ def _divided_among(qnas: Sequence[QnaFile], documents: Sequence[File]) -> list[t
     """Each file of knowledge with those of the documents that are its own: all of them, or by its patterns.
 
     Raises:
-        InputError: a document is of no file or of several, or a file has none.
+        InputError: a document belongs to no file or to several, or a file has none.
     """
     if len(qnas) == 1:
         return [(qnas[0], list(documents))]
