@@ -19,8 +19,9 @@ One optimizer step, in the order of Lightning's calls. Hooks are methods of this
        10. callback ShowProgress                  progress bar or line, on rank 0
        11. callback AskQuestions                  score the student on tasks, if due, on rank 0
        12. callback Checkpoints                   save if due and after the last step; save and stop after a signal
+       13. hook on_train_batch_end               log the losses, if due and if log=True
     and, if a validation is due
-       13. hook validation_step                   for each validation batch; then Record writes a row, and Outlook
+       14. hook validation_step                   for each validation batch; then Record writes a row, and Outlook
                                                   prints a forecast of the final loss
 
 Why a sum and one division (2 and 4). Micro-batches have different numbers of counted tokens, so a mean of their means
