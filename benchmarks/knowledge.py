@@ -1,4 +1,4 @@
-"""What a small model learns of a document: closed book before and after each training, and open book, which is the ceiling.
+"""What a small model learns of a document: closed book before and after each training, and open book (the ceiling).
 
     python -m benchmarks.knowledge --model MODEL --qna QNA --controls QNA... --work WORK [--seeds 3] [--steps 60]
 
