@@ -13,12 +13,10 @@ from transformers import PreTrainedModel
 from distill.api.batches import TextRows, on_device
 from distill.api.rows import Rows
 from distill.core.errors import InputError
-from distill.evaluation.quality import measure_quality
+from distill.evaluation.quality import FIGURES, measure_quality
 from distill.models.size import count_parameters
 from distill.quantization.fake_quant import fake_quant_layers, quantizer_tensors
 from distill.reporting.tradeoff import Row
-
-QUALITY = ("perplexity", "loss_nats", "bits_per_byte", "kl_to_teacher", "top1_agreement")
 
 
 def evaluate(
@@ -67,7 +65,7 @@ def evaluate(
     for name, model in models.items():
         other = models[teacher] if teacher is not None else None
         quality = measure_quality(model, other, read, num_bytes)
-        figures = {key: getattr(quality, key) for key in QUALITY}
+        figures = {key: getattr(quality, key) for key in FIGURES}
         broken = [key for key, value in figures.items() if value is not None and not math.isfinite(value)]
         total, inner = _num_parameters(model)
         rows.append(

@@ -424,6 +424,6 @@ def _spread(packed: PackedRows, data: DataSpec) -> np.ndarray:
         rows = np.flatnonzero(source == number)
         if len(rows):
             tokens = data.sequence_length if data.packing in FULL else float(lengths[rows].mean())
-            wanted = min(len(rows), max(1, int(data.validation_tokens * weight / sum(weights) // tokens)))
-            chosen.append(rows[np.arange(wanted) * len(rows) // wanted])
+            wanted = max(1, int(data.validation_tokens * weight / sum(weights) // tokens))
+            chosen.append(rows[loader.evenly(len(rows), wanted)])
     return np.concatenate(chosen) if chosen else np.zeros(0, np.int64)

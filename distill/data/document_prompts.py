@@ -59,7 +59,7 @@ class DocumentPrompts:
         Args:
             prompt: int64 [tokens].
         """
-        return self.by_prompt.get(np.ascontiguousarray(prompt, np.int64).tobytes())
+        return self.by_prompt.get(_key(prompt))
 
     def check(self, positions: int | None) -> None:
         """Check that a teacher can read the rows.
@@ -169,7 +169,7 @@ class _Reader:
             for item, encoded in zip(items, encoder.rows(items, with_bytes=False), strict=True):
                 for row in encoded.rows if isinstance(encoded, Encoded) else ():
                     for start in _starts(row):
-                        key = _key(row, start)
+                        key = _key(row.ids[:start])
                         if key in self._whose:
                             raise _ambiguous(item.id, self._whose[key], "without a document")
 
@@ -206,7 +206,7 @@ def _prompts(students: Sequence[Row], teachers: Sequence[Row]) -> list[tuple[byt
         is_same = np.array_equal(ours[first:], theirs[shown:])
         if not is_same or not np.array_equal(student.learned[first:], teacher.learned[shown:]):
             return None
-        made += [(_key(student, at), theirs[: at + shown - first], len(theirs)) for at in _starts(student)]
+        made += [(_key(student.ids[:at]), theirs[: at + shown - first], len(theirs)) for at in _starts(student)]
     return made
 
 
@@ -216,5 +216,6 @@ def _starts(row: Row) -> list[int]:
     return [int(at) for at in np.flatnonzero(row.learned & ~np.concatenate([[False], row.learned[:-1]]))]
 
 
-def _key(row: Row, start: int) -> bytes:
-    return np.ascontiguousarray(np.asarray(row.ids)[:start], np.int64).tobytes()
+def _key(prompt: Sequence[int] | np.ndarray) -> bytes:
+    """What a prompt is found by. prompt: [tokens]"""
+    return np.ascontiguousarray(prompt, np.int64).tobytes()

@@ -93,8 +93,7 @@ def stream_batches(stream: Stream, taken: MicroBatches, num_workers: int = 0) ->
 
 def validation_batches(packed: PackedRows, batch_size: int, num_sequences: int | None = None) -> Batches:
     """All rows, or ``num_sequences`` of them evenly spread, once, in a fixed order; the last batch may be smaller."""
-    count = min(num_sequences or len(packed), len(packed))
-    return loader(packed, _alike(packed, np.arange(count) * len(packed) // max(count, 1), batch_size), 0)
+    return loader(packed, in_lists(alike(packed, evenly(len(packed), num_sequences)), batch_size), 0)
 
 
 def calibration_batches(packed: PackedRows | Stream, seed: int, num_sequences: int, batch_size: int) -> Batches:
@@ -109,14 +108,18 @@ def calibration_batches(packed: PackedRows | Stream, seed: int, num_sequences: i
         chosen = rows_to_calibrate(packed, seed, num_sequences)
     else:
         chosen = shuffled(len(packed), seed, "calibration")[:num_sequences].numpy()
-    return loader(packed, _alike(packed, chosen, batch_size), 0)
+    return loader(packed, in_lists(alike(packed, chosen), batch_size), 0)
 
 
-def _alike(packed: PackedRows, numbers: np.ndarray, batch_size: int) -> list[list[int]]:
-    """Lists of ``batch_size`` of the numbers, in their order, or by length where rows are filled up."""
-    if packed.packing == "padded":
-        numbers = numbers[np.argsort(packed.lengths()[numbers], kind="stable")]
-    return in_lists(numbers, batch_size)
+def evenly(count: int, wanted: int | None = None) -> np.ndarray:
+    """``wanted`` of the numbers below ``count``, evenly spread, or all of them. int64 [numbers]"""
+    wanted = min(wanted or count, count)
+    return np.arange(wanted) * count // max(wanted, 1)
+
+
+def alike(rows: Any, numbers: np.ndarray) -> np.ndarray:
+    """Numbers of rows in their order; by length if rows are padded. int64 [rows]"""
+    return numbers[np.argsort(rows.lengths()[numbers], kind="stable")] if rows.packing == "padded" else numbers
 
 
 def loader(dataset: Any, order: Any, num_workers: int) -> Batches:

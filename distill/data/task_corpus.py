@@ -75,16 +75,13 @@ class TaskCorpus(Corpus):
 
     def validation_order(self, num_sequences: int | None = None) -> np.ndarray:
         """Numbers of the validation rows in the order of :meth:`validation_loader`. int64 [rows]"""
-        count = min(num_sequences or len(self.validation), len(self.validation))
-        numbers = np.arange(count) * len(self.validation) // max(count, 1)
-        return numbers[np.argsort(self.validation.lengths()[numbers], kind="stable")]
+        return loader.alike(self.validation, loader.evenly(len(self.validation), num_sequences))
 
     def calibration_loader(self, num_sequences: int | None = None, batch_size: int = 8) -> Batches:
         """Training rows for calibration, the same each time."""
         wanted = num_sequences or self.calibration_sequences
         chosen = shuffled(len(self.train), self.seed, "calibration")[:wanted].numpy()
-        chosen = chosen[np.argsort(self.train.lengths()[chosen], kind="stable")]
-        return loader.loader(self.train, loader.in_lists(chosen, batch_size), 0)
+        return loader.loader(self.train, loader.in_lists(loader.alike(self.train, chosen), batch_size), 0)
 
     @cached_property
     def tokens_per_sequence(self) -> float:
@@ -208,5 +205,4 @@ def _masking(task: ModelTask, tokenizer: PreTrainedTokenizerFast, seed: int, fil
 
 def _spread(rows: TextRows, num_tokens: int) -> np.ndarray:
     """Numbers of the validation rows to use, at most about so many tokens, evenly over all."""
-    wanted = min(len(rows), max(1, int(num_tokens // rows.lengths().mean())))
-    return np.arange(wanted) * len(rows) // wanted
+    return loader.evenly(len(rows), max(1, int(num_tokens // rows.lengths().mean())))

@@ -17,6 +17,7 @@ from torchmetrics.functional import spearman_corrcoef
 
 from distill.core.stop import stoppable
 from distill.data import loader
+from distill.data.loader import alike, evenly
 from distill.data.task_corpus import TaskCorpus
 from distill.data.text_rows import TextRows
 from distill.evaluation.quality import Predictions
@@ -97,9 +98,8 @@ def _spearman(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
 
 def _knn(own: Predictions, ours: Tensor, corpus: TaskCorpus, batch_size: int) -> tuple[float, float]:
     train, wanted = corpus.train, torch.from_numpy(_labels(corpus.validation))
-    count = min(len(train), MOST_INDEXED)
-    chosen = np.arange(count) * len(train) // count
-    order = chosen[np.argsort(train.lengths()[chosen], kind="stable")]
+    chosen = evenly(len(train), MOST_INDEXED)
+    order = alike(train, chosen)
     index = embeddings_of(own, train, order, batch_size)  # [count, channels], by rising row number
     labels = torch.from_numpy(_labels(train)[chosen])
     near = labels[_nearest(ours, index, K_CLASSIFIER, same=False)]  # [texts, K]

@@ -23,6 +23,9 @@ from distill.models.head import check_head, hidden_states, output_head
 from distill.numerics.kl import kl_of_logits
 from distill.numerics.term import LossTerm
 
+#: The figures of a :class:`Quality` that a row of a report has, in its order.
+FIGURES = ("perplexity", "loss_nats", "bits_per_byte", "kl_to_teacher", "top1_agreement")
+
 
 @dataclass(frozen=True)
 class Quality:

@@ -8,15 +8,13 @@ from typing import Any
 from distill.data.corpus import Corpus
 from distill.data.task_corpus import TaskCorpus
 from distill.evaluation.domains import together
-from distill.evaluation.quality import Predictions, Quality, compare_predictions, predictions_of
+from distill.evaluation.quality import FIGURES, Predictions, Quality, compare_predictions, predictions_of
 from distill.evaluation.task_quality import measure_task
 from distill.models.load import move
 from distill.reporting.tradeoff import Domain
 from distill.stages.models import check_packing, load_in_vocabulary
 from distill.stages.session import StageContext
 from distill.training.trainer import dtype_on, resolve_device
-
-QUALITY = ("perplexity", "loss_nats", "bits_per_byte", "kl_to_teacher", "top1_agreement")
 
 
 def load_to_measure(context: StageContext, location: str) -> Any:
@@ -44,7 +42,7 @@ def beside_teacher(
     if isinstance(corpus, TaskCorpus):
         return _on_task(own, theirs, corpus, batch_size)
     quality, by_source = _on_text(own, theirs, context.session.corpus(), batch_size)
-    measured = {key: getattr(quality, key) for key in QUALITY}
+    measured = {key: getattr(quality, key) for key in FIGURES}
     broken = [key for key, value in measured.items() if value is not None and not math.isfinite(value)]
     note = f"not a finite number: {', '.join(key.replace('_', ' ') for key in broken)}" if broken else ""
     domains = tuple(Domain(name, one.tokens, **_finite(one)) for name, one in by_source.items())
@@ -83,5 +81,5 @@ def _on_text(
 
 def _finite(quality: Quality) -> dict[str, float | None]:
     """The figures; None for those that are no finite number."""
-    values = {key: getattr(quality, key) for key in QUALITY}
+    values = {key: getattr(quality, key) for key in FIGURES}
     return {key: value if value is not None and math.isfinite(value) else None for key, value in values.items()}
