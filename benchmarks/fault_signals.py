@@ -15,7 +15,7 @@ from tests.faults.workers import Workers
 
 TYPED = ", by the command line"
 """Suffix of runs that are started as a command, with all imports; the others are forked from a warm process."""
-SHARES = {"1 process": 0.45, "2 processes, ddp": 0.35, "1 process" + TYPED: 0.1, "2 processes, ddp" + TYPED: 0.1}
+SHARES = {"1 process": 0.75, "2 processes, ddp": 0.15, "1 process" + TYPED: 0.05, "2 processes, ddp" + TYPED: 0.05}
 """Fractions of the signals."""
 
 WORDS = f"""\

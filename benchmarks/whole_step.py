@@ -205,7 +205,7 @@ def lengths(pair: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     jobs |= {f"{name}, padded at random": (name, at_random) for name in available() if name.startswith("TRL")}
     ready = {name: (CONTENDERS[who], _pair(pair, batches, options.device)) for name, (who, batches) in jobs.items()}
     taken, _ = interleaved(ready, options.rounds, options.device)
-    title = f"documents of many lengths, {pair.replace('-', ' -> ')}, at most {2 * options.length} tokens a row"
+    title = f"documents of many lengths, {pair.replace('-', ' -> ')}, at most {2 * options.length} tokens per row"
     found = []
     for name, seconds in taken.items():
         # the first step is not timed, so its tokens are not counted

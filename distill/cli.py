@@ -93,7 +93,7 @@ def resume(
         run_recipe(loaded, run_dir)
 
 
-@app.command()
+@app.command(short_help="Validate a recipe and print its plan, without a GPU.")
 def check(
     recipe: RecipeFile,
     set: Set = None,
@@ -128,7 +128,7 @@ def check(
         print(line, flush=True)
 
 
-@app.command()
+@app.command(short_help="Write a recipe to start from.")
 def init(
     name: Annotated[
         str, typer.Argument(metavar="[NAME]", help="A recipe that comes with distill; unset: one to start from.")
@@ -143,7 +143,7 @@ def init(
     print(f"{file}: written. Edit it, then: distill check {file}, distill run {file}")
 
 
-@app.command()
+@app.command(short_help="Print rows as they will be trained.")
 def data(
     recipe: Annotated[
         str,
@@ -167,7 +167,7 @@ def data(
     show_named(recipe, set or [], run_dir, rows, start, stage)
 
 
-@app.command("list")
+@app.command("list", short_help="List losses, stages, quantizers ... with their keys.")
 def list_members(
     family: Annotated[
         str | None,
@@ -183,7 +183,7 @@ def list_members(
     print(listing(family))
 
 
-@app.command()
+@app.command(short_help="Write one report over several runs.")
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of runs.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the report; unset: comparison/ in the first run.")] = None,
@@ -196,7 +196,7 @@ def report(
     print(f"report: {page}")
 
 
-@app.command()
+@app.command(short_help="Let the models of a run answer the same prompts.")
 def compare(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A text to continue; may be given more than once.")] = None,
@@ -219,7 +219,7 @@ def compare(
             print(f"  {name:<24} {answer['text']!r}")
 
 
-@app.command()
+@app.command(short_help="Show a run while it works.")
 def watch(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a run, of this machine or a mounted one.")],
     once: Annotated[bool, typer.Option("--once", help="Print it once and end.")] = False,
@@ -230,7 +230,7 @@ def watch(
     show(run_dir, once=once)
 
 
-@app.command()
+@app.command(short_help="Write the JSON schema of recipes for editors.")
 def schema(
     file: Annotated[Path | None, typer.Argument(help="Where to write it; unset: print it.")] = None,
 ) -> None:
@@ -246,7 +246,8 @@ def schema(
 
 
 for verb in cli_stages.VERBS:
-    app.command()(verb)
+    first, _, _ = str(verb.__doc__).partition(", as")  # click cuts a whole docstring in the middle of a sentence
+    app.command(short_help=f"{first}.")(verb)
 
 cache = typer.Typer(help="Look at a teacher cache on disk.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache, name="cache")
@@ -270,7 +271,7 @@ def cache_verify(folder: CacheFolder) -> None:
     print(verify(folder))
 
 
-@app.command()
+@app.command(short_help="Show versions, devices and settings of this machine.")
 def doctor() -> None:
     """Show versions, devices and what can be reached; paste it into a bug report."""
     from distill.doctor import examine

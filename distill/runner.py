@@ -28,7 +28,7 @@ from distill.stages.session import RankDone, Session, StageContext
 from distill.tracking.hardware import SAMPLES, HardwareLog
 from distill.training.ranks import Ranks, meet
 
-FAREWELL_S = 10.0
+ERROR_GRACE_S = 10.0
 """Seconds that the first process, where the others met by it, stays after an error so that they hear of it."""
 
 
@@ -108,7 +108,7 @@ def _run(
                 if ranks is not None:
                     ranks.share_stop()  # the error may be that another one was stopped
                     ranks.tell({"exit": stop.exit_code(error.exit_code)})
-                    ranks.leave(FAREWELL_S)
+                    ranks.leave(ERROR_GRACE_S)
                 raise
     return the_run
 

@@ -127,7 +127,7 @@ def test_what_is_not_known_is_said(large: tuple[Path, Path], monkeypatch: pytest
     elsewhere = RECIPE.replace("teacher: {teacher}", "teacher: somebody/elsewhere", 1).replace("tokenizer: teacher", "")
     plan = describe(Recipe.from_text(elsewhere.format(teacher=large[0], text=large[1], more="", compute="")), 1000)
     assert "+ the teacher, whose config is not on this machine" in plan
-    assert "compute.devices: auto is counted as one GPU a machine" in plan
+    assert "compute.devices: auto is counted as one GPU per machine" in plan
     alone = Recipe.from_text(RECIPE.format(teacher=large[0], text=large[1], more="", compute=", strategy: fsdp"))
     monkeypatch.setattr(memory_limit, "_gpus", lambda: [80e9] * 4)
     shared = next(line for line in describe(alone).splitlines() if "memory of a GPU: " in line)
@@ -174,7 +174,7 @@ def test_tokens_a_step_and_checkpoints(large: tuple[Path, Path]) -> None:
         RECIPE.format(teacher=large[0], text=large[1], more="", compute=", micro_batch_size: 2, keep_checkpoints: 1")
     )
     # fp32 weights and two moments of 6.74B parameters
-    line = "8,192 tokens a step, 2 x 1,024 at once; a checkpoint is 80.9 GB, up to 2 on disk at a time"
+    line = "8,192 tokens per step, 2 x 1,024 at once; a checkpoint is 80.9 GB, up to 2 on disk at a time"
     assert line in describe(recipe, 80)
 
 

@@ -10,6 +10,9 @@ A batch is a dict of tensors [batch, sequence], made once, by :func:`distill.dat
 
     attention_mask int64  only in padded rows of other tasks than the next token: 0 for padding
     token_type_ids int64  only for pairs of texts: 1 in the second text
+    text_mask      bool   only with ``masked_lm``: positions that losses on the text count, the hidden tokens; ``mask``
+                          then says which ones all other losses count
+    text_weight    float  [] with ``text_mask``: factor of the losses on the text
 
 A task other than the next token has other targets, and for one prediction per text ``targets`` and ``mask`` are
 [batch, 1]; see :mod:`distill.data.text_rows`. Training adds

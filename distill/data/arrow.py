@@ -28,7 +28,7 @@ def rows_of(batch: pyarrow.RecordBatch, *, from_disk: bool = False) -> Iterator[
         from_disk: whether its buffers are those of a file, which may be damaged: all of them are checked first.
 
     Raises:
-        pyarrow.ArrowInvalid: its buffers lead out of themselves.
+        pyarrow.ArrowInvalid: an offset points outside its buffer.
     """
     batch.validate(full=from_disk)
     names, columns = batch.schema.names, batch.columns

@@ -15,7 +15,7 @@ class ReplaceWords(Spec):
 
     candidates: Literal["embeddings", "masked_lm"] = "embeddings"
     """Where other words come from. embeddings: the nearest words in a model's embedding matrix; masked_lm: the words
-    that an encoder predicts in the place of the word, which it reads the text around (slower)."""
+    that an encoder predicts at that place from the surrounding text (slower)."""
     model: str = "teacher"
     """Whose embeddings, or the encoder of masked_lm: `teacher`, a folder or a Hub id. It may have another tokenizer."""
     probability: float = Field(0.4, gt=0, le=1)

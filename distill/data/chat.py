@@ -74,7 +74,7 @@ class Chat(SourceSpec):
         """Every row as it is written.
 
         Raises:
-            InputError: a file cannot be read, or the data set cannot be had.
+            InputError: a file cannot be read, or the data set cannot be loaded.
         """
         if self.hub is not None:
             where = f"{self.hub} ({', '.join(filter(None, (self.name, self.split)))})"
@@ -119,7 +119,7 @@ def _json(file: File) -> Iterator[Numbered]:
     if isinstance(rows, Unusable) or not isinstance(rows, list):
         why = rows.detail if isinstance(rows, Unusable) else f"it holds a {type(rows).__name__}"
         raise InputError(
-            f"{file}: a .json file must hold a list of rows ({why}); name it .jsonl if it has a row a line"
+            f"{file}: a .json file must hold a list of rows ({why}); name it .jsonl if it has a row per line"
         )
     yield from ((f"{file.as_posix()}:row {number}", row) for number, row in enumerate(rows, start=1))
 

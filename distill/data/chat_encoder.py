@@ -78,7 +78,7 @@ class ChatEncoder(TextEncoder):
         self._newline = self._chat_backend.encode("\n", add_special_tokens=False).ids
 
     def identity(self) -> list[Any]:
-        """All but the tokenizer that decides what becomes of a text."""
+        """Everything except the tokenizer on which the tokens of a text depend."""
         template, chat = self.rendering.template, self.chat
         told = {name: str(value) for name, value in template.given.items()}
         learned = f"{chat.learn_from}, validated on the assistant"
@@ -92,7 +92,7 @@ class ChatEncoder(TextEncoder):
         return other
 
     def rows(self, items: Sequence[Document | Conversation], *, with_bytes: bool) -> list[Encoded | Rejected]:
-        """See :meth:`Encoder.rows`; conversations may have several rows each."""
+        """See :meth:`TextEncoder.rows`; conversations may have several rows each."""
         plain = iter(super().rows([item for item in items if isinstance(item, Document)], with_bytes=with_bytes))
         rendered = [self._rendered(item) for item in items]
         tokenized = iter(self._tokenize([row.text for one in rendered if isinstance(one, tuple) for row in one[0]]))

@@ -130,7 +130,7 @@ class Tokens:
 
 
 def _in_its_form(template: ChatTemplate) -> str:
-    """A turn of the user's and one of the assistant's, in the form of messages that shows both."""
+    """Render a question and an answer; try both forms of content, and keep the one in which both appear."""
     why = "they do not show what was said"
     for template.as_parts in (False, True):
         try:
@@ -155,7 +155,7 @@ def _stop(tokens: Tokens, last: str, two: str) -> str | None:
 
 
 def _called(template: ChatTemplate) -> str | None:
-    """A turn that calls a tool, in the form of its arguments that shows them; None when none does."""
+    """Render a tool call; try both forms of arguments, and keep the one in which they appear. None if neither does."""
     for template.arguments_as_text in (False, True):
         try:
             text = template.render([_user(0), _CALLS], tools=[_TOOL])

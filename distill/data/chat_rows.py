@@ -10,9 +10,9 @@
         last begins with f[:e] -> a span of the conversation's row
         else                   -> a row of its own, f[:e]: the template rewrites the turn later, as where reasoning goes
 
-So every span stands behind exactly what the model will have read when it writes it. Neither ``{% generation %}`` in a
-template, which few have and which marks headers that no model writes, nor the length of ``render(messages before i)``
-alone, which is another text for every fourth template, says that.
+So the text before every span is exactly what the model has read when it writes the span. ``{% generation %}`` is not
+used: few templates have it, and it also marks headers that no model writes. The length of ``render(messages before i)``
+is not used either: without the generation prompt, every fourth template renders another text.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ class Rendering:
         last, (_, end) = turns[-1]
         main = self._render(conversation, len(conversation.messages), wanted[-1]) if learn_from == "all" else last
         spans = tuple(span for text, span in turns if main.startswith(text[: span[1]]))
-        alone = [(text, span) for text, span in turns if not main.startswith(text[: span[1]])]
+        rewritten = [(text, span) for text, span in turns if not main.startswith(text[: span[1]])]
         rows = [TextRow(main, spans, ((0, len(main)),))] if learn_from == "all" else [TextRow(main[:end], spans, spans)]
-        noted[OWN_ROWS] += len(alone)
-        return rows + [TextRow(text[: span[1]], (span,), (span,)) for text, span in alone], noted
+        noted[OWN_ROWS] += len(rewritten)
+        return rows + [TextRow(text[: span[1]], (span,), (span,)) for text, span in rewritten], noted
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text that the assistant goes on from; what the messages write out is marked.

@@ -234,8 +234,8 @@ class Corpus:
             f"{described(self.train)}; validation {len(validation):,} rows, {validation.num_predictions():,} "
             f"predictions, {self.validation_bytes:,} bytes"
         )
-        alone = {name: one.validation for name, one in self.by_source().items()}
-        return "\n".join([line, *lines_of_sources(self.train, alone), *self.notes()])
+        of_sources = {name: one.validation for name, one in self.by_source().items()}
+        return "\n".join([line, *lines_of_sources(self.train, of_sources), *self.notes()])
 
     def notes(self) -> list[str]:
         """What rows begin with, what was left out of the text and why, and what else was found in it; a line each."""
@@ -244,8 +244,8 @@ class Corpus:
             files = {"data.train": self.train.tokens, **files}
         lines = []
         for key, file in files.items():
-            alone = {f"{key}, {part.name}": part.tokens for part in file.parts} or {key: file}
-            lines += [line for where, one in alone.items() for line in one.tally.lines(where)]
+            parts = {f"{key}, {part.name}": part.tokens for part in file.parts} or {key: file}
+            lines += [line for where, one in parts.items() for line in one.tally.lines(where)]
         return [described_start(self.start), *lines] if self.start else lines
 
 

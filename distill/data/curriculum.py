@@ -1,10 +1,10 @@
 """An order of rows in which the first ones come from easy to hard.
 
-The usual order decides which rows stand at its first positions, and these are sorted. So a training reads the same
-rows as without, and a cache of its teacher holds them. They are sorted into :data:`LEVELS` levels of about as many rows
-each; within a level they stand as they did. So a batch is not made of copies of a row where the rows are read several
-times, nor of rows of one length alone. In a mixture the places of each source stay its own: its weight holds from the
-beginning.
+The usual order decides which rows are read in the sorted part of the training; they are only permuted. So a training
+reads the same rows with and without a curriculum, and a cache of its teacher contains them. They are sorted into
+:data:`LEVELS` levels with about the same number of rows. Within a level the order is unchanged, so a batch is not full
+of copies of one row, or of rows of one length. In a mixture, each source keeps its positions, so its weight holds from
+the start.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """A tokenizer with fewer tokens: which of them stay, and the same tokenizer without the others.
 
-    needed(t) = t and all that is merged on the way to it        counts(t) = how often the text has it
+    needed(t) = t and all intermediate tokens of its merges        counts(t) = how often t occurs in the text
 
-Special and added tokens stay, and those of one byte or one character, so that every text can still be written. A text
-all of whose tokens stay is cut into the same pieces as before: merges that made something else never competed there
-(byte-pair encoding), the longest piece is still the longest (WordPiece), the likeliest path still the likeliest
-(unigram). Any other text takes more and shorter tokens.
+Special and added tokens stay, and tokens of one byte or one character, so that every text can still be encoded. If all
+tokens of a text stay, its tokens do not change: the removed merges never applied in it (byte-pair encoding), the
+longest piece is still the longest (WordPiece), and the most likely path is still the most likely (unigram). Any other
+text takes more and shorter tokens.
 
 Prefer it where the vocabulary is a large part of a small model, or made for many languages of which one is wanted; not
 where the text to come is of another kind than the text that was counted.

@@ -71,7 +71,7 @@ class TextEncoder:
         self._written_out = WrittenOut.of(tokenizer)
 
     def identity(self) -> list[Any]:
-        """All but the tokenizer that decides what becomes of a text."""
+        """Everything except the tokenizer on which the tokens of a text depend."""
         return [self.start, *["in front of every row"] * bool(self.start)]
 
     def for_validation(self) -> TextEncoder:
@@ -140,9 +140,9 @@ class TextEncoder:
 
 
 PIECE = 1 << 20
-"""Characters that a tokenizer is given at once: it takes hundreds of bytes of memory for each of them."""
+"""Most characters that a tokenizer gets at once, because it takes hundreds of bytes of memory per character."""
 BOUNDARY = re.compile(r"(?<=\w) (?=\w)")
-"""Where byte-level tokenizers part words whatever stands around: before the space between two words."""
+"""Where byte-level tokenizers always separate words: before the space between two of them."""
 
 
 def pieces_of(text: str) -> Iterator[str]:

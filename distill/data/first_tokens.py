@@ -1,9 +1,9 @@
 """The tokens that a tokenizer puts around every text: a model trained with some in front never saw a row without them.
 
-Gemma, Llama 2 and Llama 3 put ``<bos>`` before each text, and their models give it most of their attention. A row that
-is cut out of the middle of a document lacks it, and the model predicts it far worse than the text deserves. So each
-stretch of text that a model reads by itself begins with the tokens that its tokenizer puts there, and they count in
-``sequence_length``. They are known from the text alone, no engine ever asks for them, so they are never predicted.
+The tokenizers of Gemma, Llama 2 and Llama 3 put ``<bos>`` before each text, and their models give it most of their
+attention. A row from the middle of a document lacks it, and the model's loss there is much too high. So each piece of
+text that a model reads separately begins with the tokens that its tokenizer puts there; they count in
+``sequence_length``. They follow from the tokenizer, so predicting them is useless, and they are never predicted.
 """
 
 from __future__ import annotations

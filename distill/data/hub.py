@@ -1,4 +1,4 @@
-"""A data set of the Hugging Face Hub, or a local folder in the same layout: one document a row."""
+"""A data set of the Hugging Face Hub, or a local folder in the same layout: one document per row."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Hub(ColumnsSpec):
 
     def rows(self, columns: frozenset[str] | None) -> Iterator[Numbered]:
         """Every row, in the data set's order."""
-        self._check_place()
+        self.check_place()
         found, names = load_rows(
             self._where(), self.path, self.name, self.split, revision=self.revision, streaming=self.streaming
         )
@@ -44,7 +44,7 @@ class Hub(ColumnsSpec):
 
     def class_names(self, column: str) -> tuple[str, ...] | None:
         """Those of a ``ClassLabel``, or of a list of them."""
-        self._check_place()
+        self.check_place()
         found, _ = load_rows(
             self._where(), self.path, self.name, self.split, revision=self.revision, streaming=self.streaming
         )
@@ -72,8 +72,12 @@ class Hub(ColumnsSpec):
     def _where(self) -> str:
         return f"{self.path} ({', '.join(filter(None, (self.name, self.split)))})"
 
-    def _check_place(self) -> None:
-        """Refuse files and folders that other sources read."""
+    def check_place(self) -> None:
+        """Refuse files and folders that other sources read.
+
+        Raises:
+            InputError: it is one of them.
+        """
         if (kind := OF_FILES.get(files.unpacked(self.path).rpartition(".")[2])) and Path(self.path).is_file():
             raise InputError(f"{self.path}: is a file and no data set; use kind: {kind}")
         if any((Path(self.path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -115,7 +119,7 @@ def load_rows(where: str, path: str, name: str | None, split: str, **how: Any) -
         how: further arguments of ``datasets.load_dataset``.
 
     Raises:
-        InputError: it cannot be had.
+        InputError: it cannot be loaded.
     """
     import datasets
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def order_of(packed: PackedRows, seed: int, taken: MicroBatches) -> EndlessOrder:
-    """The order in which rows train, where no other ones are to come first."""
+    """The training order without ``data.order``."""
     if packed.tokens.parts:
         return MixtureOrder(rows_of_sources(packed), seed, taken, alike=packed.packing == "padded")
     return GlobalOrder(len(packed), seed, taken, packed.lengths() if packed.packing == "padded" else None)
@@ -46,7 +46,7 @@ def rows_of_sources(packed: PackedRows) -> list[SourceRows]:
 
 
 def rows_to_calibrate(packed: PackedRows, seed: int, num_sequences: int) -> np.ndarray:
-    """The different rows among the first ones of an order of a mixture that is not that of training. int64 [rows]"""
+    """The first ``num_sequences`` rows of a mixture in an order of their own seed, without repetitions. int64 [rows]"""
     order = MixtureOrder(rows_of_sources(packed), seed, MicroBatches(1), purpose="calibration ")
     return np.array(list(dict.fromkeys(order.row_at(position) for position in range(num_sequences))))
 

@@ -108,7 +108,7 @@ class Mixture(SourceSpec):
         return hash_of([{name: source.identity() for name, source in some.items()} for some in named])
 
     def identity(self) -> str:
-        """What decides the text and the order of its rows; how often a source may be read does not."""
+        """A hash of everything that changes the text or its order; ``max_repeats`` does not."""
         return hash_of(self.fingerprint(), self.weights, self.temperature)
 
     def num_bytes(self) -> int | None:

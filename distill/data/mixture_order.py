@@ -1,21 +1,21 @@
 """The order of a mixture's rows: which source comes when is decided by the weights, and which of its rows by the seed.
 
-Every source is a list of its own, endless, each pass over its rows shuffled anew. The lists are merged by the tokens
-that they have given: with weights ``w_i`` that sum to 1, the row of source ``i`` after ``c`` of its tokens, which has
-``s`` tokens itself, stands at time
+Each source has an endless list of rows; every pass over the source is shuffled anew. Each row of a list gets a time:
 
-    (c + s / 2) / w_i                in tokens of all sources together
+    time = (c + s / 2) / w_i
 
-and rows come in the order of their times. Whatever the lengths of rows, at time ``T`` a source has given ``w_i T``
-tokens, but for half a row. So after any number of rows its tokens differ from its weight's share of all tokens by at
-most ``(1 + k w_i) / 2`` rows of the longest length, ``k`` being the number of sources. Where rows of like length shall
-follow each other (packing ``padded``) that holds at the end of each lap of about :data:`LAP` rows, within which they
-are sorted.
+    c    tokens of source i before the row
+    s    tokens of the row
+    w_i  weight of source i; the weights sum to 1
 
-The cost of finding the row of a position does not grow with the position: only the passes over the sources in which it
-lies are looked at.
-Random draws by weight would miss the weights by a share that shrinks with the square root of the rows alone; see
-``docs/data.md`` for what other frameworks do.
+All rows are sorted by time. At time ``T`` a source has contributed ``w_i T`` tokens, to within half a row, whatever the
+lengths of rows. So after any number of rows, the tokens of a source differ from its share ``w_i`` of all tokens by at
+most ``(1 + k w_i) / 2`` rows of the longest length, where ``k`` is the number of sources. With packing ``padded``, rows
+are sorted by length within laps of about :data:`LAP` rows, and the bound holds at the end of each lap.
+
+The time to find the row of a position does not grow with the position, because only the passes that contain the
+position are computed. With random draws by weight, the relative error of the weights would decrease only as
+``1 / sqrt(rows)``.
 """
 
 from __future__ import annotations

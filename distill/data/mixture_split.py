@@ -1,4 +1,6 @@
-"""The two sides of a mixture's text: each source is split for itself, and what one validates on none trains on."""
+"""Training and validation text of a mixture: each source is split separately, and validation text of one source is
+removed from the training text of all.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,10 @@ class OneText:
     """One source with its validation text.
 
     Attributes:
-        name: of the source in its mixture; empty where it is the only one.
-        data: the recipe's section, with this source alone.
-        split: of its documents.
-        others: stands for the sources beside it, which decide what of it is left out.
+        name: the source's name in its mixture; empty if it is the only one.
+        data: the recipe's section with only this source.
+        split: decides the side of each document.
+        others: hash of the other sources, because their validation text is removed from this one.
     """
 
     name: str

@@ -84,7 +84,7 @@ class PackedRows(Dataset[dict[str, "Tensor"]]):
     def leads(self, number: int) -> list[int]:
         """How many of the tokenizer's first tokens are put in front of each piece of a row."""
         leads = self.rows.leads_in(int(self.chosen[number]))
-        # of the documents in a stretch of the file only the first one can be without its beginning
+        # only the first document of a row can begin in its middle
         return leads + [0] * (len(self.pieces(number)) - 1) if self.packing == "documents" else leads
 
     def columns(self, number: int) -> np.ndarray:
@@ -93,7 +93,7 @@ class PackedRows(Dataset[dict[str, "Tensor"]]):
         return np.arange(sizes.sum()) + np.repeat(np.cumsum(leads), sizes)
 
     def predicted(self, number: int) -> np.ndarray:
-        """Tokens of the file that a row's counted predictions are of, in the row's order. int64 [predictions]"""
+        """Positions in the file of a row's counted targets, in the row's order. int64 [predictions]"""
         # the first token of a piece has nothing of the text before it that could predict it
         places = np.concatenate([np.arange(start + 1, start + size) for start, size in self.pieces(number)])
         self._file()

@@ -48,9 +48,10 @@ class PythonDocs(SourceSpec):
     """Use whole documents of about so many bytes, those that are held out among them; null uses all."""
 
     def documents(self) -> Iterator[Document]:
-        """One document a help topic and one a module, sorted by name; a text that came before is left out.
+        """One document per help topic and per module, sorted by name, without texts that occurred before.
 
-        Texts are compared as :func:`~distill.data.base.normalised`: names decide the split, and would part them.
+        They are compared after :func:`~distill.data.base.normalised`. Names decide the split, so otherwise equal texts
+        could be on both sides.
         """
         seen: set[bytes] = set()
         for document in self._chosen():

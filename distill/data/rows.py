@@ -1,15 +1,16 @@
 """How a flat file of tokens is cut into rows: which pieces of it stand in which row.
 
     wrapped     documents end to end, cut every ``sequence_length`` tokens; a token sees the documents before its own
-    documents   the same rows, but a token sees its own document alone
+    documents   the same rows, but a token sees only its own document
     best_fit    whole documents side by side, as many as fit; only one that is longer than a row is cut
-    padded      one document a row (a longer one is cut), in batches of like length, filled up to the longest
+    padded      one document per row (a longer one is cut), in batches of like length, padded to the longest
 
 Where the tokenizer puts tokens before a text, a piece that does not begin with its document gets them in front, and
 holds as many tokens less; see :mod:`distill.data.first_tokens`.
 
-Best fit, decreasing: the longest piece first, each into the fullest row that still takes it. It loses less of a
-sentence than cutting and, unlike padding, next to no room. Source: Ding et al. 2024, arXiv 2404.10830.
+``best_fit`` is best-fit decreasing: the longest piece first, each into the fullest row that still has space for it. It
+cuts fewer documents than ``wrapped``, and wastes much less space than padding. Source: Ding et al. 2024,
+arXiv 2404.10830.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def cut_into_rows(tokens: TokenFile, sequence_length: int, packing: Packing) -> 
         return _of_parts([(part.tokens, cut_into_rows(part.tokens, sequence_length, packing)) for part in tokens.parts])
     room = room_of(sequence_length, tokens.start)
     if packing in FULL:
-        # every row advances by as much, so that one that begins with a document has room left
+        # all rows hold `room` tokens of text, so a row that begins with a document has unused space
         starts = np.arange(0, tokens.num_tokens - 1, room)  # [rows], a piece each
         sizes = np.minimum(tokens.num_tokens - starts, room)
     else:
@@ -190,5 +191,5 @@ def belongs_to_start(start: Sequence[int], bounds: np.ndarray, ids: np.ndarray, 
 
 
 def _within(bounds: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Of tokens of a file, how many of their document stand before each. int64 [places]"""
+    """Offset of each token within its document. int64 [places]"""
     return np.asarray(places - bounds[np.searchsorted(bounds, places, "right") - 1])

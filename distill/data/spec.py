@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, TypeAdapter, ValidationError, model_validator
 
 from distill.core.spec import Family, Spec
 from distill.core.tasks import CausalLM, ModelTask
@@ -26,8 +26,6 @@ Packing = Literal["wrapped", "documents", "best_fit", "padded"]
 """How documents become rows; see :mod:`distill.data.rows`."""
 APART: tuple[Packing, ...] = ("documents", "best_fit")
 """Those with documents in a row that must not see each other."""
-OF_CONVERSATIONS = ("chat", "python_questions", "made")
-"""Kinds of sources that yield conversations; their rows are packed by ``best_fit`` where the recipe says nothing."""
 FULL: tuple[Packing, ...] = ("wrapped", "documents")
 """Those whose rows are full, but for the last one."""
 
@@ -56,22 +54,15 @@ TokenizerChoice = Annotated[
 ]
 
 
-def kinds_of(source: Any) -> Iterator[Any]:
-    """The kinds of a source, or of those of a mixture, as they were written."""
-    if isinstance(source, Mixture):
-        yield from (one.kind for one in source.sources.values())
-    elif isinstance(source, dict) and isinstance(source.get("sources"), dict):
-        for one in source["sources"].values():
-            yield from kinds_of(one)
-    else:
-        read = source.get if isinstance(source, dict) else lambda key: getattr(source, key, None)
-        kind = source if isinstance(source, str) else read("kind")
-        yield "made text" if kind == "made" and read("holds") == "text" else kind
+def holds_conversations(source: Any) -> bool:
+    """Whether a source as it is written in a recipe yields conversations; False for what is no source."""
+    try:
+        return _TEXT.validate_python(source).holds_conversations()
+    except ValidationError:
+        return False
 
 
-def of_conversations(kind: Any) -> bool:
-    """Whether a source of that kind yields conversations."""
-    return kind in OF_CONVERSATIONS
+_TEXT: TypeAdapter[SourceSpec] = TypeAdapter(Annotated[SourceSpec, TEXTS])
 
 
 class DataSpec(Spec):
@@ -80,8 +71,8 @@ class DataSpec(Spec):
     train: Annotated[SourceSpec, TEXTS]
     """The source of the training text, or a mixture of several."""
     validation: Annotated[SourceSpec, SOURCES] | None = None
-    """The source of the validation text; null holds a part of the training text out. Sources of a mixture have theirs
-    in it."""
+    """The source of the validation text; null: a part of the training text is held out. In a mixture it is set per
+    source, in train.validation."""
     held_out: float = Field(HELD_OUT, gt=0, lt=1)
     """Share of the training source's documents held out for validation; only when there is no validation source."""
     sequence_length: int = Field(ge=2)
@@ -89,7 +80,7 @@ class DataSpec(Spec):
     packing: Packing = "wrapped"
     """How documents share a row. wrapped: end to end, each token sees all before it; documents: the same rows, each
     token sees its own document alone; best_fit (the default for conversations): whole documents side by side; padded:
-    one a row, filled up."""
+    one per row, filled up."""
     chat: ChatSpec | None = None
     """How conversations become rows; null: by the teacher's chat template. No effect without a source of them."""
     max_dropped: float = Field(MAX_DROPPED, ge=0, le=1)
@@ -183,13 +174,12 @@ class DataSpec(Spec):
         """Whether a row can hold several documents that must not see each other."""
         return self.packing in APART
 
-    @model_validator(mode="before")
-    @classmethod
-    def _conversations_stay_whole(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or "packing" in value:
-            return value
-        is_whole = any(of_conversations(kind) for kind in kinds_of(value.get("train")))
-        return {**value, "packing": "best_fit"} if is_whole else value
+    @model_validator(mode="after")
+    def _conversations_stay_whole(self) -> DataSpec:
+        if "packing" not in self.model_fields_set and self.train.holds_conversations():
+            object.__setattr__(self, "packing", "best_fit")  # the default of a frozen model depends on another field
+            self.model_fields_set.add("packing")
+        return self
 
     @model_validator(mode="after")
     def _chat_is_for_conversations(self) -> DataSpec:

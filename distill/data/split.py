@@ -20,7 +20,8 @@ RULE = "texts are equal when their normalised forms are"
 class Split:
     """The two sides of a run's text. Texts that are equal as :func:`~distill.data.base.normalised` are never on both.
 
-    Rows that cannot be used are yielded with the side that their source stands for: training, where one is split.
+    Rows that cannot be used are yielded as validation rows if they come from the validation source, else as training
+    rows.
 
     Without a validation source a document is held out when the hash of its key, read as a number in [0, 1), is below
     ``held_out``. With one, training leaves out every document whose text is also in the validation source.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 TOKEN = np.dtype([("id", np.int64), ("place", np.int64)])
 """A token of a stream: its id, and its position in its document."""
 ENOUGH = 200
-"""Rows after which the share of those that cannot be used counts before the pass is over."""
+"""Number of rows after which a run may stop because too many cannot be used, before the end of the pass."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class Stream:
     def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
         """A batch of rows; see :func:`distill.data.packed_rows.batch_of`. rows: :data:`TOKEN` [batch, tokens]
 
-        A row in the middle of a document gets the tokenizer's first tokens in front; one that begins with a document
-        has them, and as much filling at its end.
+        A row in the middle of a document gets the tokenizer's first tokens in front. A row that begins with a document
+        already contains them, and is padded by as many tokens at its end.
         """
         size, start = rows.shape[1], self.encoder.start
         ids = np.full((len(rows), size + len(start)), self.encoder.end, np.int64)  # [batch, sequence]

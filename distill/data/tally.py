@@ -47,7 +47,7 @@ class Tally:
 
     @property
     def num_removed(self) -> int:
-        """Rows that could be used, but for what the recipe says."""
+        """Usable rows that the recipe excludes."""
         return sum(self.removed.values())
 
     @property

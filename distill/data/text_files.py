@@ -1,4 +1,4 @@
-"""Text files of one's own: one document a file."""
+"""Text files of one's own: one document per file."""
 
 from __future__ import annotations
 

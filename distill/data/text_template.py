@@ -22,6 +22,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from distill.data import files
 from distill.data.message import Unusable
 
+OF_CHATS = ("messages", "conversations", "prompt")
+"""Columns that hold conversations, which another kind of source reads."""
 ROW = "row"
 """Name of the whole row in a template, for columns whose names are not identifiers."""
 FORBIDDEN = {
@@ -111,7 +113,9 @@ class TextOf:
             raise Unusable("no such column", self.missing(list(row)) or "")
         text = row[self.text] if self._template is None else self._render(row)
         if not isinstance(text, str):
-            raise Unusable("wrong type", f"column {self.text!r} must hold a string (got {type(text).__name__})")
+            raise Unusable(
+                "wrong type", f"column {self.text!r} must hold a string (got {type(text).__name__}{_hint(self.text)}"
+            )
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
@@ -171,9 +175,15 @@ def _parsed(text: str, environment: _Environment) -> nodes.Template:
     return tree
 
 
+def _hint(column: str | None) -> str:
+    return "); use kind: chat for conversations" if column in OF_CHATS else ")"
+
+
 def _lacking(name: str, columns: list[str]) -> str:
     shown = ", ".join(map(repr, columns[:20])) + (", ..." if len(columns) > 20 else "")
-    return f"no column {name!r} (it has {shown or 'none'}); set text: COLUMN"
+    has_chats = next((column for column in OF_CHATS if column in columns), None)
+    fix = f"{has_chats!r} holds conversations: use kind: chat" if has_chats else "set text: COLUMN"
+    return f"no column {name!r} (it has {shown or 'none'}); {fix}"
 
 
 def _check(size: int) -> None:

@@ -1,4 +1,4 @@
-"""What an encoder makes of a batch of documents or conversations, as arrays that are written and sent as they are."""
+"""Tokens of a batch of documents or conversations, as arrays that processes exchange and that are written to disk."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Used(NamedTuple):
     """An item that is used.
 
     Attributes:
-        id: what a message calls it.
-        noted: as of :class:`~distill.data.encoder.Encoded`.
+        id: its name in messages.
+        noted: as in :class:`~distill.data.encoder.Encoded`.
         num_bytes: UTF-8 bytes of its text.
-        num_rows: that it has become.
-        is_conversation: and no document.
-        words: in it, and of them replaced; None where it is no copy of a document.
+        num_rows: number of rows made from it.
+        is_conversation: whether it is a conversation.
+        words: number of words in it, and number of those that were replaced; None if it is no augmented copy.
     """
 
     id: str

@@ -17,7 +17,7 @@ CHECKED = 20
 CHECKED_TOKENS = 512
 """... and how many ids of each."""
 MARGIN = 8
-"""Ids at the end of such a part that may differ, as the text does not end there."""
+"""Last ids of the compared part, which may differ because the text was cut there."""
 NOT_OURS = "ids of another tokenizer"
 
 
@@ -84,7 +84,7 @@ class TokenEncoder(TextEncoder):
             is_enough: whether each of them is compared anyway.
 
         Raises:
-            InputError: so they are.
+            InputError: an id is out of range, or the ids are those of another tokenizer.
         """
         for item in items:
             if (largest := int(item.ids.max())) >= self._num_tokens:

@@ -16,7 +16,7 @@ from distill.data.encoder import TextEncoder
 from distill.data.token_chunk import Chunk, chunk_of
 from distill.data.token_processes import num_processes, one_thread_each
 
-ALONE_BYTES = 2_000_000
+WORKER_BYTES = 2_000_000
 """Bytes of text that one process encodes, in about a second, before others are started; it fills their caches too."""
 
 
@@ -35,7 +35,7 @@ def chunks(batches: Iterable[list[Item]], encoder: TextEncoder, *, with_bytes: b
         chunk = encode(batch)
         yield chunk
         size += chunk.num_bytes
-        if number > 1 and size >= ALONE_BYTES:
+        if number > 1 and size >= WORKER_BYTES:
             break
     else:
         return

@@ -155,17 +155,17 @@ def _around(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def check_read_back(tokenizer: PreTrainedTokenizerFast, model_type: str) -> None:
-    """Refuse a new model beside which this tokenizer would be read as another one.
+    """Refuse an architecture for which transformers would load this tokenizer with other rules.
 
-    For some architectures (Qwen2) transformers passes over what ``tokenizer_config.json`` says and reads every
-    vocabulary with the architecture's own rules for cutting text.
+    For some architectures (Qwen2) transformers ignores ``tokenizer_config.json`` and splits text by the architecture's
+    own rules, whatever the vocabulary.
 
     Args:
-        tokenizer: what is to be saved with the model.
+        tokenizer: the one that will be saved with the model.
         model_type: of the model's config.
 
     Raises:
-        InputError: text would be cut otherwise.
+        InputError: text would get other tokens.
     """
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

@@ -1,18 +1,22 @@
-"""Ids of words that were tokenized before: most of a text is words that it has had already.
+"""Ids of words that were tokenized before, because most words of a text occur several times.
 
     text = w1 w2 ... wn, cut before each space that follows no whitespace     "Of mice, and men" -> Of| mice,| and| men
     ids(text) = ids(w1) ids(w2) ... ids(wn)
 
-A new word that ends with punctuation behind a letter or a digit is cut there once more, as its parts may be known.
+An unknown word that ends with punctuation after a letter or a digit is cut there once more, because its parts may be
+known.
 
-The equation holds where no rule of the tokenizer reaches across a cut. That is so for byte-level byte-pair encoding
-behind one of :data:`PATTERNS`, which cut text into pieces that are encoded one by one: in each of them a space begins a
-piece or continues whitespace, a letter or digit is never in a piece with what :data:`MARKS` has, and the one
-look-ahead, ``\\s+(?!\\S)``, is about whitespace, which never stands before a cut. Added tokens must not hold a cut
-either, nor take whitespace behind them. For any other tokenizer there is no cache.
+The equation holds if no rule of the tokenizer depends on text on both sides of a cut. This is true for byte-level
+byte-pair encoding with one of :data:`PATTERNS`, which split the text into pieces that are encoded separately:
 
-Prefer it for much text of few words, which is all natural language written with spaces, and most code. It is no faster
-for text without spaces, or where most words are new; it then rests, and texts are encoded as they are.
+- A space begins a piece, or continues whitespace.
+- A letter or digit is never in the same piece as a character of :data:`MARKS`.
+- The only look-ahead, ``\\s+(?!\\S)``, matches whitespace, which is never directly before a cut.
+
+Also, no added token may contain a cut, or strip the whitespace after it. Other tokenizers get no cache.
+
+It is faster for natural language that is written with spaces, and for most code. For text without spaces, or in which
+most words are new, it is not; then it is bypassed, and texts are encoded whole.
 """
 
 from __future__ import annotations

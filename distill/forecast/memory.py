@@ -74,7 +74,7 @@ class MemoryModel:
         lora: adapters that are trained in place of the weights, or None.
         quantized: whether the student computes with fake-quantized weights.
         rounds_head: whether the student's output head is fake-quantized too.
-        lone_forward_kl: whether its one loss on logits is the forward KL at T = 1, which needs the least memory.
+        is_in_place: whether it has one loss on logits, which overwrites them and so needs the least memory.
         precision: of the student's arithmetic.
         micro_batch_size: sequences at once.
         accumulates: whether a step has several micro-batches.
@@ -95,7 +95,7 @@ class MemoryModel:
     head_only: bool
     lora: LoraSpec | None
     quantized: bool
-    lone_forward_kl: bool
+    is_in_place: bool
     precision: Precision
     micro_batch_size: int
     accumulates: bool
@@ -184,7 +184,7 @@ class MemoryModel:
         chunk = tokens_at_once(max(of.vocabulary, of.hidden), tokens, on_cpu=self.on_cpu)
         logits, half = chunk * of.vocabulary, self.precision != "32-true"
         rows = min(logits, numbers_at_once(1, on_cpu=self.on_cpu))
-        tiles = 1 if self.lone_forward_kl else 6 if self.is_taught else 2  # distributions and gradients of a tile
+        tiles = 1 if self.is_in_place else 6 if self.is_taught else 2  # distributions and gradients of a tile
         need = FP32 * (logits + tiles * rows) + tokens * self.weight_bytes * of.hidden
         if self.rounds_head:
             need += self.weight_bytes * of.head_weights  # as it is multiplied

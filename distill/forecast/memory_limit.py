@@ -11,7 +11,7 @@ from math import isqrt
 from typing import get_args
 
 from distill.forecast.memory import MemoryModel, Precision
-from distill.losses import ForwardKL, LossSpec
+from distill.losses import LossSpec
 from distill.models.configs import count, largest
 from distill.pruning.layout import Config
 from distill.stages.base import View
@@ -80,6 +80,7 @@ def memory_model_of(forecast: Forecast, view: View, limit: MemoryLimit) -> Memor
     micro, num_micro = split_batch(training.budget, compute, num_processes)
     teacher, is_cached, lacks_teacher = _teacher(training.teacher, view)
     automatic: Precision = "bf16-mixed" if limit.on_gpu else "32-true"
+    on_logits = [loss for loss in training.losses if isinstance(loss, LossSpec)]
     return MemoryModel(
         student=student,
         teacher=teacher,
@@ -89,7 +90,7 @@ def memory_model_of(forecast: Forecast, view: View, limit: MemoryLimit) -> Memor
         lora=training.lora,
         quantized=training.fake_quant is not None,
         rounds_head=training.fake_quant is not None and training.fake_quant.embeddings_grid() is not None,
-        lone_forward_kl=[loss for loss in training.losses if isinstance(loss, LossSpec)] == [ForwardKL()],
+        is_in_place=len(on_logits) == 1 and on_logits[0].has_in_place,
         is_own_teacher=training.teacher is None and any(loss.needs_teacher for loss in training.losses),
         precision=next((p for p in get_args(Precision) if p == compute.precision), automatic),
         micro_batch_size=micro,
@@ -136,10 +137,10 @@ def lines(model: MemoryModel, batch_size: int, compute: ComputeSpec, limit: Memo
         + ["the teacher, whose config is not on this machine"] * model.lacks_teacher
     )
     if limit.on_gpu and compute.devices == "auto" and limit.num_gpus is None and not model.is_single_process:
-        yield "compute.devices: auto is counted as one GPU a machine, as none is seen here"
+        yield "compute.devices: auto is counted as one GPU per machine, as none is seen here"
     copy = ", and a copy in the machine's own memory" if model.writes_behind else ""
     yield (
-        f"{batch_size * model.sequence_length:,} tokens a step, {at_once} at once; a checkpoint is "
+        f"{batch_size * model.sequence_length:,} tokens per step, {at_once} at once; a checkpoint is "
         f"{amount(model.checkpoint_bytes())}, up to {compute.keep_checkpoints + 1} on disk at a time{copy}"
     )
     if model.sharded and model.num_processes > 1:

@@ -139,7 +139,9 @@ def missing_text(recipe: Recipe) -> Iterator[str]:
             try:
                 if source.is_remote():
                     check_reader(source.paths())
-                elif not isinstance(source, Hub):
+                elif isinstance(source, Hub):
+                    source.check_place()
+                else:
                     source.num_bytes()
             except InputError as error:
                 yield f"{recipe.name}: {where}{key.removeprefix('data')}: {error}"

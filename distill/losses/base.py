@@ -27,7 +27,7 @@ class AnyLossSpec(Spec):
     """Whether the loss reads the next token of the text. On-policy samples have no such token."""
 
     compares: ClassVar[Literal["distributions", "values"]] = "distributions"
-    """What the outputs of the heads are to this loss: logits, or plain numbers such as scores and embeddings."""
+    """Kind of the heads' outputs: logits of a distribution, or plain numbers such as scores and embeddings."""
 
     kind: str
     weight: Weight = 1.0
@@ -85,16 +85,19 @@ class LossSpec(AnyLossSpec):
             value = self(student, teacher, tile.targets.clone(), on).sum
             return value.detach(), torch.autograd.grad(value, student)[0]
 
-    def in_place(self, tile: LogitTile) -> InPlace | None:
+    @property
+    def has_in_place(self) -> bool:
+        """Whether :meth:`in_place` exists for these settings. It needs only one tile of memory."""
+        return False
+
+    def in_place(self, tile: LogitTile) -> InPlace:
         """Compute the same loss, and overwrite the student's logits with its gradient.
 
-        This is called if the step has only one loss, because it is faster. It overwrites both logits of the tile: the
-        student's, over the vocabulary that both models have, with the gradient. So the tile cannot be read afterwards.
-
-        Returns:
-            None if the loss has no such form, or not for its settings; the tile is unchanged then.
+        This is called if the step has only one loss and :attr:`has_in_place` is True, because it is faster. It
+        overwrites both logits of the tile: the student's, over the vocabulary that both models have, with the gradient.
+        So the tile cannot be read afterwards.
         """
-        return None
+        raise NotImplementedError(f"{self.kind} has no form that overwrites the logits")
 
 
 def shared_log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ def tokens_at_once(vocabulary: int, num_tokens: int, *, on_cpu: bool) -> int:
 
     On a CPU, matrix products of fewer than 128 rows lose a third of their speed, and more than 256 rows gain little.
     All chunks of a batch have about the same size, so that no small chunk remains at the end.
+
     Args:
         vocabulary: number of rows of the head's weight.
         num_tokens: number of tokens of the batch.

@@ -49,10 +49,13 @@ class ForwardKL(LossSpec):
         value = temperature**2 * tile.forward_kl(temperature).sum()
         return value, tile.difference(pair.q, pair.p).mul_(temperature)
 
-    def in_place(self, tile: LogitTile) -> InPlace | None:
-        """At temperature 1. It overwrites the student's logits with the gradient, and the teacher's logits too."""
-        if number(self.temperature) != 1.0:
-            return None
+    @property
+    def has_in_place(self) -> bool:
+        """At temperature 1."""
+        return self.temperature == 1.0
+
+    def in_place(self, tile: LogitTile) -> InPlace:
+        """It overwrites the student's logits with the gradient, and the teacher's logits too."""
         student, teacher = tile.shared()
         with tile.borrow(student) as scratch:
             value = kl_and_gradient_(teacher, student, scratch).sum()

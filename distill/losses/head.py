@@ -151,11 +151,11 @@ def _losses_of_tile(
     """
     weights = [number(loss.weight) for _, loss in losses]
     # a single loss may have a faster form, which overwrites the tile
-    alone = losses[0][1].in_place(tile) if len(losses) == 1 and tile.teacher is not None else None
-    if alone is not None:
+    if len(losses) == 1 and tile.teacher is not None and losses[0][1].has_in_place:
+        fused = losses[0][1].in_place(tile)
         if learn:
             _scale_in_place(tile, weights[0])
-        return [weights[0] * alone.value, alone.value, alone.kl]
+        return [weights[0] * fused.value, fused.value, fused.kl]
     found = [_value_and_gradient(loss, tile) for _, loss in losses]
     values = [value for value, _ in found]
     total = torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum()

@@ -3,10 +3,10 @@
     loss = T^2 * KL(p || m),   m = alpha * p + (1 - alpha) * q,   p = softmax(teacher / T),  q = softmax(student / T)
     d loss / d student = -T * (1 - alpha) * q * (r - sum_v q_v r_v),   r = p / m
 
-The mixture is nowhere smaller than alpha * p, so a token to which the student gives no probability costs at most log(1
-/ alpha), and its gradient stays small. This makes training more stable than forward KL if student and teacher are far
-apart, and on text that the student generates. If they are close to each other, the gradient is (1 - alpha)^2 times that
-of forward KL, without an advantage.
+The mixture is nowhere smaller than alpha * p, so a token to which the student gives no probability costs at most
+``log(1 / alpha)``, and its gradient stays small. This makes training more stable than forward KL if student and teacher
+are far apart, and on text that the student generates. If they are close to each other, the gradient is (1 - alpha)^2
+times that of forward KL, without an advantage.
 
 Source: Ko et al. 2024, arXiv 2402.03898 (DistiLLM), skew KL, which also uses alpha = 0.1. For T^2 see arXiv 1503.02531,
 section 2.

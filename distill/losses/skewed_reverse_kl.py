@@ -3,9 +3,9 @@
     loss = T^2 * KL(q || m),   m = alpha * q + (1 - alpha) * p,   p = softmax(teacher / T),  q = softmax(student / T)
     d loss / d student = T * q * (r - sum_v q_v r_v),   r = log q - log m - alpha * q / m
 
-The mixture is nowhere smaller than alpha * q, so a token to which the teacher gives no probability costs at most log(1
-/ alpha), whereas reverse KL has no bound. So prefer it to reverse KL. Like reverse KL it is mode-seeking and usually
-gives a worse perplexity. The gradient includes the part through q in the mixture.
+The mixture is nowhere smaller than alpha * q, so a token to which the teacher gives no probability costs at most
+``log(1 / alpha)``, whereas reverse KL has no bound. So prefer it to reverse KL. Like reverse KL it is mode-seeking and
+usually gives a worse perplexity. The gradient includes the part through q in the mixture.
 
 Source: Ko et al. 2024, arXiv 2402.03898 (DistiLLM), skew reverse KL, which also uses alpha = 0.1. For T^2 see arXiv
 1503.02531, section 2.

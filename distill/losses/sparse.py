@@ -2,7 +2,6 @@
 
 There are two forms. With ``tail``, k tokens are stored, and the probability mass of all other tokens is one additional
 outcome. Forward KL over these k + 1 outcomes,
-these k + 1 outcomes,
 
     sum_i p_i (log p_i - log q_i) + p_tail (log p_tail - log q_tail),   q_tail = the student's mass of the other tokens,
 

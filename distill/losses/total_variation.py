@@ -3,10 +3,10 @@
     loss = 1/2 * sum_v |p_v - q_v|,   p = softmax(teacher),  q = softmax(student)
     d loss / d student = 1/2 * q * (r - sum_v q_v r_v),   r = sign(q - p)
 
-It is symmetric, between 0 and 1, and compares probabilities and not log-probabilities, so rare tokens hardly matter. 1
-- loss is the fraction of the student's samples that speculative decoding with this teacher accepts. Prefer it for a
-draft model, or if the teacher's tail is noise. For a low perplexity prefer forward KL, because here a token with a very
-small student probability has almost no gradient.
+It is symmetric, between 0 and 1, and compares probabilities and not log-probabilities, so rare tokens hardly matter.
+``1 - loss`` is the fraction of the student's samples that speculative decoding with this teacher accepts. Prefer it for
+a draft model, or if the teacher's tail is noise. For a low perplexity prefer forward KL, because here a token with a
+very small student probability has almost no gradient.
 
 The loss is not differentiable where p_v = q_v: the gradient does not become smaller close to the optimum, so the
 learning rate has to decay. It has no temperature, because its gradient scales with 1 / T and not with 1 / T^2, so the

@@ -18,7 +18,7 @@ _FIRST, _SECOND = 5, 3
 
 @torch.no_grad()
 def check_apart(model: PreTrainedModel) -> None:
-    """Compare the hidden states of a document after another one in the same row with those of the document alone.
+    """Compare a document's hidden states after another document in the same row with those in a row of its own.
 
     transformers recognises packed rows by position ids that restart at 0, but not for every architecture: some have a
     recurrent state, some take no position ids, some compute positions themselves.
@@ -34,7 +34,7 @@ def check_apart(model: PreTrainedModel) -> None:
     training = model.training
     model.eval()
     try:
-        alone = hidden_states(model, second.unsqueeze(0))[0].float()  # [_SECOND, hidden]
+        single = hidden_states(model, second.unsqueeze(0))[0].float()  # [_SECOND, hidden]
         behind = hidden_states(model, rows, position_ids=places)[:, _FIRST:].float()
     except TypeError:
         raise _mixes(model, "it takes no position_ids") from None
@@ -45,8 +45,10 @@ def check_apart(model: PreTrainedModel) -> None:
     # 0
     if (seen := _differ(behind[0], behind[1])) > 0:
         raise _mixes(model, f"the first document changes the second by {seen:.2g} of its size")
-    if (moved := _differ(behind[0], alone)) > max(16 * eps, 1e-4):
-        raise _mixes(model, f"a second document differs from the same document alone by {moved:.2g} of its size")
+    if (moved := _differ(behind[0], single)) > max(16 * eps, 1e-4):
+        raise _mixes(
+            model, f"a second document differs from the same document in its own row by {moved:.2g} of its size"
+        )
 
 
 def _differ(one: Tensor, other: Tensor) -> float:

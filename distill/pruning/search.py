@@ -208,9 +208,9 @@ class SearchSpace:
 
     def corners(self) -> list[dict[str, int]]:
         """The smallest size of each axis alone, and of all axes together if that can be built."""
-        alone = [{key: min(size for k, size in self.knots() if k == key)} for key in dict(self.knots())]
-        together = {key: size for choice in alone for key, size in choice.items()}
-        return [*alone, *([together] if len(alone) > 1 and self.possible(together) else [])]
+        smallest = [{key: min(size for k, size in self.knots() if k == key)} for key in dict(self.knots())]
+        together = {key: size for choice in smallest for key, size in choice.items()}
+        return [*smallest, *([together] if len(smallest) > 1 and self.possible(together) else [])]
 
     def unevenness(self, candidate: Candidate) -> float:
         """Largest minus smallest kept fraction over the axes; 0 if every axis is cut by the same fraction."""
@@ -227,10 +227,10 @@ class SearchSpace:
             losses: measured losses at :meth:`knots`.
         """
         return sum(
-            self._between(key, self._alone(key, size, candidate), losses) for key, size in candidate.keep.items()
+            self._between(key, self._single(key, size, candidate), losses) for key, size in candidate.keep.items()
         )
 
-    def _alone(self, key: str, size: int, candidate: Candidate) -> float:
+    def _single(self, key: str, size: int, candidate: Candidate) -> float:
         """The size for a cut along this axis alone.
 
         Where KV groups are cut as well, the number of heads is scaled to all groups, because the heads that a removed

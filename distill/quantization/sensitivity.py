@@ -12,7 +12,7 @@ that of the knapsack's relaxation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,15 @@ from torch import Tensor, nn
 
 from distill.core.errors import InputError
 from distill.core.stop import stoppable
-from distill.numerics.kl import kl_summands
+from distill.numerics.kl import kl
 from distill.numerics.term import LossTerm
 from distill.quantization.base import QuantizerSpec
 from distill.quantization.fake_quant import FakeQuantLinear, fake_quant_layers, switch
 
-Logits = Callable[[Mapping[str, Tensor]], Tensor]
+Predictions = Callable[[dict[str, Tensor]], Callable[[slice], Tensor]]
+"""A batch -> a part of its counted tokens -> their logits [tokens, vocabulary], as of
+:func:`distill.evaluation.quality.predictions_of`."""
+CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,17 @@ class Sensitivity:
 
 @torch.no_grad()
 def sensitivity(
-    model: nn.Module, grids: Sequence[QuantizerSpec], batches: Iterable[Mapping[str, Tensor]], logits: Logits
+    model: nn.Module, grids: Sequence[QuantizerSpec], batches: Iterable[dict[str, Tensor]], predictions: Predictions
 ) -> list[Sensitivity]:
-    """Quantize each linear layer alone with each quantizer: one pass over the batches per layer and quantizer.
+    """Quantize only one linear layer at a time, with each quantizer: one pass over the batches per layer and quantizer.
+
+    Logits are computed for :data:`CHUNK_TOKENS` tokens at a time.
 
     Args:
         model: prepared, with any quantizer; it is not changed.
         grids: the quantizers to try; none may learn its scale.
         batches: ``input_ids`` and ``mask``, [batch, sequence]; tokens where the mask is True are counted.
-        logits: batch -> [batch, sequence, vocabulary].
+        predictions: of the model.
 
     Raises:
         InputError: the masks select no token, or a quantizer does not fit a layer.
@@ -69,14 +74,20 @@ def sensitivity(
         model.eval()
         switch(model, enabled=False)
         for batch in batches:
-            full = logits(batch)[batch["mask"]].double().log_softmax(-1)  # [tokens, vocabulary]
-            count += len(full)
+            full = predictions(batch)
+            num_tokens = int(batch["mask"].sum())
+            count += num_tokens
             for name, layer in stoppable(layers.items()):
                 for index, grid in enumerate(grids):
                     layer.spec, layer.inputs, layer.enabled = grid, None, True
-                    quantized = logits(batch)[batch["mask"]].double().log_softmax(-1)  # [tokens, vocabulary]
-                    summed = kl_summands(full, quantized).sum().cpu()
-                    terms[name][index] += LossTerm(summed, torch.tensor(len(full)))
+                    quantized = predictions(batch)
+                    for start in range(0, num_tokens, CHUNK_TOKENS):
+                        piece = slice(start, min(start + CHUNK_TOKENS, num_tokens))
+                        layer.enabled = False  # the layer may be the head, which is called here
+                        log_p = full(piece).double().log_softmax(-1)  # [chunk, vocabulary]
+                        layer.enabled = True
+                        log_q = quantized(piece).double().log_softmax(-1)  # [chunk, vocabulary]
+                        terms[name][index] += LossTerm(kl(log_p, log_q).sum().cpu(), torch.tensor(len(log_p)))
                 layer.enabled = False
     finally:
         for name, layer in layers.items():

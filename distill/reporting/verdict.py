@@ -141,8 +141,8 @@ def verdict(rows: Sequence[Row]) -> str:
     if student is None:
         return " ".join(said) if (said := findings(rows)) else "No student was measured."
     if teacher is None:
-        alone = f"{student.name}: {_quality(student, None)}; no teacher was measured, so nothing is compared."
-        return " ".join([alone, *findings(rows)])
+        line = f"{student.name}: {_quality(student, None)}; no teacher was measured, so nothing is compared."
+        return " ".join([line, *findings(rows)])
     others = [row for row in rows if row.role == "student" and row is not student and not row.is_file]
     rounded = [row for row in others if row.scheme is not None]
     found = gaps(rows)

@@ -12,7 +12,7 @@ from distill.core.spec import Spec
 from distill.data.base import SourceSpec
 from distill.data.made import Made
 from distill.data.mixture import Mixture
-from distill.data.spec import DataSpec, Packing, kinds_of, of_conversations
+from distill.data.spec import DataSpec, Packing, holds_conversations
 from distill.stages.base import StageSpec
 
 INHERITED = ("sequence_length", "tokenizer", "validation_tokens", "calibration_sequences", "held_out")
@@ -153,8 +153,7 @@ def with_inherited(section: Any, data: Any) -> Any:
     if isinstance(section.get("mixture"), dict) and "train" not in section:
         section = _mixed(section, data)
     keys = [key for key in INHERITED if key in data and not (key == "held_out" and section.get("validation"))]
-    kinds = [kind for key in ("train", "validation") for kind in kinds_of(section.get(key))]
-    if "chat" in data and any(of_conversations(kind) for kind in kinds):
+    if "chat" in data and any(holds_conversations(section.get(key)) for key in ("train", "validation")):
         keys.append("chat")
     return {**{key: data[key] for key in keys}, **section}
 

@@ -137,7 +137,7 @@ def train(
         scored_by: reference of a teacher that is loaded, whose loss may order the rows.
 
     Returns:
-        Figures: steps, tokens, seconds of training, tokens a second.
+        Figures: steps, tokens, seconds of training, tokens per second.
 
     Raises:
         RankDone: in all processes but the first.
@@ -256,7 +256,7 @@ def _with_documents(context: StageContext, source: Teacher) -> Teacher:
 def open_on_policy(
     context: StageContext, budget: BudgetSpec, student: PreTrainedModel, teacher: Teacher | None, reference: str | None
 ) -> OnPolicy | None:
-    """What writes the student's own sequences, when the stage asks for them.
+    """The sampler of on-policy sequences; None if the stage does not use them.
 
     Args:
         context: of the stage.
@@ -300,7 +300,7 @@ def _of_conversations(
         if not theirs & {*stops}:
             raise InputError(
                 f"on_policy: the chat template ends a turn with token {' or '.join(map(str, stops))}, the teacher with "
-                f"{' or '.join(map(str, sorted(theirs))) or '(none)'}, so own sequences would not learn to end; take "
+                f"{' or '.join(map(str, sorted(theirs))) or '(none)'}, so its own samples would never end; take "
                 "the teacher's own template (data.chat.template: teacher), or add that eos_token_id to its "
                 "generation_config.json"
             )

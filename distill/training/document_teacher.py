@@ -6,9 +6,9 @@ So the student learns to answer without the document as the teacher answers with
 differ; those of the answer are the same, so position p of a student's row is position p + s of the teacher's, where s
 is the number of tokens that the document adds. The losses see the teacher's hidden states at the student's positions.
 
-The teacher reads each conversation by itself, without padding. So what it says of one depends on neither the batch nor
-the order, and is kept in memory: with several passes over the rows it is computed once. Samples of the student do not
-return, and are not kept.
+The teacher reads each conversation separately, without padding. So its output depends only on the conversation, not
+on the batch or the order. It is cached in memory, and computed once for several passes over the rows. On-policy samples
+never repeat, so their output is not cached.
 
 Source: Kujanpaa et al. 2024, arXiv 2412.14964; Snell et al. 2022, arXiv 2209.15189 (context distillation).
 """

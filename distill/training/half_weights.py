@@ -10,10 +10,11 @@ FREQUENCIES = "inv_freq"
 
 
 class HalfWeights(HalfPrecision):
-    """``bf16-true`` of Lightning, which would round the buffers as well.
+    """Lightning's ``bf16-true``, but rotary frequencies stay in fp32.
 
-    A position times a frequency of 8 bits is wrong by many radians in long rows: the cosine at position 1024 has an
-    error of 0.9. Models that are read from a file in bf16 have their frequencies in fp32, and so has what is shipped.
+    Lightning also rounds buffers to bf16. A frequency of 8 bits times a position is wrong by many radians in long rows:
+    the cosine at position 1024 has an error of 0.9. A model that is loaded in bf16 has its frequencies in fp32, and so
+    has the exported model.
     """
 
     def __init__(self) -> None:

@@ -4,11 +4,12 @@ One optimizer step, in the order of Lightning's calls. Hooks are methods of this
 :mod:`distill.training.record`, ``guard``, ``show_progress``, ``ask``, ``outlook`` and ``saver``:
 
     for each micro-batch of the step
+        0. hook on_before_batch_transfer          find the counted positions, while the batch is on the CPU
         1. hook on_train_batch_start              enable fake quantization or hold its scales, if their step is reached
         2. hook training_step                     compute the losses of the micro-batch, summed over its tokens
         3. Lightning: backward                    of that sum, divided by the number of micro-batches; the gradients
                                                   are accumulated, and then DDP averages them over the ranks
-    once per step, after the last micro-batch
+    once per step, after the last micro-batch (hook optimizer_zero_grad freed the gradients before the first one)
         4. hook on_before_optimizer_step          scale the gradients to the mean over all tokens of the step
         5. hook configure_gradient_clipping       clip; mark the step as skipped if its loss or gradient is not finite
         6. torch: AdamW                           update the weights, unless the step is marked
@@ -125,7 +126,7 @@ class DistillationModule(pl.LightningModule):
         if teacher is None and any(loss.needs_teacher for loss in specs):
             raise ValueError(f"{[loss.kind for loss in specs if loss.needs_teacher]} need a teacher")
         if len({loss.compares for loss in specs if isinstance(loss, LossSpec)}) > 1:
-            raise ValueError("losses on distributions and on plain values do not share one head")
+            raise ValueError("cannot combine losses on logits with losses on scores or embeddings")
         self.student = student
         self.losses = [(loss.kind, loss) for loss in specs]
         self.validation = [(loss.kind, loss) for loss in validation if not loss.needs_teacher or teacher is not None]
@@ -210,9 +211,9 @@ class DistillationModule(pl.LightningModule):
             self.teacher.move(self.device)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Look at the batch's numbers while they are on the CPU, so that nothing waits for the GPU to ask them.
+        """Compute the counted positions on the CPU, because computing them on a GPU would make the CPU wait for it.
 
-        The positions that count are added. Position ids that never restart are left out, as a model makes the same.
+        Drop position ids that never restart, because models count the same by themselves.
         """
         if "mask" not in batch:
             if not {"input_ids", "labels"} <= batch.keys():
@@ -234,9 +235,9 @@ class DistillationModule(pl.LightningModule):
         return {**batch, KEPT: kept}
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        """Free the gradients; under DDP set them to zero, as they are a part of its buckets.
+        """Free the gradients; under DDP set them to zero, because they are views of its buckets.
 
-        Freed, those of the first micro-batches would be a second copy beside the buckets until the last one.
+        If they were freed, the first micro-batches would allocate gradients outside the buckets, a second copy.
         """
         optimizer.zero_grad(set_to_none=not isinstance(self.trainer.strategy, DDPStrategy))
 

@@ -116,7 +116,7 @@ class Checkpoints(StepEnd):
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
         if trainer.global_rank and not self.pending_validation and not isinstance(trainer.strategy, Sharded):
-            for parameter in module.parameters():  # only the first process goes on with the model
+            for parameter in module.parameters():  # only the first process uses the model after this
                 parameter.grad, parameter.data = None, parameter.data.new_empty(0)
 
     def _look(self, trainer: pl.Trainer, module: DistillationModule) -> None:

@@ -60,13 +60,13 @@ class Sharded(ModelParallelStrategy):
     def shard(
         self, student: PreTrainedModel, maps: Iterable[nn.Module], teacher: Teacher | None, *, bf16: bool
     ) -> None:
-        """Shard what a module trains and learns from, in place; nothing to do the second time.
+        """Shard student, projections and teacher in place; later calls have no effect.
 
         Args:
             student: the model that is trained.
-            maps: learned beside it.
-            teacher: shards what it has in memory beside the student.
-            bf16: whether the student computes in it.
+            maps: learned projections of the losses on hidden states.
+            teacher: shards its own model.
+            bf16: whether the student computes in bf16.
 
         Raises:
             InputError: the student's weights are masked.
@@ -85,7 +85,7 @@ class Sharded(ModelParallelStrategy):
             teacher.shard(mesh)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """On rank 0 what is trained, gathered; what is frozen as shards; and copies of everything else."""
+        """On rank 0 the trained weights gathered, the frozen weights as shards, and copies of all other state."""
         assert self.lightning_module is not None
         trained = {
             name for name, p in self.lightning_module.named_parameters(remove_duplicate=False) if p.requires_grad

@@ -156,8 +156,10 @@ class _ClosedForm(torch.autograd.Function):
         value = torch.zeros(())
         if on.any():
             tile = LogitTile(ours, theirs, targets.flatten()[on])
-            alone = loss.in_place(tile) if theirs is not None else None
-            value, found = loss.value_and_gradient(tile) if alone is None else (alone.value, tile.shared()[0])
+            if theirs is not None and loss.has_in_place:
+                value, found = loss.in_place(tile).value, tile.shared()[0]
+            else:
+                value, found = loss.value_and_gradient(tile)
             gradient[on.nonzero(), torch.arange(found.shape[-1])] = found.to(student.dtype)
         ctx.gradient = gradient.view_as(student)
         return value
@@ -412,8 +414,8 @@ def test_the_closed_form_is_what_autograd_finds(loss: LossSpec, size: float, dat
         value, found = spec.value_and_gradient(tile)  # type: ignore[attr-defined]
     forms = [(value, found)]
     tile = LogitTile(student.clone(), teacher.clone(), targets)
-    if (alone := loss.in_place(tile)) is not None:
-        forms.append((alone.value, tile.shared()[0]))
+    if loss.has_in_place:
+        forms.append((loss.in_place(tile).value, tile.shared()[0]))
     # what fp32 leaves of a difference of two logarithms, per token
     rounding = 1e-6 * TOKENS * getattr(loss, "temperature", 1.0) ** 2
     for value, found in forms:
@@ -453,15 +455,12 @@ def test_a_closed_form_overwrites_nothing_that_is_shared(loss: Any, data: Data) 
 
 
 @closed_forms
-def test_a_form_in_place_that_is_not_there_touches_nothing(loss: Any, data: Data) -> None:
-    student, teacher, targets = _logits(1.0, data)
-    tile = LogitTile(student.clone(), teacher.clone(), targets)
-    if loss.in_place(tile) is None:
-        assert torch.equal(tile.student, student)
-        assert torch.equal(tile.teacher, teacher)  # type: ignore[arg-type]
-    else:
-        assert loss.kind == "forward_kl"
-        assert loss.temperature == 1.0
+def test_only_forward_kl_at_temperature_1_overwrites_the_logits(loss: Any, data: Data) -> None:
+    assert loss.has_in_place == (loss.kind == "forward_kl" and loss.temperature == 1.0)
+    if not loss.has_in_place:
+        student, teacher, targets = _logits(1.0, data)
+        with pytest.raises(NotImplementedError, match=loss.kind):
+            LossSpec.in_place(loss, LogitTile(student, teacher, targets))
 
 
 @every_loss

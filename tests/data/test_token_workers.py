@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not can_fork(), reason="forks are used on Linux 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
     monkeypatch.setattr(packing, "_BATCH_DOCUMENTS", 7)
-    monkeypatch.setattr(token_workers, "ALONE_BYTES", 1)  # the others start after the first batch
+    monkeypatch.setattr(token_workers, "WORKER_BYTES", 1)  # the others start after the first batch
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ class Workers:
             log: folder for what they say.
             kill: when one of them dies, or is signalled.
             victim: which.
-            trace: folder for what each trains on: a line a row of text, the step (from 0) and its token ids.
+            trace: folder for what each trains on: a line per row of text, the step (from 0) and its token ids.
             machines: two machines for the processes, half of them on each; they meet at the first process.
         """
         from torch.distributed import TCPStore

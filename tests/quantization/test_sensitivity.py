@@ -6,6 +6,7 @@ from torch import nn
 
 from distill.core.batch import causal_batch
 from distill.core.errors import InputError
+from distill.evaluation.quality import predictions_of
 from distill.quantization import Int8Channel, IntGroup
 from distill.quantization.fake_quant import fake_quant_layers
 from distill.quantization.prepare import prepare, unprepare
@@ -21,7 +22,7 @@ def test_each_layer_alone_against_quantizing_it_alone(llama: nn.Module, ids: tor
     names = prepare(llama, IntGroup())
     quantized = llama(ids).logits
     parts = [causal_batch(ids[:1], mask[:1]), causal_batch(ids[1:], mask[1:])]
-    found = sensitivity(llama, GRIDS, parts, lambda batch: llama(batch["input_ids"]).logits)
+    found = sensitivity(llama, GRIDS, parts, predictions_of(llama))
     assert torch.equal(llama(ids).logits, quantized)
     assert [one.layer for one in found] == names
     assert all(one.kl[0] > 10 * one.kl[1] > 0 for one in found)

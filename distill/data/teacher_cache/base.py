@@ -26,7 +26,7 @@ class CodecSpec(Spec):
     """
 
     whole: ClassVar[bool] = False
-    """Whether the whole distribution can be had back, so that every loss can be taken from it."""
+    """Whether the whole distribution can be reconstructed, so that any loss can be computed."""
     reads: ClassVar[Literal["logits", "hidden"]] = "logits"
     """What of the teacher is coded."""
 
@@ -83,10 +83,10 @@ class CodecSpec(Spec):
 
 
 def decoded(codec: CodecSpec, data: Tensor, num_positions: int, width: int) -> dict[str, Tensor]:
-    """What a codec makes of the bytes of a row, after a look whether a teacher can have said that.
+    """Decode the bytes of a row and check that the values are possible.
 
     Args:
-        codec: that packed the row.
+        codec: the one that encoded the row.
         data: uint8, its bytes.
         num_positions: in it.
         width: vocabulary or hidden size, whichever the codec codes.

@@ -71,7 +71,7 @@ class Place:
         return PackedRows(tokens, self.identity.window, packing=cast("Packing", self.identity.packing))
 
     def needed(self, packed: PackedRows, numbers: Iterable[int]) -> list[int]:
-        """The teacher's rows that hold what the rows ``numbers`` of ``packed`` predict, in rising order.
+        """Ascending numbers of the teacher's rows that contain the predictions of the rows ``numbers`` of ``packed``.
 
         Raises:
             InputError: the teacher's packing leaves some of it out.
@@ -123,8 +123,8 @@ class CachedRows(PackedRows):
         """As in :class:`PackedRows`, and the codec's keys: [batch, sequence] or [batch, sequence, any], 0 where no
         prediction counts.
 
-        Without these keys when something is not cached: loaders read ahead, over the end of training, and only who uses
-        such a batch makes a mistake.
+        If a row is not cached, the keys are missing and no error is raised, because loaders read past the end of
+        training. Training on such a batch raises an error.
         """
         batch = super().__getitem__(numbers)
         numbers = [numbers] if isinstance(numbers, int) else numbers

@@ -119,7 +119,7 @@ def _logits_of(signal: Signal | SparseSignal) -> Tensor | None:
     if signal.tail is None:
         return None
     others = max(1, signal.vocabulary - signal.ids.shape[-1])
-    # a probability that fp32 has lost is no impossible token: 0 times minus infinity would be no number
+    # a probability that underflows in fp32 is not 0, and 0 * -inf would be NaN
     tail, probs = (values.clamp(min=torch.finfo(torch.float32).tiny) for values in (signal.tail / others, signal.probs))
     return tail.log().unsqueeze(-1).expand(-1, signal.vocabulary).scatter(-1, signal.ids, probs.log())
 

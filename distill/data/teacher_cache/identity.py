@@ -149,7 +149,7 @@ def hash_of_tokens(tokens: TokenFile) -> str:
 
 
 def _ids_tell_bounds(tokens: TokenFile) -> bool:
-    """Whether each document ends with the filling token, and nothing else is one; so it is for plain text."""
+    """Whether the filling token occurs exactly at the end of each document, as in plain text."""
     ids, stretches = tokens.ids(), range(0, tokens.num_tokens, STRETCH)
     if not (ids[tokens.bounds()[1:] - 1] == tokens.filling).all():
         return False

@@ -1,9 +1,9 @@
 """From positions in a token file to the rows in which the teacher read them.
 
-A cache holds what the teacher said at positions of the file, in the rows that *it* read: its window, its packing. These
-are all positions, or, where only some tokens are learned from, those that predict one. A student's rows may be cut in
-any other way; what it gets at a position is what the teacher said there, having seen what stood before it in the
-teacher's own row.
+A cache stores the teacher's output per position of the token file, computed in the teacher's own rows (its window and
+packing). If only some tokens are learned from, it stores only the positions that predict one. The student may use
+another packing. At each position it gets that output, for which the teacher has read the text before the position in
+its own row.
 """
 
 from __future__ import annotations

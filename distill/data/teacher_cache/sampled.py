@@ -1,9 +1,9 @@
 """Tokens drawn from the teacher's distribution with their counts: unbiased, and the smallest of the codecs.
 
-Each position keeps ``draws`` ids drawn with replacement; their counts over ``draws`` have the teacher's probabilities
-as expected value, so value and gradient of forward KL are right on average, the tail included, at about a dozen
-different ids a token. The noise shrinks with the batch and with ``draws``. The exact entropy is kept beside them, so
-that the logged KL is one. A position has the same draws in every epoch.
+For each position, ``draws`` ids are drawn with replacement. The expected value of count / draws is the teacher's
+probability, so value and gradient of forward KL are unbiased, including the tail, with about a dozen different ids per
+token. The noise decreases with the batch size and with ``draws``. The exact entropy is stored too, so the logged value
+is an estimate of KL and not of cross-entropy. A position has the same draws in every epoch.
 
 Source: Anshumann et al. 2025, "Sparse Logit Sampling", arXiv 2503.16870, with the teacher's own
 distribution as the proposal (importance weights of 1), which needs no weights but the counts.
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 class Sampled(CodecSpec):
     """Ids drawn from the teacher with their counts: an unbiased estimate in few bytes.
 
-    A token takes 2 bytes, a bit a draw, and about log2(vocabulary / different ids) + 2.5 bits each different id.
+    A token takes 2 bytes, one bit per draw, and about log2(vocabulary / different ids) + 2.5 bits per different id.
     """
 
     kind: Literal["sampled"] = "sampled"
     draws: int = Field(50, ge=1, le=255)
-    """Draws a position; the variance falls as 1 / draws, the bytes rise more slowly as ids repeat."""
+    """Draws per position. The variance decreases as 1 / draws; the bytes grow more slowly, because ids repeat."""
 
     def encode(self, teacher: Tensor, generator: torch.Generator) -> list[Tensor]:
         import torch
@@ -51,7 +51,7 @@ class Sampled(CodecSpec):
         from distill.data.teacher_cache.sorted_ids import pack_sorted
 
         entropy, ids, counts = fields
-        # as many bits as draws, a one at the last draw of each id: that tells its count, and its position too
+        # one bit per draw, 1 at the last draw of each id: the distances between the ones are the counts
         last = counts.numpy().cumsum() - 1
         draws = np.zeros(len(entropy) * self.draws, np.uint8)
         draws[last] = 1

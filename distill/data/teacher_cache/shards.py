@@ -1,8 +1,11 @@
 """A shard: some rows of a cache in one safetensors file, written whole or not at all, read by memory mapping.
 
-``rows`` [n] are their numbers, ``sizes`` [n] their tokens, ``offsets`` [n + 1] where each begins in ``payload``,
-``checks`` [n, 2] the CRC-32 of each row's token ids, and that of this one, its other fields and its bytes: a row is
-never handed to other text, and a damaged one never trained on.
+    rows [n]         numbers of the rows
+    sizes [n]        their numbers of tokens
+    offsets [n + 1]  where each row begins in ``payload``
+    checks [n, 2]    CRC-32 of the row's token ids; CRC-32 of that value, the row's other fields and its bytes
+
+With the checksums, a row is never used for other text, and damaged rows are never trained on.
 """
 
 from __future__ import annotations

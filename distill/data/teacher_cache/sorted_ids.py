@@ -1,12 +1,13 @@
-"""Rising numbers in few bits: the ids that a codec keeps, of all positions of a row at once.
+"""Ascending numbers in few bits: the ids that a codec stores, for all positions of a row together.
 
-A position p and an id become one number p * vocabulary + id. These rise, and each is split: its lower
+An id at position p becomes the number p * vocabulary + id, so the numbers of a row ascend. Each number is split. The
+lowest ``low`` bits are stored as they are:
 
-    low = floor(log2(universe / count))
+    low = floor(log2(universe / count)),   universe = positions * vocabulary,   count = stored numbers
 
-bits stand as they are, and the upper part is the number of zeros before its one in a string of bits that holds a one
-for each number. That costs low + 2 to low + 3 bits a number, about half a bit over what any code needs for numbers of
-which nothing is known but that they rise; and both halves are read by whole-array operations, without a loop.
+The rest is stored in unary: one 1 per number, preceded by as many 0s as the upper part has grown. This takes low + 2
+to low + 3 bits per number, about half a bit above the entropy of a random ascending list. Both parts are decoded by
+array operations, without a loop.
 
 Source: Elias 1974 (J. ACM 21:2) and Fano 1971; known as the Elias-Fano code.
 """

@@ -70,7 +70,7 @@ def fill(
         tokens: the text.
         wanted: numbers of rows.
         live: loads the teacher; only called when something is missing.
-        batch_size: rows a forward pass.
+        batch_size: rows per forward pass.
         what: shown to people, such as ``"train"``.
         say: prints a line.
 
@@ -154,7 +154,8 @@ def _encode(
     """The teacher's hidden states [positions, hidden] and the coded bytes of each row: at every token of it, or at
     those that predict one that is learned from.
 
-    The last one of a row too: another way to cut the text goes on there. Not at what is put in front of a piece.
+    The last position of a row is included, because in another packing the text may continue there. The tokens that the
+    tokenizer puts in front of a piece are not.
     """
     for start in stoppable(range(0, len(numbers), batch_size)):
         some = list(numbers[start : start + batch_size])

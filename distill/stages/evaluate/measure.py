@@ -72,11 +72,11 @@ def _on_text(
     def on(one: Corpus) -> Quality:
         return compare_predictions(own, teacher, one.validation_loader(batch_size), one.validation_bytes)
 
-    alone = corpus.by_source()
-    if not alone:
+    by_source = corpus.by_source()
+    if not by_source:
         return on(corpus), {}
-    found = {name: on(one) for name, one in alone.items()}
-    return together([(found[name], one.validation_bytes) for name, one in alone.items()]), found
+    found = {name: on(one) for name, one in by_source.items()}
+    return together([(found[name], one.validation_bytes) for name, one in by_source.items()]), found
 
 
 def _finite(quality: Quality) -> dict[str, float | None]:

@@ -65,7 +65,7 @@ class Evaluate(ReadsText):
     teacher: str = "teacher"
     """The model that the others are compared with; not read in a recipe without a teacher."""
     batch_size: int = Field(8, ge=1)
-    """Validation sequences a forward pass."""
+    """Validation sequences per forward pass."""
     speed: SpeedSpec | None = SpeedSpec()
     """null: measure no speed."""
     tasks: dict[Annotated[str, Field(pattern=NAME)], Annotated[TaskSpec, TASKS]] = Field({})

@@ -32,7 +32,7 @@ def reconstructed(
         location: folder or Hub id of the model that was cut.
         plan: how it was cut.
         layout: the layout of its architecture.
-        batch_size: calibration sequences a forward pass.
+        batch_size: calibration sequences per forward pass.
 
     Returns:
         ``error_before`` and ``error_after``, as :func:`~distill.pruning.reconstruct.reconstruct` returns them.

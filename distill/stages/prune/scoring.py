@@ -33,7 +33,7 @@ def scores_of(
         location: the model's folder or Hub id.
         criteria: what to score by; those that only watch share one pass.
         layout: the layout of the model's architecture.
-        batch_size: sequences a forward pass.
+        batch_size: sequences per forward pass.
 
     Returns:
         The scores by each criterion, and what identifies them: the model's fingerprint, the calibration set's hash.

@@ -18,6 +18,7 @@ from distill.core.errors import InputError
 from distill.core.run import CHECKPOINTS
 from distill.core.stored import read_checked, read_stored, write_checked
 from distill.data.packing import file_lock
+from distill.evaluation.quality import predictions_of
 from distill.models.load import move
 from distill.quantization.base import QuantizerSpec
 from distill.quantization.fake_quant import FakeQuantLinear, fake_quant_layers
@@ -74,7 +75,7 @@ def choose_grids(
     counts = [f"{sum(row['chosen'] == label for row in rows)} as {label}" for label in labels]
     bits = sum(row["grids"][row["chosen"]]["bits"] * row["weights"] for row in rows)
     bits /= sum(row["weights"] for row in rows)
-    context.say(f"{len(rows)} layers scanned: {', '.join(counts)}; {bits:.2f} bits a weight ({FILE})")
+    context.say(f"{len(rows)} layers scanned: {', '.join(counts)}; {bits:.2f} bits per weight ({FILE})")
     return [(row["layer"], grids[labels.index(row["chosen"])]) for row in rows]
 
 
@@ -86,7 +87,8 @@ def _scan(
     batches = list(context.session.corpus().calibration_loader(num_sequences=num_sequences, batch_size=4))
     num_layers = sum(isinstance(layer, FakeQuantLinear) for layer in fake_quant_layers(model).values())
     progress = ProgressLines(context, len(batches) * (1 + num_layers * len(grids)), ("scan", "passes"))
-    found = sensitivity(model, grids, batches, lambda batch: progress.count(logits_of(model, batch)))
+    predictions = predictions_of(model)
+    found = sensitivity(model, grids, batches, lambda batch: progress.count(predictions(batch)))
     unprepare(model)
     return found
 

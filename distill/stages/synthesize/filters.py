@@ -177,8 +177,8 @@ def _by_likelihood(rows: list[Candidate], least: float, asker: Asker, dropped: l
     from_document = asker.likelihoods(
         [LikelihoodRequest(tuple(messages_with_document(row.document, row.messages)), row.answer) for row in some]
     )
-    alone = asker.likelihoods([LikelihoodRequest(row.messages, row.answer) for row in some])
-    pairs = iter(zip(from_document, alone, strict=True))
+    from_question = asker.likelihoods([LikelihoodRequest(row.messages, row.answer) for row in some])
+    pairs = iter(zip(from_document, from_question, strict=True))
     for row in rows:
         if not _is_asked(row):
             yield row

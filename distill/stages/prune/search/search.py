@@ -42,7 +42,7 @@ class Search:
         layout: the layout of its architecture.
         config: its config.
         dtype: in which the pruned model will be stored.
-        batch_size: calibration sequences a forward pass.
+        batch_size: calibration sequences per forward pass.
 
     Raises:
         InputError: nothing fits the budget.
@@ -78,7 +78,7 @@ class Search:
 
     @contextmanager
     def _measured_anew_if_refused(self) -> Iterator[None]:
-        """A refusal may be for a time that something else on the machine has spoilt."""
+        """Measure again after a refusal, because other load on the machine may have disturbed the timing."""
         try:
             yield
         except InputError:

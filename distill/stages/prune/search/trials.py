@@ -43,7 +43,7 @@ class Trials:
         reference: the uncut model.
         space: the architectures.
         scores: of all axes of the search.
-        batch_size: calibration sequences a forward pass.
+        batch_size: calibration sequences per forward pass.
         cache: what was measured before.
     """
 
