@@ -154,7 +154,7 @@ def memory_model_of(size: str, rows: int, length: int, on_cpu: bool) -> MemoryMo
         head_only=False,
         lora=None,
         quantized=False,
-        lone_forward_kl=True,
+        is_in_place=True,
         precision="32-true",
         micro_batch_size=rows,
         accumulates=False,

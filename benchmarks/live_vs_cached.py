@@ -26,7 +26,7 @@ from distill.data.loader import train_batches
 from distill.data.micro_batches import MicroBatches
 from distill.data.packed_rows import PackedRows
 from distill.data.packing import read_tokens
-from distill.data.teacher_cache.cache import CachedRows, Place
+from distill.data.teacher_cache.cache import CachedRows, CacheLocation
 from distill.data.teacher_cache.head_file import head_file
 from distill.losses import CrossEntropy, ForwardKL
 from distill.models.load import load_model, locate
@@ -110,7 +110,7 @@ def steppers(run: Run, teacher: str, caches: Path) -> dict[str, Callable[[], Non
         LIVE: _stepper(DistillationModule(_student(student), [ForwardKL()], live), blocks),
     }
     for name in CODECS:
-        place = Place.there(caches / slug(name) / "train")
+        place = CacheLocation.there(caches / slug(name) / "train")
         head = head_file(place.folder.parent)
         cached = CachedTeacher(place.vocabulary, head, whole=place.codec.whole, dtype=torch.float32)
         module = DistillationModule(_student(student), [ForwardKL()], cached)

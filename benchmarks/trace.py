@@ -86,6 +86,7 @@ def job_of(
     has_documents: bool = False,
 ) -> Job:
     """A training, with all that is not said as a stage would have it on a GPU."""
+    on_logits = [loss for loss in losses if isinstance(loss, LossSpec)]
     memory = MemoryModel(
         student=student,
         teacher=teacher if source in ("live", "hidden states") else None,
@@ -94,7 +95,7 @@ def job_of(
         is_cached=source in ("hidden states", "some tokens"),
         lora=lora,
         quantized=fake_quant is not None,
-        lone_forward_kl=[loss for loss in losses if isinstance(loss, LossSpec)] == [ForwardKL()],
+        is_in_place=len(on_logits) == 1 and on_logits[0].has_in_place,
         is_own_teacher=source == "own weights",
         precision=precision,
         micro_batch_size=rows,

@@ -27,7 +27,7 @@ from distill.data.packing import VERSION, read_tokens, store_tokens
 from distill.data.teacher_cache import CODECS
 from distill.data.teacher_cache import write as writing
 from distill.data.teacher_cache.base import CodecSpec
-from distill.data.teacher_cache.cache import CachedRows, Place
+from distill.data.teacher_cache.cache import CachedRows, CacheLocation
 from distill.data.teacher_cache.identity import Identity
 from distill.data.teacher_cache.verify import describe, verify
 from distill.data.teacher_cache.write import Live, fill
@@ -135,7 +135,7 @@ def test_a_damaged_cache(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(writing, "_SHARD_BYTES", 800)
     codec: CodecSpec = CODECS[kind]()  # type: ignore[assignment]
     blocks, width = train_rows_of(tmp_path / "train.bin"), 8 if codec.reads == "hidden" else 40
-    place = Place(tmp_path / "cache" / "train", Identity.of("t", "k", blocks, codec), codec, width, 40)
+    place = CacheLocation(tmp_path / "cache" / "train", Identity.of("t", "k", blocks, codec), codec, width, 40)
     table = torch.randn(40, 8)
     live = Live(lambda batch: table[batch["input_ids"]], lambda rows: rows @ table.T, torch.device("cpu"))
     fill(place, blocks.tokens, range(20), lambda: live, batch_size=4, what="train", say=lambda line: None)
@@ -143,7 +143,7 @@ def test_a_damaged_cache(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def read() -> None:
         refusals = []
         for what in (
-            lambda: describe(Place.there(place.folder)),
+            lambda: describe(CacheLocation.there(place.folder)),
             lambda: verify(place.folder),
             lambda: CachedRows(blocks, place)[list(range(20))],
         ):

@@ -20,7 +20,7 @@ from distill.data.packing import file_lock
 from distill.data.spec import APART
 from distill.data.teacher_cache import CODECS, Hidden
 from distill.data.teacher_cache.base import CodecSpec
-from distill.data.teacher_cache.cache import CachedRows, Place
+from distill.data.teacher_cache.cache import CachedRows, CacheLocation
 from distill.data.teacher_cache.head_file import head_file, is_whole, seal
 from distill.data.teacher_cache.identity import Identity
 from distill.data.teacher_cache.write import Live, fill
@@ -131,7 +131,7 @@ def _filled(
     identity = Identity(
         whose, "in memory", _hash_of_text(rows), rows.sequence_length, rows.packing, codec.model_dump(mode="json")
     )
-    place = Place(folder, identity, codec, 0, config.vocab_size)
+    place = CacheLocation(folder, identity, codec, 0, config.vocab_size)
     place = replace(place, width=config.hidden_size if codec.reads == "hidden" else config.vocab_size)
     header = fill(
         place,

@@ -29,7 +29,7 @@ from distill.core.errors import MachineError
 from distill.data.augment_spec import ReplaceWords
 from distill.data.base import Document, Item
 
-Place = tuple[int, int]
+WordSpan = tuple[int, int]
 """First character of a word, and the one behind its last."""
 WORD = re.compile(r"(?<![\w'\u2019])[^\W\d_]{2,}(?![\w'\u2019])")
 """At least two letters; no part of an identifier, and no half of ``don't``."""
@@ -46,7 +46,7 @@ class Candidates(Protocol):
         """Stands for all that decides which words are found."""
         ...
 
-    def find(self, texts: Sequence[str], places: Sequence[Sequence[Place]], count: int) -> list[list[list[str]]]:
+    def find(self, texts: Sequence[str], places: Sequence[Sequence[WordSpan]], count: int) -> list[list[list[str]]]:
         """Words that could stand in place of others.
 
         Args:
@@ -120,7 +120,7 @@ class WordReplacer:
             if num_replaced:
                 yield Copy(f"{document.id} (copy {number})", text, num_words, num_replaced)
 
-    def _chosen(self, text: str, number: int) -> tuple[list[tuple[Place, float]], int]:
+    def _chosen(self, text: str, number: int) -> tuple[list[tuple[WordSpan, float]], int]:
         """Places of the words to replace, each with a number in [0, 1) that chooses its candidate; and all words."""
         places = [match.span() for match in WORD.finditer(text)]
         key = hashlib.sha256(f"{self.spec.seed}/{number}/{text}".encode()).digest()
@@ -132,7 +132,7 @@ class WordReplacer:
         ], len(places)
 
 
-def replaced(text: str, drawn: Sequence[tuple[Place, float]], words: Sequence[Sequence[str]]) -> tuple[str, int]:
+def replaced(text: str, drawn: Sequence[tuple[WordSpan, float]], words: Sequence[Sequence[str]]) -> tuple[str, int]:
     """A text with words replaced, and how many are.
 
     Args:

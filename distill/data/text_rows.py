@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FACTS, IDS = "facts.json", "ids.bin"
-Place = tuple[int, int]
+RowPosition = tuple[int, int]
 """(position in the endless list of training rows, row number); the position is negative outside of training."""
 
 
@@ -120,7 +120,7 @@ class TextRows(Dataset[dict[str, "Tensor"]]):
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, places: Sequence[Place | int]) -> dict[str, Tensor]:
+    def __getitem__(self, places: Sequence[RowPosition | int]) -> dict[str, Tensor]:
         """The rows at these places as a batch; a bare number is a row outside of training."""
         pairs = [place if isinstance(place, tuple) else (-1, place) for place in places]
         rows = [(position, int(self.chosen[number])) for position, number in pairs]
@@ -141,7 +141,7 @@ class TextRows(Dataset[dict[str, "Tensor"]]):
         return {name: torch.from_numpy(np.asarray(array)) for name, array in batch.items()}
 
     def _masked(
-        self, masking: Masking, ids: np.ndarray, attended: np.ndarray, rows: Sequence[Place]
+        self, masking: Masking, ids: np.ndarray, attended: np.ndarray, rows: Sequence[RowPosition]
     ) -> dict[str, np.ndarray]:
         """Inputs with hidden tokens, and what is predicted."""
         seen, hidden = ids.copy(), np.zeros(ids.shape, bool)
@@ -170,7 +170,9 @@ class TextRows(Dataset[dict[str, "Tensor"]]):
         can = np.maximum(lengths - self.file.before - self.file.after, 0)
         return int(np.where(can > 0, np.maximum(1, np.round(masking.spec.share * can)), 0).sum())
 
-    def _labels(self, rows: Sequence[Place], spans: Sequence[tuple[int, int]], width: int) -> dict[str, np.ndarray]:
+    def _labels(
+        self, rows: Sequence[RowPosition], spans: Sequence[tuple[int, int]], width: int
+    ) -> dict[str, np.ndarray]:
         if self.task.head == "token_classification":
             targets = np.full((len(rows), width), IGNORED, np.int64)  # [batch, sequence]
             for at, (start, end) in enumerate(spans):
@@ -227,7 +229,7 @@ class PlacesOf(EndlessOrder):
         super().__init__(order.taken)
         self.order = order
 
-    def __iter__(self) -> Iterator[list[Place]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[list[RowPosition]]:  # type: ignore[override]
         for positions in self.taken:
             yield [(position, self.order.row_at(position)) for position in positions]
 

@@ -61,6 +61,7 @@ def macro_f1_error(counts: np.ndarray) -> float:
 
 def matthews_error(counts: np.ndarray) -> float:
     """Standard error of the Matthews correlation. counts: from :func:`confusions`."""
+    # [resamples, classes], the same, [resamples]
     wanted, predicted, total = counts.sum(2), counts.sum(1), counts.sum((1, 2))
     above = total * np.trace(counts, axis1=1, axis2=2) - (wanted * predicted).sum(1)
     spread = (total**2 - (predicted**2).sum(1)) * (total**2 - (wanted**2).sum(1))

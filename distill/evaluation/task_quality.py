@@ -69,7 +69,7 @@ def measure_task(own: Predictions, teacher: Predictions | None, corpus: TaskCorp
     outputs, targets, rows = _outputs(own, corpus, batch_size, reduce=kind != "regression")
     if kind == "regression":
         return TaskQuality(_of_numbers(outputs[:, 0].double(), targets.double()))
-    answers = outputs[:, 0].long()
+    answers = outputs[:, 0].long()  # [predictions], as targets and rows
     right = (answers == targets).double()
     if kind == "classification":
         error = standard_error(int(right.sum()), len(right)) or 0.0

@@ -90,6 +90,10 @@ class ExporterSpec(Spec):
     """Bound on the KL divergence of any token between the trained and the exported model, in nats; 0 requires equal
     probabilities."""
 
+    def bytes_per_weight(self) -> float:
+        """About how much a weight of the model takes on disk, for the forecast of disk; low-bit weights take less."""
+        return 2.0
+
     def writers(self) -> tuple[str, ...]:
         """Optional modules that are needed to write the export."""
         return ()

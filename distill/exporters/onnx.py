@@ -84,6 +84,10 @@ class Onnx(ExporterSpec):
     activations cost a few hundredths at the worst token of a small model, float32 less than 1e-6. 0 requires equal
     probabilities."""
 
+    def bytes_per_weight(self) -> float:
+        """That of the weights' type."""
+        return 4.0 if self.weights == "float32" else 1.0
+
     def writers(self) -> tuple[str, ...]:
         return ("onnx", "onnxscript", *(["onnxruntime"] if self.weights == "int8" else []))
 

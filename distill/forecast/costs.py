@@ -29,12 +29,19 @@ class StageCost:
         model_bytes: of the model that it leaves on disk, in the precision of the model that it comes from.
         checkpoint_bytes: of all checkpoints of its training that are on disk at one time; they go when it is done.
         cache_bytes: of what its teacher says, where that is written down.
+        other_bytes: of what else it leaves on disk.
     """
 
     flops: float | None = 0.0
     model_bytes: float = 0.0
     checkpoint_bytes: float = 0.0
     cache_bytes: float = 0.0
+    other_bytes: float = 0.0
+
+    @property
+    def kept_bytes(self) -> float:
+        """What stays on disk."""
+        return self.model_bytes + self.cache_bytes + self.other_bytes
 
 
 def training_flops(
@@ -102,7 +109,8 @@ def cost_of(
     trains = training is not None and not training.is_trial and training.budget.steps(length) > 0
     unknown = trains and (model is None or model.lacks_teacher)
     unknown |= trains and training is not None and tokens_read(training, length, text) is None
-    return StageCost(None if unknown else flops, model_bytes, checkpoints, _cache_bytes(forecast.signal, text))
+    cache = _cache_bytes(forecast.signal, text)
+    return StageCost(None if unknown else flops, model_bytes, checkpoints, cache, forecast.disk_bytes)
 
 
 def tokens_read(training: Training, length: int, text: TextForecast) -> float | None:
@@ -154,8 +162,8 @@ def closing_lines(
         yield f"time: {time_words(flops, processes, speed)} for the trainings{partly}, by {speed.words}"
     kept, peak = sum(text.disk_bytes for text in texts), 0.0
     for cost in costs:
-        peak = max(peak, kept + cost.checkpoint_bytes + cost.model_bytes + cost.cache_bytes)
-        kept += cost.model_bytes + cost.cache_bytes
+        peak = max(peak, kept + cost.checkpoint_bytes + cost.kept_bytes)
+        kept += cost.kept_bytes
     free, place = free_bytes(RUNS)
     line = f"disk: about {amount(max(peak, kept))} at its fullest, {amount(kept)} in the end"
     line += f"; {amount(free)} are free in {place}"

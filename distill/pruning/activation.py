@@ -82,13 +82,13 @@ class Activation(CriterionSpec):
         sizes = layout.sizes(config_of(model))
         layers = range(sizes["layers"])
 
-        def rows(path: str) -> Tensor:
+        def rows(path: str) -> Tensor:  # [layers, channels]
             return torch.stack([self._channels(statistics, path.format(layer=layer)) for layer in layers])
 
         found = {} if layout.experts is None else self._experts(statistics, layout.experts, sizes)
         if layout.mlp_down is not None:
             found["mlp_neurons"] = rows(layout.mlp_down)
-        queries = rows(layout.attention_out)
+        queries = rows(layout.attention_out)  # [layers, heads x head size]
         found |= {
             "attention_heads": queries.unflatten(1, (sizes["attention_heads"], -1)).norm(dim=-1),
             "kv_groups": queries.unflatten(1, (sizes["kv_groups"], -1)).norm(dim=-1),

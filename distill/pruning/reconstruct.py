@@ -182,6 +182,7 @@ class _LeastSquares:
         self.yy: Any = 0.0  # sum |y|^2, scalar
 
     def add(self, x: Tensor, y: Tensor) -> None:
+        """Add inputs [tokens, in] and outputs [tokens, out]."""
         self.count += len(x)
         self.xx, self.yx = self.xx + (x.T @ x).double(), self.yx + (y.T @ x).double()
         self.x, self.y = self.x + x.double().sum(0), self.y + y.double().sum(0)

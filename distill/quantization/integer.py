@@ -126,6 +126,7 @@ class IntegerSpec(QuantizerSpec):
         return scale, start.round().clamp(low, high).char()
 
     def _codes(self, grouped: Tensor, scale: Tensor, zero_point: Tensor | None) -> Codes:
+        """Codes of weights [out_features, groups, group], with scale and zero point [out_features, groups]."""
         low, high = self.limits()
         values = (grouped / scale.float().unsqueeze(-1)).round()
         if zero_point is not None:

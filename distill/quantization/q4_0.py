@@ -50,10 +50,11 @@ class Q40(QuantizerSpec):
         return -8, 7
 
     def quantize(self, weight: Tensor, scale: Tensor | None = None) -> Codes:
+        # [out_features, groups, group]
         grouped = weight.detach().float().unflatten(-1, (self.groups(weight.shape[-1]), -1))
         if scale is None:
             # of equal magnitudes the first, as in the reference
-            where = grouped.abs().argmax(-1, keepdim=True)
+            where = grouped.abs().argmax(-1, keepdim=True)  # [out_features, groups, 1]
             scale = grouped.gather(-1, where).squeeze(-1) / -8
         values = (grouped * reciprocal(scale.float()).unsqueeze(-1) + 8.5).floor().clamp(0, 15) - 8
         return Codes(values.flatten(-2).char(), scale.half())

@@ -49,9 +49,10 @@ class Q80(QuantizerSpec):
         return -128, 127
 
     def quantize(self, weight: Tensor, scale: Tensor | None = None) -> Codes:
+        # [out_features, groups, group]
         grouped = weight.detach().float().unflatten(-1, (self.groups(weight.shape[-1]), -1))
         if scale is None:
-            largest = grouped.abs().amax(-1)
+            largest = grouped.abs().amax(-1)  # [out_features, groups]
             scale = largest / largest.new_full((), 127)
         values = round_half_away(grouped * reciprocal(scale.float()).unsqueeze(-1)).clamp(-128, 127)
         return Codes(values.flatten(-2).char(), scale.half())

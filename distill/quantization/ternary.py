@@ -59,9 +59,11 @@ class Ternary(QuantizerSpec):
         return 1 if self.group_size is None else count_groups(in_features, self.group_size)
 
     def quantize(self, weight: Tensor, scale: Tensor | None = None) -> Codes:
+        # [out_features, groups, group]
         grouped = weight.detach().float().unflatten(-1, (self.groups(weight.shape[-1]), -1))
         if scale is None:
             magnitude = grouped.abs()
+            # [out_features, groups]
             scale = magnitude.mean(-1) if self.group_size else magnitude.mean().expand(grouped.shape[:-1])
         scale = scale.half()
         scale = scale.masked_fill(scale == 0, 1.0)

@@ -50,7 +50,8 @@ class Tq20(QuantizerSpec):
         return -1, 1
 
     def quantize(self, weight: Tensor, scale: Tensor | None = None) -> Codes:
+        # [out_features, groups, group]
         grouped = weight.detach().float().unflatten(-1, (self.groups(weight.shape[-1]), -1))
-        scale = grouped.abs().amax(-1) if scale is None else scale.float()
+        scale = grouped.abs().amax(-1) if scale is None else scale.float()  # [out_features, groups]
         values = round_half_away(grouped * reciprocal(scale).unsqueeze(-1)).clamp(-1, 1)
         return Codes(values.flatten(-2).char(), scale.half())

@@ -15,6 +15,7 @@ from distill.data.mixture import Mixture
 from distill.data.spec import DataSpec
 from distill.exporters import EXPORTERS, HuggingFace
 from distill.exporters.base import EngineMissing, ExporterSpec, VerifyResult
+from distill.models.configs import count
 from distill.reporting.tables import cell, kernel, shown
 from distill.stages.base import StageSpec, View
 from distill.stages.checks import check_task
@@ -80,7 +81,8 @@ class Export(StageSpec):
         check_task(self, view, self.target.tasks)
         unverified = None if self.missing() else self.target.missing_engine()
         does = self.target.kind if unverified is None else f"{self.target.kind}, {unverified}"
-        return Forecast(reads=self.reading(), does=[does])
+        size = count(view.config(self.model)) or 0
+        return Forecast(reads=self.reading(), does=[does], disk_bytes=size * self.target.bytes_per_weight())
 
     def missing(self) -> str | None:
         """A package that writes the format."""

@@ -104,6 +104,7 @@ class Forecast:
         embeddings: the grid of its model's embeddings and head, or None where they are kept.
         signal: what it writes down for students, or None.
         training: what it trains, or None.
+        disk_bytes: what else it leaves on disk, beside the model and the signal; 0 if it is little.
         need: memory that it needs besides, or None when there is none or it is not known.
         notes: what people should know of it beforehand, one line each.
         refused: why it cannot work with a model that may come; one error per model, in the order of the models.
@@ -119,6 +120,7 @@ class Forecast:
     embeddings: QuantizerSpec | None = None
     signal: Signal | None = None
     training: Training | None = None
+    disk_bytes: float = 0.0
     need: Need | None = None
     notes: Sequence[str] = ()
     refused: Sequence[InputError] = ()

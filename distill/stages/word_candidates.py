@@ -18,7 +18,7 @@ from distill.models.word_neighbours import WordNeighbours
 from distill.pretrained import tokenizer_from
 
 if TYPE_CHECKING:
-    from distill.data.replace_words import Place
+    from distill.data.replace_words import WordSpan
     from distill.training.spec import ComputeSpec
 
 KEY = "data.augment.replace_words.model"
@@ -40,7 +40,7 @@ class ModelOfWords:
         """The model's content; how it is asked is in the spec."""
         return [fingerprint(self.location)]
 
-    def find(self, texts: Sequence[str], places: Sequence[Sequence[Place]], count: int) -> list[list[list[str]]]:
+    def find(self, texts: Sequence[str], places: Sequence[Sequence[WordSpan]], count: int) -> list[list[list[str]]]:
         """See :class:`~distill.data.replace_words.Candidates`.
 
         Raises:

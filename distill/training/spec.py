@@ -81,7 +81,7 @@ class BudgetSpec(Spec):
         return bool(self.num_tokens or self.num_steps or self.num_epochs)
 
     def steps(self, tokens_per_sequence: float) -> int:
-        """Number of optimizer steps of the budget. With ``num_epochs`` those of one row, before ``for_rows`` was called.
+        """Number of optimizer steps of the budget. With ``num_epochs``, that of one row until ``for_rows`` is called.
 
         Args:
             tokens_per_sequence: mean number of tokens of text per sequence.

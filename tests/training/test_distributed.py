@@ -17,7 +17,7 @@ from distill.data.micro_batches import MicroBatches
 from distill.data.packed_rows import PackedRows
 from distill.data.packing import store_tokens
 from distill.data.teacher_cache import Sampled
-from distill.data.teacher_cache.cache import CachedRows, Place
+from distill.data.teacher_cache.cache import CachedRows, CacheLocation
 from distill.data.teacher_cache.identity import Identity
 from distill.data.teacher_cache.write import Live, fill
 from distill.losses import AttentionRelation, CrossEntropy, ForwardKL, HiddenCosine, HiddenMSE
@@ -65,7 +65,7 @@ def test_two_ranks_read_one_cache_and_take_the_step_of_one(tmp_path: Path, llama
     ids = np.random.default_rng(0).integers(1, VOCABULARY, 30 * LENGTH).astype(np.uint16)
     tokens = store_tokens(tmp_path / "train.bin", np.array_split(ids, 2 * LENGTH - 3), 0)
     codec, read = Sampled(draws=20), PackedRows(tokens, 2 * LENGTH, packing="documents")
-    place = Place(tmp_path / "cache", Identity.of("t", "k", read, codec), codec, VOCABULARY, VOCABULARY)
+    place = CacheLocation(tmp_path / "cache", Identity.of("t", "k", read, codec), codec, VOCABULARY, VOCABULARY)
     live = Live(lambda batch: hidden_states(teacher, **batch), output_head(teacher).logits, torch.device("cpu"))
     blocks = PackedRows(tokens, LENGTH)  # not the rows that the teacher read
     wanted = place.needed(blocks, range(len(blocks)))

@@ -14,7 +14,7 @@ from distill.data.loader import train_batches
 from distill.data.micro_batches import MicroBatches
 from distill.data.packed_rows import PackedRows
 from distill.data.packing import TokenFile
-from distill.data.teacher_cache.cache import CachedRows, Place
+from distill.data.teacher_cache.cache import CachedRows, CacheLocation
 from distill.losses import LOSSES
 from distill.training.cached_teacher import CachedTeacher
 from distill.training.module import DistillationModule
@@ -50,7 +50,7 @@ class Ranks(pl.LightningDataModule):
 
 def cached_rows(cache: dict[str, Any]) -> CachedRows:
     blocks = PackedRows(TokenFile(**cache["tokens"]), cache["length"])
-    return CachedRows(blocks, Place.there(Path(cache["folder"])))
+    return CachedRows(blocks, CacheLocation.there(Path(cache["folder"])))
 
 
 def model(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> LlamaForCausalLM:

@@ -23,7 +23,7 @@ from distill.data.teacher_cache.shards import Shard, open_shards
 
 
 @dataclass(frozen=True)
-class Place:
+class CacheLocation:
     """Where a cache is, or will be, and what it belongs to.
 
     Attributes:
@@ -41,7 +41,7 @@ class Place:
     vocabulary: int
 
     @classmethod
-    def there(cls, folder: Path) -> Place:
+    def there(cls, folder: Path) -> CacheLocation:
         """The cache in a folder, whatever it belongs to.
 
         Raises:
@@ -109,7 +109,7 @@ class CachedRows(PackedRows):
         InputError: there is no cache, or it belongs to another teacher, tokenizer or text.
     """
 
-    def __init__(self, packed: PackedRows, place: Place):
+    def __init__(self, packed: PackedRows, place: CacheLocation):
         super().__init__(packed.tokens, packed.sequence_length, packed.chosen, packing=packed.packing)
         if place.header() is None:
             raise InputError(f"{place.folder}: no teacher cache there; run its cache_teacher stage first")

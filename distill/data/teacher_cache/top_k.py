@@ -32,10 +32,11 @@ class TopK(CodecSpec):
     def encode(self, teacher: Tensor, generator: torch.Generator) -> list[Tensor]:
         import torch
 
-        top = teacher.topk(min(self.k, teacher.shape[-1]), dim=-1)
+        top = teacher.topk(min(self.k, teacher.shape[-1]), dim=-1)  # [positions, k]
         # not 1 - sum, which has no digits left when the head is sure
         tail = teacher.scatter(-1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
         ids, order = top.indices.sort(-1)
+        # [positions, k + 1], the tail last
         values = torch.cat([top.values.gather(-1, order), tail], -1)
         return [ids, values.to(getattr(torch, self.value_dtype))]
 

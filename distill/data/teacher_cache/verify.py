@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill.core.errors import InputError, MachineError
-from distill.data.teacher_cache.cache import Place
+from distill.data.teacher_cache.cache import CacheLocation
 from distill.data.teacher_cache.fidelity import Fidelity
 from distill.data.teacher_cache.head_file import head_file, is_whole
 from distill.data.teacher_cache.identity import HEADER, read_header
 from distill.data.teacher_cache.shards import Shard, open_shards, shard_files
 
 
-def caches(folder: Path) -> list[Place]:
+def caches(folder: Path) -> list[CacheLocation]:
     """The caches in a folder: itself, or those of the training and the validation text in it.
 
     Raises:
@@ -22,10 +22,10 @@ def caches(folder: Path) -> list[Place]:
     found = [file.parent for file in sorted([*folder.glob(HEADER), *folder.glob(f"*/{HEADER}")])]
     if not found:
         raise InputError(f"{folder}: no teacher cache there (no {HEADER} in it or one level below)")
-    return [Place.there(place) for place in found]
+    return [CacheLocation.there(place) for place in found]
 
 
-def describe(place: Place) -> str:
+def describe(place: CacheLocation) -> str:
     """A cache for people: whose it is, how it was read and coded, what it holds and how near it is to the teacher."""
     header, shards, identity = read_header(place.folder), open_shards(place.folder), place.identity
     assert header is not None
@@ -47,7 +47,7 @@ def _shards(count: int) -> str:
     return f"{count} shard" + ("" if count == 1 else "s")
 
 
-def damages(place: Place) -> Iterator[str]:
+def damages(place: CacheLocation) -> Iterator[str]:
     """A line for each shard that is not what was written, or for the whole cache when it has none."""
     if not shard_files(place.folder):
         yield f"{place.folder}: holds nothing"

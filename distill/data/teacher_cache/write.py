@@ -19,7 +19,7 @@ from distill.core.stop import stoppable
 from distill.core.stored import write_checked
 from distill.data.packed_rows import PackedRows
 from distill.data.packing import file_lock
-from distill.data.teacher_cache.cache import Place, ids_of
+from distill.data.teacher_cache.cache import CacheLocation, ids_of
 from distill.data.teacher_cache.fidelity import Fidelity, measure
 from distill.data.teacher_cache.identity import HEADER, VERSION
 from distill.data.teacher_cache.positions import kept_of
@@ -52,7 +52,7 @@ class Live:
 
 
 def fill(
-    place: Place,
+    place: CacheLocation,
     tokens: TokenFile,
     wanted: Sequence[int],
     live: Callable[[], Live],
@@ -61,7 +61,7 @@ def fill(
     what: str,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Bring the teacher's rows ``wanted`` into the cache (see :meth:`Place.needed`); what is there is left alone.
+    """Bring the teacher's rows ``wanted`` into the cache (see :meth:`CacheLocation.needed`), without those that it has.
 
     Processes that fill the same cache at once wait for each other.
 
@@ -95,7 +95,7 @@ def fill(
         return header
 
 
-def _begin(place: Place, read: PackedRows, missing: Sequence[int], live: Live) -> dict[str, Any]:
+def _begin(place: CacheLocation, read: PackedRows, missing: Sequence[int], live: Live) -> dict[str, Any]:
     """Measure the codec on a sample, spread over the rows to come, and write the header."""
     count = min(len(missing), max(1, _SAMPLE_TOKENS // read.sequence_length))
     sample = [missing[i * len(missing) // count] for i in range(count)]
@@ -113,7 +113,7 @@ def _begin(place: Place, read: PackedRows, missing: Sequence[int], live: Live) -
     return header
 
 
-def _announce(place: Place, fidelity: Fidelity, tokens: int, what: str, say: Callable[[str], None]) -> None:
+def _announce(place: CacheLocation, fidelity: Fidelity, tokens: int, what: str, say: Callable[[str], None]) -> None:
     """Say what the cache will cost and keep; refuse a disk that has no room for it."""
     needed, free = tokens * fidelity.bytes_per_token, shutil.disk_usage(place.folder).free
     say(f"{what}: {tokens:,} tokens as {place.codec.kind}, {fidelity.line()}, {needed / 1e6:,.1f} MB on disk")
@@ -125,7 +125,7 @@ def _announce(place: Place, fidelity: Fidelity, tokens: int, what: str, say: Cal
 
 
 def _write(
-    place: Place, read: PackedRows, missing: list[int], live: Live, per_shard: int, batch_size: int, what: str
+    place: CacheLocation, read: PackedRows, missing: list[int], live: Live, per_shard: int, batch_size: int, what: str
 ) -> None:
     progress = RowProgress(f"caching the teacher: {what}", len(missing))
     names = _free_names(place.folder)
@@ -149,7 +149,7 @@ def _free_names(folder: Path) -> Iterator[Path]:
 
 @torch.inference_mode()
 def _encode(
-    place: Place, read: PackedRows, numbers: Sequence[int], live: Live, batch_size: int
+    place: CacheLocation, read: PackedRows, numbers: Sequence[int], live: Live, batch_size: int
 ) -> Iterator[tuple[Tensor, Coded]]:
     """The teacher's hidden states [positions, hidden] and the coded bytes of each row: at every token of it, or at
     those that predict one that is learned from.
@@ -177,7 +177,7 @@ def _num_cached(read: PackedRows, rows: Sequence[int]) -> int:
     return sum(int(kept.sum()) for row in rows if (kept := kept_of(read, row)) is not None)
 
 
-def encode_row(place: Place, hidden: Tensor, number: int, live: Live) -> Tensor:
+def encode_row(place: CacheLocation, hidden: Tensor, number: int, live: Live) -> Tensor:
     """A row's bytes, uint8; they depend on the row and its place alone. hidden: [positions, hidden]"""
     generator = torch.Generator(hidden.device)
     generator.manual_seed(int(hash_of(place.identity.key(), number), 16) % 2**63)

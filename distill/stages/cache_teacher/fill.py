@@ -15,7 +15,7 @@ from distill.data.packed_rows import PackedRows
 from distill.data.packing import file_lock
 from distill.data.spec import APART, DataSpec, Packing
 from distill.data.teacher_cache import Hidden
-from distill.data.teacher_cache.cache import Place
+from distill.data.teacher_cache.cache import CacheLocation
 from distill.data.teacher_cache.head_file import head_file, is_whole, seal
 from distill.data.teacher_cache.identity import Identity, read_header
 from distill.data.teacher_cache.write import Live, fill
@@ -31,7 +31,7 @@ from distill.training.trainer import resolve_teacher
 
 def fill_cache(
     stage: CacheTeacher, context: StageContext, num_sequences: int | None
-) -> tuple[dict[str, Any], tuple[Place, Place]]:
+) -> tuple[dict[str, Any], tuple[CacheLocation, CacheLocation]]:
     """Write what is missing of the first ``num_sequences`` training rows and of the validation text.
 
     Returns:
@@ -62,7 +62,7 @@ def fill_cache(
     return headers[0], places
 
 
-def places_of(stage: CacheTeacher, context: StageContext, corpus: Corpus) -> tuple[Place, Place]:
+def places_of(stage: CacheTeacher, context: StageContext, corpus: Corpus) -> tuple[CacheLocation, CacheLocation]:
     """Where the caches of the training and the validation text are, or will be.
 
     Raises:
@@ -86,10 +86,12 @@ def places_of(stage: CacheTeacher, context: StageContext, corpus: Corpus) -> tup
         for packed, codec in ((train_rows_of(corpus), stage.codec), (corpus.validation, Hidden()))
     ]
     folder = shared or session.run.folder / "data" / f"teacher-{ours[0].key()}"
-    train = Place(folder / "train", ours[0], stage.codec, 0, config.vocab_size)
+    train = CacheLocation(folder / "train", ours[0], stage.codec, 0, config.vocab_size)
     train = replace(train, width=config.hidden_size if stage.codec.reads == "hidden" else config.vocab_size)
     # validation settings change more often than the training text does
-    validation = Place(folder / f"validation-{ours[1].key()}", ours[1], Hidden(), config.hidden_size, config.vocab_size)
+    validation = CacheLocation(
+        folder / f"validation-{ours[1].key()}", ours[1], Hidden(), config.hidden_size, config.vocab_size
+    )
     return train, validation
 
 
@@ -118,7 +120,7 @@ def first_of(corpus: Corpus, num_sequences: int | None) -> list[int]:
 class _Loaded:
     """The teacher, loaded when it is first asked for, and its head to be kept."""
 
-    def __init__(self, context: StageContext, stage: CacheTeacher, train: Place):
+    def __init__(self, context: StageContext, stage: CacheTeacher, train: CacheLocation):
         self.context, self.stage, self.read = context, stage, train.identity
         self.head = head_file(train.folder.parent)
         self._live: Live | None = None

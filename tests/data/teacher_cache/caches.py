@@ -15,7 +15,7 @@ from distill.data.packed_rows import PackedRows
 from distill.data.packing import store_tokens
 from distill.data.teacher_cache import Hidden, Sampled, TopK
 from distill.data.teacher_cache.base import CodecSpec
-from distill.data.teacher_cache.cache import Place
+from distill.data.teacher_cache.cache import CacheLocation
 from distill.data.teacher_cache.fidelity import signal_of
 from distill.data.teacher_cache.identity import Identity
 from distill.data.teacher_cache.write import Live, fill
@@ -77,15 +77,19 @@ class Teacher:
         return Live(self.hidden, lambda rows: 3 * self.head(rows), torch.device("cpu"))
 
 
-def place_of(folder: Path, blocks: PackedRows, codec: CodecSpec, teacher: str = "t", tokenizer: str = "k") -> Place:
+def place_of(
+    folder: Path, blocks: PackedRows, codec: CodecSpec, teacher: str = "t", tokenizer: str = "k"
+) -> CacheLocation:
     width = WIDTH if codec.reads == "hidden" else VOCABULARY
-    return Place(folder, Identity.of(teacher, tokenizer, blocks, codec), codec, width, VOCABULARY)
+    return CacheLocation(folder, Identity.of(teacher, tokenizer, blocks, codec), codec, width, VOCABULARY)
 
 
 every_codec = pytest.mark.parametrize("codec", [TopK(k=4), Sampled(draws=5), Hidden()], ids=lambda codec: codec.kind)
 
 
-def fill_all(place: Place, blocks: PackedRows, wanted: Any = range(20), teacher: Teacher | None = None) -> list[str]:
+def fill_all(
+    place: CacheLocation, blocks: PackedRows, wanted: Any = range(20), teacher: Teacher | None = None
+) -> list[str]:
     said: list[str] = []
     wanted = place.needed(blocks, list(wanted))
     fill(place, blocks.tokens, wanted, teacher or Teacher(), batch_size=2, what="train", say=said.append)
