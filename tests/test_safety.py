@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+from distill.core import digest
 from distill.core.artifact import Artifact
 from distill.core.errors import DistillError, InputError, RecipeError
 from distill.core.run import Run
@@ -157,15 +159,46 @@ def test_a_damaged_cache(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert attack(sorted([place.folder / "cache.json", *place.folder.glob("shard-*")]), read, 24) > 12
 
 
-def test_damaged_tokens(tmp_path: Path) -> None:
-    blocks = train_rows_of(tmp_path / "run" / "data" / "validation.bin")
+def written_tokens(folder: Path) -> Path:
+    """A finished token file."""
+    blocks = train_rows_of(folder / "validation.bin")
     file = Path(blocks.tokens.path)
     file.with_suffix(".bytes").write_bytes(bytes(4 * blocks.tokens.num_tokens))
     header = {key: value for key, value in asdict(blocks.tokens).items() if key != "path"} | {"version": VERSION}
     marks = marks_of(file.parent, [file.with_suffix(suffix).name for suffix in (".bin", ".bytes", ".bounds")])
     header["files"] = {name: asdict(mark) for name, mark in marks.items()}
     write_checked(file.with_suffix(".json"), header)
+    return file
 
+
+@pytest.mark.parametrize("suffix", [".bin", ".bytes", ".bounds"])
+def test_tokens_are_not_believed_by_size_and_time(
+    suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written_tokens(tmp_path / "run" / "data")
+    assert read_tokens(file) is not None
+    part = file.with_suffix(suffix)
+    before, content = part.stat(), bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    os.utime(part, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert read_tokens(file) is None
+    assert "not what was written; the text is tokenized again" in capsys.readouterr().err
+
+
+def test_large_tokens_are_read_once_per_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(digest, "LASTING_BYTES", 1)
+    monkeypatch.setattr(digest, "SETTLED_NS", 0)
+    file = written_tokens(tmp_path / "run" / "data")
+    assert read_tokens(file) is not None
+    monkeypatch.setattr(digest, "_KNOWN", {})  # as another process
+    monkeypatch.setattr(digest, "_PIECE", 0)  # what would be read again is empty
+    assert read_tokens(file) is not None
+
+
+def test_damaged_tokens(tmp_path: Path) -> None:
+    file = written_tokens(tmp_path / "run" / "data")
     anew: list[bool] = []
 
     def read() -> None:
