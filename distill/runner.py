@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-import yaml
 
 from distill.core import stop
 from distill.core.artifact import hash_of, write_text
@@ -17,7 +16,7 @@ from distill.core.errors import DistillError, InputError, MachineError, Stopped
 from distill.core.outside import is_text
 from distill.core.run import DONE, RECIPE, SCORES_FOLDER, Run
 from distill.core.secrets import redacted
-from distill.core.source import flat
+from distill.core.source import flat, parse, read
 from distill.core.world import SINGLE_PROCESS, World
 from distill.finished import Standing, check_read, hash_of_inputs, refuse_to_begin_anew, standing
 from distill.launch import LOGS, check_world, launch, wanted_processes
@@ -272,8 +271,8 @@ def _seed(session: Session, name: str) -> None:
 def _changes(file: Path, text: str) -> list[str]:
     """Key by key what a recipe says that the one in ``file`` does not, or otherwise."""
     try:
-        before, now = flat(yaml.safe_load(file.read_text(encoding="utf-8"))), flat(yaml.safe_load(text))
-    except (OSError, ValueError, yaml.YAMLError):  # there is none, or somebody has written into it
+        before, now = flat(read(file).data), flat(parse(text, str(file)).data)
+    except InputError:  # there is none, or somebody has written into it
         return []
     keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
     return [f"{key}: {before.get(key, 'unset')} -> {now.get(key, 'unset')}" for key in keys]

@@ -25,7 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from distill.core import stop
 from distill.core.artifact import sync
 from distill.core.errors import InputError, MachineError
-from distill.core.outside import read_json
+from distill.core.outside import check_grown, read_json
 from distill.core.seal import Mark, changes, marks_of
 from distill.core.stop import stoppable
 from distill.core.stored import read_checked, write_checked
@@ -279,9 +279,11 @@ def file_lock(folder: Path) -> Iterator[None]:
 
     Raises:
         MachineError: the folder cannot be written.
+        InputError: its lock is no regular file.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        check_grown(folder / ".lock")
         lock: Any = (folder / ".lock").open("w")
         fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
