@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -64,6 +65,12 @@ def run(
     folder = Path(run_dir) if run_dir is not None else Path("runs") / recipe.name
     if not is_text(str(folder)):
         raise InputError(f"--run-dir {str(folder)!r}: is no text in UTF-8, and the run writes it down; choose another")
+    place = os.path.abspath(folder).replace(":/", "://")  # a path has one slash where a URL had two
+    if redacted(place) != place:
+        raise InputError(
+            "--run-dir: its path holds a password or token, and the run prints it and writes it down; choose another "
+            "folder"
+        )
     names = list(recipe.stages)
     for flag, name in (("--only", only), ("--from", start)):
         if name is not None and name not in names:

@@ -73,8 +73,8 @@ def again(recipe: Recipe, folder: Path, **more: Any) -> str:
         try:
             run(recipe, folder, say=lines.append, **more)
         except InputError as error:
-            lines.append(str(error))
-            assert "\n" not in str(error)
+            lines.append(f"refused: {error}")
+    assert all("\n" not in line for line in lines)
     return "\n".join(lines)
 
 

@@ -36,6 +36,7 @@ from distill.data.teacher_cache.write import Live, fill
 from distill.models.load import load_model
 from distill.pruning.origin import Origin
 from distill.recipe import Recipe
+from distill.runner import run
 from distill.stages.prune.search.measurement_cache import MeasurementCache
 from distill.training.checkpoint import AtomicCheckpointIO, checkpoint_path, newest_valid
 from distill.training.metrics import read_rows
@@ -348,6 +349,23 @@ def test_a_recipe_with_a_secret_is_refused(environment: list[str], value: str) -
     assert value not in str(refusal.value)
 
 
+@pytest.mark.parametrize("place", ["runs/hf_abcdefghijklmnop", "runs/https://me:hunter22@host/x"])
+def test_a_run_folder_with_a_secret_in_its_path_is_refused(
+    environment: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    text = "name: x\ndata: {train: {kind: jsonl, path: a.jsonl}, sequence_length: 16, tokenizer: {vocab_size: 300}}\nstages: {report: {}}\n"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="its path holds a password or token") as refusal:
+        run(Recipe.from_text(text), place)
+    assert refusal.value.exit_code == 2
+    assert [secret for secret in [*environment, "hunter22"] if secret in str(refusal.value)] == []
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "hf_abcdefghijklmnop").mkdir()
+    monkeypatch.chdir(tmp_path / "hf_abcdefghijklmnop")  # where the run's folder would be
+    with pytest.raises(InputError, match="its path holds a password or token"):
+        run(Recipe.from_text(text))
+
+
 def test_a_run_writes_no_secret(
     environment: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
@@ -376,7 +394,9 @@ def test_a_run_writes_no_secret(
         "compute": {"accelerator": "cpu", "checkpoint_every_steps": 1},
         "logging": {"wandb": "offline"},
     }
-    Path("quiet.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    named = Path(SECRETS["MY_PASSWORD"])  # a folder above the recipe, whose path the command line has
+    named.mkdir()
+    (named / "quiet.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     kept: list[bytes] = []  # checkpoints are gone when their stage has finished
     save = AtomicCheckpointIO.save_checkpoint
     monkeypatch.setattr(
@@ -384,7 +404,7 @@ def test_a_run_writes_no_secret(
         "save_checkpoint",
         lambda self, state, path, storage_options=None: (save(self, state, path), kept.append(Path(path).read_bytes())),
     )
-    monkeypatch.setattr(sys, "argv", ["distill", "run", "quiet.yaml"])
+    monkeypatch.setattr(sys, "argv", ["distill", "run", str(named / "quiet.yaml")])
     with pytest.raises(SystemExit) as ended:
         main()
     said = "".join(capfd.readouterr())

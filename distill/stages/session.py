@@ -224,10 +224,8 @@ class Session:
             file = self.run.folder / "wandb-id"
             if not file.is_file():
                 write_text(file, trial_of_sweep() or uuid.uuid4().hex[:8])
-            config = yaml.safe_load(self.text)
-            self._logger = make_logger(
-                self.logging, self.run.folder, read(file).decode("utf-8", "replace"), self.recipe, config
-            )
+            config, run_id = yaml.safe_load(self.text), read(file).decode("utf-8", "replace")
+            self._logger = make_logger(self.logging, self.run.folder, run_id, self.recipe, config)
         return self._logger
 
     def close(self) -> None:

@@ -163,11 +163,8 @@ def test_a_file_that_is_larger_than_any_recipe_is_not_read(tmp_path: Path) -> No
 
 def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
-    for file, what in (
-        (tmp_path / "pipe.yaml", "a named pipe"),
-        (Path("/dev/zero"), "a device"),
-        (tmp_path, "a folder"),
-    ):
+    odd = {tmp_path / "pipe.yaml": "a named pipe", Path("/dev/zero"): "a device", tmp_path: "a folder"}
+    for file, what in odd.items():
         with pytest.raises(InputError, match=f"is {what}, expected a regular file"):
             read(file)
 

@@ -370,7 +370,7 @@ def test_a_yaml_task_runs_no_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("task: x\nnum_fewshot: !!int 1x\n", ":2: not valid YAML"),
+        ("task: x\nnum_fewshot: !!int 1x\n", ": not valid YAML: invalid literal for int"),
         ("task: x\nwhen: !!timestamp foo\n", ":2: not valid YAML: values of type tag:yaml.org,2002:timestamp"),
         ("task: x\nwhat: !!python/object/apply:os.getcwd []\n", ""),
         ("task: x\ndataset_kwargs: [1]\n", r"dataset_kwargs is a mapping of keys to values \(got list\)"),
