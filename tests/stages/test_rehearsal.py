@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from huggingface_hub import HfApi
 
 from distill.core.errors import InputError, MachineError
