@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -29,8 +30,9 @@ from distill.training.checkpoint import checkpoints
 from tests.faults.campaign import Campaign
 from tests.faults.cells import WORLDS, Cell, Text, pairs
 from tests.faults.chaos import chaos_recipe
+from tests.faults.kills import KillCampaign
 from tests.faults.resumes import Resumes
-from tests.faults.signals import IMPORTS, every_stage_recipe
+from tests.faults.signals import IMPORTS, Tally, every_stage_recipe
 from tests.faults.workers import Workers, World
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
@@ -83,6 +85,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run; others are kept")
     parser.add_argument("--kills", type=int, default=300, help="number of kills of runs with one process")
     parser.add_argument("--kills-of-two", type=int, default=100, help="kills of two processes, for ddp and fsdp each")
+    parser.add_argument("--stage-kills", type=int, default=60, help="number of kills of runs with every kind of stage")
     parser.add_argument("--repeats", type=int, default=5, help="number of times for each other fault")
     parser.add_argument("--restarts", type=int, default=20, help="number of restarts by torchrun")
     parser.add_argument("--signals", type=int, default=300, help="signals at random moments, including earlier calls")
@@ -149,6 +152,36 @@ def _killed(bench: Bench, options: argparse.Namespace, *more: str, where: str = 
 
 def _killed_behind(bench: Bench, options: argparse.Namespace) -> Rows:
     return _killed(bench, options, *BEHIND, where=", checkpoints written behind")
+
+
+def _killed_every_stage(bench: Bench, options: argparse.Namespace) -> Rows:
+    """Kills at random moments of a run with every kind of stage; every file of weights is compared."""
+    recipe = bench.folder / "every-stage.yaml"
+    recipe.write_text(every_stage_recipe(bench.folder / "text.jsonl"))
+    cases = [("1 process", 1, ()), ("2 processes, ddp", 2, TWO)]
+    for (world, size, arguments), share in zip(cases, (0.6, 0.4), strict=True):
+        place, began, left = bench.fresh(), time.monotonic(), round(share * options.stage_kills)
+        place.mkdir()
+        campaign = KillCampaign(bench.workers, recipe, place, size, arguments, limit_s=LIMIT_S)
+        tallies: list[Tally] = []
+        while left > 0:
+            tallies.append(campaign.run(left))
+            left -= tallies[-1].signals.total()
+            print(world, tallies[-1], flush=True)
+        if not tallies:
+            continue
+        during = sum((tally.stages for tally in tallies), Counter[str]())
+        wrong = [line for tally in tallies for line in tally.wrong]
+        finished, exact = sum(tally.finished for tally in tallies), sum(tally.exact for tally in tallies)
+        yield {
+            "fault": "SIGKILL of a process at random moments of a run with every kind of stage ("
+            f"{', '.join(f'{count} {stage}' for stage, count in sorted(during.items()))})",
+            "run": f"{world}, every kind of stage",
+            "times": during.total(),
+            "what happened": f"in {exact} of {finished} finished runs every file of weights is the same",
+            "lost": "; ".join(wrong) or "nothing",
+            "seconds": round(time.monotonic() - began),
+        }
 
 
 def _stopped(bench: Bench, options: argparse.Namespace) -> Rows:
@@ -332,6 +365,7 @@ def _row(fault: str, size: int, repeats: int, attempt: Callable[[], bool], did: 
 PARTS: dict[str, Callable[[Bench, argparse.Namespace], Rows]] = {
     "killed": _killed,
     "killed-behind": _killed_behind,
+    "killed-every-stage": _killed_every_stage,
     "stopped": _stopped,
     "signalled": _signalled,
     "damaged": _damaged,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +10,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-import yaml
 
 from distill.core import stop
 from distill.core.artifact import hash_of, write_text
@@ -17,7 +17,7 @@ from distill.core.errors import DistillError, InputError, MachineError, Stopped
 from distill.core.outside import is_text
 from distill.core.run import DONE, RECIPE, SCORES_FOLDER, Run
 from distill.core.secrets import redacted
-from distill.core.source import flat
+from distill.core.source import flat, parse, read
 from distill.core.world import SINGLE_PROCESS, World
 from distill.finished import Standing, check_read, hash_of_inputs, refuse_to_begin_anew, standing
 from distill.launch import LOGS, check_world, launch, wanted_processes
@@ -65,6 +65,12 @@ def run(
     folder = Path(run_dir) if run_dir is not None else Path("runs") / recipe.name
     if not is_text(str(folder)):
         raise InputError(f"--run-dir {str(folder)!r}: is no text in UTF-8, and the run writes it down; choose another")
+    place = os.path.abspath(folder).replace(":/", "://")  # a path has one slash where a URL had two
+    if redacted(place) != place:
+        raise InputError(
+            "--run-dir: its path holds a password or token, and the run prints it and writes it down; choose another "
+            "folder"
+        )
     names = list(recipe.stages)
     for flag, name in (("--only", only), ("--from", start)):
         if name is not None and name not in names:
@@ -272,8 +278,8 @@ def _seed(session: Session, name: str) -> None:
 def _changes(file: Path, text: str) -> list[str]:
     """Key by key what a recipe says that the one in ``file`` does not, or otherwise."""
     try:
-        before, now = flat(yaml.safe_load(file.read_text(encoding="utf-8"))), flat(yaml.safe_load(text))
-    except (OSError, ValueError, yaml.YAMLError):  # there is none, or somebody has written into it
+        before, now = flat(read(file).data), flat(parse(text, str(file)).data)
+    except InputError:  # there is none, or somebody has written into it
         return []
     keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
     return [f"{key}: {before.get(key, 'unset')} -> {now.get(key, 'unset')}" for key in keys]

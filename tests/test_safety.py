@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+from distill.core import digest
 from distill.core.artifact import Artifact
 from distill.core.errors import DistillError, InputError, RecipeError
 from distill.core.run import Run
@@ -34,6 +36,7 @@ from distill.data.teacher_cache.write import Live, fill
 from distill.models.load import load_model
 from distill.pruning.origin import Origin
 from distill.recipe import Recipe
+from distill.runner import run
 from distill.stages.prune.search.measurement_cache import MeasurementCache
 from distill.training.checkpoint import AtomicCheckpointIO, checkpoint_path, newest_valid
 from distill.training.metrics import read_rows
@@ -157,15 +160,46 @@ def test_a_damaged_cache(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert attack(sorted([place.folder / "cache.json", *place.folder.glob("shard-*")]), read, 24) > 12
 
 
-def test_damaged_tokens(tmp_path: Path) -> None:
-    blocks = train_rows_of(tmp_path / "run" / "data" / "validation.bin")
+def written_tokens(folder: Path) -> Path:
+    """A finished token file."""
+    blocks = train_rows_of(folder / "validation.bin")
     file = Path(blocks.tokens.path)
     file.with_suffix(".bytes").write_bytes(bytes(4 * blocks.tokens.num_tokens))
     header = {key: value for key, value in asdict(blocks.tokens).items() if key != "path"} | {"version": VERSION}
     marks = marks_of(file.parent, [file.with_suffix(suffix).name for suffix in (".bin", ".bytes", ".bounds")])
     header["files"] = {name: asdict(mark) for name, mark in marks.items()}
     write_checked(file.with_suffix(".json"), header)
+    return file
 
+
+@pytest.mark.parametrize("suffix", [".bin", ".bytes", ".bounds"])
+def test_tokens_are_not_believed_by_size_and_time(
+    suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written_tokens(tmp_path / "run" / "data")
+    assert read_tokens(file) is not None
+    part = file.with_suffix(suffix)
+    before, content = part.stat(), bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    os.utime(part, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert read_tokens(file) is None
+    assert "not what was written; the text is tokenized again" in capsys.readouterr().err
+
+
+def test_large_tokens_are_read_once_per_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(digest, "LASTING_BYTES", 1)
+    monkeypatch.setattr(digest, "SETTLED_NS", 0)
+    file = written_tokens(tmp_path / "run" / "data")
+    assert read_tokens(file) is not None
+    monkeypatch.setattr(digest, "_KNOWN", {})  # as another process
+    monkeypatch.setattr(digest, "_PIECE", 0)  # what would be read again is empty
+    assert read_tokens(file) is not None
+
+
+def test_damaged_tokens(tmp_path: Path) -> None:
+    file = written_tokens(tmp_path / "run" / "data")
     anew: list[bool] = []
 
     def read() -> None:
@@ -315,6 +349,23 @@ def test_a_recipe_with_a_secret_is_refused(environment: list[str], value: str) -
     assert value not in str(refusal.value)
 
 
+@pytest.mark.parametrize("place", ["runs/hf_abcdefghijklmnop", "runs/https://me:hunter22@host/x"])
+def test_a_run_folder_with_a_secret_in_its_path_is_refused(
+    environment: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    text = "name: x\ndata: {train: {kind: jsonl, path: a.jsonl}, sequence_length: 16, tokenizer: {vocab_size: 300}}\nstages: {report: {}}\n"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="its path holds a password or token") as refusal:
+        run(Recipe.from_text(text), place)
+    assert refusal.value.exit_code == 2
+    assert [secret for secret in [*environment, "hunter22"] if secret in str(refusal.value)] == []
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "hf_abcdefghijklmnop").mkdir()
+    monkeypatch.chdir(tmp_path / "hf_abcdefghijklmnop")  # where the run's folder would be
+    with pytest.raises(InputError, match="its path holds a password or token"):
+        run(Recipe.from_text(text))
+
+
 def test_a_run_writes_no_secret(
     environment: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
@@ -343,7 +394,9 @@ def test_a_run_writes_no_secret(
         "compute": {"accelerator": "cpu", "checkpoint_every_steps": 1},
         "logging": {"wandb": "offline"},
     }
-    Path("quiet.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    named = Path(SECRETS["MY_PASSWORD"])  # a folder above the recipe, whose path the command line has
+    named.mkdir()
+    (named / "quiet.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     kept: list[bytes] = []  # checkpoints are gone when their stage has finished
     save = AtomicCheckpointIO.save_checkpoint
     monkeypatch.setattr(
@@ -351,7 +404,7 @@ def test_a_run_writes_no_secret(
         "save_checkpoint",
         lambda self, state, path, storage_options=None: (save(self, state, path), kept.append(Path(path).read_bytes())),
     )
-    monkeypatch.setattr(sys, "argv", ["distill", "run", "quiet.yaml"])
+    monkeypatch.setattr(sys, "argv", ["distill", "run", str(named / "quiet.yaml")])
     with pytest.raises(SystemExit) as ended:
         main()
     said = "".join(capfd.readouterr())

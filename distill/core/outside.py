@@ -117,6 +117,16 @@ def status_of(file: Path) -> os.stat_result:
     return status
 
 
+def check_grown(file: Path) -> None:
+    """Refuse to write on in what is no regular file: a pipe would wait for a reader, a device takes everything.
+
+    Raises:
+        InputError: there is such a thing; that there is nothing is right.
+    """
+    if file.exists() or file.is_symlink():
+        status_of(file)
+
+
 def _refuse(file: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))

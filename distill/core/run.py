@@ -22,6 +22,7 @@ from pydantic import Field
 
 from distill.core.artifact import Artifact, sync, write_text
 from distill.core.errors import InputError, MachineError
+from distill.core.outside import check_grown, read, status_of
 from distill.core.seal import Change, Mark, changes, files_of, marks_of
 from distill.core.stored import read_checked, write_checked
 
@@ -215,9 +216,9 @@ class Run:
     def is_worked_at(self) -> bool | None:
         """Whether the process that took :meth:`lock` last still lives; None where it is one of another machine."""
         try:
-            written, at = (self.folder / LOCK).read_text(encoding="utf-8"), (self.folder / LOCK).stat().st_mtime
-            _, number, _, host = written.split()
-        except (OSError, ValueError):
+            written, at = read(self.folder / LOCK), status_of(self.folder / LOCK).st_mtime
+            _, number, _, host = written.decode("utf-8").split()
+        except (InputError, ValueError):
             return False
         if host != socket.gethostname():
             return None
@@ -235,6 +236,7 @@ class Run:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            check_grown(self.folder / LOCK)
             stream = (self.folder / LOCK).open("a+")
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be used as a run folder ({error.strerror})") from None

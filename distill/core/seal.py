@@ -112,7 +112,7 @@ def is_sealed(folder: Path) -> bool:
     return not changes(folder, marks, read=True)
 
 
-def changes(folder: Path, marks: Marks, within: str = "", *, read: bool) -> list[Change]:
+def changes(folder: Path, marks: Marks, within: str = "", *, read: bool, lasting: bool = False) -> list[Change]:
     """What differs from what the files were.
 
     Args:
@@ -121,12 +121,13 @@ def changes(folder: Path, marks: Marks, within: str = "", *, read: bool) -> list
         within: a file or folder in it that alone is looked at; "" is all. To a folder that is named here no file may
             have been added, as whoever reads it may read that too; hidden ones do not count.
         read: whether to read every byte. Else only files whose size or time of writing is not the same are read.
+        lasting: whether a large file that another process has read need not be read again.
 
     Raises:
         InputError: a file cannot be read.
     """
     names = [name for name in marks if not within or name == within or _is_in(name, within)]
-    found = several(lambda name, stop: _change(folder, name, marks[name], stop, read=read), names)
+    found = several(lambda name, stop: _change(folder, name, marks[name], stop, read, lasting), names)
     if within and (folder / within).is_dir():
         there = (f"{within}/{name}" for name in sorted(_names(folder / within, set())))
         found += [Change(name, "added", "") for name in there if name not in marks]
@@ -137,7 +138,7 @@ def _is_in(name: str, folder: str) -> bool:
     return name.startswith(f"{folder}/")
 
 
-def _change(folder: Path, name: str, mark: Mark, stop: Event, *, read: bool) -> Change | None:
+def _change(folder: Path, name: str, mark: Mark, stop: Event, read: bool, lasting: bool) -> Change | None:
     file = folder / name
     try:
         status = file.stat()
@@ -149,7 +150,7 @@ def _change(folder: Path, name: str, mark: Mark, stop: Event, *, read: bool) -> 
         return None
     detail = f"{mark.bytes:,} bytes expected, {status.st_size:,} found"
     if status.st_size == mark.bytes:
-        digest = sha256_of(file, stop)
+        digest = sha256_of(file, stop, lasting=lasting)
         if digest == mark.sha256:
             return None
         detail = f"SHA-256 {mark.sha256[:12]} expected, {digest[:12]} found"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any
 import yaml
 
 from distill.core.errors import InputError, RecipeError
+from distill.core.outside import opened
 
 KeyPath = tuple[str | int, ...]
 
@@ -145,15 +147,15 @@ def read(file: str | Path) -> Source:
         RecipeError: not YAML.
         InputError: the file cannot be read, or is larger than any recipe.
     """
+    if not os.path.lexists(file):
+        raise InputError(f"{file}: no such recipe; 'distill list recipes' names those that come with distill")
+    with opened(Path(file)) as stream:
+        content = stream.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise InputError(f"{file}: larger than {MOST_BYTES:,} bytes, which no recipe is; name a recipe's file")
     try:
-        with Path(file).open("rb") as stream:
-            content = stream.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise InputError(f"{file}: larger than {MOST_BYTES:,} bytes, which no recipe is; name a recipe's file")
         text = content.decode("utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such recipe; 'distill list recipes' names those that come with distill") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise InputError(f"{file}: cannot be read as text ({error})") from None
     return parse(text, str(file))
 

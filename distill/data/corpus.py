@@ -30,6 +30,7 @@ from distill.data.mixture_split import OneText, texts_of
 from distill.data.order_spec import OrderSpec
 from distill.data.packed_rows import PackedRows
 from distill.data.packing import Part, TokenFile, file_lock, read_tokens, write_tokens
+from distill.data.repeats import ValidationRepeats, can_repeat
 from distill.data.replace_words import Candidates, WordReplacer
 from distill.data.spec import FULL, DataSpec, TrainTokenizer
 from distill.data.split import RULE, Split
@@ -307,6 +308,8 @@ def _opened(
     texts, sides = texts_of(data), ("validation",) if data.train.is_stream() else ("train", "validation")
     cleaner = None if data.clean is None else Cleaner(data.clean, texts)
     replacer = _replacer(data, candidates, folder)
+    is_cleaned = data.clean is not None and data.clean.of_validation
+    repeats = ValidationRepeats(texts) if can_repeat(texts, is_cleaned=is_cleaned) else None
     more = [*(cleaner.identity() if cleaner else ()), *(replacer.identity() if replacer else ())]
     made: dict[str, tuple[str, dict[str, TokenFile]]] = {}
     for text in texts:
@@ -316,7 +319,7 @@ def _opened(
         files = {side: folder / f"{text.key(side)}-{keys[side]}.bin" for side in sides}
         key = keys["train"]
         tokens = {
-            side: read_tokens(file) or _tokenize(file, side, text, encoder, vocabulary_size, cleaner, replacer)
+            side: read_tokens(file) or _tokenize(file, side, text, encoder, vocabulary_size, cleaner, replacer, repeats)
             for side, file in files.items()
         }
         _check(tokens, text, vocabulary_size)
@@ -351,16 +354,20 @@ def _tokenize(
     vocabulary_size: int,
     cleaner: Cleaner | None,
     replacer: WordReplacer | None,
+    repeats: ValidationRepeats | None,
 ) -> TokenFile:
     data, split = text.data, text.split
     if side == "validation":
         total, encoder = data.validation.num_bytes() if data.validation else None, encoder.for_validation()
         return write_tokens(path, split.validation(), encoder, vocabulary_size, with_bytes=True, total_bytes=total)
     items, total = split.training() if cleaner is None else cleaner.training(text), data.train.num_bytes()
+    found: list[str] = []
+    if repeats is not None:
+        items = repeats.watched(items, text.key(side), found)
     if replacer is not None:
         items = replacer.with_copies(items)
         total = None if total is None else total * (1 + replacer.spec.copies)
-    return write_tokens(
+    tokens = write_tokens(
         path,
         items,
         encoder,
@@ -368,6 +375,9 @@ def _tokenize(
         total_bytes=total,
         num_repeated=lambda: split.num_repeated,
     )
+    for line in found:
+        print(line, file=sys.stderr, flush=True)
+    return tokens
 
 
 def _check(tokens: dict[str, TokenFile], text: OneText, vocabulary_size: int) -> None:

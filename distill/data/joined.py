@@ -51,7 +51,7 @@ def _written(path: Path, files: Sequence[TokenFile]) -> TokenFile:
         if files[0].num_learned is not None:
             header["num_learned"] = sum(file.num_learned or 0 for file in files)
         header["tally"] = {}  # that of each source is in its own file
-    joined = read_tokens(path)
+    joined = read_tokens(path, just_written=True)
     assert joined is not None
     return joined
 

@@ -25,7 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from distill.core import stop
 from distill.core.artifact import sync
 from distill.core.errors import InputError, MachineError
-from distill.core.outside import read_json
+from distill.core.outside import check_grown, read_json
 from distill.core.seal import Mark, changes, marks_of
 from distill.core.stop import stoppable
 from distill.core.stored import read_checked, write_checked
@@ -128,8 +128,15 @@ class Part:
     tokens: TokenFile
 
 
-def read_tokens(path: Path) -> TokenFile | None:
-    """The finished token file at ``path``, or None where there is none or it must be written again."""
+def read_tokens(path: Path, *, just_written: bool = False) -> TokenFile | None:
+    """The finished token file at ``path``, or None where there is none or it must be written again.
+
+    Every byte is read, by one process of a machine: the others find the digests of large files in the user's cache.
+
+    Args:
+        path: the ``.bin`` file.
+        just_written: by this process, so that the bytes need not be read again.
+    """
     file = path.with_suffix(".json")
     if not file.is_file():
         return None
@@ -140,7 +147,7 @@ def read_tokens(path: Path) -> TokenFile | None:
         header = read_checked(file, _HEADER, "")
         marks = TypeAdapter(dict[str, Mark]).validate_python(header.pop("files"))
         tokens = TypeAdapter(TokenFile).validate_python({**header, "path": str(path)})
-        whole = not changes(path.parent, marks, read=False) and tokens.is_whole()
+        whole = not changes(path.parent, marks, read=not just_written, lasting=True) and tokens.is_whole()
     except (InputError, ValidationError, KeyError):
         whole = False
     if not whole:
@@ -187,7 +194,7 @@ def write_tokens(
                 progress.advance(chunk.num_bytes)
         header |= {**writer.counts, "dtype": dtype, "filling": encoder.end, "start": encoder.start}
         header |= {"num_repeated": num_repeated(), "tally": asdict(writer.tally)}
-    tokens = read_tokens(path)
+    tokens = read_tokens(path, just_written=True)
     assert tokens is not None
     return tokens
 
@@ -272,9 +279,11 @@ def file_lock(folder: Path) -> Iterator[None]:
 
     Raises:
         MachineError: the folder cannot be written.
+        InputError: its lock is no regular file.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        check_grown(folder / ".lock")
         lock: Any = (folder / ".lock").open("w")
         fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:

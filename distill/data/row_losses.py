@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,13 @@ import numpy as np
 from distill.core.artifact import hash_of
 from distill.core.errors import MachineError
 from distill.data.packed_rows import PackedRows
+from distill.data.words import mixed
 
-VERSION = 1
+VERSION = 2
 """Of what is written; losses of another version are computed anew."""
+_ROW = np.dtype([("loss", "<f4"), ("check", "<u4")])
+"""A row's loss, NaN where it is not known, and 32 bits that follow from the number of the row and the loss; 0 where it
+is not known."""
 
 
 class RowLosses:
@@ -30,24 +35,50 @@ class RowLosses:
         tokens = Path(packed.tokens.path)
         key = hash_of(VERSION, tokens.name, packed.sequence_length, packed.packing, len(packed), model)
         self.path = tokens.with_name(f"row-losses-{key}.bin")
+        size = len(packed) * _ROW.itemsize
         try:
-            if not self.path.is_file() or self.path.stat().st_size != 4 * len(packed):
+            if not self.path.is_file() or self.path.stat().st_size != size:
                 temporary = self.path.with_name(f".{self.path.name}.writing")
-                np.full(len(packed), np.nan, np.float32).tofile(temporary)
+                np.full(len(packed), np.array((np.nan, 0), _ROW)).tofile(temporary)
                 temporary.replace(self.path)
-            self._losses = np.memmap(self.path, np.float32, "r+", shape=(len(packed),))  # [rows]
+            self._rows = np.memmap(self.path, _ROW, "r+", shape=(len(packed),))  # [rows]
         except OSError as error:
             raise MachineError(f"{self.path}: cannot be written ({error.strerror or error})") from error
+        self._drop_damaged()
+
+    def _drop_damaged(self) -> None:
+        """Forget losses that are not what was written."""
+        unknown = np.isnan(self._rows["loss"]) & (self._rows["check"] == 0)  # [rows]
+        numbers = np.arange(len(self._rows))
+        damaged = ~unknown & (self._rows["check"] != _check(numbers, self._rows["loss"]))  # [rows]
+        if damaged.any():
+            count = f"{damaged.sum():,} of {len(damaged):,} losses are"
+            print(f"{self.path.name}: {count} not what was written; they are computed again", file=sys.stderr)
+            self._rows[damaged] = (np.nan, 0)
 
     def missing(self, rows: np.ndarray) -> np.ndarray:
         """Those of some rows whose losses are not known, in their order. int64 [rows]"""
-        return rows[np.isnan(self._losses[rows])]
+        return rows[np.isnan(self._rows["loss"][rows])]
 
     def write(self, rows: np.ndarray, losses: np.ndarray) -> None:
         """Keep the losses of some rows. fp32 [rows]"""
-        self._losses[rows] = losses
+        found = np.empty(len(rows), _ROW)
+        found["loss"], found["check"] = losses, _check(rows, losses)
+        self._rows[rows] = found
 
     def read(self) -> np.ndarray:
         """Of all rows, in nats per token that counts; NaN where not known. fp32 [rows]"""
-        self._losses.flush()
-        return np.array(self._losses)
+        self._rows.flush()
+        return np.array(self._rows["loss"])
+
+
+def _check(rows: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """What stands beside the losses of some rows. uint32 [rows]
+
+    Args:
+        rows: their numbers. int64 [rows]
+        losses: fp32 [rows]
+    """
+    bits = np.ascontiguousarray(losses, np.float32).view(np.uint32).astype(np.uint64)
+    numbers = (rows.astype(np.uint64) + np.uint64(1)) << np.uint64(32)
+    return (mixed(numbers | bits) >> np.uint64(32)).astype(np.uint32)

@@ -149,6 +149,13 @@ class ExporterSpec(Spec):
             InputError: :meth:`export` would raise one.
         """
 
+    def check_files(self, folder: Path) -> None:
+        """Check before training that the files of a model that no stage makes can be copied.
+
+        Raises:
+            InputError: :meth:`export` would raise one.
+        """
+
     def export(self, source_folder: Path, folder: Path, *, title: str) -> list[str]:
         """Write the export, without a model card.
 

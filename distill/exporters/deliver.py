@@ -21,14 +21,24 @@ def copy_files(source_folder: Path, folder: Path, *, weights: bool = False) -> N
     Raises:
         InputError: a file is a link to outside of the folder, or cannot be read.
     """
+    for file in files_to_copy(source_folder, weights=weights):
+        with opened(file) as stream, (folder / file.name).open("wb") as copy:
+            shutil.copyfileobj(stream, copy, 1 << 20)
+
+
+def files_to_copy(source_folder: Path, *, weights: bool = False) -> list[Path]:
+    """The files that :func:`copy_files` copies.
+
+    Raises:
+        InputError: see there.
+    """
     from distill.models.size import INDEX, weight_files
 
     wanted = FILES | ({INDEX, *(file.name for file in weight_files(source_folder))} if weights else set())
-    for file in check_folder(source_folder):
-        if file.name in wanted:
-            _refuse_elsewhere(file, source_folder.resolve())
-            with opened(file) as stream, (folder / file.name).open("wb") as copy:
-                shutil.copyfileobj(stream, copy, 1 << 20)
+    files = [file for file in check_folder(source_folder) if file.name in wanted]
+    for file in files:
+        _refuse_elsewhere(file, source_folder.resolve())
+    return files
 
 
 def _refuse_elsewhere(file: Path, folder: Path) -> None:

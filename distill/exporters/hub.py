@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from distill.core.errors import InputError, MachineError
+
+
+def check_token(repository: str) -> None:
+    """Refuse an upload for which nobody is logged in; nothing is asked of the Hub.
+
+    Raises:
+        InputError: neither the environment nor the Hub's own login holds a token.
+    """
+    if not get_token():
+        raise _without_token(repository)
+
+
+def _without_token(repository: str) -> InputError:
+    return InputError(f"push_to_hub: {repository}: no token; set HF_TOKEN, or run hf auth login")
 
 
 def planned(folder: Path, repository: str) -> list[str]:
@@ -48,7 +62,7 @@ def upload(folder: Path, repository: str) -> str:
         api.create_repo(repository, private=True, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by distill"))
     except LocalTokenNotFoundError:
-        raise InputError(f"push_to_hub: {repository}: no token; set HF_TOKEN, or run hf auth login") from None
+        raise _without_token(repository) from None
     except (HfHubHTTPError, HFValidationError) as error:
         raise InputError(f"push_to_hub: {repository}: refused by the Hub ({_line(error)})") from None
     except (OSError, RuntimeError) as error:

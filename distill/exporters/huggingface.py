@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from distill.core.markdown import escaped
 from distill.exporters.base import CardFacts, ExporterSpec, VerifyResult, cache_notes, new_folder
-from distill.exporters.deliver import copy_files
+from distill.exporters.deliver import copy_files, files_to_copy
 from distill.models.heads import HUB_TASKS, auto_class, task_of
 from distill.models.load import Task, load_config
 from distill.models.sentence_files import copy_sentence_files, is_sentence_encoder
@@ -38,6 +38,9 @@ class HuggingFace(ExporterSpec):
     )
 
     kind: Literal["huggingface"] = "huggingface"
+
+    def check_files(self, folder: Path) -> None:
+        files_to_copy(folder, weights=True)
 
     def export(self, source_folder: Path, folder: Path, *, title: str) -> list[str]:
         """Copy the model and its tokenizer, but not the lineage, which contains paths of this machine."""

@@ -22,7 +22,10 @@ from distill.models.kv_cache import cache_type
 from distill.quantization.kv_cache import CacheType
 
 REINSTALL = "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --force-reinstall --no-cache-dir llama-cpp-python"
-_TRY = "import sys, llama_cpp; llama_cpp.Llama(sys.argv[1], n_ctx=32, n_threads=1, verbose=False).eval([0])"
+_TRY = (
+    "import sys; from distill.core.orphan import die_with; die_with(int(sys.argv[2])); import llama_cpp; "
+    "llama_cpp.Llama(sys.argv[1], n_ctx=32, n_threads=1, verbose=False).eval([0])"
+)
 
 
 @once
@@ -38,7 +41,7 @@ def check_engine(file: Path) -> None:
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     child = subprocess.run(
-        [sys.executable, "-c", _TRY, str(file)],
+        [sys.executable, "-c", _TRY, str(file), str(os.getpid())],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

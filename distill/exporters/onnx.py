@@ -32,6 +32,7 @@ from distill.exporters.base import (
     require_engine,
     require_writers,
 )
+from distill.exporters.deliver import files_to_copy
 from distill.exporters.onnx_names import DATA, FILE, inputs_of
 from distill.models.heads import HUB_TASKS
 from distill.models.load import Task
@@ -90,6 +91,9 @@ class Onnx(ExporterSpec):
 
     def writers(self) -> tuple[str, ...]:
         return ("onnx", "onnxscript", *(["onnxruntime"] if self.weights == "int8" else []))
+
+    def check_files(self, folder: Path) -> None:
+        files_to_copy(folder)
 
     def export(self, source_folder: Path, folder: Path, *, title: str) -> list[str]:
         require_writers(self)

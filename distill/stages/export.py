@@ -98,10 +98,13 @@ class Export(StageSpec):
         return str(figures["folder"])
 
     def rehearse(self, context: StageContext) -> None:
-        """Compare the target with the tokenizer and the architecture."""
+        """Compare the target with the tokenizer, the architecture and the files; look for the token of an upload."""
+        from distill.exporters.hub import check_token
         from distill.stages.rehearsal import check_target
 
         check_target(context, self.model, self.target)
+        if self.upload and self.push_to_hub is not None:
+            check_token(self.push_to_hub)
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Export, reload, compare; only an export that was not found wrong takes its place, and one that could

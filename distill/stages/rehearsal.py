@@ -18,6 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from distill.core.artifact import Lineage, replacing, write_lineage
 from distill.core.errors import DistillError, InputError, MachineError
+from distill.core.outside import is_folder
 from distill.core.run import CHECKPOINTS
 from distill.data.tokenizer import check_written, load_tokenizer
 from distill.exporters.base import ExporterSpec
@@ -159,13 +160,15 @@ def check_target(context: StageContext, reference: str, target: ExporterSpec) ->
     """Compare an export's format with the model, or the nearest one there is of those that it will be made from.
 
     Raises:
-        InputError: its architecture or its tokenizer cannot be written so.
+        InputError: its architecture, its tokenizer or its files cannot be written so.
     """
     location = standing_for(context, reference)
     if location is None:
         target.check_model("a new model", None, context.session.tokenizer())
     else:
         target.check_model(location, load_config(location), load_tokenizer(location))
+    if reference not in context.session.stages and location is not None and is_folder(location):
+        target.check_files(Path(location))
 
 
 def check_prompts(context: StageContext, prompts: Iterable[str]) -> None:

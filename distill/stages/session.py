@@ -13,6 +13,7 @@ import yaml
 from transformers import PreTrainedTokenizerFast
 
 from distill.core.artifact import Artifact, Lineage, fingerprint, hash_of, replacing, write_lineage, write_text
+from distill.core.outside import read
 from distill.core.run import Run
 from distill.core.sweep import trial_of_sweep
 from distill.core.world import SINGLE_PROCESS, World
@@ -223,8 +224,8 @@ class Session:
             file = self.run.folder / "wandb-id"
             if not file.is_file():
                 write_text(file, trial_of_sweep() or uuid.uuid4().hex[:8])
-            config = yaml.safe_load(self.text)
-            self._logger = make_logger(self.logging, self.run.folder, file.read_text(), self.recipe, config)
+            config, run_id = yaml.safe_load(self.text), read(file).decode("utf-8", "replace")
+            self._logger = make_logger(self.logging, self.run.folder, run_id, self.recipe, config)
         return self._logger
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """The process that traces: it has the guard before it imports torch, and replaces ``torch.cuda`` within itself.
 
-It is ``python -m distill.trace.child SOCKET [LIBRARY]``, with a connection of ``multiprocessing`` to the parent. Not a
+It is ``python -m distill.trace.child SOCKET PARENT [LIBRARY]``, with a connection of ``multiprocessing`` to the parent. Not a
 process of ``multiprocessing``, which would import the parent's main module first, and with it maybe torch.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from distill.core.errors import DistillError, MachineError
+from distill.core.orphan import die_with
 from distill.trace import guard
 from distill.trace.figures import Figures
 from distill.trace.jobs import Job
@@ -31,7 +32,7 @@ class Tracer:
     def __enter__(self) -> Tracer:
         library = guard.built()
         self._jobs, theirs = Pipe()
-        arguments = [str(theirs.fileno()), *([str(library)] if library is not None else [])]
+        arguments = [str(theirs.fileno()), str(os.getpid()), *([str(library)] if library is not None else [])]
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, *arguments],
             stdin=subprocess.DEVNULL,
@@ -69,8 +70,10 @@ class Tracer:
 
 def main() -> NoReturn:
     """Trace the jobs that come until the parent closes the connection."""
-    jobs = Connection(int(sys.argv[1]))
-    guard.load(Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    end, parent, *library = sys.argv[1:]
+    die_with(int(parent))
+    jobs = Connection(int(end))
+    guard.load(Path(library[0]) if library else None)
     from distill.trace.step import trace
 
     while True:

@@ -168,7 +168,8 @@ def _open(
             save_dir=str(folder), mode=mode, config=plain, settings=settings,
         )  # fmt: skip
         if _first_rank():
-            run = logger.open()
+            with _redacted_arguments():
+                run = logger.open()
             logger.sync_folder = Path(run.dir).parent
         return logger
     except BaseException as error:
@@ -178,6 +179,17 @@ def _open(
             raise
         _warn(f"W&B cannot be opened {mode}, the run continues ({_line(error)})")
         return None
+
+
+@contextlib.contextmanager
+def _redacted_arguments() -> Iterator[None]:
+    """Within the block the command line, which wandb stores with a run, has no secrets in it."""
+    before = sys.argv
+    sys.argv = [redacted(argument) for argument in before]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def resolve_mode(spec: LoggingSpec) -> str:

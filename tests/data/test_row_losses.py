@@ -1,6 +1,7 @@
 """Losses of rows on disk: each written once, another text, cut or model is another file."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -40,3 +41,31 @@ def test_a_file_of_another_length_is_written_anew(blocks):
     losses.write(np.arange(len(blocks)), np.ones(len(blocks), np.float32))
     losses.path.write_bytes(losses.path.read_bytes()[:-4])
     assert np.isnan(RowLosses(blocks, "teacher").read()).all()
+
+
+@pytest.mark.parametrize("at", [0, 8 * 3 + 2, 8 * 3 + 3, 8 * 5 + 6, 8 * 7 + 3])
+def test_a_flipped_bit_is_found_and_that_row_alone_is_computed_again(blocks, capsys, at):
+    losses = RowLosses(blocks, "teacher")
+    known = np.arange(7)  # row 7 and those after it are not known
+    losses.write(known, np.linspace(1, 2, 7, dtype=np.float32))
+    losses.read()
+    content, before = bytearray(losses.path.read_bytes()), losses.path.stat()
+    content[at] ^= 16
+    losses.path.write_bytes(content)
+    os.utime(losses.path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    again = RowLosses(blocks, "teacher")
+    assert again.missing(known).tolist() == [row for row in known if row == at // 8]
+    assert np.isnan(again.read()[7:]).all()
+    line = f"1 of {len(blocks)} losses are not what was written; they are computed again"
+    assert line in capsys.readouterr().err
+    RowLosses(blocks, "teacher")
+    assert capsys.readouterr().err == ""
+
+
+def test_the_losses_of_two_rows_cannot_change_places(blocks):
+    losses = RowLosses(blocks, "teacher")
+    losses.write(np.arange(4), np.arange(4, dtype=np.float32))
+    losses.read()
+    content = losses.path.read_bytes()
+    losses.path.write_bytes(content[8:16] + content[:8] + content[16:])
+    assert RowLosses(blocks, "teacher").missing(np.arange(4)).tolist() == [0, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -358,11 +359,45 @@ def test_a_yaml_task_runs_no_code(tmp_path: Path) -> None:
         ("task: x\ndoc_to_text: !function utils.f\n", "would run code"),
         ("task: x\ninclude: other.yaml\n", "include is not supported"),
         ("task: x\ndataset_kwargs: {trust_remote_code: true}\n", "trust_remote_code"),
-        ("- x\n", "must be one task"),
+        ("- x\n", "a task of lm-eval is a mapping of keys to values"),
+        ("dataset_path: json\n", "must be one task"),
     ):
         file.write_text(text)
         with pytest.raises(InputError, match=line):
             LmEval(task=str(file)).files()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("task: x\nnum_fewshot: !!int 1x\n", ": not valid YAML: invalid literal for int"),
+        ("task: x\nwhen: !!timestamp foo\n", ":2: not valid YAML: values of type tag:yaml.org,2002:timestamp"),
+        ("task: x\nwhat: !!python/object/apply:os.getcwd []\n", ""),
+        ("task: x\ndataset_kwargs: [1]\n", r"dataset_kwargs is a mapping of keys to values \(got list\)"),
+        ("task: x\ndataset_kwargs: []\n", r"dataset_kwargs is a mapping of keys to values \(got list\)"),
+        ("task: x\ndataset_kwargs: {data_files: " + "[" * 3000, "nested more than 50 deep"),
+        ("task: x\ntask: y\n", "task: written twice"),
+        ("task: [x\n", "not valid YAML"),
+        ("task: \udcff\n", "cannot be read as text"),
+        ("task: x\na: '" + "x" * (1 << 20) + "'\n", "has more than 1,048,576 bytes"),
+    ],
+)
+def test_an_odd_yaml_task_is_one_line(text: str, line: str, tmp_path: Path) -> None:
+    file = tmp_path / "task.yaml"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    if not line:  # the tag of a mapping or a list says nothing: it is read as plain data
+        assert LmEval(task=str(file)).config() == {"task": "x", "what": []}
+        return
+    with pytest.raises(InputError, match=line) as refusal:
+        LmEval(task=str(file)).config()
+    assert str(refusal.value).startswith(str(file))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_yaml_task_that_is_no_file_is_one_line(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "task.yaml")
+    with pytest.raises(InputError, match="is a named pipe, expected a regular file"):
+        LmEval(task=str(tmp_path / "task.yaml")).config()
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")

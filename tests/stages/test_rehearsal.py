@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 
 from distill.core.errors import InputError, MachineError
+from distill.exporters import hub
 from distill.recipe import Recipe
 from distill.runner import run
 
@@ -262,6 +264,40 @@ def test_an_export_that_cannot_be_written_is_found_before_the_training(
     line = refused(recipe(TUNED + export, teacher=another), tmp_path / "run")
     assert line.startswith(f"stages.out: {another}: cannot be written as GGUF: llama with hidden_act 'gelu'")
     assert steps == []
+
+
+def test_an_upload_without_a_token_is_refused_before_the_training(
+    recipe: Make, steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr("huggingface_hub.utils._auth._get_token_from_google_colab", lambda: None)
+    export = "  out: {kind: export, model: tuned, push_to_hub: some/model, upload: %s}\n"
+    line = refused(recipe(TUNED + export % "true"), tmp_path / "run")
+    assert line == "stages.out: push_to_hub: some/model: no token; set HF_TOKEN, or run hf auth login"
+    assert steps == []
+    (tmp_path / "token").write_text("hf_abcdefghijklmnop\n")
+    hub.check_token("some/model")
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, *given, **named: pytest.fail("before the training"))
+    run(recipe(TUNED + export % "false"), tmp_path / "run", say=quiet)  # which only says what it would send
+    assert steps == [1]
+
+
+@pytest.mark.parametrize("target", ["huggingface", "onnx"])
+def test_a_link_that_is_not_exported_is_found_before_the_training(
+    recipe: Make, steps: list[int], another: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    monkeypatch.setattr("distill.exporters.onnx.Onnx.missing", lambda self: None)
+    (another / "tokenizer_config.json").rename(tmp_path / "elsewhere.json")
+    (another / "tokenizer_config.json").symlink_to(tmp_path / "elsewhere.json")
+    export = f"  out: {{kind: export, model: {another}, target: {target}}}\n"
+    line = refused(recipe(TUNED + export), tmp_path / "run")
+    assert line.startswith(f"stages.out: {another / 'tokenizer_config.json'}: a link to {tmp_path / 'elsewhere.json'}")
+    assert steps == []
+    out = f"  out: {{kind: export, model: tuned, target: {target}}}\n"
+    run(recipe(TUNED + out), tmp_path / "run", only="tuned", say=quiet)  # what a stage writes has no link in it
+    assert steps == [1]
 
 
 @pytest.mark.parametrize("stages", [TUNED + "  evaluate: {speed: null}\n  report: {prompts: []}\n", TUNED + CUT])

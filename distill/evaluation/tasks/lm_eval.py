@@ -12,11 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from distill.core.errors import InputError
+from distill.core.errors import InputError, RecipeError
 from distill.core.installed import install_command
 from distill.core.outside import read
+from distill.core.source import MOST_BYTES, parse
 from distill.data.files import File
 from distill.evaluation.tasks.base import Answers, LanguageModel, TaskSpec
 
@@ -53,16 +52,23 @@ class LmEval(TaskSpec):
             return None
         file = Path(self.task)
         try:
-            found = yaml.safe_load(read(file).decode("utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            why = " ".join(str(error).split())
-            hint = "; !function would run code, which is not allowed" if "!function" in why else ""
-            raise InputError(f"{file}: cannot be read as YAML ({why[:200]}){hint}") from None
-        if not isinstance(found, dict) or not isinstance(found.get("task"), str):
+            source = parse(read(file, MOST_BYTES).decode("utf-8"), str(file), "a task of lm-eval")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}: cannot be read as text ({error})") from None
+        except RecipeError as error:
+            hint = "; !function would run code, which is not allowed" if "!function" in str(error) else ""
+            raise InputError(f"{error}{hint}") from None
+        if source.mistakes:
+            raise InputError(source.mistakes[0])
+        found = source.data
+        if not isinstance(found.get("task"), str):
             raise InputError(f"{file}: must be one task of lm-eval, with its name as task:")
         if "include" in found:
             raise InputError(f"{file}: include is not supported; write the whole task into one file")
-        if (found.get("dataset_kwargs") or {}).get("trust_remote_code"):
+        kwargs = found.get("dataset_kwargs")
+        if kwargs is not None and not isinstance(kwargs, dict):
+            raise InputError(f"{file}: dataset_kwargs is a mapping of keys to values (got {type(kwargs).__name__})")
+        if (kwargs or {}).get("trust_remote_code"):
             raise InputError(f"{file}: trust_remote_code would run code of a data set, which is not allowed; remove it")
         return found
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from distill.core.artifact import sync
 from distill.core.errors import InputError, MachineError
+from distill.core.outside import check_grown, opened
 from distill.core.stored import parse_stored
 
 Line = TypeVar("Line")
@@ -20,10 +21,12 @@ def append_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 
     Raises:
         MachineError: the disk is full or not writable.
+        InputError: it is no regular file.
     """
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     try:
         is_new = not file.exists()
+        check_grown(file)
         with file.open("ab") as stream:
             stream.write(lines.encode())
             stream.flush()
@@ -44,9 +47,10 @@ def appended_lines(file: Path, kind: type[Line], fix: str, *, is_last: bool = Tr
         is_last: whether a kill may have left half a line at its end, which is removed.
 
     Raises:
-        InputError: a line is damaged.
+        InputError: it is no regular file, or a line is damaged.
     """
-    content = file.read_bytes()
+    with opened(file) as stream:
+        content = stream.read()
     end = content.rfind(b"\n") + 1
     if end < len(content) and not is_last:
         raise InputError(f"{file}: ends in the middle of a line; put it back, or {fix}")
