@@ -63,9 +63,21 @@ class Cleaner:
     def _pass(self, text: OneText) -> Iterator[Item]:
         self._num_read = self.texts.index(text) + 1
         for item in text.split.training():
-            yield item if isinstance(item, Rejected) else self._kept(item)
+            yield self.kept(item)
 
-    def _kept(self, item: Document | Conversation) -> Item:
+    def prepare(self) -> None:
+        """Read the test sets, for processes that are forked.
+
+        Raises:
+            InputError: one cannot be read, or too many of its rows.
+        """
+        if self.spec.decontaminate:
+            self._tests  # noqa: B018  # computed once, and kept
+
+    def kept(self, item: Item) -> Item:
+        """A row of the training side, or why it is left out."""
+        if isinstance(item, Rejected):
+            return item
         needs_words = self.spec.decontaminate or self.spec.duplicates == "near"
         words = words_of(item.text) if needs_words else None
         if words is not None and self.spec.decontaminate and (hit := self._tests.find(item, words)) is not None:

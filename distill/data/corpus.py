@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -14,6 +15,7 @@ import numpy as np
 from distill.core.artifact import hash_of
 from distill.core.errors import InputError
 from distill.core.seal import is_sealed, seal
+from distill.core.world import SINGLE_PROCESS, World
 from distill.data import loader
 from distill.data.chat_encoder import ChatEncoder
 from distill.data.chat_spec import ChatSpec
@@ -29,7 +31,7 @@ from distill.data.mixture_order import as_whole, passes, tokens_per_row
 from distill.data.mixture_split import OneText, texts_of
 from distill.data.order_spec import OrderSpec
 from distill.data.packed_rows import PackedRows
-from distill.data.packing import Part, TokenFile, file_lock, read_tokens, write_tokens
+from distill.data.packing import Part, TokenFile, file_lock
 from distill.data.replace_words import Candidates, WordReplacer
 from distill.data.spec import FULL, DataSpec, TrainTokenizer
 from distill.data.split import RULE, Split
@@ -37,6 +39,7 @@ from distill.data.stream import Stream
 from distill.data.token_encoder import TokenEncoder
 from distill.data.token_writer import token_too_large
 from distill.data.tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
+from distill.data.tokenizing import is_made_by_one, tokens_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -88,10 +91,12 @@ class Corpus:
         seed: int,
         vocabulary_size: int,
         candidates: Candidates | None = None,
+        world: World = SINGLE_PROCESS,
     ) -> Corpus:
         """Tokenize what is not tokenized yet, and open it.
 
-        Processes that open the same folder at once wait for the one that came first and use its work.
+        Processes that open the same folder at once tokenize a part each, or wait for the one that came first where
+        parts depend on each other; see :mod:`distill.data.tokenizing`.
 
         Args:
             data: the recipe's ``data`` section.
@@ -100,6 +105,7 @@ class Corpus:
             seed: decides the order of training.
             vocabulary_size: rows of the smallest model head that will see the ids.
             candidates: where the words come from that ``data.augment`` puts in place of others; needed with it alone.
+            world: the processes that open it at once.
 
         Raises:
             InputError: no text, too little text, ids that the models have no rows for, a chat template that cannot be
@@ -107,8 +113,9 @@ class Corpus:
             MachineError: the folder cannot be written.
         """
         folder, encoder = Path(folder), _encoder(data, tokenizer)
-        with file_lock(folder):
-            key, tokens = _opened(folder, data, encoder, tokenizer, vocabulary_size, candidates)
+        sharing = None if is_made_by_one(data) else world
+        with file_lock(folder) if sharing is None else nullcontext():
+            key, tokens = _opened(folder, data, encoder, tokenizer, vocabulary_size, candidates, sharing)
         everything = PackedRows(tokens["validation"], data.sequence_length, packing=data.packing)
         validation = everything.only(_spread(everything, data))
         train: PackedRows | Stream
@@ -302,6 +309,7 @@ def _opened(
     tokenizer: PreTrainedTokenizerFast,
     vocabulary_size: int,
     candidates: Candidates | None,
+    world: World | None,
 ) -> tuple[str, dict[str, TokenFile]]:
     """What stands for the tokens of a text, and the token file of each side; of a mixture that of all sources."""
     texts, sides = texts_of(data), ("validation",) if data.train.is_stream() else ("train", "validation")
@@ -316,7 +324,7 @@ def _opened(
         files = {side: folder / f"{text.key(side)}-{keys[side]}.bin" for side in sides}
         key = keys["train"]
         tokens = {
-            side: read_tokens(file) or _tokenize(file, side, text, encoder, vocabulary_size, cleaner, replacer)
+            side: tokens_of(file, side, text, encoder, vocabulary_size, cleaner, replacer, world)
             for side, file in files.items()
         }
         _check(tokens, text, vocabulary_size)
@@ -330,7 +338,8 @@ def _opened(
     joined = {}
     for side in sides:
         parts = [Part(name, weights[name], tokens[side]) for name, (_, tokens) in made.items()]
-        joined[side] = join_tokens(folder / f"{side}-{key}.bin", parts)
+        with nullcontext() if world is None else file_lock(folder):
+            joined[side] = join_tokens(folder / f"{side}-{key}.bin", parts)
     return key, joined
 
 
@@ -341,33 +350,6 @@ def _replacer(data: DataSpec, candidates: Candidates | None, folder: Path) -> Wo
     if candidates is None:
         raise ValueError("data.augment.replace_words needs candidates")
     return WordReplacer(data.augment.replace_words, candidates, folder)
-
-
-def _tokenize(
-    path: Path,
-    side: str,
-    text: OneText,
-    encoder: TextEncoder,
-    vocabulary_size: int,
-    cleaner: Cleaner | None,
-    replacer: WordReplacer | None,
-) -> TokenFile:
-    data, split = text.data, text.split
-    if side == "validation":
-        total, encoder = data.validation.num_bytes() if data.validation else None, encoder.for_validation()
-        return write_tokens(path, split.validation(), encoder, vocabulary_size, with_bytes=True, total_bytes=total)
-    items, total = split.training() if cleaner is None else cleaner.training(text), data.train.num_bytes()
-    if replacer is not None:
-        items = replacer.with_copies(items)
-        total = None if total is None else total * (1 + replacer.spec.copies)
-    return write_tokens(
-        path,
-        items,
-        encoder,
-        vocabulary_size,
-        total_bytes=total,
-        num_repeated=lambda: split.num_repeated,
-    )
 
 
 def _check(tokens: dict[str, TokenFile], text: OneText, vocabulary_size: int) -> None:

@@ -197,7 +197,7 @@ class Session:
             place = self.run.folder / "data"
             if self.data.task.is_causal:
                 words = candidates_of(self.data, locate, self.compute)
-                self._corpus = Corpus.open(self.data, tokenizer, place, self.seed, len(tokenizer), words)
+                self._corpus = Corpus.open(self.data, tokenizer, place, self.seed, len(tokenizer), words, self.world)
             else:
                 self._corpus = open_rows(self.data, tokenizer, place, self.seed, len(tokenizer))
             for line in [*self._corpus.summary().splitlines(), *self._other_templates()]:

@@ -1,0 +1,125 @@
+"""Who tokenizes one side of a text, and what of its source goes into it.
+
+Most texts are tokenized by all processes of a run, a part each. A few are tokenized by one process, while the others
+wait: token ids, which are only copied; a stream's validation text, which is a few documents; and what depends on the
+rows before it, as where ``data.clean.duplicates`` leaves rows out, or stands behind all of them, as the copies of
+``data.augment`` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from distill.core.world import World
+from distill.data.base import Item
+from distill.data.clean import Cleaner
+from distill.data.encoder import TextEncoder
+from distill.data.mixture_split import OneText
+from distill.data.packing import TokenFile, read_tokens, write_tokens
+from distill.data.replace_words import WordReplacer
+from distill.data.shared_tokens import SharedText
+from distill.data.spec import DataSpec
+
+
+def is_made_by_one(data: DataSpec) -> bool:
+    """Whether one process tokenizes the text, which holds a lock on the folder meanwhile."""
+    is_in_order = data.augment is not None or (data.clean is not None and data.clean.duplicates is not None)
+    return is_in_order or data.holds_ids or any(source.is_stream() for _, source in data.sources())
+
+
+def tokens_of(
+    path: Path,
+    side: str,
+    text: OneText,
+    encoder: TextEncoder,
+    vocabulary_size: int,
+    cleaner: Cleaner | None,
+    replacer: WordReplacer | None,
+    world: World | None,
+) -> TokenFile:
+    """One side of a text as tokens, read where they are there and else made.
+
+    Args:
+        path: the ``.bin`` file.
+        side: ``"train"`` or ``"validation"``.
+        text: a source with its split.
+        encoder: text to ids.
+        vocabulary_size: every id must be below it.
+        cleaner: leaves rows of the training side out; None: all stay.
+        replacer: adds copies to it; None: there are none.
+        world: the processes that ask for it at once and make a part each; None: this one makes it alone, and holds the
+            lock on the folder.
+
+    Raises:
+        InputError: the text cannot be read, or an id has no row in the model.
+        MachineError: the disk is full or not writable.
+    """
+    if (tokens := read_tokens(path)) is not None:
+        return tokens
+    validates = side == "validation"
+    encoder = encoder.for_validation() if validates else encoder
+    if world is None:
+        items, total = _items(text, cleaner, replacer, validates=validates)
+        return write_tokens(
+            path,
+            items,
+            encoder,
+            vocabulary_size,
+            with_bytes=validates,
+            total_bytes=total,
+            num_repeated=lambda: 0 if validates else text.split.num_repeated,
+        )
+    source = text.data.validation if validates and text.data.validation is not None else text.data.train
+    keep = _Kept(text, cleaner, validates=validates)
+    return SharedText(
+        path,
+        lambda: text.split.read(source),
+        keep,
+        encoder,
+        vocabulary_size,
+        with_bytes=validates,
+        total_bytes=source.num_bytes(),
+        prepare=keep.prepare,
+        world=world,
+    ).write()
+
+
+def _items(
+    text: OneText, cleaner: Cleaner | None, replacer: WordReplacer | None, *, validates: bool
+) -> tuple[Iterable[Item], int | None]:
+    data, split = text.data, text.split
+    if validates:
+        return split.validation(), data.validation.num_bytes() if data.validation else None
+    items, total = split.training() if cleaner is None else cleaner.training(text), data.train.num_bytes()
+    if replacer is None:
+        return items, total
+    return replacer.with_copies(items), None if total is None else total * (1 + replacer.spec.copies)
+
+
+class _Kept:
+    """The items of one side among those of a source.
+
+    Args:
+        text: the source with its split.
+        cleaner: leaves rows of the training side out; what it leaves out depends on the row alone. None: all stay.
+        validates: whether it is the side that is validated on.
+    """
+
+    def __init__(self, text: OneText, cleaner: Cleaner | None, *, validates: bool):
+        self.text, self.cleaner, self.validates = text, cleaner, validates
+
+    def prepare(self) -> None:
+        """Read what the choice depends on, before other processes are forked."""
+        if not self.validates or self.text.data.validation is None:
+            self.text.split.prepare()
+        if self.cleaner is not None and not self.validates:
+            self.cleaner.prepare()
+
+    def __call__(self, items: Sequence[Item]) -> tuple[list[Item], int]:
+        """The items that are used, and how many are left out as validation has their text."""
+        split = self.text.split
+        if self.validates:
+            return ([*items], 0) if self.text.data.validation is not None else split.to_validate(items)
+        kept, num_repeated = split.to_train(items)
+        return [item if self.cleaner is None else self.cleaner.kept(item) for item in kept], num_repeated
