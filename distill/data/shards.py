@@ -13,7 +13,9 @@ killed is free for another process, or for the next run, and a finished one is n
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,7 +64,8 @@ class Shards:
         """
         if not (lock := self._locked(number)):
             return False
-        if self.is_finished(number):
+        # the folder may just have been removed, which is after the whole file was written
+        if self.is_finished(number) or self.whole.with_suffix(".json").is_file():
             lock.close()
             return False
         self._held[number] = lock
@@ -104,8 +107,14 @@ class Shards:
         Raises:
             MachineError: the disk is full.
         """
-        if self.folder.is_dir() and self.count() is None:
-            write_checked(self.folder / "count.json", {"num_shards": number})
+        try:
+            lock: Any = (self.folder / "count.lock").open("w")
+        except FileNotFoundError:  # all are joined and gone
+            return
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.count() is None and not self.whole.with_suffix(".json").is_file():
+                write_checked(self.folder / "count.json", {"num_shards": number})
 
     def files(self) -> list[TokenFile] | None:
         """All shards in their order; None while one is missing."""
@@ -117,7 +126,10 @@ class Shards:
 
     def remove(self) -> None:
         """Delete the folder; all shards are in the whole file."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        aside = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
+        with suppress(OSError):  # another process removes it
+            self.folder.rename(aside)  # at once, so that nobody finds some of them missing
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _read(self, number: int) -> TokenFile | None:
         return read_tokens(self.path(number), quietly=True)

@@ -90,9 +90,10 @@ class SharedText:
         while (whole := read_tokens(self.path, quietly=True)) is None:
             parts.open()
             try:
-                if parts.files() is None:
+                if parts.files() is None and not self.path.with_suffix(".json").is_file():
                     self._tokenize(parts)
             except InputError:
+                parts.release_all()
                 if not self.world.rank or not self._is_made_by_others():
                     raise
             finally:

@@ -49,6 +49,8 @@ class Session:
         say: prints one line for people.
         world: the processes of the run, and which of them this is.
         require: what is required of the run's figures.
+        gather: in the first of several processes: called with a session whose text it is about to open, so that the
+            others tokenize a part of it.
     """
 
     run: Run
@@ -64,6 +66,7 @@ class Session:
     say: Callable[[str], None] = print
     world: World = SINGLE_PROCESS
     require: Mapping[str, str] = field(default_factory=dict)
+    gather: Callable[[Session], None] | None = None
     _tokenizer: PreTrainedTokenizerFast | None = None
     _corpus: Corpus | None = None
     _logger: SafeLogger | None = None
@@ -193,6 +196,8 @@ class Session:
         """The run's data, tokenized and packed; opened once."""
         if self._corpus is None:
             tokenizer = self.tokenizer()
+            if self.gather is not None:
+                self.gather(self)
             locate = lambda reference: self.artifact(reference).location  # noqa: E731
             place = self.run.folder / "data"
             if self.data.task.is_causal:

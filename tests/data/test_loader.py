@@ -13,6 +13,7 @@ from distill.data.corpus import Corpus, trained_tokenizer
 from distill.data.micro_batches import MicroBatches
 from distill.data.order import GlobalOrder
 from distill.data.packed_rows import PackedRows
+from distill.data.shared_tokens import SharedText
 from distill.data.spec import DataSpec
 
 
@@ -163,7 +164,7 @@ def test_calibration_takes_distinct_training_blocks(corpus):
 
 
 def test_opening_again_does_not_tokenize_again(rows, tokenizer, tmp_path, monkeypatch, corpus):
-    monkeypatch.setattr(corpus_module, "write_tokens", lambda *args, **more: pytest.fail("tokenized again"))
+    monkeypatch.setattr(SharedText, "write", lambda *args: pytest.fail("tokenized again"))
     again = Corpus.open(spec(rows), tokenizer, tmp_path / "data", seed=3, vocabulary_size=400)
     assert again.hash == corpus.hash
     assert again.summary() == corpus.summary()
