@@ -24,18 +24,18 @@ def test_rates_are_measured_on_texts_and_need_some() -> None:
 
 
 @pytest.mark.parametrize(
-    ("processes", "expected"),
+    ("processes", "machines", "expected"),
     [
-        (1, "about 67 minutes by one process on this machine"),
-        (2, "about 33 minutes by 2 processes on this machine"),
-        (64, "about 7 minutes by 64 processes on this machine"),  # one of them splits
+        (1, 1, "about 73 minutes by one process on this machine"),
+        (2, 1, "about 37 minutes by 2 processes on this machine"),
+        (8, 4, "about 2 minutes by 8 processes on each of 4 machines like this one"),
     ],
 )
-def test_a_billion_tokens(monkeypatch: pytest.MonkeyPatch, processes: int, expected: str) -> None:
+def test_a_billion_tokens(monkeypatch: pytest.MonkeyPatch, processes: int, machines: int, expected: str) -> None:
     monkeypatch.setattr(tokenizing, "num_processes", lambda: processes)
-    (line,) = about_tokenizing(1e9, 4.0, Rates(1e6, 1e7, 2))
+    (line,) = about_tokenizing(1e9, 4.0, Rates(1e6, 1e7, 2), machines)
     assert expected in line
-    assert "2.0 GB in the run's data folder" in line
+    assert "2.0 GB in the run's data folder, twice as much for a moment" in line
 
 
 def test_little_is_said_of_little_text() -> None:

@@ -39,7 +39,7 @@ from distill.data.stream import Stream
 from distill.data.token_encoder import TokenEncoder
 from distill.data.token_writer import token_too_large
 from distill.data.tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
-from distill.data.tokenizing import is_made_by_one, tokens_of
+from distill.data.tokenizing import tokens_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -113,7 +113,7 @@ class Corpus:
             MachineError: the folder cannot be written.
         """
         folder, encoder = Path(folder), _encoder(data, tokenizer)
-        sharing = None if is_made_by_one(data) else world
+        sharing = None if data.needs_order else world
         with file_lock(folder) if sharing is None else nullcontext():
             key, tokens = _opened(folder, data, encoder, tokenizer, vocabulary_size, candidates, sharing)
         everything = PackedRows(tokens["validation"], data.sequence_length, packing=data.packing)

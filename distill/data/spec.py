@@ -169,6 +169,17 @@ class DataSpec(Spec):
         return any(source is not None and source.holds_ids() for source in (self.train, self.validation))
 
     @property
+    def needs_order(self) -> bool:
+        """Whether one process tokenizes it, document after document, while others wait.
+
+        Token ids are only copied; a stream's validation text is a few documents; what is left out as a duplicate
+        depends on the rows before it, and copies stand behind all of them.
+        """
+        is_cleaned = self.clean is not None and self.clean.duplicates is not None
+        is_stream = any(source.is_stream() for _, source in self.sources())
+        return is_cleaned or self.augment is not None or self.holds_ids or is_stream
+
+    @property
     def drops_rows(self) -> bool:
         """Whether some of it may hold rows that cannot be used."""
         return any(source is not None and source.drops_rows() for source in (self.train, self.validation))

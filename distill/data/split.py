@@ -83,6 +83,10 @@ class Split:
         kept = [document for document, side in sides if side is Side.TRAIN]
         return kept, sum(side is Side.REPEATED for _, side in sides)
 
+    def trained_of(self, documents: Iterable[Item]) -> Iterator[Item]:
+        """Of documents of the training source those to train on, as they come."""
+        return (document for document in stoppable(documents) if self.side_of(document) is Side.TRAIN)
+
     def to_validate(self, documents: Iterable[Item]) -> tuple[list[Item], int]:
         """Of documents of the training source those that are held out; nothing is left out as repeated."""
         return [document for document in documents if self.is_held_out(document)], 0

@@ -1,9 +1,7 @@
 """Who tokenizes one side of a text, and what of its source goes into it.
 
-Most texts are tokenized by all processes of a run, a part each. A few are tokenized by one process, while the others
-wait: token ids, which are only copied; a stream's validation text, which is a few documents; and what depends on the
-rows before it, as where ``data.clean.duplicates`` leaves rows out, or stands behind all of them, as the copies of
-``data.augment`` do.
+Most texts are tokenized by all processes of a run, a part each. Where the order of documents matters
+(:attr:`~distill.data.spec.DataSpec.needs_order`) one process tokenizes it, while the others wait.
 """
 
 from __future__ import annotations
@@ -19,13 +17,6 @@ from distill.data.mixture_split import OneText
 from distill.data.packing import TokenFile, read_tokens, write_tokens
 from distill.data.replace_words import WordReplacer
 from distill.data.shared_tokens import SharedText
-from distill.data.spec import DataSpec
-
-
-def is_made_by_one(data: DataSpec) -> bool:
-    """Whether one process tokenizes the text, which holds a lock on the folder meanwhile."""
-    is_in_order = data.augment is not None or (data.clean is not None and data.clean.duplicates is not None)
-    return is_in_order or data.holds_ids or any(source.is_stream() for _, source in data.sources())
 
 
 def tokens_of(

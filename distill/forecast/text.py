@@ -111,8 +111,14 @@ def _sum(numbers: Sequence[float | None]) -> float | None:
     return None if None in numbers else sum(number or 0 for number in numbers)
 
 
-def lines(text: TextForecast, data: DataSpec) -> Iterator[str]:
-    """The same in words, and whether it is enough to validate on."""
+def lines(text: TextForecast, data: DataSpec, num_machines: int = 1) -> Iterator[str]:
+    """The same in words, and whether it is enough to validate on.
+
+    Args:
+        text: of a recipe.
+        data: its section.
+        num_machines: that tokenize it.
+    """
     yield from text.unusable
     if text.train is None:
         yield "how many tokens it has is known when it is read"
@@ -126,7 +132,7 @@ def lines(text: TextForecast, data: DataSpec) -> Iterator[str]:
         spec = data.augment.replace_words
         each = "a copy" if spec.copies == 1 else f"{spec.copies} copies"
         yield f"among them {each} of each document, with {spec.probability:.0%} of the words replaced (data.augment)"
-    yield from about_tokenizing(text.train + (text.validation or 0), text.bytes_per_token, text.rates)
+    yield from about_tokenizing(text.train + (text.validation or 0), text.bytes_per_token, text.rates, num_machines)
     few = text.validation is not None and min(text.validation, data.validation_tokens) < FEW_PREDICTIONS
     if text.validation is not None and few and data.task.is_causal:  # other tasks predict fewer things than tokens
         more = "data.held_out" if data.validation is None else "data.validation"
