@@ -36,6 +36,7 @@ from distill.data.replace_words import Candidates, WordReplacer
 from distill.data.spec import FULL, DataSpec, TrainTokenizer
 from distill.data.split import RULE, Split
 from distill.data.stream import Stream
+from distill.data.stream_shards import RULE as RULE_OF_STREAMS
 from distill.data.token_encoder import TokenEncoder
 from distill.data.token_writer import token_too_large
 from distill.data.tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
@@ -120,10 +121,9 @@ class Corpus:
         validation = everything.only(_spread(everything, data))
         train: PackedRows | Stream
         if data.train.is_stream():
-            split = Split(data)
-            train = Stream(
-                split, encoder, data.sequence_length, vocabulary_size, data.packing == "documents", data.max_dropped
-            )
+            ahead = hash_of(key, data.sequence_length, vocabulary_size, RULE_OF_STREAMS)
+            place, apart = folder / f"stream-{ahead}", data.packing == "documents"
+            train = Stream(Split(data), encoder, data.sequence_length, vocabulary_size, place, apart, data.max_dropped)
             train.first(1)  # an empty stream is found now, not in the middle of a run
         else:
             train = PackedRows(tokens["train"], data.sequence_length, packing=data.packing)
@@ -166,12 +166,12 @@ class Corpus:
 
         Args:
             taken: the positions that this process takes.
-            num_workers: processes that read ahead; a stream uses one at most. Changes nothing in the order.
+            num_workers: processes that read ahead; a stream uses one of its own. Changes nothing in the order.
             num_sequences: rows of the whole training, of which ``order`` sorts a share.
             losses: of the teacher on each row, where ``order`` sorts by them. [rows]
         """
         if isinstance(self.train, Stream):
-            return loader.stream_batches(self.train, taken, num_workers)
+            return loader.stream_batches(self.train, taken)
         count = self.num_sorted(num_sequences)
         hardness = losses if self.order is not None and self.order.by == "teacher_loss" else None
         if count and hardness is None:

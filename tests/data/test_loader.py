@@ -15,6 +15,7 @@ from distill.data.order import GlobalOrder
 from distill.data.packed_rows import PackedRows
 from distill.data.shared_tokens import SharedText
 from distill.data.spec import DataSpec
+from distill.data.stream import Position
 
 
 def spec(path, **more):
@@ -52,7 +53,12 @@ def take(loader, count):
 def blocks_in_a_pass(corpus):
     if isinstance(corpus.train, PackedRows):
         return len(corpus.train)
-    return sum(len(row) for row in corpus.train._ids()) // corpus.train.sequence_length
+    num_tokens = 0
+    for _, at in corpus.train.read(Position()):
+        if at.number:
+            break
+        num_tokens = at.num_tokens
+    return num_tokens // corpus.train.sequence_length
 
 
 def test_the_order_is_the_same_for_every_split_into_ranks_micro_batches_and_workers(either):
