@@ -218,14 +218,12 @@ class DataSpec(Spec):
     @model_validator(mode="after")
     def _the_text_can_be_cleaned_and_augmented(self) -> DataSpec:
         trained = self.train.sources.values() if isinstance(self.train, Mixture) else [self.train]
-        text: dict[str, bool] = {
-            "holds_ids": self.holds_ids,
-            "is_stream": any(source.is_stream() for source in trained),
-            "is_all_conversations": all(source.holds_conversations() for source in trained),
-        }
-        for section in (self.clean, self.augment):
-            for mistake in section.mistakes(**text) if section is not None else ():
-                raise ValueError(mistake)
+        text = {"holds_ids": self.holds_ids, "is_stream": any(source.is_stream() for source in trained)}
+        is_all = all(source.holds_conversations() for source in trained)
+        of_cleaning = () if self.clean is None else self.clean.mistakes(**text)
+        of_copies = () if self.augment is None else self.augment.mistakes(**text, is_all_conversations=is_all)
+        for mistake in (*of_cleaning, *of_copies):
+            raise ValueError(mistake)
         return self
 
     @model_validator(mode="after")
