@@ -1,7 +1,7 @@
 """A stream on disk: a process writes its rows a little ahead, and all that train map them into memory.
 
     stream-<hash>/
-        000000000000-000000016384.json   the position behind these rows; kept for good, some kB each
+        000000000000-000000016384.json   the position behind these rows; kept for good, 100 kB at most
         000000000000-000000016384.npy    the rows themselves, :data:`~distill.data.stream.TOKEN` [rows, tokens]
         writer.lock                      locked by the process that writes
         <process>.reader                 the row that a process reads; locked while it does
@@ -9,8 +9,9 @@
 The positions are an index of the stream. So a training that goes on at its billionth token starts with the shard that
 holds it, which is still there or is made anew from the position before it, and reads nothing of what comes before.
 
-Rows are kept while a process is about to read them: those of :data:`BEHIND` shards before its own and of :data:`AHEAD`
-shards after it. Shards grow, so that the first rows are there at once. Where a shard ends depends on the stream alone.
+Rows are kept while a process is about to read them: those of :data:`~distill.data.stream_bounds.BEHIND` shards before
+its own and of :data:`~distill.data.stream_bounds.AHEAD` shards after it. Shards grow, so that the first rows are there
+at once. Where a shard ends depends on the stream alone.
 """
 
 from __future__ import annotations
@@ -31,11 +32,8 @@ from distill.core.artifact import sync
 from distill.core.errors import InputError, MachineError
 from distill.core.stored import read_checked, write_checked
 from distill.data.stream import TOKEN, Position, Stream
+from distill.data.stream_bounds import AHEAD, BEHIND, LARGEST, SMALLEST
 
-SMALLEST, LARGEST = 1 << 16, 1 << 22
-"""Tokens of a shard: as many as stand before it, within these bounds."""
-AHEAD, BEHIND = 4, 1
-"""Shards of rows that are kept for a reader after and before the one that it reads."""
 RULE = f"1: shards of {SMALLEST} to {LARGEST} tokens"
 """How shards are cut; another rule is another folder."""
 _POSITION: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])

@@ -14,7 +14,9 @@ from distill.core.errors import InputError
 from distill.data.base import SourceSpec
 from distill.data.mixture import Mixture
 from distill.data.spec import DataSpec
+from distill.data.stream_bounds import MOST_BYTES
 from distill.forecast.look import LOOK_BYTES, PIECE, Look, pieces_of, tokenizer_of
+from distill.forecast.memory_limit import amount
 from distill.forecast.tokenizing import LONG_BYTES, Rates, about_tokenizing, bytes_per_id, rates_of
 from distill.recipe import Recipe
 
@@ -120,6 +122,11 @@ def lines(text: TextForecast, data: DataSpec, num_machines: int = 1) -> Iterator
         num_machines: that tokenize it.
     """
     yield from text.unusable
+    if data.train.is_stream():
+        yield (
+            "a stream: tokenized by one process while a training reads it, a little ahead; at most about "
+            f"{amount(MOST_BYTES)} of its rows are in the run's data folder at once"
+        )
     if text.train is None:
         yield "how many tokens it has is known when it is read"
         return
