@@ -2,7 +2,8 @@
 
 `python -m benchmarks.tokenizing TOKENIZER --corpus BOOKS --chat ROWS` takes the folder of a model, whose tokenizer and
 chat template are used, and files with text and conversations. In each round, every choice is measured once, in its own
-process; ratios are computed within a round. ``write_tokens`` is measured, with reading, split, tokenizer and writing.
+process; ratios are computed within a round. Measured is what a run does before it trains: reading, split, tokenizer and
+writing. The earlier version knows text alone, so conversations are compared with one process of this one.
 """
 
 from __future__ import annotations
@@ -28,31 +29,42 @@ from distill.data.jsonl import Jsonl
 from distill.data.tokenizer import load_tokenizer
 from distill.data.word_cache import WordCache
 
-BASES = {"text": "88e858c", "conversations": "e31089c"}
-"""The earlier versions: the last one without conversations, and the last one that used a single process."""
+BASE = "88e858c"
+"""The earlier version: the last one that tokenized by a single process."""
 MANY_WORDS = 60
 """Number of documents that are encoded at once when the parts are measured."""
 
 CHILD = """
 import json, resource, sys, time
 from pathlib import Path
-from distill.data import corpus
-from distill.data.encoder import TextEncoder
-from distill.data.packing import write_tokens
 from distill.data.spec import DataSpec
-from distill.data.split import Split
 from distill.data.tokenizer import load_tokenizer
 folder, out, source = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 tokenizer = load_tokenizer(folder)
 more = {"max_dropped": 1.0} if source["kind"] == "chat" else {}
 data = DataSpec.model_validate({"train": source, "sequence_length": 512, **more})
-encoder = corpus._encoder(data, tokenizer) if source["kind"] == "chat" else TextEncoder(tokenizer)
+%s
 def cpu(who): return sum(resource.getrusage(who)[:2])
 start, begun = time.perf_counter(), cpu(resource.RUSAGE_SELF)
-tokens = write_tokens(out / "train-0.bin", Split(data).training(), encoder, len(tokenizer))
+tokens = write(out / "train-0.bin")
 wall, own = time.perf_counter() - start, cpu(resource.RUSAGE_SELF) - begun
 others = cpu(resource.RUSAGE_CHILDREN)
 print(json.dumps({"tokens": tokens.num_tokens, "wall": wall, "own": own, "others": others}))
+"""
+BEFORE = """
+from distill.data.encoder import Encoder
+from distill.data.packing import write_tokens
+from distill.data.split import Split
+encoder = Encoder(tokenizer)
+def write(path): return write_tokens(path, Split(data).training(), encoder, len(tokenizer))
+"""
+NOW = """
+from distill.core.world import SINGLE_PROCESS
+from distill.data import corpus
+from distill.data.mixture_split import texts_of
+from distill.data.tokenizing import tokens_of
+encoder, (text,) = corpus._encoder(data, tokenizer), texts_of(data)
+def write(path): return tokens_of(path, "train", text, encoder, len(tokenizer), None, None, SINGLE_PROCESS)
 """
 
 
@@ -91,19 +103,19 @@ NOTES = [
 
 def _compared(what: str, source: dict[str, str], place: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of one text: all versions and numbers of processes."""
-    here, base = Path(__file__).parents[1], _checkout(BASES[what], place / what)
-    one = {"TOKENIZERS_PARALLELISM": "false"}
+    here, one = Path(__file__).parents[1], {"TOKENIZERS_PARALLELISM": "false"}
     choices = {
-        (f"{BASES[what]}, one process", 1): (base, one),
-        ("now, one process", 1): (here, one),
-        ("now, two processes and the one that reads", 2): (here, {"RAYON_NUM_THREADS": "2"}),
+        ("now, one process", 1): (here, NOW, one),
+        ("now, two processes and the one that reads", 2): (here, NOW, {"RAYON_NUM_THREADS": "2"}),
     }
+    if what == "text":
+        choices = {(f"{BASE}, one process", 1): (_checkout(BASE, place / what), BEFORE, one), **choices}
     found: dict[tuple[str, int], list[dict[str, float]]] = {choice: [] for choice in choices}
     for number in range(options.rounds):
-        for choice, (code, environment) in choices.items():
+        for choice, (code, child, environment) in choices.items():
             out = place / f"{what}-{number}-{len(found[choice])}-{choice[0].replace(' ', '_')}"
             out.mkdir()
-            command = [sys.executable, "-P", "-c", CHILD, str(options.tokenizer), str(out), json.dumps(source)]
+            command = [sys.executable, "-P", "-c", CHILD % child, str(options.tokenizer), str(out), json.dumps(source)]
             done = subprocess.run(
                 command,
                 env=os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"} | environment,

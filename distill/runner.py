@@ -6,7 +6,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from distill.models.memory import give_back_memory
 from distill.recipe import Recipe
 from distill.required import check_required
 from distill.stages.session import RankDone, Session, StageContext
+from distill.stages.text import data_of
 from distill.tracking.hardware import SAMPLES, HardwareLog
 from distill.training.ranks import Ranks, meet
 
@@ -122,6 +123,8 @@ def _run(
 def _lead(session: Session, ranks: Ranks | None, only: str | None, start: str | None) -> None:
     """Walk the stages; other processes are told of those that they share in."""
     the_run, names, say = session.run, list(session.stages), session.say
+    if ranks is not None:
+        session.gather = lambda reader: _call_to_tokenize(session, ranks, reader)
     with the_run.lock():
         the_run.tidy([*names, SCORES_FOLDER], say)
         found = standing(session, only, start)
@@ -164,6 +167,17 @@ def _rehearse(session: Session, names: list[str]) -> None:
             stage.rehearse(StageContext(session.of_stage(name), name, session.run.stage(name), ""))
 
 
+def _call_to_tokenize(session: Session, ranks: Ranks, reader: Session) -> None:
+    """Tell the other processes to open the text of a session too, so that each tokenizes a part of it.
+
+    A text in the tokens of a model with a cut vocabulary is left to the first process, unless all train on it.
+    """
+    for name in session.stages:
+        if session.of_text(data_of(session.stages, session.data, name)) is reader:
+            ranks.tell({"text": name})
+            return
+
+
 @contextmanager
 def _named(name: str) -> Iterator[None]:
     """Say in an error of which stage it is."""
@@ -180,6 +194,10 @@ def _follow(session: Session, ranks: Ranks) -> None:
         if "exit" in order:
             ranks.leave()
             raise SystemExit(stop.exit_code(order["exit"]))  # the first has said why
+        if "text" in order:
+            with suppress(InputError):  # the first process finds the same mistake, and says so
+                session.of_text(data_of(session.stages, session.data, order["text"])).corpus()
+            continue
         name, input_hash = order["stage"], order["input_hash"]
         _seed(session, name)
         try:

@@ -56,4 +56,7 @@ class AugmentSpec(Spec):
         elif holds_ids:
             yield "augment: token ids have no words to replace; give the text"
         elif is_all_conversations:
-            yield "augment: only documents are copied, and all is conversations; remove it"
+            yield (
+                "augment: only documents are copied, and all is conversations: with other words in a question its "
+                "answer answers another one; let the teacher answer new questions in a synthesize stage, or remove it"
+            )

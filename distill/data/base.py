@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +126,20 @@ class SourceSpec(Spec):
 
     def documents(self) -> Iterator[Item]:
         """Every document or conversation, in a fixed order; each call begins again.
+
+        Raises:
+            InputError: the text is not there or cannot be read.
+        """
+        raise NotImplementedError
+
+    def open_at(self, state: dict[str, Any] | None) -> tuple[Iterator[Item], Callable[[], dict[str, Any]]]:
+        """The documents from a position on, and what says the position behind the last one that was given.
+
+        Streams alone have positions. One that is not the beginning is reached without reading what comes before it, but
+        for the rest of a file.
+
+        Args:
+            state: what the function of an earlier call has said, as JSON keeps it; None: the beginning.
 
         Raises:
             InputError: the text is not there or cannot be read.

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from distill.core.stop import stoppable
-from distill.data.base import Conversation, Document, Item, Rejected, Removed, digest, normalised
+from distill.data.base import Conversation, Document, Item, Rejected, Removed, digest, normalised, said
 from distill.data.clean_spec import CleanSpec
 from distill.data.mixture_split import OneText
 from distill.data.near_duplicates import NearDuplicates
@@ -23,6 +23,9 @@ from distill.data.words import words_of
 
 RULE = "1: equal normalised texts; MinHash of 5 words, 14 bands of 8, 0.75, from 50 words; half of 8-grams"
 """What is left out, for tokens on disk that were made by another rule."""
+
+
+RULE_OF_ANSWERS = "1: of conversations that ask the same"
 
 
 class Cleaner:
@@ -42,7 +45,8 @@ class Cleaner:
     def identity(self) -> list[Any]:
         """Stands for what is left out of the texts; they themselves are not in it, but their order is."""
         tests = [source.identity() for _, source in self.spec.tests()]
-        return [RULE, self.spec.duplicates, self.spec.of_validation, *tests, [text.name for text in self.texts]]
+        rules = [RULE, RULE_OF_ANSWERS] if self.spec.duplicates == "near" else [RULE]
+        return [*rules, self.spec.duplicates, self.spec.of_validation, *tests, [text.name for text in self.texts]]
 
     def training(self, text: OneText) -> Iterator[Item]:
         """The training side of one of the texts; rows that are left out are :class:`Removed`.
@@ -63,9 +67,21 @@ class Cleaner:
     def _pass(self, text: OneText) -> Iterator[Item]:
         self._num_read = self.texts.index(text) + 1
         for item in text.split.training():
-            yield item if isinstance(item, Rejected) else self._kept(item)
+            yield self.kept(item)
 
-    def _kept(self, item: Document | Conversation) -> Item:
+    def prepare(self) -> None:
+        """Read the test sets, for processes that are forked.
+
+        Raises:
+            InputError: one cannot be read, or too many of its rows.
+        """
+        if self.spec.decontaminate:
+            self._tests  # noqa: B018  # computed once, and kept
+
+    def kept(self, item: Item) -> Item:
+        """A row of the training side, or why it is left out."""
+        if isinstance(item, Rejected):
+            return item
         needs_words = self.spec.decontaminate or self.spec.duplicates == "near"
         words = words_of(item.text) if needs_words else None
         if words is not None and self.spec.decontaminate and (hit := self._tests.find(item, words)) is not None:
@@ -76,9 +92,12 @@ class Cleaner:
         if (first := self._seen.get(key)) is not None:
             return Removed(item.id, "repeated", f"as {first}")
         self._seen[key] = item.id
-        if words is None or self.spec.duplicates == "exact" or isinstance(item, Conversation):
+        if words is None or self.spec.duplicates == "exact":
             return item
-        like_it = self._near.find_or_keep(item.id, words)
+        if isinstance(item, Conversation):
+            like_it = self._near.find_or_keep(item.id, words_of(_answered(item)), _asked(item))
+        else:
+            like_it = self._near.find_or_keep(item.id, words)
         return item if like_it is None else Removed(item.id, "nearly repeated", f"as {like_it}")
 
     @cached_property
@@ -105,6 +124,18 @@ def _digest(item: Document | Conversation) -> bytes:
     """Stands for all that a model reads of an item, but for what :func:`normalised` leaves out."""
     if not isinstance(item, Conversation):
         return digest(normalised(item.text))
-    said = [[message["role"], normalised(message["content"])] for message in item.messages]
+    texts = [[message["role"], normalised(message["content"])] for message in item.messages]
     more = [{key: value for key, value in message.items() if key != "content"} for message in item.messages]
-    return digest(json.dumps([said, more, item.learned, item.tools, item.arguments], sort_keys=True, default=str))
+    return digest(json.dumps([texts, more, item.learned, item.tools, item.arguments], sort_keys=True, default=str))
+
+
+def _asked(item: Conversation) -> bytes:
+    """Stands for all of a conversation but what the assistant says."""
+    others = [message for message in item.messages if message["role"] != "assistant"]
+    texts = [[message["role"], normalised(message["content"])] for message in others]
+    return digest(json.dumps([texts, item.learned, item.tools, item.arguments], sort_keys=True, default=str))
+
+
+def _answered(item: Conversation) -> str:
+    """What the assistant says in a conversation."""
+    return said(tuple(message for message in item.messages if message["role"] == "assistant"))

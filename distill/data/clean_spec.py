@@ -29,7 +29,8 @@ class CleanSpec(Spec):
 
     duplicates: Literal["exact", "near"] | None = None
     """Of rows that say the same, the first one stays. exact: equal but for case, whitespace and Unicode form; near:
-    also documents of at least 50 words that share about three quarters of their runs of five words (MinHash)."""
+    also documents of at least 50 words that share about three quarters of their runs of five words (MinHash), and
+    conversations whose answers do so and which are equal in all else: never by their questions, which are alike."""
     decontaminate: list[TestText] = Field([])
     """Test sets, as sources, and `validation` for what this run validates on. A training row is left out that holds
     more than half of the words of one of their rows in common runs of eight words."""
@@ -51,20 +52,17 @@ class CleanSpec(Spec):
         """Whether what the run validates on is one of the test sets."""
         return VALIDATION in self.decontaminate
 
-    def mistakes(self, *, holds_ids: bool, is_stream: bool, is_all_conversations: bool) -> Iterator[str]:
+    def mistakes(self, *, holds_ids: bool, is_stream: bool) -> Iterator[str]:
         """Why a text cannot be cleaned so.
 
         Args:
             holds_ids: whether it is token ids.
             is_stream: whether it is never stored.
-            is_all_conversations: whether there is no document in it.
         """
         if is_stream:
             yield "clean: a stream is not stored, so what was read of it before is not known; set streaming: false"
         elif holds_ids and (self.duplicates == "near" or self.decontaminate):
             yield "clean: near and decontaminate compare words, and token ids have none; use duplicates: exact alone"
-        elif self.duplicates == "near" and is_all_conversations:
-            yield "clean.duplicates: near compares documents alone, and all is conversations; use exact"
         for key, source in self.tests():
             where = key.removeprefix("data.")
             if source.is_stream():

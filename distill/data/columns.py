@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pydantic import field_validator
@@ -43,7 +43,11 @@ class ColumnsSpec(SourceSpec):
     def documents(self) -> Iterator[Document | Rejected]:
         """One document per row, in order; rows with an empty text are skipped."""
         text_of = TextOf(self.text)
-        for id, row in self.rows(text_of.columns):
+        yield from self.documents_of(self.rows(text_of.columns), text_of)
+
+    def documents_of(self, rows: Iterable[Numbered], text_of: TextOf) -> Iterator[Document | Rejected]:
+        """One document per row of some, in order; rows with an empty text are skipped."""
+        for id, row in rows:
             try:
                 if isinstance(row, Unusable):
                     raise row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -14,6 +15,7 @@ import numpy as np
 from distill.core.artifact import hash_of
 from distill.core.errors import InputError
 from distill.core.seal import is_sealed, seal
+from distill.core.world import SINGLE_PROCESS, World
 from distill.data import loader
 from distill.data.chat_encoder import ChatEncoder
 from distill.data.chat_spec import ChatSpec
@@ -29,15 +31,17 @@ from distill.data.mixture_order import as_whole, passes, tokens_per_row
 from distill.data.mixture_split import OneText, texts_of
 from distill.data.order_spec import OrderSpec
 from distill.data.packed_rows import PackedRows
-from distill.data.packing import Part, TokenFile, file_lock, read_tokens, write_tokens
+from distill.data.packing import Part, TokenFile, file_lock
 from distill.data.repeats import ValidationRepeats, can_repeat
 from distill.data.replace_words import Candidates, WordReplacer
 from distill.data.spec import FULL, DataSpec, TrainTokenizer
 from distill.data.split import RULE, Split
 from distill.data.stream import Stream
+from distill.data.stream_shards import RULE as RULE_OF_STREAMS
 from distill.data.token_encoder import TokenEncoder
 from distill.data.token_writer import token_too_large
 from distill.data.tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
+from distill.data.tokenizing import tokens_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -89,10 +93,12 @@ class Corpus:
         seed: int,
         vocabulary_size: int,
         candidates: Candidates | None = None,
+        world: World = SINGLE_PROCESS,
     ) -> Corpus:
         """Tokenize what is not tokenized yet, and open it.
 
-        Processes that open the same folder at once wait for the one that came first and use its work.
+        Processes that open the same folder at once tokenize a part each, or wait for the one that came first where
+        parts depend on each other; see :mod:`distill.data.tokenizing`.
 
         Args:
             data: the recipe's ``data`` section.
@@ -101,6 +107,7 @@ class Corpus:
             seed: decides the order of training.
             vocabulary_size: rows of the smallest model head that will see the ids.
             candidates: where the words come from that ``data.augment`` puts in place of others; needed with it alone.
+            world: the processes that open it at once.
 
         Raises:
             InputError: no text, too little text, ids that the models have no rows for, a chat template that cannot be
@@ -108,16 +115,16 @@ class Corpus:
             MachineError: the folder cannot be written.
         """
         folder, encoder = Path(folder), _encoder(data, tokenizer)
-        with file_lock(folder):
-            key, tokens = _opened(folder, data, encoder, tokenizer, vocabulary_size, candidates)
+        sharing = None if data.needs_order else world
+        with file_lock(folder) if sharing is None else nullcontext():
+            key, tokens = _opened(folder, data, encoder, tokenizer, vocabulary_size, candidates, sharing)
         everything = PackedRows(tokens["validation"], data.sequence_length, packing=data.packing)
         validation = everything.only(_spread(everything, data))
         train: PackedRows | Stream
         if data.train.is_stream():
-            split = Split(data)
-            train = Stream(
-                split, encoder, data.sequence_length, vocabulary_size, data.packing == "documents", data.max_dropped
-            )
+            ahead = hash_of(key, data.sequence_length, vocabulary_size, RULE_OF_STREAMS)
+            place, apart = folder / f"stream-{ahead}", data.packing == "documents"
+            train = Stream(Split(data), encoder, data.sequence_length, vocabulary_size, place, apart, data.max_dropped)
             train.first(1)  # an empty stream is found now, not in the middle of a run
         else:
             train = PackedRows(tokens["train"], data.sequence_length, packing=data.packing)
@@ -160,12 +167,12 @@ class Corpus:
 
         Args:
             taken: the positions that this process takes.
-            num_workers: processes that read ahead; a stream uses one at most. Changes nothing in the order.
+            num_workers: processes that read ahead; a stream uses one of its own. Changes nothing in the order.
             num_sequences: rows of the whole training, of which ``order`` sorts a share.
             losses: of the teacher on each row, where ``order`` sorts by them. [rows]
         """
         if isinstance(self.train, Stream):
-            return loader.stream_batches(self.train, taken, num_workers)
+            return loader.stream_batches(self.train, taken)
         count = self.num_sorted(num_sequences)
         hardness = losses if self.order is not None and self.order.by == "teacher_loss" else None
         if count and hardness is None:
@@ -303,6 +310,7 @@ def _opened(
     tokenizer: PreTrainedTokenizerFast,
     vocabulary_size: int,
     candidates: Candidates | None,
+    world: World | None,
 ) -> tuple[str, dict[str, TokenFile]]:
     """What stands for the tokens of a text, and the token file of each side; of a mixture that of all sources."""
     texts, sides = texts_of(data), ("validation",) if data.train.is_stream() else ("train", "validation")
@@ -319,7 +327,7 @@ def _opened(
         files = {side: folder / f"{text.key(side)}-{keys[side]}.bin" for side in sides}
         key = keys["train"]
         tokens = {
-            side: read_tokens(file) or _tokenize(file, side, text, encoder, vocabulary_size, cleaner, replacer, repeats)
+            side: tokens_of(file, side, text, encoder, vocabulary_size, cleaner, replacer, repeats, world)
             for side, file in files.items()
         }
         _check(tokens, text, vocabulary_size)
@@ -333,7 +341,8 @@ def _opened(
     joined = {}
     for side in sides:
         parts = [Part(name, weights[name], tokens[side]) for name, (_, tokens) in made.items()]
-        joined[side] = join_tokens(folder / f"{side}-{key}.bin", parts)
+        with nullcontext() if world is None else file_lock(folder):
+            joined[side] = join_tokens(folder / f"{side}-{key}.bin", parts)
     return key, joined
 
 
@@ -344,40 +353,6 @@ def _replacer(data: DataSpec, candidates: Candidates | None, folder: Path) -> Wo
     if candidates is None:
         raise ValueError("data.augment.replace_words needs candidates")
     return WordReplacer(data.augment.replace_words, candidates, folder)
-
-
-def _tokenize(
-    path: Path,
-    side: str,
-    text: OneText,
-    encoder: TextEncoder,
-    vocabulary_size: int,
-    cleaner: Cleaner | None,
-    replacer: WordReplacer | None,
-    repeats: ValidationRepeats | None,
-) -> TokenFile:
-    data, split = text.data, text.split
-    if side == "validation":
-        total, encoder = data.validation.num_bytes() if data.validation else None, encoder.for_validation()
-        return write_tokens(path, split.validation(), encoder, vocabulary_size, with_bytes=True, total_bytes=total)
-    items, total = split.training() if cleaner is None else cleaner.training(text), data.train.num_bytes()
-    found: list[str] = []
-    if repeats is not None:
-        items = repeats.watched(items, text.key(side), found)
-    if replacer is not None:
-        items = replacer.with_copies(items)
-        total = None if total is None else total * (1 + replacer.spec.copies)
-    tokens = write_tokens(
-        path,
-        items,
-        encoder,
-        vocabulary_size,
-        total_bytes=total,
-        num_repeated=lambda: split.num_repeated,
-    )
-    for line in found:
-        print(line, file=sys.stderr, flush=True)
-    return tokens
 
 
 def _check(tokens: dict[str, TokenFile], text: OneText, vocabulary_size: int) -> None:

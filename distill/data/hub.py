@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +10,9 @@ from distill.core.artifact import hash_of
 from distill.core.errors import InputError
 from distill.core.outside import is_folder
 from distill.data import files
+from distill.data.base import Item
 from distill.data.columns import ColumnsSpec, Numbered
+from distill.data.text_template import TextOf
 
 _DATA_SUFFIXES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".txt")
 
@@ -32,15 +34,34 @@ class Hub(ColumnsSpec):
 
     def rows(self, columns: frozenset[str] | None) -> Iterator[Numbered]:
         """Every row, in the data set's order."""
+        return numbered(self._where(), self.path, self._loaded(columns))
+
+    def open_at(self, state: dict[str, Any] | None) -> tuple[Iterator[Item], Callable[[], dict[str, Any]]]:
+        """See :meth:`~distill.data.base.SourceSpec.open_at`; the library knows the file and the row in it."""
+        if not self.streaming:
+            raise ValueError("only a stream has positions")
+        text_of = TextOf(self.text)
+        found = self._loaded(text_of.columns)
+        num_rows = 0 if state is None else int(state["num_rows"])
+        if state is not None:
+            found.load_state_dict(state["of_library"])
+
+        def counted() -> Iterator[Numbered]:
+            nonlocal num_rows
+            for row in numbered(self._where(), self.path, found, num_rows):
+                num_rows += 1
+                yield row
+
+        return self.documents_of(counted(), text_of), lambda: {"num_rows": num_rows, "of_library": found.state_dict()}
+
+    def _loaded(self, columns: frozenset[str] | None) -> Any:
         self.check_place()
         found, names = load_rows(
             self._where(), self.path, self.name, self.split, revision=self.revision, streaming=self.streaming
         )
         if (why := self.missing(names)) is not None:
             raise InputError(f"{self._where()}: {why}")
-        if columns is not None:
-            found = found.select_columns([name for name in names if name in columns])
-        return numbered(self._where(), self.path, found)
+        return found if columns is None else found.select_columns([name for name in names if name in columns])
 
     def class_names(self, column: str) -> tuple[str, ...] | None:
         """Those of a ``ClassLabel``, or of a list of them."""
@@ -88,20 +109,21 @@ OF_FILES = {"parquet": "parquet", "csv": "csv", "tsv": "csv", "jsonl": "jsonl", 
 """End of a file's name -> the kind of source that reads it."""
 
 
-def numbered(where: str, name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+def numbered(where: str, name: str, rows: Iterable[Any], first: int = 0) -> Iterator[tuple[str, Any]]:
     """The rows of a data set, each with what a message calls it.
 
     Args:
         where: what a message calls the data set.
         name: its Hub id or folder.
         rows: of it.
+        first: number of the first of them.
 
     Raises:
         InputError: one cannot be read, as the connection is broken or a file damaged.
     """
-    number = -1
+    number = first - 1
     try:
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows, first):
             yield f"{name}:{number}", row
     except Exception as error:  # the library raises its own, the network's and the file system's
         why = " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,15 +1,16 @@
-"""Token files of several sources, end to end in one file, so that all that reads a text reads a mixture too."""
+"""Token files of several sources, or of the shards of one, end to end in one file: what reads a text reads them too."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from distill.core.stop import stoppable
 from distill.data.packing import Part, TokenFile, read_tokens, writing
+from distill.data.tally import Tally
 
 STRETCH = 1 << 24
 """Tokens that are copied at once."""
@@ -26,17 +27,29 @@ def join_tokens(path: Path, parts: Sequence[Part]) -> TokenFile:
     Raises:
         MachineError: the disk is full or not writable.
     """
-    joined = read_tokens(path) or _written(path, [part.tokens for part in parts])
+    # the tally of each source is in its own file
+    joined = read_tokens(path) or end_to_end(path, [part.tokens for part in parts], Tally())
     return replace(joined, parts=tuple(parts))
 
 
-def _written(path: Path, files: Sequence[TokenFile]) -> TokenFile:
+def end_to_end(path: Path, files: Sequence[TokenFile], tally: Tally) -> TokenFile:
+    """Write the tokens of several files into one; whole or not at all.
+
+    Args:
+        path: the ``.bin`` file.
+        files: at least one; all with the bytes of tokens, or none; all with a mask of what is learned from, or none.
+        tally: of the rows of all.
+
+    Raises:
+        MachineError: the disk is full or not writable.
+    """
     dtype = "uint32" if any(file.dtype == "uint32" for file in files) else "uint16"
-    columns = {".bin": ([file.ids() for file in files], dtype), ".bounds": (_bounds(files), "int64")}
+    filled = [file for file in files if file.num_tokens]  # an empty file cannot be mapped
+    columns = {".bin": ([file.ids() for file in filled], dtype), ".bounds": (_bounds(files), "int64")}
     if files[0].num_learned is not None:
-        columns[".learned"] = ([learned for file in files if (learned := file.learned()) is not None], "bool")
+        columns[".learned"] = ([learned for file in filled if (learned := file.learned()) is not None], "bool")
     if Path(files[0].path).with_suffix(".bytes").is_file():
-        columns[".bytes"] = ([file.bytes_of_tokens() for file in files], "uint32")
+        columns[".bytes"] = ([file.bytes_of_tokens() for file in filled], "uint32")
     with writing(path, list(columns)) as (streams, header):
         for suffix, (arrays, kind) in columns.items():
             for array in arrays:
@@ -50,7 +63,7 @@ def _written(path: Path, files: Sequence[TokenFile]) -> TokenFile:
         header |= {name: sum(getattr(file, name) for file in files) for name in SUMS}
         if files[0].num_learned is not None:
             header["num_learned"] = sum(file.num_learned or 0 for file in files)
-        header["tally"] = {}  # that of each source is in its own file
+        header["tally"] = asdict(tally)
     joined = read_tokens(path, just_written=True)
     assert joined is not None
     return joined

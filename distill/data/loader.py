@@ -20,7 +20,8 @@ from distill.data.micro_batches import MicroBatches
 from distill.data.mixture_order import MixtureOrder, SourceRows
 from distill.data.order import EndlessOrder, GlobalOrder, shuffled
 from distill.data.packed_rows import PackedRows
-from distill.data.stream import Stream, StreamBatches
+from distill.data.stream import Stream
+from distill.data.stream_reader import StreamBatches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,9 +87,9 @@ def train_batches(
     return loader(packed, order, num_workers)
 
 
-def stream_batches(stream: Stream, taken: MicroBatches, num_workers: int = 0) -> Batches:
-    """As :func:`train_batches` for a stream, in its own order."""
-    return loader(StreamBatches(stream, taken), None, min(num_workers, 1))
+def stream_batches(stream: Stream, taken: MicroBatches) -> Batches:
+    """As :func:`train_batches` for a stream, in its own order; a process of its own reads ahead anyway."""
+    return loader(StreamBatches(stream, taken), None, 0)
 
 
 def validation_batches(packed: PackedRows, batch_size: int, num_sequences: int | None = None) -> Batches:

@@ -4,14 +4,13 @@ removed from the training text of all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from distill.core.artifact import hash_of
 from distill.data.base import Item, Rejected, digest, normalised
 from distill.data.mixture import Mixture
 from distill.data.spec import DataSpec
-from distill.data.split import Split
+from distill.data.split import Side, Split
 
 
 @dataclass(frozen=True)
@@ -46,18 +45,19 @@ class SplitBeside(Split):
 
     others: tuple[Split, ...] = ()
 
-    def training(self) -> Iterator[Item]:
-        """See :meth:`Split.training`."""
-        found = 0
-        seen = [other.validation_digests for other in self.others]
-        for document in super().training():
-            if not isinstance(document, Rejected):
-                key = digest(normalised(document.text))
-                if any(key in some for some in seen):
-                    found += 1
-                    continue
-            yield document
-        self.num_repeated = found + (self.num_repeated if self.data.validation is not None else 0)
+    def side_of(self, document: Item) -> Side:
+        """See :meth:`Split.side_of`."""
+        side = super().side_of(document)
+        if side is not Side.TRAIN or isinstance(document, Rejected):
+            return side
+        key = digest(normalised(document.text))
+        return Side.REPEATED if any(key in other.validation_digests for other in self.others) else Side.TRAIN
+
+    def prepare(self) -> None:
+        """See :meth:`Split.prepare`."""
+        super().prepare()
+        for other in self.others:
+            other.validation_digests  # noqa: B018  # computed once, and kept
 
 
 def texts_of(data: DataSpec) -> list[OneText]:

@@ -37,17 +37,18 @@ class NearDuplicates:
         self._ids: list[str] = []
         self._bands: list[dict[bytes, list[int]]] = [{} for _ in range(BANDS)]
 
-    def find_or_keep(self, id: str, words: np.ndarray) -> str | None:
+    def find_or_keep(self, id: str, words: np.ndarray, within: bytes = b"") -> str | None:
         """The ``id`` of an earlier document that this one nearly repeats; None keeps it for those to come.
 
         Args:
             id: what a message calls it.
             words: hashed. uint64 [words]
+            within: only documents that were given the same are compared.
         """
         if len(words) < SHORTEST:
             return None
         signature = signature_of(words)
-        keys = [band.tobytes() for band in signature.reshape(BANDS, ROWS)]
+        keys = [within + band.tobytes() for band in signature.reshape(BANDS, ROWS)]
         pairs = list(zip(self._bands, keys, strict=True))
         if candidates := sorted({number for band, key in pairs for number in band.get(key, ())}):
             agreeing = (self._signatures[candidates] == signature).mean(1)  # [candidates]

@@ -12,10 +12,12 @@ Of ``<name>-<hash>``, each file a flat array:
 from __future__ import annotations
 
 import fcntl
+import io
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,6 +35,7 @@ from distill.data.base import Item
 from distill.data.encoder import TextEncoder
 from distill.data.progress import Progress
 from distill.data.tally import Tally
+from distill.data.token_chunk import Batch, chunk_of
 from distill.data.token_workers import chunks
 from distill.data.token_writer import TokenWriter
 
@@ -128,21 +131,22 @@ class Part:
     tokens: TokenFile
 
 
-def read_tokens(path: Path, *, just_written: bool = False) -> TokenFile | None:
+def read_tokens(path: Path, *, quietly: bool = False, just_written: bool = False) -> TokenFile | None:
     """The finished token file at ``path``, or None where there is none or it must be written again.
 
     Every byte is read, by one process of a machine: the others find the digests of large files in the user's cache.
 
     Args:
         path: the ``.bin`` file.
+        quietly: whether to say nothing of one that must be written again.
         just_written: by this process, so that the bytes need not be read again.
     """
-    file = path.with_suffix(".json")
+    file, out = path.with_suffix(".json"), io.StringIO() if quietly else sys.stderr
     if not file.is_file():
         return None
     try:
         if read_json(file).get("version", 1) != VERSION:
-            print(f"{path.name}: of an earlier version of distill; the text is tokenized again", file=sys.stderr)
+            print(f"{path.name}: of an earlier version of distill; the text is tokenized again", file=out)
             return None
         header = read_checked(file, _HEADER, "")
         marks = TypeAdapter(dict[str, Mark]).validate_python(header.pop("files"))
@@ -151,7 +155,7 @@ def read_tokens(path: Path, *, just_written: bool = False) -> TokenFile | None:
     except (InputError, ValidationError, KeyError):
         whole = False
     if not whole:
-        print(f"{path.name}: not what was written; the text is tokenized again", file=sys.stderr)
+        print(f"{path.name}: not what was written; the text is tokenized again", file=out)
     return tokens if whole else None
 
 
@@ -180,23 +184,38 @@ def write_tokens(
         InputError: an id that the model has no row for, or many rows in a row of which none can be used.
         MachineError: the disk is full or not writable.
     """
-    dtype = "uint16" if vocabulary_size <= 1 << 16 else "uint32"
-    kinds = [".bin", ".bounds", *[".learned"] * encoder.marks_learned, *[".bytes"] * with_bytes]
-    with writing(path, kinds) as (streams, header):
+    dtype = dtype_of(vocabulary_size)
+    encode = partial(chunk_of, encoder=encoder, keep=None, with_bytes=with_bytes)
+    with writing(path, kinds_of(encoder, with_bytes=with_bytes)) as (streams, header):
         name = path.name.rpartition("-")[0]
         writer = TokenWriter(name, streams, dtype, vocabulary_size)
         with (
             Progress(f"tokenizing {name}", total_bytes) as progress,
-            closing(chunks(batches(documents), encoder, with_bytes=with_bytes)) as made,
+            closing(chunks(map(Batch, batches(documents)), encode)) as made,
         ):
             for chunk in made:
                 writer.add(chunk)
                 progress.advance(chunk.num_bytes)
-        header |= {**writer.counts, "dtype": dtype, "filling": encoder.end, "start": encoder.start}
-        header |= {"num_repeated": num_repeated(), "tally": asdict(writer.tally)}
+        header |= header_of(writer, encoder) | {"num_repeated": num_repeated()}
     tokens = read_tokens(path, just_written=True)
     assert tokens is not None
     return tokens
+
+
+def dtype_of(vocabulary_size: int) -> str:
+    """How ids are stored that are all below a number."""
+    return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
+
+
+def kinds_of(encoder: TextEncoder, *, with_bytes: bool) -> list[str]:
+    """Suffixes of the files of a token file."""
+    return [".bin", ".bounds", *[".learned"] * encoder.marks_learned, *[".bytes"] * with_bytes]
+
+
+def header_of(writer: TokenWriter, encoder: TextEncoder) -> dict[str, Any]:
+    """What the header says of all that was written."""
+    how = {"dtype": writer.dtype, "filling": encoder.end, "start": encoder.start}
+    return {**writer.counts, **how, "tally": asdict(writer.tally)}
 
 
 @contextmanager
@@ -259,6 +278,11 @@ def store_tokens(
     return TokenFile(str(path), ids.dtype.name, *counts, filling, num_learned=num_learned, start=tuple(start))
 
 
+def is_enough(batch: Sequence[Item], num_characters: int) -> bool:
+    """Whether a batch of so much text is worth a call of the tokenizer."""
+    return len(batch) >= _BATCH_DOCUMENTS or num_characters >= _BATCH_CHARACTERS
+
+
 def batches(documents: Iterable[Item]) -> Iterator[list[Item]]:
     """Documents in groups that are worth a call of the tokenizer and fit in memory."""
     batch: list[Item] = []
@@ -266,7 +290,7 @@ def batches(documents: Iterable[Item]) -> Iterator[list[Item]]:
     for document in stoppable(documents):
         batch.append(document)
         size += len(document.text)
-        if len(batch) >= _BATCH_DOCUMENTS or size >= _BATCH_CHARACTERS:
+        if is_enough(batch, size):
             yield batch
             batch, size = [], 0
     if batch:

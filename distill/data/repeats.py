@@ -10,7 +10,8 @@ then of as many again every second document, then every fourth, and so on, so th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 from distill.data.base import Document, Item
@@ -26,6 +27,41 @@ FEWEST = 16
 """Words below which a validation document is not compared: short texts are alike in form."""
 
 
+Trains = Callable[[Item], bool]
+
+
+@dataclass
+class Found:
+    """Training documents of a source that nearly repeat validation text.
+
+    Attributes:
+        num_compared: documents that were compared.
+        num_repeated: those among them that were found.
+        first: the first one, in words.
+    """
+
+    num_compared: int = 0
+    num_repeated: int = 0
+    first: str = ""
+
+    def reset(self) -> None:
+        """Forget what was found, as the source is read from its beginning."""
+        self.num_compared, self.num_repeated, self.first = 0, 0, ""
+
+    def line(self, key: str) -> str | None:
+        """What to say of it; None if nothing was found.
+
+        Args:
+            key: of the source in the recipe, below ``data``.
+        """
+        if not self.num_repeated:
+            return None
+        return (
+            f"data.{key}: {self.num_repeated:,} of {self.num_compared:,} documents that were compared nearly repeat "
+            f"validation text ({self.first}); data.clean.decontaminate: [validation] leaves them out"
+        )
+
+
 class ValidationRepeats:
     """Counts documents as they pass.
 
@@ -36,36 +72,31 @@ class ValidationRepeats:
     def __init__(self, texts: Sequence[OneText]):
         self._texts = texts
 
-    def watched(self, items: Iterable[Item], key: str, found: list[str]) -> Iterator[Item]:
+    def watched(self, items: Iterable[Item], found: Found, trains: Trains = lambda item: True) -> Iterator[Item]:
         """The same items.
 
         Args:
-            items: of one source's training side.
-            key: of the source in the recipe, below ``data``.
-            found: gets a line at the end where there is something to say.
+            items: of one source.
+            found: set to what was found among them.
+            trains: whether an item is on the training side.
         """
-        num_compared = num_repeated = num_documents = 0
-        budget, stride, first = CHARACTERS, 1, ""
+        found.reset()
+        num_documents, budget, stride = 0, CHARACTERS, 1
         for item in items:
             yield item
             if not isinstance(item, Document):
                 continue
             num_documents += 1
-            if num_documents % stride:
+            if num_documents % stride or not trains(item):
                 continue
-            num_compared += 1
+            found.num_compared += 1
             budget -= len(item.text)
             hit = self._rows.find(item, words_of(item.text))
             if hit is not None and hit.share >= SHARE:
-                num_repeated += 1
-                first = first or f"first {item.id}: {hit.share:.0%} of the words of {hit.id}"
+                found.num_repeated += 1
+                found.first = found.first or f"first {item.id}: {hit.share:.0%} of the words of {hit.id}"
             if budget <= 0:
                 budget, stride = CHARACTERS, 2 * stride
-        if num_repeated:
-            found.append(
-                f"data.{key}: {num_repeated:,} of {num_compared:,} documents that were compared nearly repeat "
-                f"validation text ({first}); data.clean.decontaminate: [validation] leaves them out"
-            )
 
     @cached_property
     def _rows(self) -> TestRows:

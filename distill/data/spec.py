@@ -160,6 +160,17 @@ class DataSpec(Spec):
         return any(source is not None and source.holds_ids() for source in (self.train, self.validation))
 
     @property
+    def needs_order(self) -> bool:
+        """Whether one process tokenizes it, document after document, while others wait.
+
+        Token ids are only copied; a stream's validation text is a few documents; what is left out as a duplicate
+        depends on the rows before it, and copies stand behind all of them.
+        """
+        is_cleaned = self.clean is not None and self.clean.duplicates is not None
+        is_stream = any(source.is_stream() for _, source in self.sources())
+        return is_cleaned or self.augment is not None or self.holds_ids or is_stream
+
+    @property
     def drops_rows(self) -> bool:
         """Whether some of it may hold rows that cannot be used."""
         return any(source is not None and source.drops_rows() for source in (self.train, self.validation))
@@ -197,14 +208,12 @@ class DataSpec(Spec):
     @model_validator(mode="after")
     def _the_text_can_be_cleaned_and_augmented(self) -> DataSpec:
         trained = self.train.sources.values() if isinstance(self.train, Mixture) else [self.train]
-        text: dict[str, bool] = {
-            "holds_ids": self.holds_ids,
-            "is_stream": any(source.is_stream() for source in trained),
-            "is_all_conversations": all(source.holds_conversations() for source in trained),
-        }
-        for section in (self.clean, self.augment):
-            for mistake in section.mistakes(**text) if section is not None else ():
-                raise ValueError(mistake)
+        text = {"holds_ids": self.holds_ids, "is_stream": any(source.is_stream() for source in trained)}
+        is_all = all(source.holds_conversations() for source in trained)
+        of_cleaning = () if self.clean is None else self.clean.mistakes(**text)
+        of_copies = () if self.augment is None else self.augment.mistakes(**text, is_all_conversations=is_all)
+        for mistake in (*of_cleaning, *of_copies):
+            raise ValueError(mistake)
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
 from functools import cached_property
 
 from distill.core.errors import InputError
@@ -15,6 +16,14 @@ _STREAM_BYTES_PER_TOKEN = 8  # twice what a token of English is: enough text for
 
 RULE = "texts are equal when their normalised forms are"
 """The rule of the split; token files that were made by another rule are written again."""
+
+
+class Side(Enum):
+    """Where a document of the training source goes."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+    REPEATED = "left out, as a validation source has its text"
 
 
 class Split:
@@ -47,13 +56,56 @@ class Split:
 
     def training(self) -> Iterator[Item]:
         """The documents to train on, in the source's order; each call begins again."""
-        if self.data.validation is not None:
-            yield from self._unseen()
-            return
-        threshold = self._threshold
+        self.prepare()
+        repeated = 0
         for document in stoppable(self._documents(self.data.train)):
-            if isinstance(document, Rejected) or self._place(document) >= threshold:
+            side = self.side_of(document)
+            repeated += side is Side.REPEATED
+            if side is Side.TRAIN:
                 yield document
+        self.num_repeated = repeated
+
+    def side_of(self, document: Item) -> Side:
+        """The side of a document of the training source."""
+        if isinstance(document, Rejected):
+            return Side.TRAIN
+        if self.data.validation is not None:
+            seen = digest(normalised(document.text)) in self.validation_digests
+            return Side.REPEATED if seen else Side.TRAIN
+        return Side.VALIDATION if self.is_held_out(document) else Side.TRAIN
+
+    def is_held_out(self, document: Item) -> bool:
+        """Whether a document is validated on, where there is no validation source."""
+        return not isinstance(document, Rejected) and self._place(document) < self._threshold
+
+    def to_train(self, documents: Iterable[Item]) -> tuple[list[Item], int]:
+        """Of documents of the training source those of :meth:`training`, and how many are left out as repeated."""
+        sides = [(document, self.side_of(document)) for document in documents]
+        kept = [document for document, side in sides if side is Side.TRAIN]
+        return kept, sum(side is Side.REPEATED for _, side in sides)
+
+    def trained_of(self, documents: Iterable[Item]) -> Iterator[Item]:
+        """Of documents of the training source those to train on, as they come."""
+        return (document for document in stoppable(documents) if self.side_of(document) is Side.TRAIN)
+
+    def to_validate(self, documents: Iterable[Item]) -> tuple[list[Item], int]:
+        """Of documents of the training source those that are held out; nothing is left out as repeated."""
+        return [document for document in documents if self.is_held_out(document)], 0
+
+    def prepare(self) -> None:
+        """Read what :meth:`side_of` needs to know, which is then the same in processes that are forked.
+
+        Raises:
+            InputError: there is nothing to split, or a source cannot be read.
+        """
+        if self.data.validation is None:
+            self._threshold  # noqa: B018  # computed once, and kept
+        else:
+            self.validation_digests  # noqa: B018
+
+    def read(self, source: SourceSpec) -> Iterator[Item]:
+        """All documents of one of the two sources, as this split reads them."""
+        return self._documents(source)
 
     def texts(self) -> Iterator[str]:
         """The text of :meth:`training`."""
@@ -62,28 +114,19 @@ class Split:
     def validation(self) -> Iterator[Item]:
         """The documents to validate on. Of a stream, as many as the validation tokens asked for need."""
         source = self.data.validation or self.data.train
-        threshold = self._threshold if self.data.validation is None else float("inf")
+        is_split = self.data.validation is None
+        if is_split:
+            self._threshold  # noqa: B018  # an empty source is refused also where nothing of it is read
         budget = self.data.validation_tokens * _STREAM_BYTES_PER_TOKEN if source.is_stream() else float("inf")
         for document in stoppable(self._documents(source)):
-            if isinstance(document, Rejected):
-                if self.data.validation is not None:
-                    yield document
-                continue
-            if self._place(document) >= threshold:
+            if is_split and not self.is_held_out(document):
                 continue
             yield document
+            if isinstance(document, Rejected):
+                continue
             budget -= len(document.text.encode("utf-8"))
             if budget <= 0:
                 return
-
-    def _unseen(self) -> Iterator[Item]:
-        repeated = 0
-        for document in stoppable(self._documents(self.data.train)):
-            if not isinstance(document, Rejected) and digest(normalised(document.text)) in self.validation_digests:
-                repeated += 1
-            else:
-                yield document
-        self.num_repeated = repeated
 
     @cached_property
     def validation_digests(self) -> set[bytes]:

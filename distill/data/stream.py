@@ -1,21 +1,21 @@
-"""Text that is tokenized and packed as it is read, with a position to go on from."""
+"""Text that is tokenized and packed as it is read, with positions to go on from."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import count, islice
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch.utils.data import IterableDataset
 
 from distill.core.errors import InputError
 from distill.data.base import Item, Rejected
 from distill.data.encoder import TextEncoder
 from distill.data.first_tokens import room_of
-from distill.data.micro_batches import MicroBatches
 from distill.data.packed_rows import batch_of
 from distill.data.packing import batches
 from distill.data.rows import document_spans
@@ -27,10 +27,51 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-TOKEN = np.dtype([("id", np.int64), ("place", np.int64)])
+TOKEN = np.dtype([("id", np.uint32), ("place", np.uint32)])
 """A token of a stream: its id, and its position in its document."""
 ENOUGH = 200
 """Number of rows after which a run may stop because too many cannot be used, before the end of the pass."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place between two documents of a stream, from which it can be read on.
+
+    Attributes:
+        row: number of the next row.
+        number: of the pass over the source, from 0.
+        num_tokens: of the documents of this pass so far.
+        source: where the source is; None: at its beginning.
+        left: tokens that do not fill a row yet. :data:`TOKEN` [tokens]
+        tally: of the rows of this pass.
+    """
+
+    row: int = 0
+    number: int = 0
+    num_tokens: int = 0
+    source: dict[str, Any] | None = None
+    left: np.ndarray = field(default_factory=lambda: np.zeros(0, TOKEN))
+    tally: Tally = field(default_factory=Tally)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        left = [self.left["id"].tolist(), self.left["place"].tolist()]
+        return {
+            "row": self.row,
+            "number": self.number,
+            "num_tokens": self.num_tokens,
+            "source": self.source,
+            "left": left,
+            "tally": asdict(self.tally),
+        }
+
+    @classmethod
+    def from_json(cls, written: Mapping[str, Any]) -> Position:
+        """What :meth:`to_json` gave."""
+        ids, places = written["left"]
+        left = np.zeros(len(ids), TOKEN)
+        left["id"], left["place"] = ids, places
+        return cls(**{**written, "left": left, "tally": Tally(**written["tally"])})
 
 
 @dataclass(frozen=True)
@@ -38,13 +79,15 @@ class Stream:
     """The training side of a streamed source: an endless list of rows in the source's own order, pass after pass.
 
     The list depends on nothing but the text and the tokenizer. The end of a pass runs on into the next one, so every
-    row is full. To start at a position is exact, and costs reading and tokenizing the text before it again.
+    row is full. Training reads it from the disk, where a process writes it ahead; see
+    :mod:`distill.data.stream_shards`.
 
     Attributes:
         split: which documents train.
         encoder: text to ids.
         sequence_length: tokens in a row.
         vocabulary_size: every id must be below it.
+        folder: where rows are kept that are written ahead.
         apart: whether documents in a row must not see each other.
         max_dropped: share of the rows of a pass that may be left out as they cannot be used.
     """
@@ -53,50 +96,65 @@ class Stream:
     encoder: TextEncoder
     sequence_length: int
     vocabulary_size: int
+    folder: Path
     apart: bool = False
     max_dropped: float = 0.0
 
+    @property
+    def room(self) -> int:
+        """Tokens of a row of the list: as many as fit behind those that the tokenizer puts before a text."""
+        return room_of(self.sequence_length, self.encoder.start)
+
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Rows from the first one on, each an array of :data:`TOKEN` [sequence], or of as many as fit in a row behind
-        the tokens that the tokenizer puts before a text.
+        """Rows from the first one on, each an array of :data:`TOKEN` [room].
 
         Raises:
             InputError: a pass over the source holds less than one row, or an id that the model has no row for.
         """
-        left, room = np.zeros(0, TOKEN), room_of(self.sequence_length, self.encoder.start)
-        for number in count():
-            num_tokens = 0
-            for ids in self._ids():
-                num_tokens += len(ids)
-                tokens = np.concatenate([left, ids])  # TOKEN [tokens]
-                whole = len(tokens) // room * room
-                yield from tokens[:whole].reshape(-1, room)
-                left = tokens[whole:]
-            if number == 0 and num_tokens < self.sequence_length:
+        for rows, _ in self.read(Position()):
+            yield from rows
+
+    def read(self, begin: Position) -> Iterator[tuple[np.ndarray, Position]]:
+        """Rows from a position on, some at a time, each time with the position behind them. :data:`TOKEN` [rows, room]
+
+        Raises:
+            InputError: see :meth:`__iter__`.
+        """
+        self.split.prepare()
+        room, source, at = self.room, self.split.data.train, begin
+        while True:
+            documents, state = source.open_at(at.source)
+            tally = deepcopy(at.tally)
+            for batch in batches(self._usable(self.split.trained_of(documents), tally)):
+                tokens = np.concatenate([at.left, *self._ids(batch)])  # TOKEN [tokens]
+                whole, num_new = len(tokens) // room * room, len(tokens) - len(at.left)
+                rows, left = tokens[:whole].reshape(-1, room), tokens[whole:].copy()
+                at = Position(at.row + len(rows), at.number, at.num_tokens + num_new, state(), left, deepcopy(tally))
+                yield rows, at
+            tally.check("data.train", self.max_dropped)
+            if at.number == 0 and at.num_tokens < self.sequence_length:
                 raise InputError(
-                    f"data.train: empty corpus: {num_tokens} tokens, expected at least one row "
+                    f"data.train: empty corpus: {at.num_tokens} tokens, expected at least one row "
                     f"(sequence_length {self.sequence_length}); give more text or shorter rows"
                 )
+            at = Position(at.row, at.number + 1, left=at.left)
 
-    def _ids(self) -> Iterator[np.ndarray]:
-        tally = Tally()
-        for batch in batches(self._usable(tally)):
-            for document, row in zip(batch, self.encoder.encode([each.text for each in batch]), strict=True):
-                if (largest := int(row.max())) >= self.vocabulary_size:
-                    raise InputError(token_too_large(document.id, largest, self.vocabulary_size))
-                tokens = np.zeros(len(row), TOKEN)
-                tokens["id"], tokens["place"] = row, np.arange(len(row))
-                yield tokens
+    def _ids(self, batch: Sequence[Item]) -> Iterator[np.ndarray]:
+        """The tokens of each document of a batch."""
+        for document, row in zip(batch, self.encoder.encode([each.text for each in batch]), strict=True):
+            if (largest := int(row.max())) >= self.vocabulary_size:
+                raise InputError(token_too_large(document.id, largest, self.vocabulary_size))
+            tokens = np.zeros(len(row), TOKEN)
+            tokens["id"], tokens["place"] = row, np.arange(len(row))
+            yield tokens
 
-        tally.check("data.train", self.max_dropped)
-
-    def _usable(self, tally: Tally) -> Iterator[Item]:
+    def _usable(self, documents: Iterable[Item], tally: Tally) -> Iterator[Item]:
         """The documents of a pass. Rows that cannot be used are counted, and the first of each reason is printed.
 
         Raises:
             InputError: more of them than the recipe allows, as soon as that is sure.
         """
-        for item in self.split.training():
+        for item in documents:
             if not isinstance(item, Rejected):
                 tally.note({})
                 yield item
@@ -129,25 +187,3 @@ class Stream:
             pieces.append(document_spans(firsts, 0, size))
             leads.append([lead] + [0] * (len(pieces[-1]) - 1))
         return batch_of(ids, pieces, counted, apart=self.apart, leads=leads)
-
-
-class StreamBatches(IterableDataset[dict[str, "Tensor"]]):
-    """Micro-batches of one rank from a stream, endlessly.
-
-    Every rank reads the whole stream and takes its part. One worker at most may serve it, as two would each read all.
-
-    Args:
-        stream: the rows.
-        taken: the positions that the rank takes.
-    """
-
-    def __init__(self, stream: Stream, taken: MicroBatches):
-        self.stream, self.taken = stream, taken
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        rows, read = iter(self.stream), 0
-        for positions in self.taken:
-            # the rows before are those of other ranks, or were consumed
-            mine = list(islice(rows, positions.start - read, positions.stop - read))
-            read = positions.stop
-            yield self.stream.batch(np.stack(mine))

@@ -79,6 +79,23 @@ class Tally:
         for key, count in (("num", 1), ("words", num_words), ("replaced", num_replaced)):
             self.copies[key] = self.copies.get(key, 0) + count
 
+    def add(self, other: Tally) -> None:
+        """Count the rows of another part of the text, which follows this one."""
+        self.num_read += other.num_read
+        for ours, theirs in (
+            (self.dropped, other.dropped),
+            (self.noted, other.noted),
+            (self.removed, other.removed),
+            (self.copies, other.copies),
+        ):
+            for key, count in theirs.items():
+                ours[key] = ours.get(key, 0) + count
+        for reason, row in other.first.items():
+            self.first.setdefault(reason, row)
+        for reason, examples in other.examples.items():
+            known = self.examples.setdefault(reason, [])
+            known += examples[: _EXAMPLES - len(known)]
+
     def is_hopeless(self) -> bool:
         """Whether many were read and none can be used."""
         return self.num_read == self.num_dropped == _HOPELESS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,60 +33,82 @@ class Used(NamedTuple):
     words: tuple[int, int] | None = None
 
 
+class Batch(NamedTuple):
+    """Items that are worth a call of the tokenizer, of one shard of a text.
+
+    Attributes:
+        items: in the order in which they shall stand.
+        shard: number of the shard.
+    """
+
+    items: list[Item]
+    shard: int = 0
+
+
+Keep = Callable[[Sequence[Item]], tuple[list[Item], int]]
+"""Of items of a source, those that are used, and how many are left out as validation has their text."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """A batch of items, encoded.
 
     Attributes:
+        shard: number of the shard that it is of.
         items: what became of each.
         ids: of all rows, end to end. [tokens]
         lengths: tokens of each row. int64 [rows]
         learned: which tokens are learned from, bool [tokens]; None: all.
         sizes: UTF-8 bytes that each token stands for, uint32 [tokens]; None: not counted.
         num_bytes: UTF-8 bytes that were read for it.
+        num_repeated: items that were left out as validation has their text.
     """
 
+    shard: int
     items: list[Used | Rejected]
     ids: np.ndarray
     lengths: np.ndarray
     learned: np.ndarray | None
     sizes: np.ndarray | None
     num_bytes: int
+    num_repeated: int = 0
 
 
-def chunk_of(batch: Sequence[Item], encoder: TextEncoder, *, with_bytes: bool) -> Chunk:
+def chunk_of(batch: Batch, encoder: TextEncoder, keep: Keep | None, *, with_bytes: bool) -> Chunk:
     """Encode a batch.
 
     Args:
-        batch: in the order in which it shall stand.
+        batch: as it was read.
         encoder: text to ids.
+        keep: chooses the items that are used; None: all are.
         with_bytes: also say what bytes each token stands for.
     """
-    usable: list[Any] = [item for item in batch if not isinstance(item, Rejected)]
+    num_bytes = sum(len(item.text.encode("utf-8")) for item in batch.items)
+    kept, num_repeated = (batch.items, 0) if keep is None else keep(batch.items)
+    usable: list[Any] = [item for item in kept if not isinstance(item, Rejected)]
     encoded = iter(encoder.rows(usable, with_bytes=with_bytes))
     items: list[Used | Rejected] = []
     rows = []
-    num_bytes = 0
-    for item in batch:
-        size = len(item.text.encode("utf-8"))
-        num_bytes += size
+    for item in kept:
         made: Encoded | Rejected = item if isinstance(item, Rejected) else next(encoded)
         if isinstance(made, Rejected):
             items.append(made)
             continue
-        counted = size if made.num_bytes is None else made.num_bytes
+        counted = len(item.text.encode("utf-8")) if made.num_bytes is None else made.num_bytes
         words = (item.num_words, item.num_replaced) if isinstance(item, Copy) else None
         items.append(Used(item.id, made.noted, counted, len(made.rows), isinstance(item, Conversation), words))
         rows += made.rows
     ids = [np.asarray(row.ids, np.uint32) if isinstance(row.ids, list) else row.ids for row in rows]
     learned = [np.ones(len(row.ids), bool) if row.learned is None else row.learned for row in rows]
     return Chunk(
+        batch.shard,
         items,
         _joined(ids, np.uint32),
         np.array([len(row.ids) for row in rows], np.int64),
         _joined(learned, np.bool_) if encoder.marks_learned else None,
         _joined([row.sizes for row in rows if row.sizes is not None], np.uint32) if with_bytes else None,
         num_bytes,
+        num_repeated,
     )
 
 

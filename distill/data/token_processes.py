@@ -10,18 +10,28 @@ from distill.core import threads
 from distill.core.forked import can_fork
 
 _PARALLEL, _THREADS = "TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS"
+_OF_TASK = "SLURM_CPUS_PER_TASK"
 _NO = ("", "off", "false", "f", "no", "n", "0")
 
 
-def num_processes() -> int:
+def num_processes(num_sharing: int = 1) -> int:
     """Processes that encode: one per CPU that this process may use, or as the environment of tokenizers says.
 
-    ``TOKENIZERS_PARALLELISM=false`` means one, and ``RAYON_NUM_THREADS`` a number, as for the library itself.
+    ``TOKENIZERS_PARALLELISM=false`` means one, and ``RAYON_NUM_THREADS`` a number, as for the library itself. SLURM
+    gives each of its tasks CPUs of its own where it is told how many; they are not divided.
+
+    Args:
+        num_sharing: processes of this machine that do the same and share its CPUs.
     """
     if not can_fork() or os.environ.get(_PARALLEL, "true").lower() in _NO:
         return 1
     told = os.environ.get(_THREADS, "")
-    return int(told) if told.isdecimal() and int(told) else threads.available()
+    if told.isdecimal() and int(told):
+        return int(told)
+    own = os.environ.get(_OF_TASK, "")
+    if own.isdecimal() and int(own):
+        return min(threads.available(), int(own))
+    return max(1, threads.available() // num_sharing)
 
 
 @contextmanager

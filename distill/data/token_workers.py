@@ -6,31 +6,34 @@ encoded in a second starts no other process.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack
-from functools import partial
 
 from distill.core.forked import Forked
-from distill.data.base import Item
-from distill.data.encoder import TextEncoder
-from distill.data.token_chunk import Chunk, chunk_of
+from distill.data.token_chunk import Batch, Chunk
 from distill.data.token_processes import num_processes, one_thread_each
 
 WORKER_BYTES = 2_000_000
 """Bytes of text that one process encodes, in about a second, before others are started; it fills their caches too."""
 
 
-def chunks(batches: Iterable[list[Item]], encoder: TextEncoder, *, with_bytes: bool) -> Generator[Chunk, None, None]:
-    """Encode batches; see :func:`~distill.data.token_chunk.chunk_of`.
+def chunks(
+    batches: Iterable[Batch], encode: Callable[[Batch], Chunk], num_sharing: int = 1
+) -> Generator[Chunk, None, None]:
+    """Encode batches, in their order.
 
     Close the iterator where it is left early: the other processes end then.
 
+    Args:
+        batches: taken as they are needed, a few ahead.
+        encode: a batch; see :func:`~distill.data.token_chunk.chunk_of`.
+        num_sharing: processes of this machine that encode at the same time and share its CPUs.
+
     Raises:
-        InputError: what the encoder refuses.
+        InputError: what ``encode`` refuses.
         MachineError: a process was killed.
     """
-    encode = partial(chunk_of, encoder=encoder, with_bytes=with_bytes)
-    number, waiting, size = num_processes(), iter(batches), 0
+    number, waiting, size = num_processes(num_sharing), iter(batches), 0
     for batch in waiting:
         chunk = encode(batch)
         yield chunk

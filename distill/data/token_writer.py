@@ -21,10 +21,14 @@ class TokenWriter:
         streams: suffix -> file.
         dtype: of the ids.
         vocabulary_size: every id must be below it.
+        gives_up: whether many rows at the beginning of which none can be used end it.
     """
 
-    def __init__(self, name: str, streams: Mapping[str, IO[bytes]], dtype: str, vocabulary_size: int):
+    def __init__(
+        self, name: str, streams: Mapping[str, IO[bytes]], dtype: str, vocabulary_size: int, *, gives_up: bool = True
+    ):
         self.name, self.streams, self.dtype, self.vocabulary_size = name, streams, dtype, vocabulary_size
+        self.gives_up = gives_up
         self.tally = Tally()
         self.counts = {"num_tokens": 0, "num_documents": 0, "num_bytes": 0, "largest": 0}
         self.counts |= {"num_learned": 0} if ".learned" in streams else {}
@@ -39,7 +43,7 @@ class TokenWriter:
         for item in chunk.items:
             if isinstance(item, Rejected):
                 self.tally.drop(item)
-                if self.tally.is_hopeless():
+                if self.gives_up and self.tally.is_hopeless():
                     self.tally.check(f"data.{self.name}", 0.0)
                 continue
             if item.words is None:

@@ -57,7 +57,8 @@ def describe(recipe: Recipe, memory_gb: float | None = None) -> str:
             if not mistakes:
                 looks = {name: look(source, section.task, name) for name, source in section.sources()}
                 text = texts.text_of(one, looks)
-                about = (*lines_of_text(text, section), *about_reading(one, looks), *about_chat(one))
+                num_machines = 1 if section.needs_order else recipe.compute.num_nodes
+                about = (*lines_of_text(text, section, num_machines), *about_reading(one, looks), *about_chat(one))
                 said += [f"    {line}" for line in about]
         except InputError as error:
             mistakes.append(f"{recipe.name}: {error}")
@@ -202,11 +203,11 @@ def _details(
     yield from forecast.notes
 
 
-def lines_of_text(text: texts.TextForecast, data: DataSpec) -> Iterator[str]:
-    """How much text there is; of a mixture source by source."""
+def lines_of_text(text: texts.TextForecast, data: DataSpec, num_machines: int) -> Iterator[str]:
+    """How much text there is, tokenized by so many machines; of a mixture source by source."""
     if isinstance(data.train, Mixture):
         yield from about_mixture(data.train, data, text)
-    yield from texts.lines(text, data)
+    yield from texts.lines(text, data, num_machines)
 
 
 def _passes(training: Training, view: View, text: texts.TextForecast) -> str | None:

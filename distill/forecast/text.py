@@ -14,7 +14,9 @@ from distill.core.errors import InputError
 from distill.data.base import SourceSpec
 from distill.data.mixture import Mixture
 from distill.data.spec import DataSpec
+from distill.data.stream_bounds import MOST_BYTES
 from distill.forecast.look import LOOK_BYTES, PIECE, Look, pieces_of, tokenizer_of
+from distill.forecast.memory_limit import amount
 from distill.forecast.tokenizing import LONG_BYTES, Rates, about_tokenizing, bytes_per_id, rates_of
 from distill.recipe import Recipe
 
@@ -111,9 +113,20 @@ def _sum(numbers: Sequence[float | None]) -> float | None:
     return None if None in numbers else sum(number or 0 for number in numbers)
 
 
-def lines(text: TextForecast, data: DataSpec) -> Iterator[str]:
-    """The same in words, and whether it is enough to validate on."""
+def lines(text: TextForecast, data: DataSpec, num_machines: int = 1) -> Iterator[str]:
+    """The same in words, and whether it is enough to validate on.
+
+    Args:
+        text: of a recipe.
+        data: its section.
+        num_machines: that tokenize it.
+    """
     yield from text.unusable
+    if data.train.is_stream():
+        yield (
+            "a stream: tokenized by one process while a training reads it, a little ahead; at most about "
+            f"{amount(MOST_BYTES)} of its rows are in the run's data folder at once"
+        )
     if text.train is None:
         yield "how many tokens it has is known when it is read"
         return
@@ -126,7 +139,7 @@ def lines(text: TextForecast, data: DataSpec) -> Iterator[str]:
         spec = data.augment.replace_words
         each = "a copy" if spec.copies == 1 else f"{spec.copies} copies"
         yield f"among them {each} of each document, with {spec.probability:.0%} of the words replaced (data.augment)"
-    yield from about_tokenizing(text.train + (text.validation or 0), text.bytes_per_token, text.rates)
+    yield from about_tokenizing(text.train + (text.validation or 0), text.bytes_per_token, text.rates, num_machines)
     few = text.validation is not None and min(text.validation, data.validation_tokens) < FEW_PREDICTIONS
     if text.validation is not None and few and data.task.is_causal:  # other tasks predict fewer things than tokens
         more = "data.held_out" if data.validation is None else "data.validation"

@@ -26,7 +26,7 @@ class Rates:
 
     Attributes:
         encoding: text to ids; any number of processes do it.
-        splitting: to find the side of the split of each document; one process does it.
+        splitting: to find the side of the split of each document; the same processes do it.
         bytes_per_id: in the token file.
     """
 
@@ -63,21 +63,26 @@ def bytes_per_id(backend: Tokenizer) -> int:
     return 2 if backend.get_vocab_size() <= 1 << 16 else 4
 
 
-def about_tokenizing(num_tokens: float, bytes_per_token: float, rates: Rates | None) -> Iterator[str]:
+def about_tokenizing(
+    num_tokens: float, bytes_per_token: float, rates: Rates | None, num_machines: int = 1
+) -> Iterator[str]:
     """A line where it takes long.
 
     Args:
         num_tokens: to train on and to validate on.
         bytes_per_token: of UTF-8.
         rates: of this machine; None: not measured.
+        num_machines: like this one, that the run uses.
     """
     num_bytes = num_tokens * bytes_per_token
     if rates is None or num_bytes < LONG_BYTES:
         return
     number = num_processes()
-    seconds = max(num_bytes / rates.encoding / number, num_bytes / rates.splitting)
+    seconds = num_bytes * (1 / rates.encoding + 1 / rates.splitting) / number / num_machines
     who = f"by {number} processes" if number > 1 else "by one process"
+    where = "on this machine" if num_machines == 1 else f"on each of {num_machines} machines like this one"
+    room = amount(num_tokens * rates.bytes_per_id)
     yield (
-        f"tokenized once, before the first stage that reads it: about {duration(seconds)} {who} on this machine, or "
-        f"longer where rows are slow to read; {amount(num_tokens * rates.bytes_per_id)} in the run's data folder"
+        f"tokenized once, before the first stage that reads it: about {duration(seconds)} {who} {where}, or "
+        f"longer where rows are slow to read; {room} in the run's data folder, twice as much for a moment"
     )

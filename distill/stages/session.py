@@ -50,6 +50,8 @@ class Session:
         say: prints one line for people.
         world: the processes of the run, and which of them this is.
         require: what is required of the run's figures.
+        gather: in the first of several processes: called with a session whose text it is about to open, so that the
+            others tokenize a part of it.
     """
 
     run: Run
@@ -65,6 +67,7 @@ class Session:
     say: Callable[[str], None] = print
     world: World = SINGLE_PROCESS
     require: Mapping[str, str] = field(default_factory=dict)
+    gather: Callable[[Session], None] | None = None
     _tokenizer: PreTrainedTokenizerFast | None = None
     _corpus: Corpus | None = None
     _logger: SafeLogger | None = None
@@ -194,11 +197,13 @@ class Session:
         """The run's data, tokenized and packed; opened once."""
         if self._corpus is None:
             tokenizer = self.tokenizer()
+            if self.gather is not None:
+                self.gather(self)
             locate = lambda reference: self.artifact(reference).location  # noqa: E731
             place = self.run.folder / "data"
             if self.data.task.is_causal:
                 words = candidates_of(self.data, locate, self.compute)
-                self._corpus = Corpus.open(self.data, tokenizer, place, self.seed, len(tokenizer), words)
+                self._corpus = Corpus.open(self.data, tokenizer, place, self.seed, len(tokenizer), words, self.world)
             else:
                 self._corpus = open_rows(self.data, tokenizer, place, self.seed, len(tokenizer))
             for line in [*self._corpus.summary().splitlines(), *self._other_templates()]:

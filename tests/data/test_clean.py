@@ -97,6 +97,35 @@ def test_the_signature_estimates_the_share_in_common():
         assert agreeing == pytest.approx(jaccard, abs=3.5 * (jaccard * (1 - jaccard) / 112) ** 0.5)
 
 
+def asked(question, answer, **more):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **more}
+
+
+def test_conversations_nearly_repeat_others_by_their_answers_alone(tmp_path, opened):
+    answer, question = text_of(0, 100), text_of(1, 100)
+    rows = [
+        asked(question, answer),
+        asked(question, changed(answer, 40)),  # the same question, nearly the same answer
+        asked(f" {question.upper()}", changed(answer, 60)),
+        asked(changed(question, 40), answer),  # another question, whatever its answer
+        asked(changed(question, 40), changed(answer, 40)),  # as the one before
+        asked(question, text_of(2, 100)),  # another answer
+        asked(question, text_of(3, 20)),
+        asked(question, changed(text_of(3, 20), 4)),  # answers too short to be compared
+        asked(question, changed(answer, 40), tools=[{"type": "function", "function": {"name": "f"}}]),
+    ]
+    file = write(tmp_path / "chat.jsonl", rows)
+    train = {"kind": "chat", "path": file}
+    held = {"kind": "chat", "path": write(tmp_path / "held.jsonl", [asked("what", text_of(9))])}
+    more = {"validation": held, "sequence_length": 2000}
+    assert kept(opened(train, {"duplicates": "exact"}, **more)) == (9, {})
+    corpus = opened(train, {"duplicates": "near"}, **more)
+    assert kept(corpus) == (6, {"nearly repeated": 3})
+    assert corpus.train.tokens.tally.examples == {
+        "nearly repeated": [f"{file}:{at} as {file}:{like}" for at, like in ((2, 1), (3, 1), (5, 4))]
+    }
+
+
 def test_near_duplicates_among_many_and_none_among_strangers():
     near = NearDuplicates()
     for seed in range(1100):  # more than there is room for at first
@@ -238,7 +267,6 @@ def test_what_leaves_nothing_says_so(tmp_path, opened):
         ({"kind": "hub", "path": "a/b", "streaming": True}, {"duplicates": "exact"}, "set streaming: false"),
         ({"kind": "tokens", "path": "a"}, {"duplicates": "near"}, "token ids have none; use duplicates: exact alone"),
         ({"kind": "tokens", "path": "a"}, {"decontaminate": ["validation"]}, "token ids have none"),
-        ("python_questions", {"duplicates": "near"}, "near compares documents alone"),
         ("python_docs", {}, "has no effect so"),
         (
             "python_docs",

@@ -13,7 +13,9 @@ from distill.data.corpus import Corpus, trained_tokenizer
 from distill.data.micro_batches import MicroBatches
 from distill.data.order import GlobalOrder
 from distill.data.packed_rows import PackedRows
+from distill.data.shared_tokens import SharedText
 from distill.data.spec import DataSpec
+from distill.data.stream import Position
 
 
 def spec(path, **more):
@@ -51,7 +53,12 @@ def take(loader, count):
 def blocks_in_a_pass(corpus):
     if isinstance(corpus.train, PackedRows):
         return len(corpus.train)
-    return sum(len(row) for row in corpus.train._ids()) // corpus.train.sequence_length
+    num_tokens = 0
+    for _, at in corpus.train.read(Position()):
+        if at.number:
+            break
+        num_tokens = at.num_tokens
+    return num_tokens // corpus.train.sequence_length
 
 
 def test_the_order_is_the_same_for_every_split_into_ranks_micro_batches_and_workers(either):
@@ -163,7 +170,7 @@ def test_calibration_takes_distinct_training_blocks(corpus):
 
 
 def test_opening_again_does_not_tokenize_again(rows, tokenizer, tmp_path, monkeypatch, corpus):
-    monkeypatch.setattr(corpus_module, "write_tokens", lambda *args, **more: pytest.fail("tokenized again"))
+    monkeypatch.setattr(SharedText, "write", lambda *args: pytest.fail("tokenized again"))
     again = Corpus.open(spec(rows), tokenizer, tmp_path / "data", seed=3, vocabulary_size=400)
     assert again.hash == corpus.hash
     assert again.summary() == corpus.summary()

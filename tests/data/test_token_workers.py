@@ -32,7 +32,7 @@ def _small_batches(monkeypatch):
 
 @pytest.fixture
 def of_processes(monkeypatch):
-    return lambda number: monkeypatch.setattr(token_workers, "num_processes", lambda: number)
+    return lambda number: monkeypatch.setattr(token_workers, "num_processes", lambda *_: number)
 
 
 def written(folder, documents, encoder, **more):

@@ -1,0 +1,196 @@
+"""Tokenizes a text by all processes of a run that open it at once, a part each; the file is that of one process.
+
+Each process reads the source from its beginning, which takes a small part of the time. Documents of a shard that it has
+claimed go through the split and the tokenizer, in processes of its own; those of other shards are skipped. Where a
+shard begins depends on the text alone, so the shards are the same whoever makes them. At the end the first process that
+finds all of them puts them end to end, and the others open the whole file.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from distill.core import stop
+from distill.core.errors import InputError
+from distill.core.stop import stoppable
+from distill.core.world import World
+from distill.data import shards
+from distill.data.base import Item
+from distill.data.encoder import TextEncoder
+from distill.data.joined import end_to_end
+from distill.data.packing import (
+    TokenFile,
+    dtype_of,
+    file_lock,
+    header_of,
+    is_enough,
+    kinds_of,
+    read_tokens,
+    writing,
+)
+from distill.data.progress import Progress
+from distill.data.shards import Shards
+from distill.data.tally import Tally
+from distill.data.token_chunk import Batch, Chunk, Keep, chunk_of
+from distill.data.token_workers import chunks
+from distill.data.token_writer import TokenWriter
+
+LOOK_S = 0.05
+"""Seconds between two looks at the shards of other processes."""
+PATIENCE_S = 60.0
+"""Seconds that another process than the first one waits with the line about a mistake in the text."""
+SILENT_S = 30.0
+"""Seconds of waiting after which a line says so."""
+
+
+@dataclass
+class SharedText:
+    """One side of a text, to be tokenized.
+
+    Attributes:
+        path: the ``.bin`` file to write.
+        documents: gives all documents of the source, in order, each time it is called.
+        keep: chooses those of this side; the same for a document wherever it stands.
+        encoder: text to ids.
+        vocabulary_size: every id must be below it.
+        with_bytes: also write the bytes of each token.
+        total_bytes: text to come, for the progress bar; None when unknown.
+        prepare: called before anything is read, if there is something to read.
+        world: the processes of the run; of those that do not share the folder each tokenizes all.
+    """
+
+    path: Path
+    documents: Callable[[], Iterable[Item]]
+    keep: Keep
+    encoder: TextEncoder
+    vocabulary_size: int
+    with_bytes: bool
+    total_bytes: int | None
+    prepare: Callable[[], None]
+    world: World
+
+    def write(self) -> TokenFile:
+        """Tokenize what no other process does, wait for the rest, and open all.
+
+        Raises:
+            InputError: an id that the model has no row for, or many rows in a row of which none can be used. Another
+                process than the first one waits a moment for that one to say so.
+            MachineError: the disk is full or not writable.
+        """
+        self._forget_what_is_damaged()
+        parts = Shards(self.path)
+        while (whole := read_tokens(self.path, quietly=True)) is None:
+            parts.open()
+            try:
+                if parts.files() is None and not self.path.with_suffix(".json").is_file():
+                    self._tokenize(parts)
+            except InputError:
+                parts.release_all()
+                if not self.world.rank or not self._is_made_by_others():
+                    raise
+            finally:
+                parts.release_all()
+            self._wait(parts)
+            if (files := parts.files()) is not None:
+                self._join(files)
+        parts.remove()
+        return whole
+
+    def _forget_what_is_damaged(self) -> None:
+        if read_tokens(self.path, quietly=True) is not None or not self.path.with_suffix(".json").is_file():
+            return
+        with file_lock(self.path.parent):  # another process may have written it anew
+            if read_tokens(self.path, quietly=True) is None:
+                self.path.with_suffix(".json").unlink(missing_ok=True)
+
+    def _tokenize(self, parts: Shards) -> None:
+        """Read the source once, and write the shards that can be claimed."""
+        self.prepare()
+        name = self.path.name.rpartition("-")[0]
+        encode = partial(chunk_of, encoder=self.encoder, keep=self.keep, with_bytes=self.with_bytes)
+        with (
+            Progress(f"tokenizing {name}", self.total_bytes) as progress,
+            closing(chunks(self._claimed(parts, progress), encode, self.world.local_size)) as made,
+        ):
+            for number, some in groupby(made, key=lambda chunk: chunk.shard):
+                with writing(parts.path(number), kinds_of(self.encoder, with_bytes=self.with_bytes)) as (files, header):
+                    dtype, limit = dtype_of(self.vocabulary_size), self.vocabulary_size
+                    writer = TokenWriter(name, files, dtype, limit, gives_up=number == 0)
+                    header |= self._write(writer, some, progress)
+                parts.release(number)
+
+    def _write(self, writer: TokenWriter, made: Iterable[Chunk], progress: Progress) -> dict[str, Any]:
+        """One shard. Returns its header."""
+        num_repeated = 0
+        for chunk in made:
+            writer.add(chunk)
+            num_repeated += chunk.num_repeated
+            progress.advance(chunk.num_bytes)
+        return header_of(writer, self.encoder) | {"num_repeated": num_repeated}
+
+    def _claimed(self, parts: Shards, progress: Progress) -> Iterator[Batch]:
+        """Batches of the shards that this process takes; what is of others is read and skipped."""
+        number, read, is_ours, batch, size = -1, shards.CHARACTERS, False, list[Item](), 0
+        for document in stoppable(self.documents()):
+            if read >= shards.CHARACTERS:
+                if batch:
+                    yield Batch(batch, number)
+                number, read, batch, size = number + 1, 0, [], 0
+                is_ours = parts.claim(number)
+            length = len(document.text)
+            read += length
+            if not is_ours:
+                progress.advance(length)
+                continue
+            batch.append(document)
+            size += length
+            if is_enough(batch, size):
+                yield Batch(batch, number)
+                batch, size = [], 0
+        if batch:
+            yield Batch(batch, number)
+        if number < 0 and parts.claim(0):
+            yield Batch([], 0)  # a text without any document is one shard without tokens
+        parts.tell_count(max(number, 0) + 1)
+
+    def _wait(self, parts: Shards) -> None:
+        """Wait until all shards are finished, all are joined, or one is free that this process may take."""
+        since, is_told = time.monotonic(), False
+        while not self.path.with_suffix(".json").is_file():
+            missing = [number for number in range(parts.count() or 0) if not parts.is_finished(number)]
+            if not missing or any(map(parts.is_free, missing)):
+                return
+            stop.check()
+            if not is_told and time.monotonic() - since > SILENT_S:
+                is_told = True
+                print(f"{self.path.name}: waiting for shards of other processes", file=sys.stderr, flush=True)
+            time.sleep(LOOK_S)
+
+    def _is_made_by_others(self) -> bool:
+        """Whether the whole file appears although this process cannot make its part.
+
+        Most likely the first process finds the same mistake meanwhile and ends the run with the line that is read.
+        """
+        until = time.monotonic() + PATIENCE_S
+        while not self.path.with_suffix(".json").is_file():
+            if time.monotonic() > until:
+                return False
+            stop.check()
+            time.sleep(LOOK_S)
+        return True
+
+    def _join(self, files: list[TokenFile]) -> None:
+        tally = Tally()
+        for file in files:
+            tally.add(file.tally)
+        with file_lock(self.path.parent):
+            if read_tokens(self.path, quietly=True) is None:
+                end_to_end(self.path, files, tally)

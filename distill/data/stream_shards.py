@@ -1,0 +1,200 @@
+"""A stream on disk: a process writes its rows a little ahead, and all that train map them into memory.
+
+    stream-<hash>/
+        000000000000-000000016384.json   the position behind these rows; kept for good, 100 kB at most
+        000000000000-000000016384.npy    the rows themselves, :data:`~distill.data.stream.TOKEN` [rows, tokens]
+        writer.lock                      locked by the process that writes
+        <process>.reader                 the row that a process reads; locked while it does
+
+The positions are an index of the stream. So a training that goes on at its billionth token starts with the shard that
+holds it, which is still there or is made anew from the position before it, and reads nothing of what comes before.
+
+Rows are kept while a process is about to read them: those of :data:`~distill.data.stream_bounds.BEHIND` shards before
+its own and of :data:`~distill.data.stream_bounds.AHEAD` shards after it. Shards grow, so that the first rows are there
+at once. Where a shard ends depends on the stream alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from distill.core.artifact import sync
+from distill.core.errors import InputError, MachineError
+from distill.core.stored import read_checked, write_checked
+from distill.data.stream import TOKEN, Position, Stream
+from distill.data.stream_bounds import AHEAD, BEHIND, LARGEST, SMALLEST
+
+RULE = f"1: shards of {SMALLEST} to {LARGEST} tokens"
+"""How shards are cut; another rule is another folder."""
+_POSITION: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
+_numbers = itertools.count()
+
+
+class StreamShards:
+    """The folder of a stream.
+
+    Args:
+        stream: whose rows it holds.
+    """
+
+    def __init__(self, stream: Stream):
+        self.stream, self.folder = stream, stream.folder
+        self._reading: tuple[int, Iterator[tuple[np.ndarray, Position]]] | None = None
+
+    def open(self) -> None:
+        """Make the folder.
+
+        Raises:
+            MachineError: it cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self.unwritable(error) from error
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """First row and the one behind the last, of all shards that follow each other from the first row on."""
+        found = sorted(tuple(map(int, file.stem.split("-"))) for file in self.folder.glob("*-*.json"))
+        chain: list[tuple[int, int]] = []
+        for first, stop in found:
+            if first == (chain[-1][1] if chain else 0):
+                chain.append((first, stop))
+        return chain
+
+    def rows_of(self, first: int, stop: int) -> np.ndarray | None:
+        """The rows of a shard, mapped into memory; None where they are not there, or damaged."""
+        file = self._file(first, stop, "npy")
+        try:
+            rows: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            file.unlink(missing_ok=True)
+            return None
+        if rows.dtype != TOKEN or rows.shape != (stop - first, self.stream.room):
+            file.unlink(missing_ok=True)
+            return None
+        return rows
+
+    def wanted(self, rows: list[int]) -> int | None:
+        """The shard that is to be made next, by number; None where all are there that readers of these rows need soon.
+
+        Rows of which no reader is near are deleted.
+        """
+        chain = self.bounds()
+        read = [next((at for at, (_, behind) in enumerate(chain) if row < behind), len(chain)) for row in sorted(rows)]
+        kept = {number for at in read for number in range(at - BEHIND, at + AHEAD + 1)}
+        for number, (first, behind) in enumerate(chain):
+            if number not in kept:
+                self._file(first, behind, "npy").unlink(missing_ok=True)
+        for at in read:
+            for number in range(at, at + AHEAD + 1):
+                if number >= len(chain):
+                    return len(chain)
+                if not self._file(*chain[number], "npy").is_file():
+                    return number
+        return None
+
+    def make(self, number: int) -> None:
+        """Write a shard, from the position behind the one before it.
+
+        Raises:
+            InputError: the text cannot be read or used.
+            MachineError: the disk is full.
+        """
+        chain = self.bounds()
+        try:
+            begin = Position() if number == 0 else self._position(*chain[number - 1])
+        except InputError:  # damaged: the shard before it is made first, with its position
+            self._file(*chain[number - 1], "json").unlink(missing_ok=True)
+            return
+        if self._reading is None or self._reading[0] != begin.row:
+            self._reading = begin.row, self.stream.read(begin)
+        room, found, at = self.stream.room, list[np.ndarray](), begin
+        least = min(max(begin.row * room, SMALLEST), LARGEST)
+        for rows, at in self._reading[1]:
+            found.append(rows)
+            if (at.row - begin.row) * room >= least:
+                break
+        self._reading = at.row, self._reading[1]
+        self._write(np.concatenate(found), begin.row, at)
+
+    def _write(self, rows: np.ndarray, first: int, behind: Position) -> None:
+        file = self._file(first, behind.row, "npy")
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        try:
+            with temporary.open("wb") as out:
+                np.save(out, rows, allow_pickle=False)
+            sync(temporary)
+            temporary.replace(file)
+            write_checked(self._file(first, behind.row, "json"), behind.to_json())
+        except OSError as error:
+            raise self.unwritable(error) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _position(self, first: int, stop: int) -> Position:
+        try:
+            written = read_checked(self._file(first, stop, "json"), _POSITION, "")
+            return Position.from_json(written)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{self.folder}: a damaged position ({error})") from None
+
+    def _file(self, first: int, stop: int, kind: str) -> Path:
+        return self.folder / f"{first:012}-{stop:012}.{kind}"
+
+    def unwritable(self, error: OSError) -> MachineError:
+        """The line for a folder that cannot be used."""
+        return MachineError(f"{self.folder}: cannot be written or locked ({error.strerror or error})")
+
+
+class Mark:
+    """Where a process reads, for the one that writes ahead.
+
+    Args:
+        folder: of the stream.
+    """
+
+    def __init__(self, folder: Path):
+        self.file = folder / f"{socket.gethostname()}-{os.getpid()}-{next(_numbers)}.reader"
+        while True:
+            self._open: IO[bytes] = self.file.open("wb", buffering=0)
+            fcntl.flock(self._open, fcntl.LOCK_EX)
+            if self.file.exists():
+                break
+            self._open.close()  # it was taken for one that is left over, before it was locked
+
+    def move(self, row: int) -> None:
+        """Say that the process reads this row now."""
+        os.pwrite(self._open.fileno(), f"{row:020}".encode(), 0)
+
+    def close(self) -> None:
+        """Say that it reads no more."""
+        self.file.unlink(missing_ok=True)
+        fcntl.flock(self._open, fcntl.LOCK_UN)  # forked processes have it open too
+        self._open.close()
+
+
+def rows_read(folder: Path) -> list[int]:
+    """The rows that living processes read; marks of others are deleted."""
+    rows = []
+    for file in folder.glob("*.reader"):
+        with suppress(FileNotFoundError), file.open("rb") as mark:
+            try:
+                fcntl.flock(mark, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if (text := mark.read()).isdigit():
+                    rows.append(int(text))
+            else:
+                file.unlink(missing_ok=True)
+    return rows
