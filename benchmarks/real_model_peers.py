@@ -29,7 +29,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "optipfair": (TORCH, "transformers", "optipfair==0.4.2"),
     "torch-pruning": (TORCH, "transformers", "torch-pruning==1.6.1"),
     "soup": (TORCH, "transformers", "soup-cli==0.77.0"),
-    "model-optimizer": (TORCH, "transformers", "nvidia-modelopt==0.47.0"),
+    "model-optimizer": (TORCH, "transformers", "nvidia-modelopt==0.47.0", "requests"),
 }
 """Environment -> what pip installs in it, together, so that no other PyTorch is fetched."""
 RECORD, ASKED = "peer.json", "asked.json"

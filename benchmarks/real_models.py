@@ -279,6 +279,7 @@ def _write(options: argparse.Namespace, rows: list[dict[str, Any]], folder: Path
             "all contenders, which was not tuned for any of them.",
             "The training text holds no item of the tasks and no validation text (`data.clean.decontaminate`).",
             f"Tasks: {options.limit} questions each, drawn with seed 0, the same for all models.",
+            *real_model_rows.missing(rows, options.cuts, options.contenders),
         ],
         folder=folder,
     )
