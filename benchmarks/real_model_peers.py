@@ -40,14 +40,10 @@ class Peer:
     """An attempt.
 
     Attributes:
-        name: of the contender.
-        cut: percentage that is kept.
         outcome: the last line that it printed, or that the time was up.
         folder: of the model, if there is one.
     """
 
-    name: str
-    cut: int
     outcome: str
     folder: Path | None = None
 
@@ -99,12 +95,11 @@ def environment(name: str, folder: Path) -> Path:
     return python
 
 
-def attempt(name: str, cut: int, asked: Asked, folder: Path, environments: Path) -> Peer:
+def attempt(name: str, asked: Asked, folder: Path, environments: Path) -> Peer:
     """Cut a model once, in a process of the peer's environment.
 
     Args:
         name: of the contender.
-        cut: percentage that is kept.
         asked: what the library is told.
         folder: of the attempt; a recorded attempt is not made again.
         environments: folder of the environments.
@@ -117,7 +112,7 @@ def attempt(name: str, cut: int, asked: Asked, folder: Path, environments: Path)
         outcome = _outcome(name, folder, environments)
         record.write_text(json.dumps({"outcome": outcome}, indent=2), encoding="utf-8")
     outcome = json.loads(record.read_text(encoding="utf-8"))["outcome"]
-    return Peer(name, cut, outcome, model if (model / "config.json").is_file() else None)
+    return Peer(outcome, model if (model / "config.json").is_file() else None)
 
 
 def _outcome(name: str, folder: Path, environments: Path) -> str:

@@ -12,7 +12,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks import real_model_cuts, real_model_peers, real_model_rows, real_model_tasks, real_models, tables
+from benchmarks import (
+    real_model_arms,
+    real_model_cuts,
+    real_model_peers,
+    real_model_rows,
+    real_model_tasks,
+    real_models,
+    tables,
+)
 from benchmarks.real_model_rows import Measured
 from distill.pretrained import model_from, tokenizer_from
 
@@ -153,7 +161,7 @@ def test_all_parts_are_measured_once_and_told(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(real_model_tasks, "TASKS", {k: real_model_tasks.TASKS[k] for k in ("arc_easy", "lambada")})
-    monkeypatch.setattr(real_models, "TASKS", real_model_tasks.TASKS)
+    monkeypatch.setattr(real_model_arms, "TASKS", real_model_tasks.TASKS)
     arguments = ["--model", f"{place}/model", "--data", f"{place}/data", "--work", f"{place}/work"]
     arguments += ["--cuts", "0.72", "--tokens", "512", "--seeds", "2", "--limit", "6", "--validation-tokens", "512"]
     arguments += [
@@ -199,5 +207,10 @@ def test_all_parts_are_measured_once_and_told(
     capsys.readouterr()
     assert real_models.measure(options, place) == rows
     assert "perplexity" not in capsys.readouterr().out  # nothing was measured again
+    options.parts = ["curve"]  # the rows of other parts stay
+    assert [row["table"] for row in real_models.measure(options, place)] == [
+        *(row["table"] for row in rows if row["table"] != "curve"),
+        *(["curve"] * 2),
+    ]
     assert "optipfair width | ModuleNotFoundError" in tables.render(place)
     assert "SmolLM2-135M-Instruct, cut and distilled" in tables.render_results(place)
