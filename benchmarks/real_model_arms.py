@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from benchmarks import real_model_rows
-from benchmarks.matrix import Cell, Matrix
+from benchmarks.matrix import Cell, Matrix, Unfinished
 from benchmarks.real_model_cuts import OURS, Sizes, sizes, stage
-from benchmarks.real_model_peers import Asked, Peer, attempt
+from benchmarks.real_model_peers import RECORD, Asked, Peer, attempt
 from benchmarks.real_model_tasks import TASKS, section, tasks
 from distill.core.artifact import write_text
 from distill.core.errors import InputError
@@ -49,8 +50,10 @@ class RealModels:
         self.folder: Path = options.work / "real_models"
         self.asked = tasks(options.data, options.work, options.limit, tuple(options.tasks))
         data = section(options.data, options.validation_tokens, tuple(TASKS))
-        self.quality = Matrix(self.folder, options.model, data | options.text)
-        self.answers = Matrix(self.folder, options.model, data | options.text | {"validation_tokens": 1024})
+        self.quality, self.answers = (
+            Matrix(self.folder, options.model, one, only_finished=options.only_finished)
+            for one in (data | options.text, data | options.text | {"validation_tokens": 1024})
+        )
         self.config = config_of(str(options.model)) or {}
         if "intermediate_size" not in self.config:
             raise InputError(f"{options.model}: its config has no intermediate_size, so it cannot be cut here")
@@ -86,7 +89,14 @@ class RealModels:
         return to
 
     def peer(self, name: str, cut: float) -> Peer:
-        """The attempt of another library."""
+        """The attempt of another library.
+
+        Raises:
+            Unfinished: it was not made, and only what is finished is read.
+        """
+        folder = self.folder / place(name, cut) / "attempt"
+        if self.options.only_finished and not (folder / RECORD).is_file():
+            raise Unfinished(f"{name} was not tried")
         wanted = self.sizes(cut)
         asked = Asked(
             model=str(self.options.model),
@@ -94,7 +104,7 @@ class RealModels:
             intermediate_size=wanted.intermediate_size,
             num_hidden_layers=wanted.num_hidden_layers,
         )
-        return attempt(name, asked, self.folder / place(name, cut) / "attempt", self.options.environments)
+        return attempt(name, asked, folder, self.options.environments)
 
     def cut(self, name: str, cut: float) -> tuple[Path, dict[str, Any]]:
         """(folder of a cut model, its figures before any training).
@@ -133,29 +143,37 @@ class RealModels:
         return self.quality.run(Cell(training_place(name, cut, seed, num_tokens, kind), stages, seed))["trained"]
 
     def arms(self) -> Iterator[real_model_rows.Measured]:
-        """Each model when it was measured: per seed all contenders before and after training, then all on the tasks."""
-        yield self.teacher(is_asked=False)
+        """Each model when it was measured: per share all cuts, then per seed all trainings, then all answers."""
+        with suppress(Unfinished):
+            yield self.teacher(is_asked=False)
         for cut in self.options.cuts:
-            failed: set[str] = set()
+            able = []
+            for name in self.options.contenders:
+                with suppress(Unfinished):
+                    yield (start := self.start(name, cut))
+                    able += [name] * (not start.outcome)
             for seed in range(self.options.seeds):
-                for name in self.options.contenders:
-                    yield from self.arm(name, cut, seed, failed)
+                for name in able:
+                    with suppress(Unfinished):
+                        figures = self.trained(name, cut, seed, self.options.tokens)
+                        yield real_model_rows.Measured(name, cut, seed, figures)
                 if self.asked:
-                    yield self.teacher(is_asked=True)
-                    for name in self.options.contenders:
-                        if name not in failed:
-                            yield self.answered(name, cut, seed)
+                    yield from self.answers_of_all(able, cut, seed)
 
-    def arm(self, name: str, cut: float, seed: int, failed: set[str]) -> Iterator[real_model_rows.Measured]:
-        """A contender before and after training; ``failed`` gets its name if no model came of it."""
+    def start(self, name: str, cut: float) -> real_model_rows.Measured:
+        """A contender before training, or why no model came of it."""
         try:
-            _, figures = self.cut(name, cut)
+            return real_model_rows.Measured(name, cut, None, self.cut(name, cut)[1])
         except LookupError as why:
-            failed.add(name)
-            yield real_model_rows.Measured(name, cut, None, {}, outcome=str(why))
-            return
-        yield real_model_rows.Measured(name, cut, None, figures)
-        yield real_model_rows.Measured(name, cut, seed, self.trained(name, cut, seed, self.options.tokens))
+            return real_model_rows.Measured(name, cut, None, {}, outcome=str(why))
+
+    def answers_of_all(self, names: list[str], cut: float, seed: int) -> Iterator[real_model_rows.Measured]:
+        """The uncut model and the trained contenders, each when it was asked the tasks."""
+        with suppress(Unfinished):
+            yield self.teacher(is_asked=True)
+        for name in names:
+            with suppress(Unfinished):
+                yield self.answered(name, cut, seed)
 
     def answered(self, name: str, cut: float, seed: int) -> real_model_rows.Measured:
         """A trained contender that was asked the tasks."""
@@ -169,8 +187,12 @@ class RealModels:
         name, cut = self.options.contenders[0], self.options.cuts[0]
         for num_tokens in self.options.curve:
             for kind in ("distill", "finetune"):
-                seeds = [self.trained(name, cut, seed, num_tokens, kind) for seed in range(self.options.curve_seeds)]
-                yield real_model_rows.curve_row(name, cut, num_tokens, kind, seeds)
+                seeds: list[dict[str, Any]] = []
+                with suppress(Unfinished):
+                    for seed in range(self.options.curve_seeds):
+                        seeds.append(self.trained(name, cut, seed, num_tokens, kind))
+                if seeds:
+                    yield real_model_rows.curve_row(name, cut, num_tokens, kind, seeds)
 
     def int4(self) -> Iterator[dict[str, Any]]:
         """Rows of the uncut model in Q4_0: rounded, and trained by distillation."""
@@ -184,5 +206,6 @@ class RealModels:
             keys = budget | (training if "num_steps" in budget else {})
             stages = {"int4": {"kind": "quantize", "student": "teacher", "quantizer": "q4_0", **keys}}
             stages["evaluate"] = {"models": ["int4"], "speed": None}
-            figures = self.quality.run(Cell(f"int4/{way.replace(' ', '-')}", stages))["int4"]
-            yield {"table": "int4", "way": way, **{key: figures[key] for key in real_model_rows.FIGURES}}
+            with suppress(Unfinished):
+                figures = self.quality.run(Cell(f"int4/{way.replace(' ', '-')}", stages))["int4"]
+                yield {"table": "int4", "way": way, **{key: figures[key] for key in real_model_rows.FIGURES}}

@@ -9,7 +9,7 @@ divergence and agreement with the uncut model, and the accuracy on eight tasks, 
 
 MODEL: folder of SmolLM2-135M-Instruct. DATA: see :mod:`benchmarks.real_model_tasks`. The environments of the other
 libraries are made below WORK when they are not there, which needs a package index. Each finished training is kept, and
-the result is written again after it, so that the tables can be published before all is finished. ``--parts curve``
+the result is written again after it. ``--only-finished`` writes it from what is finished so far. ``--parts curve``
 trains one cut for longer, with and without a teacher; ``--parts int4`` quantizes the model with and without training.
 """
 
@@ -51,6 +51,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["cuts"], help="(default: %(default)s)")
     parser.add_argument("--curve", type=int, nargs="+", default=[50_000, 100_000, 200_000], help="budgets of the curve")
     parser.add_argument("--curve-seeds", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--only-finished", action="store_true", help="measure nothing; write what is finished")
     parser.add_argument("--threads", type=int, default=1, help="number of CPU threads (default: %(default)s)")
     parser.set_defaults(text={}, search=SEARCH)
     return parser

@@ -207,6 +207,8 @@ def test_all_parts_are_measured_once_and_told(
     capsys.readouterr()
     assert real_models.measure(options, place) == rows
     assert "perplexity" not in capsys.readouterr().out  # nothing was measured again
+    options.only_finished, options.seeds = True, 3
+    assert real_models.measure(options, place) == rows  # the third seed is not finished, and not begun
     options.parts = ["curve"]  # the rows of other parts stay
     assert [row["table"] for row in real_models.measure(options, place)] == [
         *(row["table"] for row in rows if row["table"] != "curve"),
