@@ -1,8 +1,9 @@
-"""Generates docs/benchmarks.md from results/*.json: `python -m benchmarks.tables`.
+"""Generates docs/benchmarks.md and docs/results.md from results/*.json: `python -m benchmarks.tables`.
 
-The text is in ``benchmarks.md.jinja`` (the head of the page) and in ``results/<benchmark>.md.jinja``; without such a
-file, only the tables of a benchmark are shown. The templates can use all keys of the JSON, and two functions, so that
-no figure has to be typed:
+The template of docs/results.md is ``results.md.jinja``, which takes figures of several benchmarks. The text of
+docs/benchmarks.md is in ``benchmarks.md.jinja`` (the head of the page) and in ``results/<benchmark>.md.jinja``; without
+such a file, only the tables of a benchmark are shown. The templates can use all keys of the JSON, and two functions, so
+that no figure has to be typed:
 
     {{ table(rows, where={"vocabulary": 32768}, columns={"loss": "loss", "ratio": "time / limit"}) }}
     {{ value(rows, "ratio", loss="forward_kl", vocabulary=32768) }}
@@ -23,6 +24,8 @@ from benchmarks.result import FOLDER
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 WORDS = "benchmarks.md.jinja"
+RESULTS_PAGE = ROOT / "docs" / "results.md"
+RESULTS_WORDS = "results.md.jinja"
 ORDER = (
     "loss_alone",
     "whole_step",
@@ -31,6 +34,7 @@ ORDER = (
     "losses",
     "pruning",
     "quantization",
+    "real_models",
     "chat",
     "knowledge",
     "encoders",
@@ -46,7 +50,24 @@ Row = Mapping[str, Any]
 
 
 def render(folder: Path = FOLDER) -> str:
-    """The page, from all results in ``folder``."""
+    """The page of all benchmarks, from all results in ``folder``."""
+    environment = _environment(folder)
+    results = sorted(_results(folder), key=lambda result: (_rank(result["benchmark"]), result["benchmark"]))
+    sections = [_section(environment, folder, result) for result in results]
+    return environment.get_template(WORDS).render(sections=sections).strip() + "\n"
+
+
+def render_results(folder: Path = FOLDER) -> str:
+    """The short page of results, from all results in ``folder``; sections without a result are left out."""
+    results = {result["benchmark"]: result for result in _results(folder)}
+    return _environment(folder).get_template(RESULTS_WORDS).render(results=results).strip() + "\n"
+
+
+def _results(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
+
+
+def _environment(folder: Path) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([folder, Path(__file__).parent]),
         undefined=jinja2.StrictUndefined,
@@ -54,11 +75,8 @@ def render(folder: Path = FOLDER) -> str:
         keep_trailing_newline=False,
         autoescape=False,
     )
-    environment.globals.update(table=table, value=value)
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
-    results.sort(key=lambda result: (_rank(result["benchmark"]), result["benchmark"]))
-    sections = [_section(environment, folder, result) for result in results]
-    return environment.get_template(WORDS).render(sections=sections).strip() + "\n"
+    environment.globals.update(table=table, value=value, origin=_origin)
+    return environment
 
 
 def _rank(benchmark: str) -> int:
@@ -152,5 +170,6 @@ def _matching(rows: Sequence[Row], where: Mapping[str, Any]) -> list[Row]:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(), encoding="utf-8")
-    print(f"wrote {PAGE.relative_to(ROOT)}", file=sys.stderr)
+    for page, text in ((PAGE, render()), (RESULTS_PAGE, render_results())):
+        page.write_text(text, encoding="utf-8")
+        print(f"wrote {page.relative_to(ROOT)}", file=sys.stderr)
