@@ -79,7 +79,9 @@ def tokens_of(
 
         def documents() -> Iterable[Item]:
             read = text.split.read(source)
-            return read if repeats is None else repeats.watched(read, found, lambda item: bool(text.split.to_train([item])[0]))
+            if repeats is None:
+                return read
+            return repeats.watched(read, found, lambda item: bool(text.split.to_train([item])[0]))
 
         tokens = SharedText(
             path,
