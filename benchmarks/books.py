@@ -21,7 +21,7 @@ import distill
 from benchmarks import hardware, result
 from distill.core.artifact import LINEAGE, replacing
 from distill.core.errors import DistillError
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.training.metrics import read_rows
 
 RECIPE = Path(__file__).parent / "recipes" / "books-teacher.yaml"

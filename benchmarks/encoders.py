@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import hardware, result
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.numerics.statistics import Paired
 from distill.recipe import Recipe
 from distill.reporting.tradeoff import Row, read_rows

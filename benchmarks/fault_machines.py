@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.core.run import CHECKPOINTS
+from distill.core.run_folder import CHECKPOINTS
 from distill.training.checkpoint import checkpoints
 from distill.training.metrics import read_rows
 from tests.faults.machines import Machines, refusal

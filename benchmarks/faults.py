@@ -25,7 +25,7 @@ from xml.etree import ElementTree
 import psutil
 
 from benchmarks import damage, fault_machines, fault_signals, hardware, result
-from distill.core.run import CHECKPOINTS
+from distill.core.run_folder import CHECKPOINTS
 from distill.training.checkpoint import checkpoints
 from tests.faults.campaign import Campaign
 from tests.faults.cells import WORLDS, Cell, Text, pairs

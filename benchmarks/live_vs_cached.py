@@ -21,7 +21,7 @@ import yaml
 
 import distill
 from benchmarks import hardware, result
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.data.loader import train_batches
 from distill.data.micro_batches import MicroBatches
 from distill.data.packed_rows import PackedRows
@@ -31,7 +31,7 @@ from distill.data.teacher_cache.head_file import head_file
 from distill.losses import CrossEntropy, ForwardKL
 from distill.models.load import load_model, locate
 from distill.reporting.tradeoff import read_rows
-from distill.stages.evaluate.rows import ROWS
+from distill.stages.evaluate.stored_rows import ROWS
 from distill.training.cached_teacher import CachedTeacher
 from distill.training.module import DistillationModule
 

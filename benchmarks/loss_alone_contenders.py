@@ -58,7 +58,7 @@ Contender = Callable[[Case, str], Tensor]
 
 def distill(case: Case, kind: str) -> Tensor:
     from distill.losses import LOSSES
-    from distill.losses.head import Head, Signal, head_losses
+    from distill.losses.head_losses import Head, Signal, head_losses
 
     head = Head(case.head, tuple(case.head.parameters()))
     signal = Signal(case.teacher_hidden.unsqueeze(0), Head(case.teacher_head))

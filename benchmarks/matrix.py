@@ -18,9 +18,9 @@ import yaml
 import distill
 from distill.core.artifact import fingerprint, hash_of, write_text
 from distill.core.errors import DistillError
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.reporting.tradeoff import read_rows
-from distill.stages.evaluate.rows import ROWS
+from distill.stages.evaluate.stored_rows import ROWS
 
 FIGURES = "figures.json"
 

@@ -129,7 +129,7 @@ def cut(teacher: Path, student: Path) -> None:
     """Prune and write the student; print the figures as JSON."""
     from distill.models.layouts import layout_for
     from distill.models.load import load_config
-    from distill.models.shards import prune_folder
+    from distill.models.weight_files import prune_folder
     from distill.pruning.keep import KeepSpec
     from distill.pruning.plan import plan
     from distill.pruning.random import random

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from distill.core.batch import model_inputs
 from distill.losses import ForwardKL
-from distill.losses.head import Signal, head_losses
+from distill.losses.head_losses import Signal, head_losses
 from distill.models.head import hidden_states, output_head
 from distill.training.module import DistillationModule
 from distill.training.spec import BudgetSpec, ComputeSpec, OptimizerSpec

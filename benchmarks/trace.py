@@ -17,11 +17,11 @@ from distill.forecast.memory import MemoryModel
 from distill.losses import AnyLossSpec, ForwardKL, LossSpec
 from distill.models.lora import LoraSpec
 from distill.stages.forecast import FakeQuant, Training
-from distill.trace.child import Tracer
 from distill.trace.figures import Figures
 from distill.trace.gpus import GPUS, REACHED_BANDWIDTH, REACHED_FLOPS
 from distill.trace.jobs import Job, Source
 from distill.trace.roofline import part, repeated, step_time
+from distill.trace.trace_process import Tracer
 from distill.training.spec import BudgetSpec
 
 PAGE = Path(__file__).parents[1] / "docs" / "gpus.md"

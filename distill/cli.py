@@ -77,7 +77,7 @@ def resume(
     """Go on with a run; only its compute settings may change."""
     with unattended():
         from distill.api.open_run import load_run
-        from distill.core.run import RECIPE
+        from distill.core.run_folder import RECIPE
         from distill.recipe import Recipe
 
         load_run(run_dir)

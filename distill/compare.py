@@ -12,7 +12,7 @@ import yaml
 
 from distill.api.open_run import OpenRun, load_run, open_run
 from distill.core.errors import InputError
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.core.source import flat
 from distill.recipe import Recipe
 from distill.reporting.tables import markdown_table
@@ -21,7 +21,7 @@ from distill.reporting.task_tables import markdown_rows
 from distill.reporting.tradeoff import Row
 from distill.reporting.verdict import main_student
 from distill.stages.chat import prompts_of, template_of
-from distill.stages.evaluate.rows import measured_text
+from distill.stages.evaluate.stored_rows import measured_text
 from distill.stages.text import spoken
 
 
@@ -38,7 +38,7 @@ def report_runs(folders: list[Path], out: Path) -> tuple[str, Path]:
     Raises:
         InputError: a folder is no run, or has measured nothing yet.
     """
-    from distill.reporting.write import RunFacts, write_report
+    from distill.reporting.write_report import RunFacts, write_report
 
     runs = dict(zip(_prefixes(folders), _comparable(folders), strict=True))
     runs = dict(sorted(runs.items(), key=lambda one: _loss(one[1])))

@@ -11,7 +11,7 @@ import yaml
 
 from distill.core.errors import InputError
 from distill.core.outside import is_folder
-from distill.core.run import RECIPE, Run
+from distill.core.run_folder import RECIPE, Run
 from distill.forecast import describe
 from distill.models.configs import config_of, positions_of
 from distill.models.load import locate

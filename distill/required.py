@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distill.core.errors import NotReached
 from distill.reporting.require import outcomes
-from distill.stages.evaluate.rows import rows_of, scores_of
+from distill.stages.evaluate.stored_rows import rows_of, scores_of
 from distill.stages.session import Session
 
 

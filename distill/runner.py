@@ -15,13 +15,13 @@ from distill.core import stop
 from distill.core.artifact import hash_of, write_text
 from distill.core.errors import DistillError, InputError, MachineError, Stopped
 from distill.core.outside import is_text
-from distill.core.run import DONE, RECIPE, SCORES_FOLDER, Run
+from distill.core.run_folder import DONE, RECIPE, SCORES_FOLDER, Run
 from distill.core.secrets import redacted
 from distill.core.source import flat, parse, read
 from distill.core.world import SINGLE_PROCESS, World
 from distill.finished import Standing, check_read, hash_of_inputs, refuse_to_begin_anew, standing
 from distill.launch import LOGS, check_world, launch, wanted_processes
-from distill.models.memory import give_back_memory
+from distill.models.release import give_back_memory
 from distill.recipe import Recipe
 from distill.required import check_required
 from distill.stages.session import RankDone, Session, StageContext

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from distill.core.errors import InputError
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.data.loader import order_of
 from distill.data.micro_batches import MicroBatches
 from distill.data.order import GlobalOrder

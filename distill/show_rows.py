@@ -12,7 +12,7 @@ from rich.text import Text
 from distill.core.errors import InputError
 from distill.core.outside import read_json
 from distill.stages.synthesize.replies import FOLDER as REPLIES
-from distill.stages.synthesize.rows import ABOUT, DROPPED, EXAM, FOLDER, read_lines
+from distill.stages.synthesize.row_files import ABOUT, DROPPED, EXAM, FOLDER, read_lines
 
 LONGEST = 600
 """Characters of a text that are shown."""

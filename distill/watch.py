@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distill.api.open_run import load_run
-from distill.core.run import DONE, INPUT, Run
+from distill.core.run_folder import DONE, INPUT, Run
 from distill.recipe import Recipe
 from distill.tracking.hardware import Samples
 from distill.training.metrics import read_rows

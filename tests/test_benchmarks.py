@@ -28,7 +28,7 @@ from benchmarks import (
 )
 from benchmarks.quantization_grids import GRIDS, METHODS
 from distill.core.artifact import write_text
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.losses import LOSSES
 from distill.models.layouts import layout_for
 from distill.pruning import CRITERIA

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from distill import __version__
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.core.sweep import trial_of_sweep
 
 RECIPE = """\

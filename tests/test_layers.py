@@ -118,3 +118,20 @@ def test_core_needs_nothing_heavy() -> None:
 def test_maths_needs_torch_alone(room: str) -> None:
     found = {name.split(".")[0] for file in FILES if _room(file) == room for _, name in _imports(file)}
     assert found & HEAVY <= {"torch"}
+
+
+SHARED = {
+    "__init__", "base", "spec", "run",  # of every folder that has parts, or a stage
+    "chat", "mixture", "text", "tokens", "tokenizing",  # a kind of data, and its forecast or its use by stages
+    "export", "load", "lora", "kv_cache", "qna", "shards",  # one thing, for two kinds of callers or files
+    "domains", "ends", "outlook", "row_losses", "threads",  # what is measured or decided, and who shows or applies it
+}  # fmt: skip
+"""Names of files that do the same for two folders."""
+
+
+def test_two_files_share_a_name_only_if_they_do_the_same() -> None:
+    files: dict[str, list[str]] = {}
+    for file in PACKAGE.rglob("*.py"):
+        files.setdefault(file.stem, []).append(file.relative_to(PACKAGE).as_posix())
+    shared = {name: found for name, found in files.items() if len(found) > 1 and name not in SHARED}
+    assert not shared, f"rename the more special one: {shared}"

@@ -20,12 +20,12 @@ from distill.core.artifact import LINEAGE, Artifact, fingerprint
 from distill.core.errors import DistillError
 from distill.data.tokenizer import load_tokenizer
 from distill.exporters.huggingface import HuggingFace
-from distill.exporters.stored import bits_of, stored_weights
+from distill.exporters.stored_weights import bits_of, stored_weights
 from distill.forecast import describe
 from distill.models.layouts import layout_for
 from distill.models.load import load_config, load_empty, load_model
-from distill.models.shards import Shards
 from distill.models.size import measure_size
+from distill.models.weight_files import Shards
 from distill.pretrained import generation_config_from
 from distill.recipe import Recipe
 

@@ -14,7 +14,7 @@ import pytest
 
 from distill.core.errors import InputError
 from distill.core.outside import check_grown
-from distill.core.run import LOCK, RECIPE, Run
+from distill.core.run_folder import LOCK, RECIPE, Run
 from distill.data.packing import file_lock
 from distill.launch import log_of
 from distill.recipe import Recipe

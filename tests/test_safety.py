@@ -20,19 +20,19 @@ import yaml
 from distill.core import digest
 from distill.core.artifact import Artifact
 from distill.core.errors import DistillError, InputError, RecipeError
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.core.seal import marks_of
 from distill.core.source import parse
 from distill.core.stored import write_checked
 from distill.data.packed_rows import PackedRows
 from distill.data.packing import VERSION, read_tokens, store_tokens
 from distill.data.teacher_cache import CODECS
-from distill.data.teacher_cache import write as writing
+from distill.data.teacher_cache import write_cache as writing
 from distill.data.teacher_cache.base import CodecSpec
 from distill.data.teacher_cache.cache import CachedRows, CacheLocation
 from distill.data.teacher_cache.identity import Identity
 from distill.data.teacher_cache.verify import describe, verify
-from distill.data.teacher_cache.write import Live, fill
+from distill.data.teacher_cache.write_cache import Live, fill
 from distill.models.load import load_model
 from distill.pruning.origin import Origin
 from distill.recipe import Recipe

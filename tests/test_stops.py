@@ -18,7 +18,7 @@ import wandb
 
 from distill.core import listener
 from distill.core.errors import Interrupted, Preempted, Stopped
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.recipe import Recipe
 from distill.runner import run
 from distill.tracking import wandb as tracking

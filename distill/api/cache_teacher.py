@@ -23,7 +23,7 @@ from distill.data.teacher_cache.base import CodecSpec
 from distill.data.teacher_cache.cache import CachedRows, CacheLocation
 from distill.data.teacher_cache.head_file import head_file, is_whole, seal
 from distill.data.teacher_cache.identity import Identity
-from distill.data.teacher_cache.write import Live, fill
+from distill.data.teacher_cache.write_cache import Live, fill
 from distill.models.head import check_head, hidden_states, output_head, save_head
 from distill.models.packed import check_apart
 from distill.training.cached_teacher import CachedTeacher

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from distill.api.batches import TextRows, on_device
-from distill.api.rows import Rows
+from distill.api.measured_rows import Rows
 from distill.core.errors import InputError
 from distill.evaluation.quality import FIGURES, measure_quality
 from distill.models.size import count_parameters

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from distill.api.rows import Rows
+from distill.api.measured_rows import Rows
 from distill.core.errors import InputError
-from distill.core.run import RECIPE, Done, Run
+from distill.core.run_folder import RECIPE, Done, Run
 from distill.core.stored import read_stored
 from distill.pruning.base import Scores
 from distill.pruning.origin import PLAN
@@ -18,7 +18,7 @@ from distill.pruning.plan import Plan
 from distill.recipe import Recipe
 from distill.reporting.task_scores import TaskScores
 from distill.reporting.verdict import verdict
-from distill.stages.evaluate.rows import rows_of, scores_of
+from distill.stages.evaluate.stored_rows import rows_of, scores_of
 from distill.stages.prune.spec import SCORES
 from distill.stages.report.left import Left, loss_curves
 from distill.stages.report.spec import ANSWERS

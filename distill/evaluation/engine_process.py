@@ -8,9 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from distill.evaluation.child import Child
 from distill.evaluation.engine import Opening
 from distill.evaluation.engine_server import EngineFacts, serve
+from distill.evaluation.model_process import Child
 from distill.evaluation.quality import Chunk
 
 ANSWER_S = 600.0

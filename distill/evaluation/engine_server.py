@@ -7,8 +7,8 @@ from multiprocessing.connection import Connection
 
 import numpy
 
-from distill.evaluation.child import say
 from distill.evaluation.engine import Engine, Opening
+from distill.evaluation.model_process import say
 
 
 @dataclass(frozen=True)

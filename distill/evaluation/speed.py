@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill.core.errors import InputError, MachineError
-from distill.evaluation.child import Child, say
 from distill.evaluation.engine import TRANSFORMERS, Opening, Weights
 from distill.evaluation.meter import Counters
+from distill.evaluation.model_process import Child, say
 from distill.evaluation.speed_child import measure
 from distill.evaluation.speed_settings import SpeedSettings
 from distill.evaluation.transformers_engine import name

@@ -15,7 +15,7 @@ from distill.core.batch import known_inputs
 from distill.core.quiet import quiet_torchao
 from distill.evaluation.engine import Opening
 from distill.models.head import Pooling, pooling_if_any, set_pooling
-from distill.models.heads import head_of, loader_of, task_of
+from distill.models.head_names import head_of, loader_of, task_of
 from distill.pretrained import config_from, model_from, model_of
 
 

@@ -19,7 +19,7 @@ from distill.exporters.base import cache_notes
 from distill.exporters.gguf_blocks import FileTensor, code_blocks, plain_blocks
 from distill.exporters.gguf_model import add_model, architecture_of, in_order, rope_factors, tensor_names
 from distill.exporters.gguf_vocabulary import add_vocabulary
-from distill.exporters.stored import bits_of, stored_weights
+from distill.exporters.stored_weights import bits_of, stored_weights
 from distill.models.kv_cache import cache_type
 from distill.models.load import load_config
 from distill.quantization.base import Codes

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from distill.core.markdown import escaped
 from distill.exporters.base import CardFacts, ExporterSpec, VerifyResult, cache_notes, new_folder
 from distill.exporters.deliver import copy_files, files_to_copy
-from distill.models.heads import HUB_TASKS, auto_class, task_of
+from distill.models.head_names import HUB_TASKS, auto_class, task_of
 from distill.models.load import Task, load_config
 from distill.models.sentence_files import copy_sentence_files, is_sentence_encoder
 

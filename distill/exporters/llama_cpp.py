@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from distill.core.errors import DistillError
 from distill.exporters.base import VerifyResult
-from distill.exporters.compare import compare, plain_logits
+from distill.exporters.compare_logits import compare, plain_logits
 from distill.models.kv_cache import cache_type
 from distill.quantization.kv_cache import CacheType
 

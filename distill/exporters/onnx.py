@@ -34,7 +34,7 @@ from distill.exporters.base import (
 )
 from distill.exporters.deliver import files_to_copy
 from distill.exporters.onnx_names import DATA, FILE, inputs_of
-from distill.models.heads import HUB_TASKS
+from distill.models.head_names import HUB_TASKS
 from distill.models.load import Task
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Onnx(ExporterSpec):
         tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> VerifyResult:
         require_engine(self)
-        from distill.exporters.compare import compare, plain_logits
+        from distill.exporters.compare_logits import compare, plain_logits
         from distill.exporters.onnx_runtime import OnnxRuntime, encoder_logits, padded
         from distill.models.load import task_of
 

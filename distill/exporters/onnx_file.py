@@ -14,7 +14,7 @@ from distill.exporters.deliver import copy_files
 from distill.exporters.onnx_embeddings import end_names, round_ends
 from distill.exporters.onnx_graph import num_layers, quantize_graph, quiet, write_decoder, write_graph
 from distill.exporters.onnx_names import FILE
-from distill.exporters.stored import bits_of, stored_weights
+from distill.exporters.stored_weights import bits_of, stored_weights
 from distill.models.load import Task, load_model
 from distill.quantization.base import Codes
 

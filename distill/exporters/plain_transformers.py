@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from distill.core.batch import known_inputs, model_inputs
 from distill.core.errors import DistillError, InputError
 from distill.exporters.base import VerifyResult, require_close
-from distill.exporters.compare import compare
-from distill.models.heads import head_of, loader_of, task_of
+from distill.exporters.compare_logits import compare
+from distill.models.head_names import head_of, loader_of, task_of
 from distill.models.kv_cache import cache_type, round_cache
 from distill.models.load import load_config, without_bars
 from distill.pretrained import model_from

@@ -14,7 +14,7 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from distill.core.errors import InputError
 from distill.data.tokenizer import load_tokenizer
 from distill.exporters.base import cache_notes
-from distill.exporters.stored import bits_of, stored_weights
+from distill.exporters.stored_weights import bits_of, stored_weights
 from distill.models.load import load_model, without_bars
 from distill.pretrained import model_from
 from distill.quantization.base import Codes

@@ -3,6 +3,6 @@
 Reads configs that are on this machine already; a model that is not is named as unknown, never downloaded.
 """
 
-from distill.forecast.plan import describe
+from distill.forecast.describe_plan import describe
 
 __all__ = ["describe"]

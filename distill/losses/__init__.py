@@ -2,8 +2,8 @@
 
 from distill.core.spec import Family
 from distill.losses.base import AnyLossSpec, LossSpec
+from distill.losses.layer_losses import StateLossSpec
 from distill.losses.schedule import Schedule
-from distill.losses.states import StateLossSpec
 from distill.numerics.term import LossTerm
 
 # the order in which `distill list` shows them

@@ -26,7 +26,7 @@ from pydantic import Field
 
 from distill.core.errors import InputError
 from distill.losses.base import masked_sum
-from distill.losses.states import Layers, Shape, StateLossSpec
+from distill.losses.layer_losses import Layers, Shape, StateLossSpec
 from distill.numerics.kl import kl
 from distill.numerics.term import LossTerm
 

@@ -22,7 +22,7 @@ from pydantic import PrivateAttr
 
 from distill.core.errors import InputError
 from distill.losses.base import masked_sum
-from distill.losses.states import Shape, StateLossSpec
+from distill.losses.layer_losses import Shape, StateLossSpec
 from distill.numerics.term import LossTerm
 
 if TYPE_CHECKING:

@@ -46,7 +46,7 @@ class AnyLossSpec(Spec):
 
 
 class LossSpec(AnyLossSpec):
-    """A loss on logits. The losses on hidden states are :class:`~distill.losses.states.StateLossSpec`."""
+    """A loss on logits. The losses on hidden states are :class:`~distill.losses.layer_losses.StateLossSpec`."""
 
     def __call__(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, mask: Tensor

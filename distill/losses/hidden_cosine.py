@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from distill.losses.base import masked_sum
-from distill.losses.states import HiddenLossSpec
+from distill.losses.layer_losses import HiddenLossSpec
 from distill.numerics.term import LossTerm
 
 if TYPE_CHECKING:

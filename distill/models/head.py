@@ -36,8 +36,8 @@ from transformers import PreTrainedModel, masking_utils
 
 from distill.core.batch import known_inputs
 from distill.core.errors import InputError
-from distill.losses.head import Head
-from distill.models.heads import head_of
+from distill.losses.head_losses import Head
+from distill.models.head_names import head_of
 from distill.quantization.fake_quant import FakeQuantLinear
 
 

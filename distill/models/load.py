@@ -17,7 +17,7 @@ from distill.core.model_folder import with_adapter
 from distill.core.outside import is_folder
 from distill.core.source import suggest
 from distill.core.tasks import Head
-from distill.models.heads import loader_of, task_of
+from distill.models.head_names import loader_of, task_of
 from distill.pretrained import config_from, model_from, model_of
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from distill.core.errors import InputError, MachineError
 from distill.core.model_folder import WEIGHTS, content_files
 from distill.core.outside import read_json
-from distill.models.heads import loader_of, task_of
+from distill.models.head_names import loader_of, task_of
 from distill.models.layouts import layout_of
 from distill.pretrained import config_from, model_of
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distill.core.errors import InputError
-from distill.losses.states import Pair, Shape, StateLossSpec
+from distill.losses.layer_losses import Pair, Shape, StateLossSpec
 from distill.models.layouts import LAYOUTS, find_layout
 from distill.pruning.layout import config_of
 

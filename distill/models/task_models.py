@@ -13,7 +13,7 @@ from transformers.utils import logging
 from distill.core.errors import InputError
 from distill.core.tasks import Embedding, ModelTask, Regression
 from distill.models.head import Pooling, set_pooling
-from distill.models.heads import loader_of, task_of
+from distill.models.head_names import loader_of, task_of
 from distill.models.load import (
     another_task,
     check_loaded,

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.core.errors import DistillError, InputError
-from distill.models.heads import head_of
+from distill.models.head_names import head_of
 from distill.models.load import load_model
-from distill.models.shards import Shards
+from distill.models.weight_files import Shards
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from distill.core.errors import InputError
 from distill.core.spec import Spec
+from distill.pruning.criterion_statistics import Statistics
 from distill.pruning.layout import Layout, check
 from distill.pruning.observe import observe
-from distill.pruning.statistics import Statistics
 
 if TYPE_CHECKING:
     from typing import Self

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from distill.pruning.activation import centred
 from distill.pruning.base import CriterionSpec, Scores
+from distill.pruning.criterion_statistics import Statistics
 from distill.pruning.layout import Layout
 from distill.pruning.output_projections import OUTPUT_AXES, output_axis_scores, output_paths
-from distill.pruning.statistics import Statistics
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -29,11 +29,11 @@ from distill.core.errors import InputError
 from distill.core.stop import stoppable
 from distill.numerics.term import LossTerm
 from distill.pruning.base import CriterionSpec, Scores
+from distill.pruning.criterion_statistics import Statistics
 from distill.pruning.keep import KeepSpec
 from distill.pruning.layout import Layout, config_of
 from distill.pruning.next_token_loss import kl_sum, predictions, require_targets, target_loss
 from distill.pruning.observe import eval_mode, masked_batches, no_cache
-from distill.pruning.statistics import Statistics
 
 if TYPE_CHECKING:
     from typing import Self

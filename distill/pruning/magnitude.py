@@ -19,8 +19,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from distill.pruning.base import CriterionSpec, Scores
+from distill.pruning.criterion_statistics import Statistics
 from distill.pruning.layout import WIDTH_AXES, Layout, config_of, spans
-from distill.pruning.statistics import Statistics
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from distill.core.errors import InputError
+from distill.pruning.criterion_statistics import Statistics
 from distill.pruning.layout import Layout, check, config_of
 from distill.pruning.observe import ModuleIO, observe
-from distill.pruning.statistics import Statistics
 
 if TYPE_CHECKING:
     from distill.pruning.observe import Batches, Observer

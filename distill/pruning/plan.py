@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from distill.core.errors import InputError
 from distill.pruning.base import Scores
-from distill.pruning.heads import kept_groups, kept_heads, merged_heads
+from distill.pruning.head_choice import kept_groups, kept_heads, merged_heads
 from distill.pruning.keep import KeepSpec
 from distill.pruning.layout import Config, Layout
 from distill.pruning.select import (

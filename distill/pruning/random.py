@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from distill.pruning.base import CriterionSpec, Scores
+from distill.pruning.criterion_statistics import Statistics
 from distill.pruning.layout import AXES, WIDTH_AXES, Layout, config_of
-from distill.pruning.statistics import Statistics
 
 if TYPE_CHECKING:
     from torch import nn

@@ -28,10 +28,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from distill.pruning.base import CriterionSpec, Scores
+from distill.pruning.criterion_statistics import Statistics
 from distill.pruning.layout import WIDTH_AXES, Layout, config_of
 from distill.pruning.next_token_loss import predictions, require_targets, target_loss
 from distill.pruning.observe import eval_mode, masked_batches, no_cache
-from distill.pruning.statistics import Statistics
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

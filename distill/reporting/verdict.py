@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from distill.reporting.files import EQUAL_NATS, findings
+from distill.reporting.deliverables import EQUAL_NATS, findings
 from distill.reporting.tables import BY_KEY, percent, significant
 from distill.reporting.tradeoff import EQUAL_SPEED, OF_TASKS, Row, figure, gap_closed
 

@@ -10,7 +10,7 @@ from distill.core.errors import InputError
 from distill.core.spec import NAME, Spec
 from distill.evaluation.tasks import TASKS, TaskSpec
 from distill.evaluation.tasks.base import LanguageModel
-from distill.evaluation.tasks.checks import check_tasks, rehearse_tasks
+from distill.evaluation.tasks.task_checks import check_tasks, rehearse_tasks
 
 if TYPE_CHECKING:
     from distill.stages.base import View

@@ -8,7 +8,7 @@ from distill.core.errors import InputError
 from distill.data.made import Made
 from distill.losses import AnyLossSpec, StateLossSpec
 from distill.models.configs import count, positions_of
-from distill.models.heads import task_in
+from distill.models.head_names import task_in
 from distill.models.load import Task, another_task, locate
 from distill.models.states import Shapes, pairs_of
 from distill.pretrained import token_names

@@ -19,7 +19,7 @@ from distill.models.configs import count
 from distill.reporting.tables import cell, kernel, shown
 from distill.stages.base import StageSpec, View
 from distill.stages.checks import check_task
-from distill.stages.evaluate.rows import measured_rows
+from distill.stages.evaluate.stored_rows import measured_rows
 from distill.stages.forecast import Forecast
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Export(StageSpec):
 
     def rehearse(self, context: StageContext) -> None:
         """Compare the target with the tokenizer, the architecture and the files; look for the token of an upload."""
-        from distill.exporters.hub import check_token
+        from distill.exporters.upload import check_token
         from distill.stages.rehearsal import check_target
 
         check_target(context, self.model, self.target)
@@ -158,7 +158,7 @@ class Export(StageSpec):
         """Upload the export, or print what an upload would send."""
         if self.push_to_hub is None:
             return
-        from distill.exporters.hub import planned, upload
+        from distill.exporters.upload import planned, upload
 
         if self.upload:
             context.say(f"uploaded: {upload(place, self.push_to_hub)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from distill.models.heads import named_head, with_head
+from distill.models.head_names import named_head, with_head
 from distill.stages.base import View
 from distill.stages.forecast import Forecast
 

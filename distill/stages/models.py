@@ -16,7 +16,7 @@ from distill.data.task_corpus import TaskCorpus
 from distill.data.tokenizer import check_read_back, check_same_vocabulary, load_tokenizer
 from distill.models.configs import positions_of
 from distill.models.head import pooling_if_any
-from distill.models.heads import head_of
+from distill.models.head_names import head_of
 from distill.models.layouts import layout_of
 from distill.models.load import (
     empty_model,
@@ -31,8 +31,8 @@ from distill.models.load import (
 from distill.models.new import NewModel
 from distill.models.packed import check_apart
 from distill.models.sentence_files import write_sentence_files
-from distill.models.shards import prune_folder
 from distill.models.task_models import load_for_task, new_for_task, ready_for_task
+from distill.models.weight_files import prune_folder
 from distill.models.written import check_written
 from distill.pruning.base import Scores
 from distill.pruning.layout import config_of

@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from distill.core.artifact import Lineage, replacing, write_lineage
 from distill.core.errors import DistillError, InputError, MachineError
 from distill.core.outside import is_folder
-from distill.core.run import CHECKPOINTS
+from distill.core.run_folder import CHECKPOINTS
 from distill.data.tokenizer import check_written, load_tokenizer
 from distill.exporters.base import ExporterSpec
 from distill.models.load import empty_model, load_config, low_bit_scheme, task_of

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distill.core.artifact import Artifact, Lineage, fingerprint, hash_of, replacing, write_lineage, write_text
 from distill.core.outside import read
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.core.sweep import trial_of_sweep
 from distill.core.world import SINGLE_PROCESS, World
 from distill.data.chat_encoder import ChatPrompts

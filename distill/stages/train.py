@@ -19,13 +19,14 @@ from distill.data.tokenizer import load_tokenizer
 from distill.evaluation.tasks.in_memory import ModelInMemory
 from distill.losses.base import AnyLossSpec
 from distill.models.lora import LoraSpec
-from distill.models.memory import give_back_memory
 from distill.models.new import NewModel
+from distill.models.release import give_back_memory
 from distill.models.sentence_files import read_length
 from distill.stages.ask_every import AskEvery
 from distill.stages.base import SELF
 from distill.stages.cache_teacher.student import open_cache
 from distill.stages.ends import differences
+from distill.stages.layer_origins import origin_of
 from distill.stages.models import (
     check_context_length,
     check_packing,
@@ -35,10 +36,9 @@ from distill.stages.models import (
     starting_model,
     stored_dtype_of,
 )
-from distill.stages.order import losses_of_teacher
-from distill.stages.origin import origin_of
 from distill.stages.passes import passes_of
 from distill.stages.rehearsal import check_room
+from distill.stages.row_scores import losses_of_teacher
 from distill.stages.session import RankDone, Session, StageContext
 from distill.training.ask import Asked
 from distill.training.assemble import Student, assemble, disassemble

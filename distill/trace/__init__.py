@@ -4,8 +4,8 @@ The real training - Lightning's loop, the module, its losses, AdamW, DDP or FSDP
 have shapes and no numbers, in a process of its own:
 
     1. :mod:`~distill.trace.jobs` makes a job of each training stage of a recipe       (as ``distill check`` plans it)
-    2. :mod:`~distill.trace.guard` compiles what a CPU build of PyTorch lacks to hold tensors of a GPU, once
-    3. :mod:`~distill.trace.child` builds the models and calls ``fit`` for each job    (:mod:`~distill.trace.step`)
+    2. :mod:`~distill.trace.device_guard` compiles what a CPU build of PyTorch lacks to hold tensors of a GPU, once
+    3. :mod:`~distill.trace.trace_process` builds the models and has :mod:`~distill.trace.traced_training` train each
     4. :mod:`~distill.trace.counter` sees every operation of one optimizer step        (:mod:`~distill.trace.figures`)
     5. :mod:`~distill.trace.roofline` says how long a GPU needs for them at least      (:mod:`~distill.trace.report`)
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 from distill.core.errors import InputError
 from distill.core.world import World
+from distill.forecast.describe_plan import trainings
 from distill.forecast.memory import MemoryModel
 from distill.forecast.memory_limit import MemoryLimit
-from distill.forecast.plan import trainings
 from distill.recipe import Recipe
 from distill.stages.forecast import Training
 

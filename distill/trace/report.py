@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from distill.forecast.memory_limit import amount
 from distill.recipe import Recipe
-from distill.trace.child import Tracer
 from distill.trace.figures import MICRO_PHASES, Figures
 from distill.trace.gpus import GPUS, REACHED_BANDWIDTH, REACHED_FLOPS, Gpu, gpu_named
 from distill.trace.jobs import Job, jobs_of
 from distill.trace.roofline import part, repeated, step_time
+from distill.trace.trace_process import Tracer
 
 LIBRARIES_BYTES = 2e9
 """On a GPU beside the tensors: its context, the workspace of cuBLAS, buffers of NCCL, and fragments."""

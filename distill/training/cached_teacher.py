@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from distill.losses.base import LossSpec
-    from distill.losses.head import Head, Signal
+    from distill.losses.head_losses import Head, Signal
 
 
 class CachedTeacher(Teacher):

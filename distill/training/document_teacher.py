@@ -25,7 +25,7 @@ from torch import Tensor
 from distill.core.batch import SAMPLED
 from distill.core.errors import InputError
 from distill.data.document_prompts import DocumentPrompts
-from distill.losses.head import Head, Signal
+from distill.losses.head_losses import Head, Signal
 from distill.training.teacher import Teacher
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from distill.core.batch import model_inputs
-from distill.losses.head import Head, Signal
+from distill.losses.head_losses import Head, Signal
 from distill.losses.projection import Logits, is_plain
 from distill.models.head import check_head, head_copy, hidden_states, output_head
 from distill.models.load import move

@@ -46,8 +46,8 @@ from torch import Tensor
 from distill.core.batch import KEPT, batch_of_labels, model_inputs
 from distill.core.errors import InputError
 from distill.losses import LOSSES, AnyLossSpec, CrossEntropy, LossSpec, LossTerm, StateLossSpec
-from distill.losses.head import KL, head_losses
-from distill.losses.states import refusal
+from distill.losses.head_losses import KL, head_losses
+from distill.losses.layer_losses import refusal
 from distill.models.head import check_head, hidden_states, output_head
 from distill.quantization.fake_quant import switch
 from distill.quantization.scales import allocate_held_scales, hold_scales, reset_learned_scales
@@ -248,7 +248,7 @@ class DistillationModule(pl.LightningModule):
     def batch_losses(self, batch: Batch, losses: Losses) -> tuple[Tensor, dict[str, LossTerm]]:
         """The weighted sum of the losses over a batch (scalar, with a graph), and each term by name, without a graph.
 
-        See :func:`distill.losses.head.head_losses`, and for losses on hidden states
+        See :func:`distill.losses.head_losses.head_losses`, and for losses on hidden states
         :class:`~distill.training.state_losses.StateLosses`.
         """
         targets, mask = batch["targets"], batch["mask"]  # [batch, sequence]

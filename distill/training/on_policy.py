@@ -32,7 +32,7 @@ from distill.core.batch import SAMPLED, causal_batch
 from distill.core.errors import InputError
 from distill.data.order import seeded
 from distill.losses import AnyLossSpec, LossTerm
-from distill.training.prompts import Batch, Prompts, of_conversations, of_text
+from distill.training.sampling_prompts import Batch, Prompts, of_conversations, of_text
 from distill.training.spec import OnPolicySpec
 
 if TYPE_CHECKING:

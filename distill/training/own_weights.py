@@ -17,7 +17,7 @@ import torch
 
 from distill.core.batch import model_inputs
 from distill.core.errors import InputError
-from distill.losses.head import Head, Signal
+from distill.losses.head_losses import Head, Signal
 from distill.models.head import hidden_states, output_head
 from distill.models.lora import ADAPTER, without_adapters
 from distill.quantization.fake_quant import quantizer_tensors, unquantized

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.losses import LossTerm, StateLossSpec
+from distill.losses.layer_losses import HiddenLossSpec
 from distill.losses.schedule import number
-from distill.losses.states import HiddenLossSpec
 from distill.models.states import State, States, pairs_of
 
 if TYPE_CHECKING:

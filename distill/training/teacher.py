@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from distill.losses.base import LossSpec
-    from distill.losses.head import Signal
+    from distill.losses.head_losses import Signal
     from distill.losses.sparse import SparseSignal
 
 

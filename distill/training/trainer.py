@@ -17,7 +17,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from distill.core import stop
 from distill.core.errors import InputError, MachineError
-from distill.core.run import CHECKPOINTS
+from distill.core.run_folder import CHECKPOINTS
 from distill.core.world import SINGLE_PROCESS, World
 from distill.training.alarms import Alarms
 from distill.training.ask import Asked, AskQuestions

@@ -15,7 +15,7 @@ from distill.core.stored import parse_stored
 from distill.models.head import check_head
 from distill.models.layouts import LAYOUTS, layout_for
 from distill.models.packed import check_apart
-from distill.models.shards import prune_folder
+from distill.models.weight_files import prune_folder
 from distill.pruning.base import Scores
 from distill.pruning.plan import Plan, plan
 from distill.pruning.random import random

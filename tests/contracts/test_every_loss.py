@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.losses import LOSSES, LossSpec, LossTerm
-from distill.losses.head import KL, Head, Signal, head_losses
+from distill.losses.head_losses import KL, Head, Signal, head_losses
 from distill.losses.tile import LogitTile
 
 VOCABULARY, TOKENS = 11, 24

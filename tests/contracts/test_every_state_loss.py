@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill.core.errors import InputError
 from distill.losses import LOSSES, LossTerm, StateLossSpec, attention_relation
-from distill.losses.states import HiddenLossSpec, refusal
+from distill.losses.layer_losses import HiddenLossSpec, refusal
 
 BATCH, LENGTH = 3, 6
 Array = np.ndarray

@@ -23,8 +23,8 @@ class Llama:
         time.sleep(600)
 """
 PARENTS = {
-    "distill.trace.child": (
-        "from distill.trace.child import Tracer\n"
+    "distill.trace.trace_process": (
+        "from distill.trace.trace_process import Tracer\n"
         "import llama_cpp\n"
         "with Tracer() as tracer:\n"
         "    tracer.trace(llama_cpp.Stuck())\n"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from distill.core.errors import InputError
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.core.stored import write_checked
 
 
@@ -132,7 +132,7 @@ def test_the_lock_keeps_a_second_process_out_and_names_the_first(run: Run) -> No
     code = (
         "import sys, pathlib\n"
         "from distill.core.errors import InputError\n"
-        "from distill.core.run import Run\n"
+        "from distill.core.run_folder import Run\n"
         "try:\n"
         "    with Run(pathlib.Path(sys.argv[1])).lock(): print('got it')\n"
         "except InputError as error: print(error)\n"
@@ -149,7 +149,7 @@ def test_the_lock_keeps_a_second_process_out_and_names_the_first(run: Run) -> No
 def test_the_lock_of_a_process_that_was_killed_is_free(run: Run) -> None:
     code = (
         "import os, sys, pathlib\n"
-        "from distill.core.run import Run\n"
+        "from distill.core.run_folder import Run\n"
         "with Run(pathlib.Path(sys.argv[1])).lock(): os.kill(os.getpid(), 9)\n"
     )
     assert subprocess.run([sys.executable, "-c", code, str(run.folder)]).returncode == -9

@@ -28,7 +28,7 @@ from distill.data.spec import DataSpec
 from distill.data.stream import Stream
 from distill.data.teacher_cache.identity import hash_of_tokens
 from distill.data.tokenizer import load_tokenizer
-from distill.training.prompts import of_text
+from distill.training.sampling_prompts import of_text
 
 END, LENGTH = 0, 16
 SIZES = [3, 16, 9, 4, 40, 5, 17, 7, 11, 32, 4, 6, 33, 15]

@@ -13,7 +13,7 @@ import torch
 from distill.core.batch import causal_batch
 from distill.core.errors import MachineError
 from distill.data.chat_spec import ChatSpec
-from distill.evaluation import child
+from distill.evaluation import model_process
 from distill.evaluation.engine import Opening
 from distill.evaluation.engine_process import EngineProcess
 from distill.evaluation.meter import Meter
@@ -85,7 +85,9 @@ def test_an_engine_built_for_another_processor_is_a_line_that_names_the_fix(
 ) -> None:
     (tmp_path / "engine_that_ends.py").write_text(ENDS)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(child.FIXES, "engine_that_ends", child.FIXES["distill.exporters.llama_cpp_engine"])
+    monkeypatch.setitem(
+        model_process.FIXES, "engine_that_ends", model_process.FIXES["distill.exporters.llama_cpp_engine"]
+    )
     with pytest.raises(MachineError, match="speed cannot be measured: the engine ended by an instruction") as caught:
         measure_speed(tmp_path, module="engine_that_ends")
     assert "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install" in str(caught.value)

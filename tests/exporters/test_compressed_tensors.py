@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from distill.core.errors import InputError
 from distill.exporters.compressed_tensors import save
 from distill.exporters.plain_transformers import verify
-from distill.exporters.stored import stored_weights
+from distill.exporters.stored_weights import stored_weights
 from distill.models.load import load_model
 from distill.quantization import Q40, Q80, Binary, Fp8, Int8Channel, IntGroup, Ternary
 from distill.quantization.base import Codes, QuantizerSpec

@@ -30,7 +30,7 @@ from distill.exporters.base import EngineMissing
 from distill.exporters.compressed_tensors import save
 from distill.exporters.gguf_blocks import code_blocks
 from distill.exporters.gguf_vocabulary import pre_tokenizer_name
-from distill.exporters.stored import stored_weights
+from distill.exporters.stored_weights import stored_weights
 from distill.models.kv_cache import round_cache
 from distill.quantization import Q40, QUANTIZERS, DynamicInt8, Int8Channel
 from distill.quantization.base import Codes

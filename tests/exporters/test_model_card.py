@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from distill.core.artifact import Lineage
 from distill.core.errors import DistillError, InputError
 from distill.exporters import CardFacts, HuggingFace, VerifyResult
-from distill.exporters.hub import planned, upload
 from distill.exporters.model_card import markdown_table, public_name, write_card
+from distill.exporters.upload import planned, upload
 from distill.stages.export import Export
 
 LINEAGE = Lineage(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from distill.core.run import CHECKPOINTS
+from distill.core.run_folder import CHECKPOINTS
 from distill.training.checkpoint import newest_valid
 from tests.faults.chaos import POINTS, Kill
 from tests.faults.workers import Workers, World

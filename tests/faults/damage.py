@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from distill.compare import answer_prompts, report_runs
 from distill.core.errors import DistillError
-from distill.core.run import CHECKPOINTS, DONE, INPUT
+from distill.core.run_folder import CHECKPOINTS, DONE, INPUT
 from distill.recipe import Recipe
 from distill.runner import run
 

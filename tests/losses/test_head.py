@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.losses import CrossEntropy, ForwardKL, LossSpec, ReverseKL
-from distill.losses.head import KL, Head, Signal, head_losses
+from distill.losses.head_losses import KL, Head, Signal, head_losses
 from distill.losses.projection import is_plain
 from distill.quantization import Int8Channel
 from distill.quantization.lora import absorb_lora

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from distill.core.errors import InputError
 from distill.losses import ForwardKL
-from distill.losses.head import Signal, head_losses
+from distill.losses.head_losses import Signal, head_losses
 from distill.models.head import check_head, hidden_states, output_head
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from distill.core.errors import InputError
-from distill.models.shards import Shards
+from distill.models.weight_files import Shards
 
 SHAPE = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2}
 

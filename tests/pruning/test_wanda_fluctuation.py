@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from distill.pruning import Fluctuation, Wanda
+from distill.pruning.criterion_statistics import Statistics
 from distill.pruning.observe import ModuleIO, TokenMask
-from distill.pruning.statistics import Statistics
 
 
 def columns(model, batches, module):

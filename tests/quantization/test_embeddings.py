@@ -21,7 +21,7 @@ from transformers import (
 
 from distill.core.errors import InputError
 from distill.losses import ForwardKL
-from distill.losses.head import Signal, head_losses
+from distill.losses.head_losses import Signal, head_losses
 from distill.models.head import check_head, hidden_states, output_head
 from distill.quantization import Q40, Q80, Fp8, Int8Channel, IntGroup, Ternary
 from distill.quantization.convert import convert

@@ -263,7 +263,7 @@ def _encoder(folder: Path, reference: str) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    from distill.models.heads import named_head
+    from distill.models.head_names import named_head
     from distill.models.load import new_config, new_model
 
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]

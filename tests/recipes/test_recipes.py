@@ -121,7 +121,7 @@ def test_the_real_student_is_as_large_as_the_recipe_says(name: str, real_config:
 def test_runs_from_end_to_end(file: Path, shrink: Callable[[Path], list[str]], tmp_path: Path) -> None:
     import torch
 
-    from distill.models.heads import loader_of
+    from distill.models.head_names import loader_of
 
     recipe = Recipe.load(file, set=shrink(file))
     targets = {name: stage.target.kind for name, stage in recipe.stages.items() if stage.kind == "export"}

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from distill.reporting.files import compared, findings, speed_table
+from distill.reporting.deliverables import compared, findings, speed_table
 from distill.reporting.require import outcomes
 from distill.reporting.tables import BY_KEY, cell, csv_table, markdown_table, shown
 from distill.reporting.task_scores import TaskScores

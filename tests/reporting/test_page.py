@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 from distill.core.errors import MachineError
 from distill.reporting import plots
 from distill.reporting.tradeoff import Row, from_json
-from distill.reporting.write import RunFacts, plots_of, write_report
+from distill.reporting.write_report import RunFacts, plots_of, write_report
 
 EVIL = "<script>alert('x')</script> & <img src=x onerror=y>"
 ROWS = [

@@ -16,8 +16,8 @@ from distill.reporting.task_scores import TaskScores, merged, read_scores, to_js
 from distill.reporting.task_tables import pair_rows, points, score_rows
 from distill.reporting.task_verdict import task_verdict
 from distill.reporting.tradeoff import Row
-from distill.reporting.write import RunFacts, write_report
-from distill.stages.evaluate.compare import compared
+from distill.reporting.write_report import RunFacts, write_report
+from distill.stages.evaluate.score_pairs import compared
 
 ROWS = [
     Row("teacher", "teacher", perplexity=10.0, loss_nats=2.3),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from distill.core.errors import InputError, RecipeError
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.core.stored import CHECK
 from distill.forecast import describe
 from distill.recipe import Recipe

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from distill.core.errors import InputError, RecipeError
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.forecast import describe
 from distill.recipe import Recipe
 from distill.runner import run

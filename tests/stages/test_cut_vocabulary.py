@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.core.artifact import Artifact
 from distill.core.errors import InputError
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.data.tokenizer import train_tokenizer
 from distill.forecast import describe
 from distill.models.load import new_config, new_model

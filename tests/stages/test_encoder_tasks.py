@@ -27,14 +27,14 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from distill.core.errors import DistillError, InputError, RecipeError
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.core.tasks import Classification, Embedding
 from distill.evaluation.transformers_engine import TransformersEngine
 from distill.exporters.plain_transformers import _logits
 from distill.forecast import describe
 from distill.models.configs import positions_of
 from distill.models.head import hidden_states
-from distill.models.heads import ENCODERS
+from distill.models.head_names import ENCODERS
 from distill.models.layouts import layout_of
 from distill.models.sentence_files import read_length, read_pooling, write_sentence_files
 from distill.models.task_models import load_for_task

@@ -16,7 +16,7 @@ from distill.forecast import describe
 from distill.recipe import Recipe
 from distill.reporting.tradeoff import Row, read_rows
 from distill.runner import run
-from distill.stages.evaluate.files import FOLDER
+from distill.stages.evaluate.measured_exports import FOLDER
 
 RECIPE = """\
 name: tiny

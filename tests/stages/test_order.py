@@ -8,13 +8,13 @@ import torch
 import yaml
 
 from distill.core.errors import InputError, RecipeError
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.models.load import load_model
 from distill.recipe import Recipe
 from distill.runner import run
-from distill.stages import order as of_order
+from distill.stages import row_scores as of_order
 from distill.stages.cache_teacher.fill import first_of
-from distill.stages.order import losses_of_teacher
+from distill.stages.row_scores import losses_of_teacher
 from distill.stages.session import Session, StageContext
 from distill.training.row_losses import row_losses
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distill.core.errors import InputError, RecipeError
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.forecast import describe
 from distill.recipe import Recipe
 from distill.reporting.tradeoff import Row, read_rows

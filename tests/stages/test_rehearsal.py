@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import HfApi
 
 from distill.core.errors import InputError, MachineError
-from distill.exporters import hub
+from distill.exporters import upload
 from distill.recipe import Recipe
 from distill.runner import run
 
@@ -278,7 +278,7 @@ def test_an_upload_without_a_token_is_refused_before_the_training(
     assert line == "stages.out: push_to_hub: some/model: no token; set HF_TOKEN, or run hf auth login"
     assert steps == []
     (tmp_path / "token").write_text("hf_abcdefghijklmnop\n")
-    hub.check_token("some/model")
+    upload.check_token("some/model")
     monkeypatch.setattr(HfApi, "create_repo", lambda self, *given, **named: pytest.fail("before the training"))
     run(recipe(TUNED + export % "false"), tmp_path / "run", say=quiet)  # which only says what it would send
     assert steps == [1]

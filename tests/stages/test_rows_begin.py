@@ -16,7 +16,7 @@ from benchmarks.real_text import alone
 from distill.data.tokenizer import load_tokenizer
 from distill.recipe import Recipe
 from distill.runner import run
-from distill.stages.evaluate.rows import rows_of
+from distill.stages.evaluate.stored_rows import rows_of
 from distill.training.metrics import read_rows
 
 RECIPE = """\

@@ -11,12 +11,12 @@ import pytest
 
 from distill.core.artifact import Artifact, Lineage
 from distill.core.errors import InputError, RecipeError
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.forecast import describe
 from distill.pruning.origin import Origin
 from distill.recipe import Recipe
 from distill.runner import run
-from distill.stages.origin import origin_of
+from distill.stages.layer_origins import origin_of
 
 RECIPE = """\
 name: tiny

@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.core.errors import InputError, RecipeError
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.data.base import Rejected
 from distill.data.chat_spec import ChatSpec
 from distill.data.split import Split
@@ -36,6 +36,7 @@ from distill.stages.exam.scores import CLOSED, OPEN, row_of
 from distill.stages.exam.spec import Exam
 from distill.stages.session import Session, StageContext
 from distill.stages.synthesize import local_writer
+from distill.stages.synthesize.answer_similarity import numbers_right, token_f1
 from distill.stages.synthesize.asker import Asker
 from distill.stages.synthesize.candidate import Candidate, names_of, numbers_of
 from distill.stages.synthesize.exam_spec import TRAINED, Question
@@ -43,7 +44,6 @@ from distill.stages.synthesize.filters import counts, filtered
 from distill.stages.synthesize.filters_spec import FiltersSpec
 from distill.stages.synthesize.local_writer import LocalWriter
 from distill.stages.synthesize.makers.qna import Qna, lines_in, questions_in
-from distill.stages.synthesize.overlap import numbers_right, token_f1
 from distill.stages.synthesize.replies import Replies
 from distill.stages.synthesize.requests import LikelihoodRequest, Reply, Request, asked
 from distill.stages.synthesize.writer_tokenizer import writer_tokenizer

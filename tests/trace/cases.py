@@ -14,9 +14,9 @@ from distill.losses import LOSSES, CrossEntropy, ForwardKL, LossSpec
 from distill.models.lora import LoraSpec
 from distill.quantization import ACTIVATIONS, QUANTIZERS, Int8Channel
 from distill.stages.forecast import FakeQuant
-from distill.trace.child import Tracer
 from distill.trace.figures import Figures
 from distill.trace.jobs import Job
+from distill.trace.trace_process import Tracer
 
 RECORDED = Path(__file__).with_name("recorded.json")
 TEACHER = llama(256, 512, 1, 2048, 4, 2, 64)

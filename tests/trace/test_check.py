@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distill.cli import app, exit_with
-from distill.trace.guard import COMPILERS
+from distill.trace.device_guard import COMPILERS
 
 RECIPE = """\
 name: small

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from distill.losses import ForwardKL
 from distill.losses.tile import LogitTile
-from distill.trace.child import Tracer
+from distill.trace.device_guard import COMPILERS
 from distill.trace.figures import Figures
-from distill.trace.guard import COMPILERS
+from distill.trace.trace_process import Tracer
 from tests.trace.cases import CORE, RECORDED, case, cases, figures_of
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="tracing needs a C++ compiler")

@@ -16,8 +16,8 @@ import yaml
 from rich.console import Console
 
 from distill.core.errors import InputError
-from distill.core.run import Run
-from distill.reporting.machine import load_plot, usage_table
+from distill.core.run_folder import Run
+from distill.reporting.machine_load import load_plot, usage_table
 from distill.tracking.counters import Counters
 from distill.tracking.hardware import SAMPLES, HardwareLog, Samples, read_samples
 from distill.tracking.spec import Price

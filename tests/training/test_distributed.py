@@ -19,7 +19,7 @@ from distill.data.packing import store_tokens
 from distill.data.teacher_cache import Sampled
 from distill.data.teacher_cache.cache import CachedRows, CacheLocation
 from distill.data.teacher_cache.identity import Identity
-from distill.data.teacher_cache.write import Live, fill
+from distill.data.teacher_cache.write_cache import Live, fill
 from distill.losses import AttentionRelation, CrossEntropy, ForwardKL, HiddenCosine, HiddenMSE
 from distill.models.head import hidden_states, output_head, save_head
 from distill.training.cached_teacher import CachedTeacher

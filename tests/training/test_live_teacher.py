@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distill.core.errors import MachineError
-from distill.losses import CrossEntropy, ForwardKL, head
+from distill.losses import CrossEntropy, ForwardKL, head_losses
 from distill.models.head import head_copy, output_head
 from distill.training.live_teacher import LiveTeacher
 from distill.training.module import DistillationModule
@@ -49,9 +49,13 @@ def test_its_precision_is_its_own_under_mixed_precision(settings: Any, llama: An
     with torch.autocast("cpu", torch.bfloat16):
         signal = teacher.signal(one)
         assert torch.equal(signal.hidden, expected.hidden)
-        student = head.Head(exact)  # the teacher in fp32: any rounding of the teacher's logits is a distance to it
+        student = head_losses.Head(
+            exact
+        )  # the teacher in fp32: any rounding of the teacher's logits is a distance to it
         targets = one["input_ids"].roll(-1, 1)
-        _, terms = head.head_losses(signal.hidden.clone(), student, signal, targets, one["mask"], [("kl", ForwardKL())])
+        _, terms = head_losses.head_losses(
+            signal.hidden.clone(), student, signal, targets, one["mask"], [("kl", ForwardKL())]
+        )
     assert abs(float(terms["kl"].per_token())) < 1e-8
 
 
@@ -65,10 +69,10 @@ def test_a_teacher_elsewhere_sends_hidden_states_a_chunk_at_a_time(llama: Any, m
     seen: list[int] = []
     monkeypatch.setattr(torch.Tensor, "to", watched(torch.Tensor.to, seen))
     rows = torch.zeros(1, 1200, 16)
-    signal = head.Signal(rows, copy)
+    signal = head_losses.Signal(rows, copy)
     on = torch.ones(1, 1200, dtype=torch.bool)
     targets, losses = torch.zeros(1, 1200, dtype=torch.int64), [("forward_kl", ForwardKL())]
-    head.head_losses(rows, copy, signal, targets, on, losses, chunk_tokens=100)
+    head_losses.head_losses(rows, copy, signal, targets, on, losses, chunk_tokens=100)
     assert max(seen) == 100
 
 

@@ -11,7 +11,7 @@ import torch
 
 from distill.data.packed_rows import batch_of
 from distill.training.on_policy import OnPolicy
-from distill.training.prompts import of_conversations
+from distill.training.sampling_prompts import of_conversations
 from distill.training.spec import OnPolicySpec
 
 FILLING, NEW, MOST = 9, 4, 20

@@ -11,7 +11,7 @@ import torch
 from distill.core.stop import stoppable
 from distill.data.teacher_cache.base import ENTROPY, HIDDEN, IDS, PROBS, TAIL, CodecSpec
 from distill.losses.forward_kl import forward_kl
-from distill.losses.head import Head, Signal
+from distill.losses.head_losses import Head, Signal
 from distill.losses.sparse import SparseSignal, sparse_forward_kl
 from distill.numerics.term import LossTerm
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from distill.core.errors import InputError
 from distill.evaluation.tasks.base import Answer, Answers, LanguageModel, asked_hash
-from distill.evaluation.tasks.rows import FileTask, Row
+from distill.evaluation.tasks.question_files import FileTask, Row
 
 
 class Cloze(FileTask):

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 
 from distill.core.errors import InputError
 from distill.evaluation.tasks.base import Answer, Answers, LanguageModel, asked_hash
-from distill.evaluation.tasks.rows import BETWEEN, FileTask, Row
+from distill.evaluation.tasks.question_files import BETWEEN, FileTask, Row
 
 Normalize = Literal["words", "number", "exact"]
 _NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+")

@@ -16,7 +16,7 @@ from torch import Tensor
 from distill.core import stop
 from distill.core.errors import InputError
 from distill.evaluation.tasks.base import LogLikelihood
-from distill.losses.head import Head
+from distill.losses.head_losses import Head
 from distill.models.head import hidden_states, output_head
 
 CHUNK_TOKENS = 1024

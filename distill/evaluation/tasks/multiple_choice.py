@@ -18,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 
 from distill.core.errors import InputError
 from distill.evaluation.tasks.base import Answer, Answers, LanguageModel, Measure, Prompt, asked_hash
-from distill.evaluation.tasks.rows import FileTask, Row, check_template
+from distill.evaluation.tasks.question_files import FileTask, Row, check_template
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 CHOICE, OPTIONS = "{choice}", "{options}"

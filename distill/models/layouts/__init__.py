@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from distill.core.errors import InputError
 from distill.core.source import suggest
-from distill.models.heads import named_head
+from distill.models.head_names import named_head
 from distill.models.layouts import (
     bert,
     distilbert,

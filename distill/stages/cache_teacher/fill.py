@@ -18,7 +18,7 @@ from distill.data.teacher_cache import Hidden
 from distill.data.teacher_cache.cache import CacheLocation
 from distill.data.teacher_cache.head_file import head_file, is_whole, seal
 from distill.data.teacher_cache.identity import Identity, read_header
-from distill.data.teacher_cache.write import Live, fill
+from distill.data.teacher_cache.write_cache import Live, fill
 from distill.data.tokenizer import tokenizer_hash
 from distill.models.head import check_head, hidden_states, output_head, save_head
 from distill.models.load import load_config, move

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from distill.data.teacher_cache import CODECS, TopK
 from distill.data.teacher_cache.base import CodecSpec
-from distill.losses import LossSpec, states
+from distill.losses import LossSpec, layer_losses
 from distill.losses.sparse import refusal
 from distill.stages.base import StageSpec, View
 from distill.stages.checks import check_task, refuse_task
@@ -71,7 +71,7 @@ class CacheTeacher(ReadsText):
                 f"{name!r} holds what its teacher says of the student's own text, without documents; name its teacher "
                 "here, whose output is kept in memory between passes"
             )
-        if why := states.refusal(student.losses):
+        if why := layer_losses.refusal(student.losses):
             return why
         on_logits = [loss for loss in student.losses if isinstance(loss, LossSpec)]
         if not self.codec.whole and (why := refusal(on_logits)):

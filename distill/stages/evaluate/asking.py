@@ -10,15 +10,15 @@ from typing import Any
 
 from distill.core.artifact import hash_of, write_text
 from distill.core.errors import InputError
-from distill.core.run import CHECKPOINTS
+from distill.core.run_folder import CHECKPOINTS
 from distill.core.stored import read_checked, write_checked
 from distill.data.chat_spec import ChatSpec
 from distill.evaluation.tasks.base import Answers, LanguageModel, TaskSpec
 from distill.evaluation.tasks.in_memory import ModelInMemory
 from distill.reporting.task_scores import TaskScores, to_json
 from distill.reporting.tradeoff import Row
-from distill.stages.evaluate.compare import compared
-from distill.stages.evaluate.rows import SCORES
+from distill.stages.evaluate.score_pairs import compared
+from distill.stages.evaluate.stored_rows import SCORES
 from distill.stages.progress_lines import ProgressLines
 from distill.stages.session import Session, StageContext
 

@@ -13,8 +13,8 @@ from distill.models.size import parameters_of
 from distill.pretrained import generation_config_from
 from distill.reporting.tradeoff import FILE, Row
 from distill.stages.evaluate.asking import Asking
-from distill.stages.evaluate.files import ModelFile
 from distill.stages.evaluate.measure import beside_teacher
+from distill.stages.evaluate.measured_exports import ModelFile
 from distill.stages.evaluate.spec import Evaluate
 from distill.stages.models import local_folder
 from distill.stages.session import StageContext

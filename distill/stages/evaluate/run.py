@@ -8,7 +8,7 @@ from typing import Any
 from distill.core.artifact import Artifact, write_text
 from distill.evaluation.quality import predictions_of
 from distill.models.load import load_config, low_bit_scheme, task_of
-from distill.models.memory import give_back_memory
+from distill.models.release import give_back_memory
 from distill.models.size import measure_size
 from distill.pruning.mask import nonzero_share
 from distill.reporting.tables import COLUMNS, cell
@@ -16,11 +16,11 @@ from distill.reporting.task_tables import task_lines
 from distill.reporting.tradeoff import OF_TASKS, Row, from_json, to_json
 from distill.stages.evaluate.asking import Asking
 from distill.stages.evaluate.file_row import row_of_file
-from distill.stages.evaluate.files import ModelFile, export_of, is_export, with_baselines
 from distill.stages.evaluate.measure import beside_teacher, load_to_measure
-from distill.stages.evaluate.rows import ROWS
+from distill.stages.evaluate.measured_exports import ModelFile, export_of, is_export, with_baselines
 from distill.stages.evaluate.spec import Evaluate
 from distill.stages.evaluate.speeds import measured_speeds
+from distill.stages.evaluate.stored_rows import ROWS
 from distill.stages.models import local_folder
 from distill.stages.progress_lines import ProgressLines
 from distill.stages.session import StageContext

@@ -13,12 +13,12 @@ from distill.core.errors import InputError
 from distill.core.spec import NAME, Spec
 from distill.data.files import File
 from distill.evaluation.tasks import TASKS, TaskSpec
-from distill.evaluation.tasks.checks import check_tasks, rehearse_tasks
+from distill.evaluation.tasks.task_checks import check_tasks, rehearse_tasks
 from distill.reporting.tables import COLUMNS
 from distill.reporting.tradeoff import SPEED, Role
 from distill.stages.base import View
 from distill.stages.checks import check_task, refuse_task
-from distill.stages.evaluate.rows import ROWS
+from distill.stages.evaluate.stored_rows import ROWS
 from distill.stages.forecast import Forecast
 from distill.stages.text import ReadsText
 

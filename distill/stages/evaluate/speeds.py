@@ -8,7 +8,7 @@ from typing import Any
 from distill.evaluation.engine import Opening
 from distill.evaluation.speed import Speed, measure_speed, quietest
 from distill.reporting.tradeoff import Row, SpeedPoint
-from distill.stages.evaluate.files import ModelFile
+from distill.stages.evaluate.measured_exports import ModelFile
 from distill.stages.evaluate.spec import SpeedSpec
 from distill.stages.progress_lines import ProgressLines
 from distill.stages.session import StageContext

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from distill.core.errors import InputError
 from distill.stages.synthesize.candidate import words_of
 from distill.stages.synthesize.exam_spec import Question
-from distill.stages.synthesize.rows import read_lines
+from distill.stages.synthesize.row_files import read_lines
 
 _QUESTION: TypeAdapter[Question] = TypeAdapter(Question)
 

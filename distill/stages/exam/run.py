@@ -11,7 +11,7 @@ from typing import Any
 from distill.core.artifact import hash_of, write_text
 from distill.core.errors import InputError
 from distill.core.markdown import escaped
-from distill.core.run import CHECKPOINTS
+from distill.core.run_folder import CHECKPOINTS
 from distill.core.stored import read_checked, write_checked
 from distill.data.base import Message
 from distill.data.chat_spec import ChatSpec
@@ -25,9 +25,9 @@ from distill.stages.exam.scores import CLOSED, OPEN, Given, Sitting, compared, r
 from distill.stages.exam.spec import ANSWERS, PAGE, ROWS, Exam
 from distill.stages.progress_lines import ProgressLines
 from distill.stages.session import StageContext
+from distill.stages.synthesize.answer_similarity import numbers_right, token_f1
 from distill.stages.synthesize.exam_spec import CONTROL, TRAINED, Question
-from distill.stages.synthesize.overlap import numbers_right, token_f1
-from distill.stages.synthesize.rows import EXAM, write_lines
+from distill.stages.synthesize.row_files import EXAM, write_lines
 
 
 def run(stage: Exam, context: StageContext) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 from distill.core.artifact import write_bytes, write_text
 from distill.core.errors import InputError
-from distill.core.run import CHECKPOINTS
+from distill.core.run_folder import CHECKPOINTS
 from distill.core.stored import read_stored
 from distill.data.cut_tokenizer import cut_tokenizer
 from distill.models.layouts import layout_of
 from distill.models.load import load_config
-from distill.models.shards import prune_folder
+from distill.models.weight_files import prune_folder
 from distill.pruning.base import Scores
 from distill.pruning.keep import KeepSpec
 from distill.pruning.layout import Config, Layout
@@ -26,11 +26,11 @@ from distill.pruning.select import target_sizes
 from distill.reporting.plots import Plot
 from distill.reporting.score_plots import score_plots
 from distill.stages.models import check_vocabulary, save_plain, stored_dtype_of
+from distill.stages.prune.kept_tokens import tokens_of
 from distill.stages.prune.reconstruction import reconstructed
 from distill.stages.prune.scoring import of_axes, scores_of, write
-from distill.stages.prune.search.search import Search
+from distill.stages.prune.search.budget_search import Search
 from distill.stages.prune.spec import Prune
-from distill.stages.prune.tokens import tokens_of
 from distill.stages.session import StageContext
 
 SCORES = "scores.safetensors"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill.core.artifact import fingerprint, hash_of, write_bytes
 from distill.core.batch import MODEL_INPUTS
-from distill.core.run import SCORES_FOLDER
+from distill.core.run_folder import SCORES_FOLDER
 from distill.core.stored import CHECK
 from distill.pruning.base import CriterionSpec, Scores, score
 from distill.pruning.layout import Layout

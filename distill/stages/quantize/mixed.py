@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from distill.core.artifact import write_bytes, write_text
 from distill.core.batch import model_inputs
 from distill.core.errors import InputError
-from distill.core.run import CHECKPOINTS
+from distill.core.run_folder import CHECKPOINTS
 from distill.core.stored import read_checked, read_stored, write_checked
 from distill.data.packing import file_lock
 from distill.evaluation.quality import predictions_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distill.core.errors import InputError
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.training.metrics import ROWS, read_rows
 
 

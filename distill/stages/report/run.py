@@ -8,30 +8,30 @@ from typing import Any
 
 from distill.core.artifact import write_text
 from distill.core.errors import InputError
-from distill.core.run import Done
+from distill.core.run_folder import Done
 from distill.core.versions import versions
 from distill.data.mixture import Mixture
 from distill.data.spec import DataSpec
 from distill.pruning.origin import PLAN
 from distill.reporting.domains import domain_figures, worst_domain
-from distill.reporting.machine import load_plot, usage_table
+from distill.reporting.machine_load import load_plot, usage_table
 from distill.reporting.require import outcomes
 from distill.reporting.tables import measured_figures, whole_table
 from distill.reporting.task_tables import pair_rows, score_rows
 from distill.reporting.task_verdict import task_verdict
 from distill.reporting.verdict import verdict
-from distill.reporting.write import RunFacts, plots_of, write_report
+from distill.reporting.write_report import RunFacts, plots_of, write_report
 from distill.stages.evaluate import Evaluate
-from distill.stages.evaluate.rows import by_text, measured_rows, scores_of
+from distill.stages.evaluate.stored_rows import by_text, measured_rows, scores_of
 from distill.stages.passes import in_words
 from distill.stages.prune import Prune
 from distill.stages.prune.run import SCORES, score_plots_of
 from distill.stages.prune.search.ranking import SEARCH, ranking
 from distill.stages.quantize.mixed import FILE as SCAN
 from distill.stages.quantize.mixed import scan_plot
-from distill.stages.report.answers import answers_to
 from distill.stages.report.left import Left, loss_curves
 from distill.stages.report.outlook import outlook
+from distill.stages.report.prompt_answers import answers_to
 from distill.stages.report.spec import ANSWERS, Report
 from distill.stages.session import Session, StageContext
 from distill.stages.text import data_of

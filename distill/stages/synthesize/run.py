@@ -18,7 +18,7 @@ from distill.stages.synthesize.asker import Asker
 from distill.stages.synthesize.filters import Dropped, counts, filtered
 from distill.stages.synthesize.makers.base import Made
 from distill.stages.synthesize.replies import Replies
-from distill.stages.synthesize.rows import ABOUT, DROPPED, EXAM, write_lines, write_rows
+from distill.stages.synthesize.row_files import ABOUT, DROPPED, EXAM, write_lines, write_rows
 from distill.stages.synthesize.spec import Synthesize
 from distill.stages.synthesize.writer import writer_of
 

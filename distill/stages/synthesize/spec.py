@@ -9,12 +9,12 @@ from pydantic import Field, model_validator
 
 from distill.core.errors import InputError
 from distill.data.files import File
-from distill.models.heads import task_in
+from distill.models.head_names import task_in
 from distill.stages.base import StageSpec, View
 from distill.stages.forecast import Forecast
 from distill.stages.synthesize.filters_spec import FiltersSpec
 from distill.stages.synthesize.makers import MAKERS, MakerSpec
-from distill.stages.synthesize.rows import FOLDER
+from distill.stages.synthesize.row_files import FOLDER
 from distill.stages.synthesize.writer_spec import ServerSpec, WriterChoice
 
 

@@ -18,7 +18,7 @@ from distill.data.teacher_cache.base import CodecSpec
 from distill.data.teacher_cache.cache import CacheLocation
 from distill.data.teacher_cache.fidelity import signal_of
 from distill.data.teacher_cache.identity import Identity
-from distill.data.teacher_cache.write import Live, fill
+from distill.data.teacher_cache.write_cache import Live, fill
 from distill.losses import forward_kl
 from distill.losses.sparse import SparseSignal, sparse_forward_kl
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from distill.data.packed_rows import PackedRows
-from distill.data.teacher_cache import write as writing
+from distill.data.teacher_cache import write_cache as writing
 
 from .caches import (
     make_blocks,

@@ -19,14 +19,14 @@ from distill.data.loader import train_batches
 from distill.data.micro_batches import MicroBatches
 from distill.data.packed_rows import PackedRows
 from distill.data.teacher_cache import CODECS, Hidden, Sampled, TopK
-from distill.data.teacher_cache import write as writing
+from distill.data.teacher_cache import write_cache as writing
 from distill.data.teacher_cache.base import HIDDEN, IDS, PROBS, TAIL, CodecSpec
 from distill.data.teacher_cache.cache import CachedRows, ids_of
 from distill.data.teacher_cache.fidelity import measure
 from distill.data.teacher_cache.head_file import head_file, seal
 from distill.data.teacher_cache.shards import Coded, Shard, shard_file, write_shard
 from distill.data.teacher_cache.verify import describe, verify
-from distill.data.teacher_cache.write import Live, fill
+from distill.data.teacher_cache.write_cache import Live, fill
 from distill.training.cached_teacher import CachedTeacher
 
 from .caches import (

@@ -14,7 +14,7 @@ from distill.data.teacher_cache import Hidden, Sampled, TopK
 from distill.data.teacher_cache.base import HIDDEN, IDS, PROBS, TAIL, CodecSpec
 from distill.data.teacher_cache.sorted_ids import num_bytes, pack_sorted, unpack_sorted
 from distill.losses import CrossEntropy, ForwardKL, ReverseKL
-from distill.losses.head import KL, Head, head_losses
+from distill.losses.head_losses import KL, Head, head_losses
 from distill.losses.sparse import SparseSignal, refusal
 
 from .caches import (

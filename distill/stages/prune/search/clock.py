@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from distill.core.run import CHECKPOINTS
+from distill.core.run_folder import CHECKPOINTS
 from distill.evaluation.speed import measure_speed, quietest
 from distill.models.load import load_config
 from distill.pruning.budget import SizeCosts

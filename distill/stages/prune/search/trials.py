@@ -14,12 +14,12 @@ import torch
 from transformers import PreTrainedModel
 
 from distill.core.artifact import hash_of
-from distill.core.run import CHECKPOINTS
+from distill.core.run_folder import CHECKPOINTS
 from distill.core.world import SINGLE_PROCESS
 from distill.evaluation.quality import measure_quality
 from distill.losses import ForwardKL
 from distill.models.load import move
-from distill.models.shards import prune_folder
+from distill.models.weight_files import prune_folder
 from distill.pruning.base import Scores
 from distill.pruning.plan import Plan, plan
 from distill.pruning.search import Candidate, SearchSpace

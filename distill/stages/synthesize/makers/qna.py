@@ -31,10 +31,10 @@ from distill.data.files import File
 from distill.data.qna import Qna as QnaFile
 from distill.data.qna import Seed, check_contexts, read_qna
 from distill.data.with_document import with_document
+from distill.stages.synthesize.answer_similarity import token_f1
 from distill.stages.synthesize.candidate import Candidate, numbers_of, words_of
 from distill.stages.synthesize.exam_spec import CONTROL, TRAINED, ExamSpec, Question
 from distill.stages.synthesize.makers.base import Made, MakerSpec
-from distill.stages.synthesize.overlap import token_f1
 from distill.stages.synthesize.requests import LENGTH, STOP, Reply, Request, asked
 
 if TYPE_CHECKING:

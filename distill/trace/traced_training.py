@@ -19,7 +19,7 @@ from distill.core.batch import causal_batch
 from distill.data.teacher_cache.base import HIDDEN, IDS, PROBS, TAIL
 from distill.data.teacher_cache.fidelity import signal_of
 from distill.forecast.memory import Config
-from distill.losses.head import Head, Signal
+from distill.losses.head_losses import Head, Signal
 from distill.losses.sparse import SparseSignal
 from distill.models.head import output_head
 from distill.models.load import empty_model
@@ -124,7 +124,7 @@ class CachedSignal(Teacher):
 
 
 def trace(job: Job) -> Figures:
-    """The figures of a job, in a process that has the guard (:mod:`distill.trace.guard`)."""
+    """The figures of a job, in a process that has the guard (:mod:`distill.trace.device_guard`)."""
     began = time.perf_counter()
     torch.set_num_threads(1)  # nothing is computed
     with fake_cuda(has_documents=job.has_documents) as counter, fake_world(job.world, counter):

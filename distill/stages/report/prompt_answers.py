@@ -7,10 +7,10 @@ from typing import Any
 
 from distill.evaluation.engine_process import EngineProcess
 from distill.evaluation.side_by_side import Answer, align, answers_in_engine, answers_of
-from distill.models.memory import give_back_memory
+from distill.models.release import give_back_memory
 from distill.reporting.tradeoff import Row
 from distill.stages.evaluate.file_row import ends_of
-from distill.stages.evaluate.files import export_of, is_export
+from distill.stages.evaluate.measured_exports import export_of, is_export
 from distill.stages.models import local_folder
 from distill.stages.report.spec import ASKED, PROMPTS, Report
 from distill.stages.session import StageContext

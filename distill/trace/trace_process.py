@@ -1,7 +1,7 @@
 """The process that traces: it has the guard before it imports torch, and replaces ``torch.cuda`` within itself.
 
-It is ``python -m distill.trace.child SOCKET PARENT [LIBRARY]``, with a connection of ``multiprocessing`` to the parent.
-It is no process of ``multiprocessing``, which would import the parent's main module first, and with it maybe torch.
+It is ``python -m distill.trace.trace_process SOCKET PARENT [LIBRARY]``, with a connection of ``multiprocessing`` to the
+parent. It is no process of ``multiprocessing``, which would import the parent's main module first, perhaps with torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from distill.core.errors import DistillError, MachineError
 from distill.core.orphan import die_with
-from distill.trace import guard
+from distill.trace import device_guard
 from distill.trace.figures import Figures
 from distill.trace.jobs import Job
 
@@ -30,7 +30,7 @@ class Tracer:
     """
 
     def __enter__(self) -> Tracer:
-        library = guard.built()
+        library = device_guard.built()
         self._jobs, theirs = Pipe()
         arguments = [str(theirs.fileno()), str(os.getpid()), *([str(library)] if library is not None else [])]
         self._process = subprocess.Popen(
@@ -73,8 +73,8 @@ def main() -> NoReturn:
     end, parent, *library = sys.argv[1:]
     die_with(int(parent))
     jobs = Connection(int(end))
-    guard.load(Path(library[0]) if library else None)
-    from distill.trace.step import trace
+    device_guard.load(Path(library[0]) if library else None)
+    from distill.trace.traced_training import trace
 
     while True:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from distill.core.run import Run
+from distill.core.run_folder import Run
 from distill.data.spec import DataSpec
 from distill.reporting.task_scores import TaskScores, merged, read_scores
 from distill.reporting.tradeoff import Row, read_rows

@@ -16,8 +16,8 @@ from distill.core.errors import InputError
 from distill.core.stop import stoppable
 from distill.exporters.compressed_tensors import INT8, PACKED, PLAIN
 from distill.models.load import load_config, low_bit_scheme, without_bars
-from distill.models.shards import opened_weights
 from distill.models.size import weight_files
+from distill.models.weight_files import opened_weights
 from distill.pretrained import model_of
 from distill.quantization.base import Codes
 

@@ -12,8 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from distill.core.artifact import write_bytes, write_text
 from distill.core.markdown import escaped, fenced
 from distill.reporting import tables, task_tables, tradeoff, verdict, view
+from distill.reporting.deliverables import speed_table
 from distill.reporting.domains import domain_markdown, domain_table, worst_domain
-from distill.reporting.files import speed_table
 from distill.reporting.plots import Plot, curve_plot, pareto_plot
 from distill.reporting.require import Outcome
 from distill.reporting.spreadsheet import csv_of_records

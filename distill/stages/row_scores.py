@@ -9,7 +9,7 @@ from distill.core.errors import InputError
 from distill.core.stop import stoppable
 from distill.data.packing import file_lock
 from distill.data.row_losses import RowLosses
-from distill.data.teacher_cache.write import RowProgress
+from distill.data.teacher_cache.write_cache import RowProgress
 from distill.models.head import check_head
 from distill.models.load import move
 from distill.stages.cache_teacher.fill import first_of, train_rows_of

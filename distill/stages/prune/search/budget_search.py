@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from distill.core.errors import InputError
-from distill.core.run import CHECKPOINTS
+from distill.core.run_folder import CHECKPOINTS
 from distill.pruning.base import Scores
 from distill.pruning.budget import Cost, format_cost
 from distill.pruning.keep import KeepSpec
