@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer in GGUF: tokens, merges, special token ids and the name of its pre-tokenizer pattern."""
+"""A tokenizer in GGUF: tokens, special token ids, and merges with the name of a pre-tokenizer pattern, or scores."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from distill.core.errors import InputError
+from distill.exporters.gguf_sentencepiece import BYTE, adds_space, is_sentencepiece, scores_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -25,24 +26,32 @@ PATTERNS = {
     _TEKKEN: "tekken",
 }
 # token types of the format
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTES = 1, 2, 3, 4, 5, 6
 
 
 def add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerFast, config: PretrainedConfig) -> None:
     """Write the tokenizer, its special tokens and its chat template into the file's header.
 
     Raises:
-        InputError: it is not a byte-level BPE tokenizer, llama.cpp does not have its pre-tokenizer pattern, or it has
-            more tokens than the model has embeddings.
+        InputError: llama.cpp would cut text otherwise, or it has more tokens than the model has embeddings.
     """
     state = _state(tokenizer)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer_name(state))
     tokens, types = _tokens(state, config.vocab_size)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(_merges(state))
-    for name in ("bos", "eos", "pad"):
+    if is_sentencepiece(state):
+        has_space, scores = _as_sentencepiece(state)
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list(tokens)
+        writer.add_token_scores([scores.get(token, 0.0) for token in tokens])
+        writer.add_token_types(types)
+        writer.add_add_space_prefix(has_space)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre_tokenizer_name(state))
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
+        writer.add_token_merges(_merges(state))
+    for name in ("bos", "eos", "unk", "pad"):
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None:
             getattr(writer, f"add_{name}_token_id")(index)
@@ -60,15 +69,28 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
         InputError: see :func:`add_vocabulary`.
     """
     state = _state(tokenizer)
-    pre_tokenizer_name(state)
+    if is_sentencepiece(state):
+        _as_sentencepiece(state)
+    else:
+        pre_tokenizer_name(state)
+        _merges(state)
     _tokens(state)
-    _merges(state)
     _added(tokenizer)
 
 
 def _state(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     return state
+
+
+def _as_sentencepiece(state: dict[str, Any]) -> tuple[bool, dict[str, float]]:
+    """Whether a space is put in front of each text, and the scores of the tokens."""
+    has_space, scores = adds_space(state), scores_of(state)
+    if has_space is None:
+        raise _refusal("it changes the text before its merges in a way that llama.cpp lacks")
+    if scores is None:
+        raise _refusal("no scores of its tokens make the merges that it has")
+    return has_space, scores
 
 
 def _merges(state: dict[str, Any]) -> list[str]:
@@ -86,8 +108,8 @@ def pre_tokenizer_name(state: dict[str, Any]) -> str:
         InputError: it has none for it.
     """
     model = state["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise _refusal(f"it is {model['type']}{' with byte fallback' * bool(model.get('byte_fallback'))}")
+    if model["type"] != "BPE":
+        raise _refusal(f"it is {model['type']}")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or model.get("dropout"):
         raise _refusal("its merges have a prefix, a suffix or dropout")
     # llama.cpp does not apply NFC, also for the published files of these models; most text is in NFC already
@@ -110,11 +132,16 @@ def pre_tokenizer_name(state: dict[str, Any]) -> str:
 
 def _tokens(state: dict[str, Any], num_rows: int | None = None) -> tuple[list[str], list[int]]:
     """The tokens in the order of their ids, and their types; extra rows of the embedding become unused tokens."""
-    tokens = {index: (token, NORMAL) for token, index in state["model"]["vocab"].items()}
+    has_bytes, unknown = state["model"].get("byte_fallback"), state["model"].get("unk_token")
+    tokens = {
+        index: (token, BYTES if has_bytes and BYTE.fullmatch(token) else NORMAL)
+        for token, index in state["model"]["vocab"].items()
+    }
     for added in state["added_tokens"]:
         if added["single_word"] or added["lstrip"] or added["rstrip"]:
             raise _refusal(f"token {added['content']!r} has single_word, lstrip or rstrip set")
-        tokens[added["id"]] = (added["content"], CONTROL if added["special"] else USER_DEFINED)
+        kind = UNKNOWN if added["content"] == unknown else CONTROL if added["special"] else USER_DEFINED
+        tokens[added["id"]] = (added["content"], kind)
     num_rows = num_rows or max(tokens) + 1
     if max(tokens) >= num_rows:
         raise _refusal(f"it has a token with the id {max(tokens)}, but the model has only {num_rows} embeddings")
@@ -136,5 +163,5 @@ def _added(tokenizer: PreTrainedTokenizerFast) -> tuple[bool, bool]:
 def _refusal(why: str) -> InputError:
     return InputError(
         f"tokenizer: cannot be written as GGUF: {why} (expected a byte-level BPE tokenizer like that of GPT-2, SmolLM, "
-        "Llama 3, Qwen 2 or Mistral's Tekken)"
+        "Llama 3, Qwen 2 or Mistral's Tekken, or one like that of Gemma or Llama 2)"
     )

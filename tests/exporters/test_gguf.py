@@ -9,10 +9,20 @@ import torch
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -55,6 +65,7 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+WINDOWS = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 8}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
@@ -72,6 +83,14 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama_96": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, head_dim=96)),
     "qwen3_64": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=64)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SIZES, head_dim=32)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=32, query_pre_attn_scalar=32, sliding_window=8)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **WINDOWS)),
+    "gemma3_pruned": lambda: Gemma3ForCausalLM(  # layers of a pattern that no published model has
+        Gemma3TextConfig(**SIZES, **WINDOWS, layer_types=["full_attention", "sliding_attention"])
+    ),
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**SIZES)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES | {"pad_token_id": 0})),
 }
 
 
@@ -116,14 +135,15 @@ def write(tmp_path: Path, bpe: PreTrainedTokenizerFast) -> Callable[..., tuple[P
     return make
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral_wide_heads", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "mistral_wide_heads", "qwen2", "gemma3", "phi3"])
 def test_transformers_reads_the_same_model_back(
     name: str, write: Callable[..., tuple[PreTrainedModel, Path]], texts: Batches, tmp_path: Path
 ) -> None:
     """A reader that is not ours finds every name, and puts the rows of queries and keys back."""
     model, source = write(name)
     notes = Gguf(embeddings="f32").export(source, tmp_path / "out", title="small")
-    assert notes[0] == "layers: 14 as F16, as trained"
+    assert notes[0].startswith("layers: ")
+    assert notes[0].endswith(" as F16, as trained")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="small.gguf", dtype=torch.float32).eval()
     with torch.no_grad():
         ours, theirs = (each(texts[0]["input_ids"]).logits for each in (model, again))
@@ -391,10 +411,15 @@ def test_a_full_model_can_be_rounded_and_says_so(
 
 @pytest.mark.parametrize(("name", "change", "message"), [
     ("llama", {"model_type": "gpt2"}, "model_type 'gpt2' cannot be written as GGUF"),
-    ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ("llama", {"hidden_act": "gelu"}, "activation 'gelu', expected 'silu'"),
     ("mistral_wide_heads", {"sliding_window": 8}, "sliding_window 8, expected null"),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'yarn'"),
     ("qwen2", {"hidden_size": 128}, "num_attention_heads 4 x head_dim 16"),
+    ("olmo2", {"hidden_size": 128, "head_dim": 16}, "num_attention_heads 4 x head_dim 16"),
+    ("gemma", {"tie_word_embeddings": False}, "a head of its own"),
+    ("gemma2", {"attn_logit_softcapping": None}, "llama.cpp always caps"),
+    ("gemma3", {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar 16, expected 256"),
+    ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
 ])  # fmt: skip
 def test_what_llama_cpp_computes_otherwise_is_refused(
     name: str, change: dict[str, object], message: str, write: Callable[..., tuple[PreTrainedModel, Path]],
@@ -442,8 +467,6 @@ def test_pre_tokenizers(bpe: PreTrainedTokenizerFast) -> None:
             named(*steps)
     with pytest.raises(InputError, match="it normalizes text"):
         named(byte_level, normalizer={"type": "Lowercase"})
-    with pytest.raises(InputError, match="BPE with byte fallback"):
-        named(byte_level, model=state["model"] | {"byte_fallback": True})
     words = json.loads(Tokenizer.from_str(bpe.backend_tokenizer.to_str()).to_str())
     words["model"]["type"] = "WordLevel"
     with pytest.raises(InputError, match="it is WordLevel"):
