@@ -353,7 +353,8 @@ def test_a_recipe_with_a_secret_is_refused(environment: list[str], value: str) -
 def test_a_run_folder_with_a_secret_in_its_path_is_refused(
     environment: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    text = "name: x\ndata: {train: {kind: jsonl, path: a.jsonl}, sequence_length: 16, tokenizer: {vocab_size: 300}}\nstages: {report: {}}\n"
+    data = "{train: {kind: jsonl, path: a.jsonl}, sequence_length: 16, tokenizer: {vocab_size: 300}}"
+    text = f"name: x\ndata: {data}\nstages: {{report: {{}}}}\n"
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="its path holds a password or token") as refusal:
         run(Recipe.from_text(text), place)

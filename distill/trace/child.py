@@ -1,7 +1,7 @@
 """The process that traces: it has the guard before it imports torch, and replaces ``torch.cuda`` within itself.
 
-It is ``python -m distill.trace.child SOCKET PARENT [LIBRARY]``, with a connection of ``multiprocessing`` to the parent. Not a
-process of ``multiprocessing``, which would import the parent's main module first, and with it maybe torch.
+It is ``python -m distill.trace.child SOCKET PARENT [LIBRARY]``, with a connection of ``multiprocessing`` to the parent.
+Not a process of ``multiprocessing``, which would import the parent's main module first, and with it maybe torch.
 """
 
 from __future__ import annotations
