@@ -18,6 +18,9 @@ import pytest
 import torch
 import yaml
 
+import distill
+from distill.core.errors import InputError
+
 ROOT = Path(__file__).parents[1]
 DOOR = ROOT / "distill" / "pretrained.py"
 
@@ -315,6 +318,14 @@ def test_no_verb_runs_code(finished: Path, terminal: Terminal) -> None:
         terminal("cache", command, next(finished.glob("data/teacher-*")), code=0)
     for command in ("list", "doctor", "schema"):
         terminal(command, code=0)
+
+
+def test_the_python_api_runs_no_code(plain: Path, tmp_path: Path, terminal: Terminal) -> None:
+    for kind, what in (("tokenizer", "tokenizer"), ("unknown", "config")):
+        place = with_code(Path(shutil.copytree(plain, tmp_path / kind)), terminal.ran, kind=kind)
+        with pytest.raises(InputError, match=f"cannot load the {what}"):
+            distill.load(str(place))
+        assert not terminal.ran.exists()
 
 
 def test_real_processes_with_yes_on_their_input(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

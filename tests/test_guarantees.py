@@ -105,6 +105,22 @@ def test_every_sentence_stands_in_its_page(page: Path) -> None:
     assert missing == [], "reword them in docs/guarantees.md too, and look whether their tests still hold them"
 
 
+@pytest.mark.parametrize(
+    ("page", "begin", "end"),
+    [
+        ("SECURITY.md", "## What is never executed", "## Supported versions"),
+        ("docs/runs.md", "## Models and texts from other sources", "## "),
+    ],
+)
+def test_every_bullet_has_a_row(page: str, begin: str, end: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8").partition(f"{begin}\n")[2].partition(f"\n{end}")[0]
+    bullets = [words(bullet) for bullet in re.findall(r"^- (.+(?:\n  .+)*)", text, re.M)]
+    assert len(bullets) == text.count("\n- ")
+    promised = [words(sentence) for where, sentence, _ in PROMISES if where == ROOT / page]
+    assert len(bullets) >= 5
+    assert [bullet for bullet in bullets if not any(sentence in bullet for sentence in promised)] == []
+
+
 def test_every_test_exists_and_runs_somewhere() -> None:
     wrong = []
     for _, sentence, tests in PROMISES:

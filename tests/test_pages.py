@@ -17,6 +17,7 @@ from distill.data.spec import DataSpec
 from distill.data.text_template import filters_of_templates
 from distill.recipe import Recipe
 from distill.stages import STAGES
+from distill.training.saver import STEP_S
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "recipes" / "README.md"])
@@ -93,6 +94,7 @@ def test_the_bounds_of_a_stop_are_those_of_the_code() -> None:
     assert f"within {PATIENCE_S + LEAVE_S:.0f} seconds whatever a library is doing" in runs
     assert f"is interrupted after {PATIENCE_S:.0f} seconds." in reliability
     assert f"has not ended {LEAVE_S:.0f} seconds later is ended" in reliability
+    assert f"Each of the two may take {STEP_S / 60:.0f} minutes." in reliability
     assert f"within {DEBOUNCE_S:.0f} second of the first is the same one" in reliability
 
 

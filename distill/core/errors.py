@@ -39,8 +39,9 @@ class RecipeError(InputError):
         super().__init__("\n".join(mistakes))
 
 
-class GivenUp(Exception):
-    """Raised when a stop signal interrupts work that need not be finished; the caller then saves."""
+class GivenUp(BaseException):
+    """Raised when a stop signal interrupts work that need not be finished; the caller then saves. Not an
+    ``Exception``, for the reason of :class:`Stopped`."""
 
 
 class NotReached(DistillError):

@@ -140,17 +140,19 @@ def check_ends(stage: StageSpec, budget: DistillSpec, view: View) -> None:
 
 
 def check_documents(budget: DistillSpec, view: View) -> None:
-    """Refuse a teacher that is to read documents where all rows are made by stages that give them none.
+    """Refuse a teacher that is to read documents where it cannot, or where all rows are made by stages without them.
 
     Args:
         budget: of the stage.
         view: of the stage.
 
     Raises:
-        InputError: no row will have a document.
+        InputError: no row will have a document, or the teacher is sharded.
     """
     if budget.teacher_reads != "document":
         return
+    if view.compute.strategy == "fsdp":
+        raise InputError("teacher_reads: document cannot be used with compute.strategy: fsdp; use ddp")
     sources = [source for _, source in view.data.sources()]
     makers = list(dict.fromkeys(source.stage for source in sources if isinstance(source, Made)))
     is_made = all(isinstance(source, Made) for source in sources)

@@ -26,6 +26,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import DummyExperiment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from distill.core.seal import files_of
 from distill.core.secrets import redacted
 from distill.tracking.spec import LoggingSpec
 
@@ -288,9 +289,8 @@ def log_report(
         if html is not None:
             found["report/page"] = wandb.Html(html.read_text(encoding="utf-8"), inject=False)
             report = wandb.Artifact(f"{logger.experiment.id}-report", type="report")
-            for file in sorted(html.parent.rglob("*.*")):  # add_dir would print
-                if file.is_file():
-                    report.add_file(str(file), name=str(file.relative_to(html.parent)))
+            for name in own_files(html.parent):  # add_dir would print
+                report.add_file(str(html.parent / name), name=name)
             logger.experiment.log_artifact(report)
         logger.experiment.log(found)
         for key, value in figures.items():
@@ -320,6 +320,12 @@ def finish(logger: SafeLogger | None) -> str | None:
         logger.give_up(error)
         left = f"wandb sync {logger.sync_folder}"
     return left
+
+
+def own_files(folder: Path) -> list[str]:
+    """Paths within a folder of its files, hidden ones and links left out: a link may lead to anything."""
+    whole = folder.resolve()
+    return [name for name in files_of(folder) if (folder / name).resolve() == whole / name]
 
 
 def _first_rank() -> bool:

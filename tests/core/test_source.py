@@ -90,6 +90,13 @@ def test_unknown_tags_are_refused(tag: str) -> None:
     assert line.startswith("r.yaml:2: not valid YAML: values of type ")
 
 
+def test_nothing_is_put_in_the_place_of_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", "elsewhere")
+    odd = ("$PLACE", "${PLACE}", "${oc.env:PLACE}", "%(PLACE)s", "{{ PLACE }}", "torch.optim.AdamW")
+    for text in odd:
+        assert parse(f"a: '{text}'\n", "r.yaml").data == {"a": text}
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
@@ -9,8 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -19,6 +22,7 @@ from distill.core.artifact import write_text
 from distill.core.errors import InputError, Interrupted, Preempted, Stopped
 from tests.faults.chaos import as_on_a_terminal
 
+ROOT = Path(stop.__file__).parents[1]
 CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGHUP: 75, signal.SIGINT: 130}
 
 
@@ -308,3 +312,29 @@ def test_what_is_left_after_the_end_is_bounded_too() -> None:
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=60)[1] == "SIGTERM: everything is done; what was left to end has been left\n"
     assert process.returncode == 0
+
+
+def test_what_is_raised_for_a_signal_is_no_exception() -> None:
+    """Else code that catches the errors of a library would take it for one."""
+    raised: list[tuple[str, object]] = []
+    for file in sorted(ROOT.rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        tests = [
+            node for node in ast.walk(tree) if isinstance(node, ast.If) and "stop.asked()" in ast.unparse(node.test)
+        ]
+        names = [
+            ast.unparse(thrown.exc.func if isinstance(thrown.exc, ast.Call) else thrown.exc)
+            for test in tests
+            for line in test.body
+            for thrown in ast.walk(line)
+            if isinstance(thrown, ast.Raise) and thrown.exc is not None
+        ]
+        module = import_module(".".join(file.relative_to(ROOT.parent).with_suffix("").parts)) if names else None
+        raised += [(name, attrgetter(name)(module)) for name in names]
+    for name, what in raised:
+        kind = what if isinstance(what, type) else get_type_hints(what)["return"]
+        assert issubclass(kind, BaseException), name
+        assert not issubclass(kind, Exception), name
+    assert {name for name, _ in raised} >= {"GivenUp", "stop.stopped"}
+    for one in (Stopped, *listener.KINDS.values()):
+        assert not issubclass(one, Exception)

@@ -37,3 +37,6 @@ def test_an_error_that_the_engine_reports_is_left_to_the_caller(
     monkeypatch.syspath_prepend(tmp_path)
     check_engine.cache_clear()
     check_engine(tmp_path / "model.gguf")
+    with pytest.raises(DistillError, match=r"model.gguf: llama.cpp cannot load the file \(no such file\)") as raised:
+        LlamaCpp(tmp_path / "model.gguf", context_tokens=8)
+    assert raised.value.exit_code == 1

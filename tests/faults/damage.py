@@ -137,11 +137,12 @@ class Damages:
         files = sorted(file for file in self.finished.rglob("*") if file.is_file() and file.name != ".lock")
         for file in files:
             for fault in FAULTS:
-                yield from self._under(file.relative_to(self.finished), fault, commands)
+                yield from self.under(file.relative_to(self.finished), fault, commands)
         for place in sorted({file.parent for file in files} - {self.finished}):
-            yield from self._under(place.relative_to(self.finished) / "adapter_config.json", ADDED, commands)
+            yield from self.under(place.relative_to(self.finished) / "adapter_config.json", ADDED, commands)
 
-    def _under(self, file: Path, fault: str, commands: tuple[str, ...]) -> Iterator[Case]:
+    def under(self, file: Path, fault: str, commands: tuple[str, ...]) -> Iterator[Case]:
+        """One fault of one file under every command that may read it."""
         for command in commands:
             start = self._next(file)
             if (command == COMMANDS[1] and start is None) or (command == COMMANDS[3] and "model" not in file.parts):

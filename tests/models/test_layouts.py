@@ -11,6 +11,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -20,9 +21,11 @@ from transformers import (
 import distill
 from distill.core.batch import causal_batch
 from distill.core.errors import InputError
+from distill.forecast import describe
 from distill.models.layouts import layout_for
 from distill.pruning.plan import plan
 from distill.pruning.random import random
+from distill.recipe import Recipe
 
 LLAMA_8B = LlamaConfig(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -108,6 +111,21 @@ def test_unknown_architecture_is_refused_by_name():
         layout_for("opt")
 
 
+def test_an_architecture_that_cannot_be_cut_is_refused_before_anything_is_loaded(tmp_path):
+    OPTConfig(**OPT).save_pretrained(tmp_path / "teacher")  # no weights, no tokenizer: reading them would fail
+    recipe = {
+        "name": "x", "teacher": str(tmp_path / "teacher"),
+        "data": {"train": {"kind": "jsonl", "path": str(tmp_path / "none.jsonl")}, "sequence_length": 16},
+        "stages": {"prune": {"keep": {"num_hidden_layers": 1}}},
+    }  # fmt: skip
+    with pytest.raises(InputError, match=r"prune: .*model_type 'opt' .*; add its layout"):
+        describe(Recipe.model_validate(recipe))
+
+
+OPT = {
+    "vocab_size": 64, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}  # fmt: skip
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,

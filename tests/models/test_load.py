@@ -173,6 +173,16 @@ def test_code_in_a_model_folder_is_not_run(folder: Path, tmp_path: Path) -> None
     assert not (tmp_path / "marker").exists()
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "experts_implementation"])
+def test_kernels_of_another_repository_are_not_run(key: str, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: "someone/kernels"}))
+    for read in (load_config, load_model):
+        assert refused(lambda read=read: read(str(folder))) == (
+            f"{folder}: its config asks for code of someone/kernels, which is not run; remove it"
+        )
+
+
 @pytest.mark.parametrize("spec", [IntGroup(), Int8Channel()], ids=lambda spec: spec.kind)
 def test_a_low_bit_artifact_loads_as_plain_layers(tmp_path: Path, model: LlamaForCausalLM, spec: QuantizerSpec) -> None:
     prepare(model, spec)

@@ -94,13 +94,12 @@ def test_a_secret_in_the_command_is_not_written_down(
     stages = "stages:\n  evaluate: {models: [teacher], speed: null}\n  report: {prompts: []}\n"
     head, _, tail = recipe(teacher, text, "x").partition("stages:")
     tiny = Recipe.from_text(head + stages + tail[tail.index("compute:") :])
-    folder = tmp_path / secret
-    for command in (f"distill run tiny.yaml --run-dir {folder}", None):
-        run(tiny, folder, say=lambda _: None, command=command, start="report" if command is None else None)
-        for file in ("report.md", "index.html"):
-            written = (folder / "report" / file).read_text()
-            assert secret not in written
-            assert "***" in written
+    folder = tmp_path / "run"
+    run(tiny, folder, say=lambda _: None, command=f"distill run {tmp_path / secret / 'tiny.yaml'}")
+    for file in ("report.md", "index.html"):
+        written = (folder / "report" / file).read_text()
+        assert secret not in written
+        assert f"distill run {tmp_path}/***/tiny.yaml" in written
 
 
 LONG = "x" * 260

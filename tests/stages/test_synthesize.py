@@ -325,10 +325,18 @@ def test_a_cache_cannot_read_documents(folder: Path) -> None:
         Recipe.from_text(text.replace("teacher: self, lora: {r: 2}", "teacher: cache"))
 
 
+def test_a_sharded_teacher_cannot_read_documents(folder: Path) -> None:
+    text = RECIPE.format(folder=folder, stage=STAGE.format(folder=folder, server="http://127.0.0.1:9/v1"))
+    sharded = Recipe.from_text(text, set=["compute.strategy=fsdp"])
+    with pytest.raises(InputError, match=r"learn: teacher_reads: document cannot be used with .* fsdp; use ddp"):
+        describe(sharded)
+
+
 def test_the_plan_names_pairs_requests_and_warnings(folder: Path) -> None:
     stage = STAGE.format(folder=folder, server="http://127.0.0.1:9/v1")
     plan = describe(Recipe.from_text(RECIPE.format(folder=folder, stage=stage)))
     assert "knowledge, version 3, 15 pairs" in plan
+    assert re.search(r"\b[1-9]\d* chunks, [1-9][\d,]* requests for questions, at most [1-9][\d,]* answers", plan)
     assert "http://127.0.0.1:9/v1 writes; makes qna" in plan
 
 

@@ -70,6 +70,20 @@ def test_offline_writes_a_run_and_says_how_to_sync(
     assert caplog.messages == []
 
 
+def test_links_in_a_report_are_not_uploaded(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+    monkeypatch.setattr(wandb.Artifact, "add_file", lambda self, file, name: sent.append(name))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "secret.txt").write_text("secret")
+    (folder / "plots").mkdir(parents=True)
+    (folder / "plots" / "plot.png").write_bytes(b"png")
+    (folder / "linked.txt").symlink_to(tmp_path / "elsewhere" / "secret.txt")
+    (folder / "linked.folder").symlink_to(tmp_path / "elsewhere")
+    (folder / "within.txt").symlink_to("index.html")
+    use(make("offline", folder), folder)
+    assert [name for name in sent if not name.startswith("wandb/")] == ["index.html", "plots/plot.png"]
+
+
 @pytest.mark.parametrize(("mode", "wish"), [("auto", "online"), ("auto", None), ("online", None)])
 def test_an_unreachable_host_costs_one_line(
     mode: str, wish: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
