@@ -168,14 +168,16 @@ def _rehearse(session: Session, names: list[str]) -> None:
 
 
 def _call_to_tokenize(session: Session, ranks: Ranks, reader: Session) -> None:
-    """Tell the other processes to open the text of a session too, so that each tokenizes a part of it.
-
-    A text in the tokens of a model with a cut vocabulary is left to the first process, unless all train on it.
-    """
+    """Tell the other processes to open the text of a session too, so that each tokenizes a part of it."""
     for name in session.stages:
-        if session.of_text(data_of(session.stages, session.data, name)) is reader:
-            ranks.tell({"text": name})
+        if _reader_of(session, name, is_cut=reader.is_cut) is reader:
+            ranks.tell({"text": name, "is_cut": reader.is_cut})
             return
+
+
+def _reader_of(session: Session, name: str, *, is_cut: bool) -> Session:
+    """The session that reads the text of a stage, in the run's tokens or in those of a model with a part of them."""
+    return session.of_stage(name) if is_cut else session.of_text(data_of(session.stages, session.data, name))
 
 
 @contextmanager
@@ -196,7 +198,7 @@ def _follow(session: Session, ranks: Ranks) -> None:
             raise SystemExit(stop.exit_code(order["exit"]))  # the first has said why
         if "text" in order:
             with suppress(InputError):  # the first process finds the same mistake, and says so
-                session.of_text(data_of(session.stages, session.data, order["text"])).corpus()
+                _reader_of(session, order["text"], is_cut=order["is_cut"]).corpus()
             continue
         name, input_hash = order["stage"], order["input_hash"]
         _seed(session, name)

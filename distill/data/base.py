@@ -218,6 +218,9 @@ def normalised(text: str) -> str:
     return " ".join(folded.split())
 
 
+DIGEST_BYTES = 16
+
+
 def digest(text: str) -> bytes:
-    """16 bytes that stand for a text."""
-    return hashlib.sha256(text.encode("utf-8")).digest()[:16]
+    """:data:`DIGEST_BYTES` that stand for a text."""
+    return hashlib.sha256(text.encode("utf-8")).digest()[:DIGEST_BYTES]

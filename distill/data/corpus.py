@@ -319,20 +319,24 @@ def _opened(
     is_cleaned = data.clean is not None and data.clean.of_validation
     repeats = ValidationRepeats(texts) if can_repeat(texts, is_cleaned=is_cleaned) else None
     more = [*(cleaner.identity() if cleaner else ()), *(replacer.identity() if replacer else ())]
-    made: dict[str, tuple[str, dict[str, TokenFile]]] = {}
+    keys: dict[str, dict[str, str]] = {}
     for text in texts:
         key = _key(text.data, encoder, tokenizer)
         key = key if text.others is None else hash_of(key, text.others)
-        keys = {"validation": key, "train": hash_of(key, *more) if more else key}  # validation rows stay as they are
-        files = {side: folder / f"{text.key(side)}-{keys[side]}.bin" for side in sides}
-        key = keys["train"]
-        tokens = {
-            side: tokens_of(file, side, text, encoder, vocabulary_size, cleaner, replacer, repeats, world)
-            for side, file in files.items()
-        }
+        # validation rows stay as they are
+        keys[text.name] = {"validation": key, "train": hash_of(key, *more) if more else key}
+    found: dict[str, dict[str, TokenFile]] = {text.name: {} for text in texts}
+    for side in reversed(sides):  # what any of them validates on, none of them trains on
+        for text in texts:
+            file = folder / f"{text.key(side)}-{keys[text.name][side]}.bin"
+            made_of = tokens_of(file, side, text, encoder, vocabulary_size, cleaner, replacer, repeats, world)
+            found[text.name][side] = made_of
+    made: dict[str, tuple[str, dict[str, TokenFile]]] = {}
+    for text in texts:
+        tokens = {side: found[text.name][side] for side in sides}
         _check(tokens, text, vocabulary_size)
         _check_split(tokens, text)
-        made[text.name] = (key, tokens)
+        made[text.name] = (keys[text.name]["train"], tokens)
     if not isinstance(data.train, Mixture):
         return made[""]
     key = hash_of({name: one for name, (one, _) in made.items()})

@@ -50,6 +50,9 @@ def end_to_end(path: Path, files: Sequence[TokenFile], tally: Tally) -> TokenFil
         columns[".learned"] = ([learned for file in filled if (learned := file.learned()) is not None], "bool")
     if Path(files[0].path).with_suffix(".bytes").is_file():
         columns[".bytes"] = ([file.bytes_of_tokens() for file in filled], "uint32")
+    digests = [Path(file.path).with_suffix(".digests") for file in files]
+    if all(file.is_file() for file in digests):
+        columns[".digests"] = ([np.fromfile(file, np.uint8) for file in digests], "uint8")
     with writing(path, list(columns)) as (streams, header):
         for suffix, (arrays, kind) in columns.items():
             for array in arrays:

@@ -53,10 +53,10 @@ class SplitBeside(Split):
         key = digest(normalised(document.text))
         return Side.REPEATED if any(key in other.validation_digests for other in self.others) else Side.TRAIN
 
-    def prepare(self) -> None:
+    def prepare(self, *, to_train: bool = True) -> None:
         """See :meth:`Split.prepare`."""
-        super().prepare()
-        for other in self.others:
+        super().prepare(to_train=to_train)
+        for other in self.others if to_train else ():
             other.validation_digests  # noqa: B018  # computed once, and kept
 
 

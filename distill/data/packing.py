@@ -6,6 +6,7 @@ Of ``<name>-<hash>``, each file a flat array:
     .bounds     int64 [documents + 1]        where each document begins in it, and at last where the last one ends
     .learned    uint8 [tokens]               1 where a token is learned from; absent when all of them are
     .bytes      uint32 [tokens]              UTF-8 bytes that each token stands for; validation text only
+    .digests    uint8 [16 * texts]           digests of the texts, which training leaves out; validation text only
     .json                                    written last: it says that the others are whole
 """
 
@@ -207,9 +208,10 @@ def dtype_of(vocabulary_size: int) -> str:
     return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
 
 
-def kinds_of(encoder: TextEncoder, *, with_bytes: bool) -> list[str]:
+def kinds_of(encoder: TextEncoder, *, with_bytes: bool, with_digests: bool = False) -> list[str]:
     """Suffixes of the files of a token file."""
-    return [".bin", ".bounds", *[".learned"] * encoder.marks_learned, *[".bytes"] * with_bytes]
+    learned = [".learned"] * encoder.marks_learned
+    return [".bin", ".bounds", *learned, *[".bytes"] * with_bytes, *[".digests"] * with_digests]
 
 
 def header_of(writer: TokenWriter, encoder: TextEncoder) -> dict[str, Any]:

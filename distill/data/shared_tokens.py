@@ -61,7 +61,7 @@ class SharedText:
         keep: chooses those of this side; the same for a document wherever it stands.
         encoder: text to ids.
         vocabulary_size: every id must be below it.
-        with_bytes: also write the bytes of each token.
+        with_bytes: also write the bytes of each token, and the digests of the texts.
         total_bytes: text to come, for the progress bar; None when unknown.
         prepare: called before anything is read, if there is something to read.
         world: the processes of the run; of those that do not share the folder each tokenizes all.
@@ -115,13 +115,15 @@ class SharedText:
         """Read the source once, and write the shards that can be claimed."""
         self.prepare()
         name = self.path.name.rpartition("-")[0]
-        encode = partial(chunk_of, encoder=self.encoder, keep=self.keep, with_bytes=self.with_bytes)
+        both = self.with_bytes
+        encode = partial(chunk_of, encoder=self.encoder, keep=self.keep, with_bytes=both, with_digests=both)
+        kinds = kinds_of(self.encoder, with_bytes=both, with_digests=both)
         with (
             Progress(f"tokenizing {name}", self.total_bytes) as progress,
             closing(chunks(self._claimed(parts, progress), encode, self.world.local_size)) as made,
         ):
             for number, some in groupby(made, key=lambda chunk: chunk.shard):
-                with writing(parts.path(number), kinds_of(self.encoder, with_bytes=self.with_bytes)) as (files, header):
+                with writing(parts.path(number), kinds) as (files, header):
                     dtype, limit = dtype_of(self.vocabulary_size), self.vocabulary_size
                     writer = TokenWriter(name, files, dtype, limit, gives_up=number == 0)
                     header |= self._write(writer, some, progress)

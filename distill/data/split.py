@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from functools import cached_property
+from pathlib import Path
 
 from distill.core.errors import InputError
 from distill.core.stop import stoppable
-from distill.data.base import Conversation, Document, Item, Rejected, SourceSpec, digest, normalised
+from distill.data.base import DIGEST_BYTES, Conversation, Document, Item, Rejected, SourceSpec, digest, normalised
 from distill.data.spec import DataSpec
 
 _STREAM_BYTES_PER_TOKEN = 8  # twice what a token of English is: enough text for the validation tokens asked for
@@ -42,7 +43,10 @@ class Split:
 
     Attributes:
         num_repeated: training documents that the latest whole reading left out because the validation source has them.
+        digests: file of :attr:`validation_digests`, which are read from it where it is there.
     """
+
+    digests: Path | None = None
 
     def __init__(
         self,
@@ -92,15 +96,18 @@ class Split:
         """Of documents of the training source those that are held out; nothing is left out as repeated."""
         return [document for document in documents if self.is_held_out(document)], 0
 
-    def prepare(self) -> None:
+    def prepare(self, *, to_train: bool = True) -> None:
         """Read what :meth:`side_of` needs to know, which is then the same in processes that are forked.
+
+        Args:
+            to_train: whether the training side is asked for; else :meth:`is_held_out` is known.
 
         Raises:
             InputError: there is nothing to split, or a source cannot be read.
         """
         if self.data.validation is None:
             self._threshold  # noqa: B018  # computed once, and kept
-        else:
+        elif to_train:
             self.validation_digests  # noqa: B018
 
     def read(self, source: SourceSpec) -> Iterator[Item]:
@@ -131,6 +138,9 @@ class Split:
     @cached_property
     def validation_digests(self) -> set[bytes]:
         """Of the normalised texts of :meth:`validation`."""
+        if self.digests is not None and self.digests.is_file():
+            content = self.digests.read_bytes()
+            return {content[at : at + DIGEST_BYTES] for at in range(0, len(content), DIGEST_BYTES)}
         seen = (document for document in self.validation() if not isinstance(document, Rejected))
         return {digest(normalised(document.text)) for document in seen}
 

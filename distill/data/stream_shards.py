@@ -2,7 +2,7 @@
 
     stream-<hash>/
         000000000000-000000016384.json   the position behind these rows; kept for good, 100 kB at most
-        000000000000-000000016384.npy    the rows themselves, :data:`~distill.data.stream.TOKEN` [rows, tokens]
+        000000000000-000000016384.bin    the rows themselves, :data:`~distill.data.stream.TOKEN` [rows, tokens]
         writer.lock                      locked by the process that writes
         <process>.reader                 the row that a process reads; locked while it does
 
@@ -73,18 +73,14 @@ class StreamShards:
 
     def rows_of(self, first: int, stop: int) -> np.ndarray | None:
         """The rows of a shard, mapped into memory; None where they are not there, or damaged."""
-        file = self._file(first, stop, "npy")
+        file, shape = self._file(first, stop, "bin"), (stop - first, self.stream.room)
         try:
-            rows: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
+            if file.stat().st_size == shape[0] * shape[1] * TOKEN.itemsize:
+                return np.memmap(file, TOKEN, mode="r", shape=shape)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError):
-            file.unlink(missing_ok=True)
-            return None
-        if rows.dtype != TOKEN or rows.shape != (stop - first, self.stream.room):
-            file.unlink(missing_ok=True)
-            return None
-        return rows
+        file.unlink(missing_ok=True)
+        return None
 
     def wanted(self, rows: list[int]) -> int | None:
         """The shard that is to be made next, by number; None where all are there that readers of these rows need soon.
@@ -96,12 +92,12 @@ class StreamShards:
         kept = {number for at in read for number in range(at - BEHIND, at + AHEAD + 1)}
         for number, (first, behind) in enumerate(chain):
             if number not in kept:
-                self._file(first, behind, "npy").unlink(missing_ok=True)
+                self._file(first, behind, "bin").unlink(missing_ok=True)
         for at in read:
             for number in range(at, at + AHEAD + 1):
                 if number >= len(chain):
                     return len(chain)
-                if not self._file(*chain[number], "npy").is_file():
+                if not self._file(*chain[number], "bin").is_file():
                     return number
         return None
 
@@ -130,11 +126,10 @@ class StreamShards:
         self._write(np.concatenate(found), begin.row, at)
 
     def _write(self, rows: np.ndarray, first: int, behind: Position) -> None:
-        file = self._file(first, behind.row, "npy")
+        file = self._file(first, behind.row, "bin")
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
         try:
-            with temporary.open("wb") as out:
-                np.save(out, rows, allow_pickle=False)
+            rows.tofile(temporary)
             sync(temporary)
             temporary.replace(file)
             write_checked(self._file(first, behind.row, "json"), behind.to_json())

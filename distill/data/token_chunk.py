@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distill.data.base import Conversation, Item, Rejected
+from distill.data.base import Conversation, Item, Rejected, digest, normalised
 from distill.data.encoder import Encoded, TextEncoder
 from distill.data.replace_words import Copy
 
@@ -62,6 +62,7 @@ class Chunk:
         sizes: UTF-8 bytes that each token stands for, uint32 [tokens]; None: not counted.
         num_bytes: UTF-8 bytes that were read for it.
         num_repeated: items that were left out as validation has their text.
+        digests: of the texts of all items that can be used, by which training leaves them out; None: not made.
     """
 
     shard: int
@@ -72,9 +73,12 @@ class Chunk:
     sizes: np.ndarray | None
     num_bytes: int
     num_repeated: int = 0
+    digests: bytes | None = None
 
 
-def chunk_of(batch: Batch, encoder: TextEncoder, keep: Keep | None, *, with_bytes: bool) -> Chunk:
+def chunk_of(
+    batch: Batch, encoder: TextEncoder, keep: Keep | None, *, with_bytes: bool, with_digests: bool = False
+) -> Chunk:
     """Encode a batch.
 
     Args:
@@ -82,6 +86,7 @@ def chunk_of(batch: Batch, encoder: TextEncoder, keep: Keep | None, *, with_byte
         encoder: text to ids.
         keep: chooses the items that are used; None: all are.
         with_bytes: also say what bytes each token stands for.
+        with_digests: also make the digests.
     """
     num_bytes = sum(len(item.text.encode("utf-8")) for item in batch.items)
     kept, num_repeated = (batch.items, 0) if keep is None else keep(batch.items)
@@ -109,6 +114,7 @@ def chunk_of(batch: Batch, encoder: TextEncoder, keep: Keep | None, *, with_byte
         _joined([row.sizes for row in rows if row.sizes is not None], np.uint32) if with_bytes else None,
         num_bytes,
         num_repeated,
+        b"".join(digest(normalised(item.text)) for item in usable) if with_digests else None,
     )
 
 

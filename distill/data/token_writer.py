@@ -51,6 +51,8 @@ class TokenWriter:
             else:
                 self.tally.add_copy(*item.words)
             self.counts["num_bytes"] += item.num_bytes
+        if chunk.digests is not None:
+            self.streams[".digests"].write(chunk.digests)
         if len(chunk.ids):
             self._append(chunk)
 

@@ -50,8 +50,23 @@ def tokens_of(
         InputError: the text cannot be read, or an id has no row in the model.
         MachineError: the disk is full or not writable.
     """
-    if (tokens := read_tokens(path)) is not None:
-        return tokens
+    tokens = read_tokens(path) or _made(path, side, text, encoder, vocabulary_size, cleaner, replacer, repeats, world)
+    if side == "validation":
+        text.split.digests = path.with_suffix(".digests")
+    return tokens
+
+
+def _made(
+    path: Path,
+    side: str,
+    text: OneText,
+    encoder: TextEncoder,
+    vocabulary_size: int,
+    cleaner: Cleaner | None,
+    replacer: WordReplacer | None,
+    repeats: ValidationRepeats | None,
+    world: World | None,
+) -> TokenFile:
     validates = side == "validation"
     encoder = encoder.for_validation() if validates else encoder
     if validates or (world is not None and world.rank):
@@ -120,8 +135,7 @@ class _Kept:
 
     def prepare(self) -> None:
         """Read what the choice depends on, before other processes are forked."""
-        if not self.validates or self.text.data.validation is None:
-            self.text.split.prepare()
+        self.text.split.prepare(to_train=not self.validates)
         if self.cleaner is not None and not self.validates:
             self.cleaner.prepare()
 

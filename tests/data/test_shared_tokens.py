@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,12 +16,14 @@ from distill.core.forked import can_fork
 from distill.core.stored import CHECK
 from distill.core.world import SINGLE_PROCESS, World
 from distill.data import packing, shards, shared_tokens, token_workers
-from distill.data.base import Document, Rejected
+from distill.data.base import Document, Rejected, digest, normalised
 from distill.data.corpus import Corpus
 from distill.data.encoder import TextEncoder
+from distill.data.mixture_split import texts_of
 from distill.data.shards import Shards
 from distill.data.shared_tokens import SharedText
 from distill.data.spec import DataSpec
+from distill.data.split import Split
 from tests.data.chats import PLAIN, chat_tokenizer
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="forks are used on Linux alone")
@@ -123,12 +126,10 @@ def test_any_number_of_processes_writes_the_same_file_and_tokenizes_nothing_twic
     tokenized = [id for _, id in seen(log)]
     assert sorted(tokenized) == sorted(item.id for item in half(items)[0] if not isinstance(item, Rejected))
     assert len({process for process, _ in seen(log)}) == size, "each has done a part"
-    assert sorted(file.suffix for file in made.iterdir() if file.name != ".lock") == [
-        ".bin",
-        ".bounds",
-        ".bytes",
-        ".json",
-    ]
+    left = {file.name for file in made.iterdir()} - {".lock"}
+    assert left == {f"train-0.{kind}" for kind in ("bin", "bounds", "bytes", "digests", "json")}
+    used = [item for item in half(items)[0] if not isinstance(item, Rejected)]
+    assert (made / "train-0.digests").read_bytes() == b"".join(digest(normalised(item.text)) for item in used)
 
 
 def test_what_a_killed_process_has_finished_is_not_tokenized_again(tmp_path, tokenizer, text_of, alone):
@@ -242,5 +243,27 @@ def test_a_mixture_of_texts_and_chats_is_the_same_for_two_processes(tmp_path, te
     one, two = ({file.name: file for file in (tmp_path / place).iterdir()} for place in ("one", "two"))
     assert [*sorted(one)] == [*sorted(two)]
     for name, file in one.items():
-        if file.suffix in (".bin", ".bounds", ".learned", ".bytes"):
+        if file.suffix in (".bin", ".bounds", ".learned", ".bytes", ".digests"):
             assert file.read_bytes() == two[name].read_bytes(), name
+
+
+def test_what_is_validated_on_is_read_once(tmp_path, tokenizer, text_of, monkeypatch):
+    """Training leaves it out by the digests that are on disk, as reading all other sources would take long."""
+    for name in ("a", "b"):  # each has all texts of the other one
+        rows = [{"text": text_of(number)} for number in range(60)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = {name: {"kind": "jsonl", "path": str(tmp_path / f"{name}.jsonl")} for name in ("a", "b")}
+    more = {"sequence_length": 32, "held_out": 0.2}
+    data = DataSpec.model_validate({"train": {"kind": "mixture", "sources": sources}, **more})
+    with monkeypatch.context() as patched:
+        patched.setattr(Split, "validation", lambda self: pytest.fail("read once more"))
+        corpus = Corpus.open(data, tokenizer, tmp_path / "data", 0, 1000)
+    split, every = texts_of(data)[0].split, {text_of(number) for number in range(60)}
+    held_out = {text for text in every if split.is_held_out(Document("", text))}
+    for part in corpus.train.tokens.parts:
+        bounds, ids = part.tokens.bounds(), part.tokens.ids()
+        texts = {tokenizer.decode(ids[a : b - 1]) for a, b in pairwise(bounds)}
+        assert texts == every - held_out
+    alone = DataSpec.model_validate({"train": sources["a"], "validation": sources["b"], "sequence_length": 32})
+    with pytest.raises(InputError, match="empty corpus"):
+        Corpus.open(alone, tokenizer, tmp_path / "data", 0, 1000)

@@ -102,7 +102,7 @@ def test_the_rows_on_disk_are_bounded(stream):
     reader = StreamReader(stream)
     for position in range(1200):
         reader.rows(range(position, position + 1))
-        assert len([*stream.folder.glob("*.npy")]) <= AHEAD + BEHIND + 2  # one that is being deleted
+        assert len([*stream.folder.glob("*.bin")]) <= AHEAD + BEHIND + 2  # one that is being deleted
     reader.close()
     chain = StreamShards(stream).bounds()
     assert len(chain) > 2 * (AHEAD + BEHIND)
@@ -114,7 +114,7 @@ def test_going_on_reads_nothing_of_what_comes_before(stream, log):
     reader = StreamReader(stream)
     reader.rows(range(1000))
     reader.close()
-    for file in stream.folder.glob("*.npy"):  # as on another machine, or long ago
+    for file in stream.folder.glob("*.bin"):  # as on another machine, or long ago
         file.unlink()
     chain = StreamShards(stream).bounds()
     begin = next(first for first, stop in chain if stop > 900)
@@ -205,7 +205,7 @@ def test_what_is_wrong_with_the_text_reaches_those_who_read(tmp_path, tokenizer,
             read(strict, range(2000, 2001))
 
 
-@pytest.mark.parametrize("kind", ["json", "npy"])
+@pytest.mark.parametrize("kind", ["json", "bin"])
 def test_damaged_files_are_made_again(stream, kind):
     expected = first_rows(stream, 300)
     read(stream, range(250))
