@@ -38,6 +38,18 @@ CONTENDERS = (
 """In the order in which they are measured."""
 
 
+CRITERIA: dict[str, dict[str, Any]] = {
+    "wanda": {},
+    "activation, L2 over tokens": {"kind": "activation", "sequence": "l2"},
+    "fluctuation": {},
+    "activation": {},
+    "taylor": {},
+    "magnitude": {},
+    "random": {},
+}
+"""Criteria for MLP neurons, with their settings."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What a share leaves.

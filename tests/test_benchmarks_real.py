@@ -172,7 +172,7 @@ def test_all_parts_are_measured_once_and_told(
         "distill search",
         "distill depth",
     ]
-    arguments += ["--tasks", "arc_easy", "lambada", "--parts", "cuts", "curve", "int4"]
+    arguments += ["--tasks", "arc_easy", "lambada", "--parts", "cuts", "criteria", "curve", "int4"]
     arguments += ["--curve", "256", "--environments", f"{place}/environments"]
     options = real_models.arguments().parse_args(arguments)
     options.text = {"sequence_length": 64, "calibration_sequences": 4}
@@ -202,6 +202,7 @@ def test_all_parts_are_measured_once_and_told(
     asked = {row["contender"]: row["seeds"] for row in rows if row["table"] == "tasks"}
     assert asked == {"teacher": 1} | dict.fromkeys(ours, 2)
     assert len([row for row in rows if row["table"] == "pairs"]) == 7
+    assert {row["criterion"] for row in rows if row["table"] == "criteria"} == {*real_model_cuts.CRITERIA}
     assert [row["learns_from"] for row in rows if row["table"] == "curve"] == ["the uncut model", "the text alone"]
     assert [row["way"] for row in rows if row["table"] == "int4"] == ["rounded", "trained by distillation"]
     capsys.readouterr()
