@@ -164,14 +164,7 @@ def test_all_parts_are_measured_once_and_told(
     monkeypatch.setattr(real_model_arms, "TASKS", real_model_tasks.TASKS)
     arguments = ["--model", f"{place}/model", "--data", f"{place}/data", "--work", f"{place}/work"]
     arguments += ["--cuts", "0.72", "--tokens", "512", "--seeds", "2", "--limit", "6", "--validation-tokens", "512"]
-    arguments += [
-        "--contenders",
-        "distill width",
-        "optipfair width",
-        "distill width Taylor",
-        "distill search",
-        "distill depth",
-    ]
+    arguments += ["--contenders", *real_model_cuts.OURS, "optipfair width"]
     arguments += ["--tasks", "arc_easy", "lambada", "--parts", "cuts", "criteria", "curve", "int4"]
     arguments += ["--curve", "256", "--environments", f"{place}/environments"]
     options = real_models.arguments().parse_args(arguments)
@@ -201,7 +194,7 @@ def test_all_parts_are_measured_once_and_told(
     assert all(trained[name]["kl_to_teacher"]["mean"] != cut[name]["kl_to_teacher"] for name in ours)
     asked = {row["contender"]: row["seeds"] for row in rows if row["table"] == "tasks"}
     assert asked == {"teacher": 1} | dict.fromkeys(ours, 2)
-    assert len([row for row in rows if row["table"] == "pairs"]) == 7
+    assert len([row for row in rows if row["table"] == "pairs"]) == 9
     assert {row["criterion"] for row in rows if row["table"] == "criteria"} == {*real_model_cuts.CRITERIA}
     assert [row["learns_from"] for row in rows if row["table"] == "curve"] == ["the uncut model", "the text alone"]
     assert [row["way"] for row in rows if row["table"] == "int4"] == ["rounded", "trained by distillation"]
