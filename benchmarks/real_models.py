@@ -122,7 +122,9 @@ def _write(options: argparse.Namespace, rows: list[dict[str, Any]], folder: Path
             f"Forward KL on {options.tokens:,} tokens in steps of {BATCH_SIZE} rows of 512, learning rate {LR:g} for "
             "all contenders, which was not tuned for any of them.",
             "The training text holds no item of the tasks and no validation text (`data.clean.decontaminate`).",
-            f"Tasks: {options.limit} questions each, drawn with seed 0, the same for all models.",
+            f"Tasks: {options.limit} questions each, drawn with seed 0, the same for all models."
+            if any(row["table"] == "tasks" for row in rows)
+            else "The tasks are not asked yet.",
             *real_model_rows.missing(rows, options.cuts, options.contenders),
         ],
         folder=folder,

@@ -117,7 +117,7 @@ def test_models_are_compared_on_the_same_questions() -> None:
     assert pairs["teacher", "optipfair width"]["finding"] == "no difference shown"
     assert pairs["distill width", "optipfair width"]["finding"] == "better"
     (note,) = real_model_rows.missing(rows, [0.72], ["distill width", "soup shrink", "distill depth"])
-    assert note == "Not measured yet: distill depth at 72 %."
+    assert note == "Not trained yet: distill depth at 72 %."
     assert real_model_rows.missing(rows, [0.72], ["distill width", "soup shrink"]) == []
 
 
