@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import real_model_rows
 from benchmarks.matrix import Cell, Matrix, Unfinished
-from benchmarks.real_model_cuts import OURS, Sizes, sizes, stage
+from benchmarks.real_model_cuts import CRITERIA, OURS, Sizes, sizes, stage
 from benchmarks.real_model_peers import RECORD, Asked, Peer, attempt
 from benchmarks.real_model_tasks import TASKS, section, tasks
 from distill.core.artifact import write_text
@@ -181,6 +181,18 @@ class RealModels:
         figures = self.trained(name, cut, seed, self.options.tokens)
         answers = self.ask(f"{cell}/answers", str(self.folder / cell / "trained" / "model"))
         return real_model_rows.Measured(name, cut, seed, figures, answers)
+
+    def criteria(self) -> Iterator[dict[str, Any]]:
+        """A row per criterion for MLP neurons, before training, at the first cut."""
+        cut = self.options.cuts[0]
+        for name, settings in CRITERIA.items():
+            keep = {"intermediate_size": self.sizes(cut).intermediate_size}
+            prune = {"kind": "prune", "keep": keep, "mlp_criterion": {"kind": name} | settings}
+            stages = {"prune": prune, "evaluate": {"models": ["prune"], "speed": None}}
+            with suppress(Unfinished):
+                figures = self.quality.run(Cell(place(f"criteria {name.replace(',', '')}", cut), stages))["prune"]
+                row = {"table": "criteria", "kept": round(100 * cut), "criterion": name}
+                yield row | {key: figures[key] for key in real_model_rows.FIGURES}
 
     def curve(self) -> Iterator[dict[str, Any]]:
         """A row per budget and method, of the first contender at the first cut."""

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 SHARES = (0.85, 0.72, 0.55)
-WIDTH, TAYLOR, SEARCH, DEPTH = "distill width", "distill width Taylor", "distill search", "distill depth"
-OURS = (WIDTH, TAYLOR, SEARCH, DEPTH)
-"""MLP neurons by the default criterion and by gradients; a search by gradients; layers by the default criterion."""
+WIDTH, SOLVED, TAYLOR = "distill width", "distill width reconstructed", "distill width Taylor"
+SEARCH, DEPTH = "distill search", "distill depth"
+OURS = (WIDTH, SOLVED, TAYLOR, SEARCH, DEPTH)
+"""MLP neurons by the default criterion, the same with recomputed output projections (``prune.reconstruct``), and by
+gradients; a search by gradients; layers by the default criterion."""
 PEERS: dict[str, str] = {
     "optipfair width": "optipfair",
     "optipfair depth": "optipfair",
@@ -35,7 +37,19 @@ CONTENDERS = (
     SEARCH,
     "Model-Optimizer width",
 )
-"""In the order in which they are measured."""
+"""Those that are measured unless others are named, in this order. Reconstruction takes longer than the training."""
+
+
+CRITERIA: dict[str, dict[str, Any]] = {
+    "wanda": {},
+    "activation, L2 over tokens": {"kind": "activation", "sequence": "l2"},
+    "fluctuation": {},
+    "activation": {},
+    "taylor": {},
+    "magnitude": {},
+    "random": {},
+}
+"""Criteria for MLP neurons, with their settings."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +95,9 @@ def stage(contender: str, wanted: Sizes, search: Mapping[str, Any]) -> dict[str,
         wanted: the sizes.
         search: keys of ``prune.search`` besides the budget.
     """
-    if contender in (WIDTH, TAYLOR):
-        criterion = {"criterion": "taylor"} if contender == TAYLOR else {}
-        return {"kind": "prune", "keep": {"intermediate_size": wanted.intermediate_size}, **criterion}
+    if contender in (WIDTH, SOLVED, TAYLOR):
+        more = {SOLVED: {"reconstruct": {"num_sequences": 16}}, TAYLOR: {"criterion": "taylor"}}
+        return {"kind": "prune", "keep": {"intermediate_size": wanted.intermediate_size}, **more.get(contender, {})}
     if contender == DEPTH:
         return {"kind": "prune", "keep": {"num_hidden_layers": wanted.num_hidden_layers}}
     budget = {"non_embedding_parameters": wanted.non_embedding_parameters}

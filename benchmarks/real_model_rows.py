@@ -66,7 +66,7 @@ def rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
 
 
 def missing(made: Sequence[Mapping[str, Any]], cuts: Sequence[float], contenders: Sequence[str]) -> list[str]:
-    """A note on the contenders that no training of a cut has measured yet; none if all are measured.
+    """A note on the contenders that are not trained yet at a cut; none if all are.
 
     Args:
         made: rows of :func:`rows`.
@@ -76,7 +76,7 @@ def missing(made: Sequence[Mapping[str, Any]], cuts: Sequence[float], contenders
     done = {(row["kept"], row["contender"]) for row in made if row["table"] in ("trained", "failed")}
     left = {cut: [name for name in contenders if (round(100 * cut), name) not in done] for cut in cuts}
     named = [f"{', '.join(names)} at {100 * cut:.0f} %" for cut, names in left.items() if names]
-    return [f"Not measured yet: {'; '.join(named)}."] if named else []
+    return [f"Not trained yet: {'; '.join(named)}."] if named else []
 
 
 def curve_row(name: str, cut: float, num_tokens: int, kind: str, seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

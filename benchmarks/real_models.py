@@ -9,8 +9,9 @@ divergence and agreement with the uncut model, and the accuracy on eight tasks, 
 
 MODEL: folder of SmolLM2-135M-Instruct. DATA: see :mod:`benchmarks.real_model_tasks`. The environments of the other
 libraries are made below WORK when they are not there, which needs a package index. Each finished training is kept, and
-the result is written again after it. ``--only-finished`` writes it from what is finished so far. ``--parts curve``
-trains one cut for longer, with and without a teacher; ``--parts int4`` quantizes the model with and without training.
+the result is written again after it. ``--only-finished`` writes it from what is finished so far. ``--parts
+criteria`` compares distill's criteria before training, ``curve`` trains one cut for longer, with and without a teacher,
+and ``int4`` quantizes the model with and without training.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ from benchmarks.real_model_cuts import CONTENDERS, OURS, PEERS
 from benchmarks.real_model_tasks import TASKS
 from distill.core.errors import DistillError
 
-PARTS = {"cuts": ("cut", "failed", "trained", "tasks", "pairs"), "curve": ("curve",), "int4": ("int4",)}
+PARTS = {
+    "cuts": ("cut", "failed", "trained", "tasks", "pairs"),
+    "criteria": ("criteria",),
+    "curve": ("curve",),
+    "int4": ("int4",),
+}
 """Part -> tables of its rows."""
 
 
@@ -86,12 +92,9 @@ def measure(options: argparse.Namespace, folder: Path = result.FOLDER) -> list[d
         for one in models.arms():
             measured.append(one)
             write()
-    if "curve" in options.parts:
-        for row in models.curve():
-            others.append(row)
-            write()
-    if "int4" in options.parts:
-        for row in models.int4():
+    more = {"criteria": models.criteria, "curve": models.curve, "int4": models.int4}
+    for part in (part for part in more if part in options.parts):
+        for row in more[part]():
             others.append(row)
             write()
     return write()
@@ -119,7 +122,9 @@ def _write(options: argparse.Namespace, rows: list[dict[str, Any]], folder: Path
             f"Forward KL on {options.tokens:,} tokens in steps of {BATCH_SIZE} rows of 512, learning rate {LR:g} for "
             "all contenders, which was not tuned for any of them.",
             "The training text holds no item of the tasks and no validation text (`data.clean.decontaminate`).",
-            f"Tasks: {options.limit} questions each, drawn with seed 0, the same for all models.",
+            f"Tasks: {options.limit} questions each, drawn with seed 0, the same for all models."
+            if any(row["table"] == "tasks" for row in rows)
+            else "The tasks are not asked yet.",
             *real_model_rows.missing(rows, options.cuts, options.contenders),
         ],
         folder=folder,

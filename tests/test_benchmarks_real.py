@@ -117,7 +117,7 @@ def test_models_are_compared_on_the_same_questions() -> None:
     assert pairs["teacher", "optipfair width"]["finding"] == "no difference shown"
     assert pairs["distill width", "optipfair width"]["finding"] == "better"
     (note,) = real_model_rows.missing(rows, [0.72], ["distill width", "soup shrink", "distill depth"])
-    assert note == "Not measured yet: distill depth at 72 %."
+    assert note == "Not trained yet: distill depth at 72 %."
     assert real_model_rows.missing(rows, [0.72], ["distill width", "soup shrink"]) == []
 
 
@@ -164,15 +164,8 @@ def test_all_parts_are_measured_once_and_told(
     monkeypatch.setattr(real_model_arms, "TASKS", real_model_tasks.TASKS)
     arguments = ["--model", f"{place}/model", "--data", f"{place}/data", "--work", f"{place}/work"]
     arguments += ["--cuts", "0.72", "--tokens", "512", "--seeds", "2", "--limit", "6", "--validation-tokens", "512"]
-    arguments += [
-        "--contenders",
-        "distill width",
-        "optipfair width",
-        "distill width Taylor",
-        "distill search",
-        "distill depth",
-    ]
-    arguments += ["--tasks", "arc_easy", "lambada", "--parts", "cuts", "curve", "int4"]
+    arguments += ["--contenders", *real_model_cuts.OURS, "optipfair width"]
+    arguments += ["--tasks", "arc_easy", "lambada", "--parts", "cuts", "criteria", "curve", "int4"]
     arguments += ["--curve", "256", "--environments", f"{place}/environments"]
     options = real_models.arguments().parse_args(arguments)
     options.text = {"sequence_length": 64, "calibration_sequences": 4}
@@ -201,7 +194,8 @@ def test_all_parts_are_measured_once_and_told(
     assert all(trained[name]["kl_to_teacher"]["mean"] != cut[name]["kl_to_teacher"] for name in ours)
     asked = {row["contender"]: row["seeds"] for row in rows if row["table"] == "tasks"}
     assert asked == {"teacher": 1} | dict.fromkeys(ours, 2)
-    assert len([row for row in rows if row["table"] == "pairs"]) == 7
+    assert len([row for row in rows if row["table"] == "pairs"]) == 9
+    assert {row["criterion"] for row in rows if row["table"] == "criteria"} == {*real_model_cuts.CRITERIA}
     assert [row["learns_from"] for row in rows if row["table"] == "curve"] == ["the uncut model", "the text alone"]
     assert [row["way"] for row in rows if row["table"] == "int4"] == ["rounded", "trained by distillation"]
     capsys.readouterr()
