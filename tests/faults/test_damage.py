@@ -40,6 +40,6 @@ def test_nothing_damaged_is_taken_without_a_word(
 def test_a_damage_that_is_taken_without_a_word_would_be_found(
     damages: Damages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distill.core.run.changes", lambda *given, **named: [])
+    monkeypatch.setattr("distill.core.run_folder.changes", lambda *given, **named: [])
     [case] = damages.under(Path("evaluate/rows.json"), "one number edited", (REPORT,))
     assert case.outcome == "silent", case.said
