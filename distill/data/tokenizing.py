@@ -76,7 +76,7 @@ def _made(
         items, total = _items(text, cleaner, validates=validates)
         if repeats is not None:
             items = repeats.watched(items, found)
-        if replacer is not None:
+        if replacer is not None and not validates:
             items = replacer.with_copies(items)
             total = None if total is None else total * (1 + replacer.spec.copies)
         tokens = write_tokens(

@@ -76,10 +76,11 @@ def architecture_of(folder: Path, config: PretrainedConfig) -> Architecture:
         )
     architecture = ARCHITECTURES[kind]
     head_dim, heads = head_dim_of(config), config.num_attention_heads
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    key = "hidden_activation" if getattr(config, "hidden_activation", None) else "hidden_act"
+    activation = getattr(config, key)
     rope, scale = rope_of(config), getattr(config, "query_pre_attn_scalar", head_dim)
     wrong = [
-        (activation != architecture.activation, f"activation {activation!r}, expected {architecture.activation!r}"),
+        (activation != architecture.activation, f"{key} {activation!r}, expected {architecture.activation!r}"),
         (
             not architecture.windows and window_of(config) is not None,
             f"sliding_window {window_of(config)}, expected null",

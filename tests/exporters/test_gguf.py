@@ -411,7 +411,7 @@ def test_a_full_model_can_be_rounded_and_says_so(
 
 @pytest.mark.parametrize(("name", "change", "message"), [
     ("llama", {"model_type": "gpt2"}, "model_type 'gpt2' cannot be written as GGUF"),
-    ("llama", {"hidden_act": "gelu"}, "activation 'gelu', expected 'silu'"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu', expected 'silu'"),
     ("mistral_wide_heads", {"sliding_window": 8}, "sliding_window 8, expected null"),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'yarn'"),
     ("qwen2", {"hidden_size": 128}, "num_attention_heads 4 x head_dim 16"),

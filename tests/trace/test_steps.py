@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 from torch import Tensor
@@ -52,8 +52,9 @@ class OnTheCPU(ForwardKL):
 
     kind: Literal["forward_kl"] = "forward_kl"
 
-    def in_place(self, tile: LogitTile) -> Any:
-        return None
+    @property
+    def has_in_place(self) -> bool:
+        return False
 
     def value_and_gradient(self, tile: LogitTile) -> tuple[Tensor, Tensor]:
         value, gradient = super().value_and_gradient(tile)
