@@ -14,10 +14,11 @@ from typing import Any
 
 SHARES = (0.85, 0.72, 0.55)
 WIDTH, SOLVED, TAYLOR = "distill width", "distill width reconstructed", "distill width Taylor"
+RANGE = "distill width range"
 SEARCH, DEPTH = "distill search", "distill depth"
-OURS = (WIDTH, SOLVED, TAYLOR, SEARCH, DEPTH)
-"""MLP neurons by the default criterion, the same with recomputed output projections (``prune.reconstruct``), and by
-gradients; a search by gradients; layers by the default criterion."""
+OURS = (WIDTH, RANGE, SOLVED, TAYLOR, SEARCH, DEPTH)
+"""MLP neurons by the default criterion, by ``weight_range``, by the default with recomputed output projections
+(``prune.reconstruct``), and by gradients; a search by gradients; layers by the default criterion."""
 PEERS: dict[str, str] = {
     "optipfair width": "optipfair",
     "optipfair depth": "optipfair",
@@ -28,6 +29,7 @@ PEERS: dict[str, str] = {
 """Contender -> environment in which it cuts."""
 CONTENDERS = (
     WIDTH,
+    RANGE,
     "optipfair width",
     "Torch-Pruning width",
     TAYLOR,
@@ -41,6 +43,7 @@ CONTENDERS = (
 
 
 CRITERIA: dict[str, dict[str, Any]] = {
+    "weight_range": {},
     "wanda": {},
     "activation, L2 over tokens": {"kind": "activation", "sequence": "l2"},
     "fluctuation": {},
@@ -95,8 +98,9 @@ def stage(contender: str, wanted: Sizes, search: Mapping[str, Any]) -> dict[str,
         wanted: the sizes.
         search: keys of ``prune.search`` besides the budget.
     """
-    if contender in (WIDTH, SOLVED, TAYLOR):
-        more = {SOLVED: {"reconstruct": {"num_sequences": 16}}, TAYLOR: {"criterion": "taylor"}}
+    if contender in (WIDTH, RANGE, SOLVED, TAYLOR):
+        more: dict[str, dict[str, Any]] = {RANGE: {"criterion": "weight_range"}}
+        more |= {SOLVED: {"reconstruct": {"num_sequences": 16}}, TAYLOR: {"criterion": "taylor"}}
         return {"kind": "prune", "keep": {"intermediate_size": wanted.intermediate_size}, **more.get(contender, {})}
     if contender == DEPTH:
         return {"kind": "prune", "keep": {"num_hidden_layers": wanted.num_hidden_layers}}

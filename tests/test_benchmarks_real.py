@@ -157,6 +157,7 @@ def place(tmp_path: Path, tiny_folders: list[Path]) -> Path:
     return tmp_path
 
 
+@pytest.mark.exhaustive
 def test_all_parts_are_measured_once_and_told(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -328,6 +328,7 @@ def test_the_python_api_runs_no_code(plain: Path, tmp_path: Path, terminal: Term
         assert not terminal.ran.exists()
 
 
+@pytest.mark.exhaustive
 def test_real_processes_with_yes_on_their_input(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ran, place = tmp_path / "ran", Path(shutil.copytree(plain, tmp_path / "teacher"))

@@ -11,6 +11,7 @@ from distill.pruning.base import CriterionSpec
 from distill.pruning.activation import Activation
 from distill.pruning.fluctuation import Fluctuation
 from distill.pruning.wanda import Wanda
+from distill.pruning.weight_range import WeightRange
 from distill.pruning.taylor import Taylor
 from distill.pruning.magnitude import Magnitude
 from distill.pruning.random import Random

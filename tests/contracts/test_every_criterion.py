@@ -147,7 +147,8 @@ def test_the_model_is_left_as_it_was(name, model, rows):
 
 
 def test_all_who_only_watch_share_one_pass(model, rows):
-    names = ["activation", "activation_l2", "fluctuation", "wanda", "block_influence", "magnitude", "random"]
+    names = ["activation", "activation_l2", "fluctuation", "wanda", "weight_range", "block_influence"]
+    names += ["magnitude", "random"]
     alone = [scored(name, model, [rows]) for name in names]
     passes = []
     handle = model.model.register_forward_hook(lambda *_: passes.append(1))
@@ -182,7 +183,8 @@ def test_every_architecture_is_scored_on_the_axes_that_it_has(kind, architecture
 
     sizes = layout.sizes(whole.config.to_dict())
     assert set(criterion.axes) <= set(AXES)
-    unscored = {"mlp_neurons"} if "experts" in sizes and kind in ("fluctuation", "wanda", "taylor") else set()
+    of_dense = ("fluctuation", "wanda", "weight_range", "taylor")
+    unscored = {"mlp_neurons"} if "experts" in sizes and kind in of_dense else set()
     assert set(first.tensors()) == {axis for axis in criterion.axes if axis in sizes} - unscored
     for axis, tensor in first.tensors().items():
         rows = () if axis in ("hidden_channels", "layers") else (sizes["layers"],)

@@ -44,6 +44,7 @@ def losses(run: Path) -> list[float]:
     return [row["train/cross_entropy"] for row in read_rows(run / "train") if "lr" in row]
 
 
+@pytest.mark.exhaustive
 def test_a_short_cut_is_waited_for_and_a_long_one_ends_both_sides(
     workers: Workers, machines: Machines, chaos: Path, tmp_path: Path
 ) -> None:

@@ -23,12 +23,15 @@ def resumes(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Resum
 @pytest.mark.parametrize(
     "cell",
     [
-        Cell("QAT, learned scales", "stream", killed="epoch's edge", micro_batches=1, num_workers=2),
+        pytest.param(
+            Cell("QAT, learned scales", "stream", killed="epoch's edge", micro_batches=1, num_workers=2),
+            marks=EXHAUSTIVE,
+        ),
         pytest.param(Cell("LoRA, its own teacher", "by length", killed="mid-epoch"), marks=EXHAUSTIVE),
         pytest.param(Cell("cached teacher", "padded", killed="epoch's edge", num_workers=2), marks=EXHAUSTIVE),
         pytest.param(Cell("own sequences", "documents", killed="mid-epoch", micro_batches=1), marks=EXHAUSTIVE),
         pytest.param(Cell("inner states", "by loss", "2, ddp", killed="mid-epoch"), marks=EXHAUSTIVE),
-        Cell("own sequences", "chat", killed="mid-epoch", num_workers=2),
+        pytest.param(Cell("own sequences", "chat", killed="mid-epoch", num_workers=2), marks=EXHAUSTIVE),
         Cell("cached teacher", "mixture", "2, ddp", killed="epoch's edge", num_workers=2),
     ],
     ids=lambda cell: f"{cell.trained} {cell.data}",
@@ -44,6 +47,7 @@ def test_another_training_is_told_apart(resumes: Resumes, tmp_path: Path) -> Non
     assert differing(tmp_path / "wet", tmp_path / "dry") == "model.safetensors"
 
 
+@pytest.mark.exhaustive
 def test_one_process_goes_on_where_two_were(resumes: Resumes) -> None:
     moved = resumes.moved([Cell(data="chat", world="2, ddp", dropout=False), Cell(data="chat", dropout=False)])
     assert moved == Moved(other_rows=0, loss_difference=pytest.approx(0, abs=1e-5))

@@ -19,7 +19,7 @@ FILES = {".bin", ".bounds", ".bytes"}
 
 @pytest.fixture(scope="module")
 def slow_workers() -> Iterator[Workers]:
-    with Workers(also=["tests.faults.small_shards"]) as started:
+    with Workers(patches=["tests.faults.small_shards"]) as started:
         yield started
 
 

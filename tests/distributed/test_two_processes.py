@@ -195,6 +195,7 @@ def test_a_preempted_rank_saves_for_all_and_two_go_on_to_the_last_bit(
     assert trained(pruned) == trained(together)
 
 
+@pytest.mark.exhaustive
 def test_shards_are_taken_up_by_two_and_by_one(
     workers: Workers, quickstart: Path, pruned: Path, alone: Path, tmp_path: Path
 ) -> None:

@@ -125,7 +125,8 @@ def test_gpt2s_layers_are_linear_too(tmp_path: Path, tokenizer: PreTrainedTokeni
     model.save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
     Onnx().export(tmp_path / "gpt2", tmp_path / "out", title="small")
-    assert 0 < Onnx().verify(model, tmp_path / "out", batches).kl < 0.02
+    # processors without dot products of 8 bits round more
+    assert 0 < Onnx().verify(model, tmp_path / "out", batches).kl < 0.05
 
 
 def test_a_mixture_is_refused_in_one_line(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, batches: Batches) -> None:

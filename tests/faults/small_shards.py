@@ -1,4 +1,4 @@
-"""Preloaded where runs of seconds must tokenize in many shards: small ones, taken slowly, and written down by whom."""
+"""Imported where runs of seconds must tokenize in many shards: small ones, taken slowly, and written down by whom."""
 
 from __future__ import annotations
 

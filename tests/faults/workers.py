@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -79,9 +80,12 @@ class Workers:
 
     Args:
         also: modules that runs need besides those of :mod:`~tests.faults.preloaded`.
+        patches: modules that change the package when they are imported, in the processes of runs only: the server is
+            the same for all objects of this class.
     """
 
-    def __init__(self, also: Sequence[str] = ()) -> None:
+    def __init__(self, also: Sequence[str] = (), patches: Sequence[str] = ()) -> None:
+        self._patches = list(patches)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.faults.preloaded", *also])
         self._started: list[World] = []
@@ -123,7 +127,7 @@ class Workers:
             fault = kill if rank == victim else None
             seen = trace / f"rank-{rank}.txt" if trace is not None else None
             process = self._context.Process(
-                target=_work, args=(place, list(arguments), str(logs[-1]), fault, seen, namespace)
+                target=_work, args=(place, list(arguments), str(logs[-1]), fault, seen, namespace, self._patches)
             )
             process.start()
             processes.append(process)
@@ -203,6 +207,7 @@ def _run(
     kill: Kill | Signal | None,
     trace: Path | None,
     namespace: str | None,
+    patches: list[str],
 ) -> None:
     """Take its place, speak into its log, run the command line."""
     import torch
@@ -219,6 +224,8 @@ def _run(
         kill.arm()
     if trace is not None:
         _trace(trace)
+    for module in patches:
+        import_module(module)
     sys.argv = ["distill", *arguments]
     main()
 

@@ -1,11 +1,11 @@
-"""Wanda and fluctuation against sums over every token and weight, in fp64."""
+"""Wanda, fluctuation and weight range against sums over every token and weight, in fp64."""
 
 import copy
 
 import pytest
 import torch
 
-from distill.pruning import Fluctuation, Wanda
+from distill.pruning import Fluctuation, Wanda, WeightRange
 from distill.pruning.criterion_statistics import Statistics
 from distill.pruning.observe import ModuleIO, TokenMask
 
@@ -62,3 +62,16 @@ def test_a_large_mean_does_not_drown_the_variance(layout):
     tokens, total, squares = (statistics[f"{path} {name}"] for name in ("tokens", "sum", "squares"))
     got = (squares / tokens - (total / tokens) ** 2).item()
     assert got == pytest.approx(values.var(correction=0).item(), rel=0.02)
+
+
+def test_weight_range_equals_the_naive_computation(model, layout, batches):
+    model = copy.deepcopy(model).double()
+    tokens, _ = columns(model, batches, lambda layer: layer.mlp.down_proj)
+    mlp = model.model.layers[1].mlp
+    rows = [mlp.gate_proj.weight.tolist(), mlp.up_proj.weight.tolist(), mlp.down_proj.weight.T.tolist()]
+    ranges = [[max(row) + abs(min(row)) for row in matrix] for matrix in rows]
+    reach = [sum(found[j] / max(found) for found in ranges) for j in range(tokens.shape[1])]
+    expected = [r * sum(a * a for a in tokens[:, j].tolist()) ** 0.5 for j, r in enumerate(reach)]
+    scores = WeightRange().score(model, layout, batches)
+    torch.testing.assert_close(scores.mlp_neurons[1].tolist(), expected, rtol=1e-5, atol=0)
+    assert scores.attention_heads is None

@@ -47,7 +47,15 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
     return shown, names["folder"]
 
 
-@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+LONG = {"01_quickstart", "04_quantize_and_ship"}
+"""Those that ``make test-all`` runs."""
+
+
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(file, marks=pytest.mark.exhaustive) if file.stem in LONG else file for file in NOTEBOOKS],
+    ids=lambda file: file.stem,
+)
 def test_a_notebook_runs(
     file: Path, first: tuple[list[Any], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -20,12 +20,16 @@ FILES = sorted(FOLDER.rglob("*.yaml"))
 HEAVY = ("torch", "transformers", "datasets", "lightning", "pytorch_lightning", "peft", "wandb")
 
 VARIANTS = {file.stem for file in FILES if file.stem.endswith("-control")} | {
+    "cached-teacher",
     "csv-columns",
+    "distilbert-style",
+    "iterative",
     "llama-3.1-8b-to-4b-depth",
     "mistral-nemo-12b-to-8b",
     "sst2-minilm-3-layers",
+    "trec-minilm-3-layers",
 }
-"""Recipes that differ from another one in few keys; ``make test-all`` runs them as well."""
+"""Recipes that differ from another one in few keys, or whose stages others run too; ``make test-all`` runs them."""
 
 each = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 

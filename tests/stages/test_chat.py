@@ -282,7 +282,7 @@ def test_a_teacher_that_never_ends_a_turn_so_is_refused_for_own_turns(
 ) -> None:
     teacher = make_model(tmp_path / "teacher", chats.PLAIN, "<|end|>")
     own = f"{{kind: distill, student: {folder / 'student'}, num_steps: 1, batch_size: 2, on_policy: {{}}}}"
-    with pytest.raises(InputError, match=r"the chat template ends a turn with token \d+, the teacher with \d+, so own"):
+    with pytest.raises(InputError, match=r"ends a turn with token \d+, the teacher with \d+, so its own samples"):
         run(
             recipe(f"stages={{own: {own}}}", "data.sequence_length=256", teacher=teacher),
             tmp_path / "run",

@@ -89,6 +89,7 @@ def test_it_trains_the_same_weights_and_a_kill_changes_no_bit(
             assert ((straight[name].unflatten(1, (-1, 4)) != 0).sum(-1) == 2).all()
 
 
+@pytest.mark.exhaustive
 @needs_compiler
 def test_machine_code_gives_the_same_gradient(module: Any, batch: Any) -> None:
     distilled = module()
