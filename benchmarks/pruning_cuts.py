@@ -26,7 +26,7 @@ SHAPES: dict[int, dict[str, dict[str, int]]] = {
 """Percentage of the parameters outside the embeddings -> shape -> sizes to keep; the teacher has 192, 384, 6 heads and
 8 layers. Pruning the MLP alone cannot remove three quarters. With two layers, every criterion keeps the first and the
 last."""
-WIDTH_CRITERIA = ("activation", "fluctuation", "wanda", "taylor", "magnitude", "random")
+WIDTH_CRITERIA = ("activation", "fluctuation", "wanda", "weight_range", "taylor", "magnitude", "random")
 DEPTH_CRITERIA: dict[str, dict[str, Any]] = {
     "block_influence": {},
     "block_influence contiguous": {"kind": "block_influence"},
@@ -92,8 +92,10 @@ def cuts(share: int, seeds: range = range(NUM_CHANCES)) -> dict[str, dict[str, A
                     )
             continue
         for name in WIDTH_CRITERIA:
-            # these two criteria do not score hidden channels, which are chosen by the default criterion
-            key = "mlp_criterion" if name in ("fluctuation", "wanda") else "criterion"
+            if name == "weight_range" and "intermediate_size" not in keep:
+                continue  # it scores only MLP neurons
+            # these criteria do not score hidden channels, which are chosen by the default criterion
+            key = "mlp_criterion" if name in ("fluctuation", "wanda", "weight_range") else "criterion"
             found |= _each(f"{shape} {name}", {"keep": keep}, key, {"kind": name}, seeds)
     return found
 
