@@ -49,40 +49,39 @@ class WeightRange(CriterionSpec):
 
     def compute_scores(self, model: nn.Module, layout: Layout, statistics: Statistics) -> Scores:
         """See :meth:`CriterionSpec.compute_scores`."""
-        import torch
-
         if layout.mlp_down is None:
             return Scores()
         config = config_of(model)
         sizes = layout.sizes(config)
-        reach = torch.zeros(sizes["layers"], sizes["mlp_neurons"], dtype=torch.float64)
+        squares = [statistics[layout.mlp_down.format(layer=i)] for i in range(sizes["layers"])]  # fp64 [neurons] each
+        reach = [0 * one for one in squares]
         for name, layer, parameter in layout.named_parameters(config):
             for dim, dimension in enumerate(parameter.axes):
                 for span in (span for span in spans(dimension, sizes) if span.axis == "mlp_neurons"):
                     weight = model.get_parameter(name).detach()
                     if weight.ndim == 2 and layer is not None:
                         own = weight.narrow(dim, span.start, span.length).movedim(dim, 0)  # [neurons, hidden]
-                        reach[layer] += relative_range(own).cpu().double()
-        squares = torch.stack([statistics[layout.mlp_down.format(layer=i)] for i in range(sizes["layers"])])
-        return Scores(mlp_neurons=weight_range(squares, reach.to(squares.device)).float())
+                        reach[layer] += relative_range(own).to(squares[layer])
+        scores = squares[0].new_empty((sizes["layers"], sizes["mlp_neurons"]))
+        for layer, (one, far) in enumerate(zip(squares, reach, strict=True)):
+            scores[layer] = weight_range(one, far)
+        return Scores(mlp_neurons=scores.float())
 
 
 def weight_range(squares: Tensor, reach: Tensor) -> Tensor:
     """Score of each neuron: the norm of its activation times the summed ranges of its weights.
 
     Args:
-        squares: sum of squares over tokens, [layers, neurons].
-        reach: sum over the matrices of the MLP of :func:`relative_range`, [layers, neurons].
+        squares: sum of squares over tokens, [neurons].
+        reach: sum over the matrices of the MLP of :func:`relative_range`, [neurons].
 
     Returns:
-        [layers, neurons].
+        [neurons].
     """
     return squares.sqrt() * reach
 
 
 def relative_range(weight: Tensor) -> Tensor:
     """Range of each neuron's weights, as a fraction of the largest one: [neurons, hidden] -> [neurons]."""
-    import torch
-
     found = weight.amax(1).float() + weight.amin(1).float().abs()
-    return found / found.max().clamp(min=torch.finfo(torch.float32).tiny)
+    return found / found.max().clamp(min=1e-38)
