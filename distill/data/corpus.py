@@ -41,7 +41,7 @@ from distill.data.stream_shards import RULE as RULE_OF_STREAMS
 from distill.data.token_encoder import TokenEncoder
 from distill.data.token_writer import token_too_large
 from distill.data.tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
-from distill.data.tokenizing import tokens_of
+from distill.data.tokenizing import Tokenizing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -325,12 +325,12 @@ def _opened(
         key = key if text.others is None else hash_of(key, text.others)
         # validation rows stay as they are
         keys[text.name] = {"validation": key, "train": hash_of(key, *more) if more else key}
+    tokenizing = Tokenizing(encoder, vocabulary_size, cleaner, replacer, repeats, world)
     found: dict[str, dict[str, TokenFile]] = {text.name: {} for text in texts}
     for side in reversed(sides):  # what any of them validates on, none of them trains on
         for text in texts:
             file = folder / f"{text.key(side)}-{keys[text.name][side]}.bin"
-            made_of = tokens_of(file, side, text, encoder, vocabulary_size, cleaner, replacer, repeats, world)
-            found[text.name][side] = made_of
+            found[text.name][side] = tokenizing.tokens_of(file, side, text)
     made: dict[str, tuple[str, dict[str, TokenFile]]] = {}
     for text in texts:
         tokens = {side: found[text.name][side] for side in sides}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from distill.core.world import World
@@ -21,104 +22,95 @@ from distill.data.replace_words import WordReplacer
 from distill.data.shared_tokens import SharedText
 
 
-def tokens_of(
-    path: Path,
-    side: str,
-    text: OneText,
-    encoder: TextEncoder,
-    vocabulary_size: int,
-    cleaner: Cleaner | None,
-    replacer: WordReplacer | None,
-    repeats: ValidationRepeats | None,
-    world: World | None,
-) -> TokenFile:
-    """One side of a text as tokens, read where they are there and else made.
+@dataclass(frozen=True)
+class Tokenizing:
+    """How the sides of a text become tokens.
 
-    Args:
-        path: the ``.bin`` file.
-        side: ``"train"`` or ``"validation"``.
-        text: a source with its split.
+    Attributes:
         encoder: text to ids.
         vocabulary_size: every id must be below it.
         cleaner: leaves rows of the training side out; None: all stay.
-        replacer: adds copies to it; None: there are none.
-        repeats: counts its documents that nearly repeat validation text, on the first process; None: they are not.
-        world: the processes that ask for it at once and make a part each; None: this one makes it alone, and holds the
-            lock on the folder.
-
-    Raises:
-        InputError: the text cannot be read, or an id has no row in the model.
-        MachineError: the disk is full or not writable.
+        replacer: adds copies to the training side; None: there are none.
+        repeats: counts training documents that nearly repeat validation text, on the first process; None: not counted.
+        world: the processes that tokenize a part each; None: only this one, which holds the lock on the folder.
     """
-    tokens = read_tokens(path) or _made(path, side, text, encoder, vocabulary_size, cleaner, replacer, repeats, world)
-    if side == "validation":
-        text.split.digests = path.with_suffix(".digests")
-    return tokens
 
+    encoder: TextEncoder
+    vocabulary_size: int
+    cleaner: Cleaner | None = None
+    replacer: WordReplacer | None = None
+    repeats: ValidationRepeats | None = None
+    world: World | None = None
 
-def _made(
-    path: Path,
-    side: str,
-    text: OneText,
-    encoder: TextEncoder,
-    vocabulary_size: int,
-    cleaner: Cleaner | None,
-    replacer: WordReplacer | None,
-    repeats: ValidationRepeats | None,
-    world: World | None,
-) -> TokenFile:
-    validates = side == "validation"
-    encoder = encoder.for_validation() if validates else encoder
-    if validates or (world is not None and world.rank):
-        repeats = None
-    found = Found()
-    if world is None:
-        items, total = _items(text, cleaner, validates=validates)
-        if repeats is not None:
-            items = repeats.watched(items, found)
-        if replacer is not None and not validates:
-            items = replacer.with_copies(items)
-            total = None if total is None else total * (1 + replacer.spec.copies)
-        tokens = write_tokens(
+    def tokens_of(self, path: Path, side: str, text: OneText) -> TokenFile:
+        """One side of a text as tokens. They are read if they are there, else made.
+
+        Args:
+            path: the ``.bin`` file.
+            side: ``"train"`` or ``"validation"``.
+            text: a source with its split.
+
+        Raises:
+            InputError: the text cannot be read, or an id has no row in the model.
+            MachineError: the disk is full or not writable.
+        """
+        validates = side == "validation"
+        if (tokens := read_tokens(path)) is None:
+            found = Found()
+            if self.world is None:
+                tokens = self._alone(path, text, found, validates=validates)
+            else:
+                tokens = self._shared(path, text, found, self.world, validates=validates)
+            if (line := found.line(text.key(side))) is not None:
+                print(line, file=sys.stderr, flush=True)
+        if validates:
+            text.split.digests = path.with_suffix(".digests")
+        return tokens
+
+    def _alone(self, path: Path, text: OneText, found: Found, *, validates: bool) -> TokenFile:
+        data, split = text.data, text.split
+        if validates:
+            total = data.validation.num_bytes() if data.validation else None
+            encoder = self.encoder.for_validation()
+            return write_tokens(
+                path, split.validation(), encoder, self.vocabulary_size, with_bytes=True, total_bytes=total
+            )
+        items, total = split.training() if self.cleaner is None else self.cleaner.training(text), data.train.num_bytes()
+        if self.repeats is not None:
+            items = self.repeats.watched(items, found)
+        if self.replacer is not None:
+            items = self.replacer.with_copies(items)
+            total = None if total is None else total * (1 + self.replacer.spec.copies)
+        return write_tokens(
             path,
             items,
-            encoder,
-            vocabulary_size,
-            with_bytes=validates,
+            self.encoder,
+            self.vocabulary_size,
             total_bytes=total,
-            num_repeated=lambda: 0 if validates else text.split.num_repeated,
+            num_repeated=lambda: split.num_repeated,
         )
-    else:
+
+    def _shared(self, path: Path, text: OneText, found: Found, world: World, *, validates: bool) -> TokenFile:
         source = text.data.validation if validates and text.data.validation is not None else text.data.train
-        keep = _Kept(text, cleaner, validates=validates)
+        keep = _Kept(text, self.cleaner, validates=validates)
 
         def documents() -> Iterable[Item]:
             read = text.split.read(source)
-            if repeats is None:
+            if self.repeats is None or validates or world.rank:
                 return read
-            return repeats.watched(read, found, lambda item: bool(text.split.to_train([item])[0]))
+            return self.repeats.watched(read, found, lambda item: bool(text.split.to_train([item])[0]))
 
-        tokens = SharedText(
+        return SharedText(
             path,
             documents,
             keep,
-            encoder,
-            vocabulary_size,
+            self.encoder.for_validation() if validates else self.encoder,
+            self.vocabulary_size,
             with_bytes=validates,
             total_bytes=source.num_bytes(),
             prepare=keep.prepare,
             world=world,
         ).write()
-    if (line := found.line(text.key(side))) is not None:
-        print(line, file=sys.stderr, flush=True)
-    return tokens
-
-
-def _items(text: OneText, cleaner: Cleaner | None, *, validates: bool) -> tuple[Iterable[Item], int | None]:
-    data, split = text.data, text.split
-    if validates:
-        return split.validation(), data.validation.num_bytes() if data.validation else None
-    return split.training() if cleaner is None else cleaner.training(text), data.train.num_bytes()
 
 
 class _Kept:

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from distill.core.errors import InputError
 from distill.pruning.criterion_statistics import Statistics
 from distill.pruning.layout import Layout, check, config_of
-from distill.pruning.observe import ModuleIO, observe
+from distill.pruning.observe import observe
+from distill.pruning.output_projections import square_observers
 
 if TYPE_CHECKING:
-    from distill.pruning.observe import Batches, Observer
+    from distill.pruning.observe import Batches
 
 
 def unstructured(importance: Tensor, share: float) -> Tensor:
@@ -78,14 +79,7 @@ def masked_layers(model: nn.Module, layout: Layout) -> dict[str, nn.Linear]:
 def squares_of_inputs(model: nn.Module, layout: Layout, batches: Batches) -> dict[str, Tensor]:
     """For each of :func:`masked_layers`, the sum over all unmasked tokens of its squared input, fp64 [in]."""
     statistics = Statistics()
-
-    def watcher(name: str) -> Observer:
-        def add(module_io: ModuleIO) -> None:
-            statistics.add(name, module_io.input.float().square().sum((0, 1)))
-
-        return add
-
-    observe(model, layout, batches, [(name, watcher(name)) for name in masked_layers(model, layout)])
+    observe(model, layout, batches, list(square_observers(masked_layers(model, layout), statistics)))
     return statistics.sums
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from distill.pruning.base import Scores
+from distill.pruning.criterion_statistics import Statistics
 from distill.pruning.layout import Layout, config_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from distill.pruning.observe import ModuleIO, Observer
 
 OUTPUT_AXES = ("mlp_neurons", "attention_heads", "kv_groups")
 """Axes whose units are inputs of these projections."""
@@ -22,6 +25,18 @@ def output_paths(layout: Layout, sizes: Mapping[str, int]) -> Iterator[str]:
         if layout.mlp_down is not None:
             yield layout.mlp_down.format(layer=layer)
         yield layout.attention_out.format(layer=layer)
+
+
+def square_observers(paths: Iterable[str], statistics: Statistics) -> Iterator[tuple[str, Observer]]:
+    """Observers that add, per module, the squares of its inputs over all tokens that count: [channels]."""
+
+    def watcher(path: str) -> Observer:
+        def add(module_io: ModuleIO) -> None:
+            statistics.add(path, module_io.input.float().square().sum((0, 1)))
+
+        return add
+
+    return ((path, watcher(path)) for path in paths)
 
 
 def output_axis_scores(

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.criterion_statistics import Statistics
 from distill.pruning.layout import Layout
-from distill.pruning.output_projections import OUTPUT_AXES, output_axis_scores, output_paths
+from distill.pruning.output_projections import OUTPUT_AXES, output_axis_scores, output_paths, square_observers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from distill.pruning.observe import ModuleIO, Observer
+    from distill.pruning.observe import Observer
 
 
 class Wanda(CriterionSpec):
@@ -43,14 +43,7 @@ class Wanda(CriterionSpec):
         self, layout: Layout, sizes: Mapping[str, int], statistics: Statistics
     ) -> Iterator[tuple[str, Observer]]:
         """See :meth:`CriterionSpec.observers`."""
-
-        def watcher(path: str) -> Observer:
-            def add(module_io: ModuleIO) -> None:
-                statistics.add(path, module_io.input.float().square().sum((0, 1)))
-
-            return add
-
-        return ((path, watcher(path)) for path in output_paths(layout, sizes))
+        return square_observers(output_paths(layout, sizes), statistics)
 
     def compute_scores(self, model: nn.Module, layout: Layout, statistics: Statistics) -> Scores:
         """See :meth:`CriterionSpec.compute_scores`."""

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from distill.pruning.base import CriterionSpec, Scores
 from distill.pruning.criterion_statistics import Statistics
 from distill.pruning.layout import Layout, config_of, spans
+from distill.pruning.output_projections import square_observers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from distill.pruning.observe import ModuleIO, Observer
+    from distill.pruning.observe import Observer
 
 
 class WeightRange(CriterionSpec):
@@ -37,15 +38,8 @@ class WeightRange(CriterionSpec):
         self, layout: Layout, sizes: Mapping[str, int], statistics: Statistics
     ) -> Iterator[tuple[str, Observer]]:
         """See :meth:`CriterionSpec.observers`."""
-
-        def watcher(path: str) -> Observer:
-            def add(module_io: ModuleIO) -> None:
-                statistics.add(path, module_io.input.float().square().sum((0, 1)))
-
-            return add
-
         down = [] if layout.mlp_down is None else [layout.mlp_down.format(layer=i) for i in range(sizes["layers"])]
-        return ((path, watcher(path)) for path in down)
+        return square_observers(down, statistics)
 
     def compute_scores(self, model: nn.Module, layout: Layout, statistics: Statistics) -> Scores:
         """See :meth:`CriterionSpec.compute_scores`."""

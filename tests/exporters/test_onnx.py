@@ -126,7 +126,7 @@ def test_gpt2s_layers_are_linear_too(tmp_path: Path, tokenizer: PreTrainedTokeni
     tokenizer.save_pretrained(tmp_path / "gpt2")
     Onnx().export(tmp_path / "gpt2", tmp_path / "out", title="small")
     # processors without dot products of 8 bits round more
-    assert 0 < Onnx().verify(model, tmp_path / "out", batches).kl < 0.05
+    assert 0 < Onnx().verify(model, tmp_path / "out", batches).kl < 0.025
 
 
 def test_a_mixture_is_refused_in_one_line(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, batches: Batches) -> None:
