@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SHARES = (0.85, 0.72, 0.55)
+SHARES = (0.72, 0.55, 0.85)
 WIDTH, SOLVED, TAYLOR = "distill width", "distill width reconstructed", "distill width Taylor"
 RANGE = "distill width range"
 SEARCH, DEPTH = "distill search", "distill depth"

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import hardware, real_model_rows, result, tables
 from benchmarks.real_model_arms import BATCH_SIZE, LR, SEARCH, RealModels
-from benchmarks.real_model_cuts import CONTENDERS, OURS, PEERS
+from benchmarks.real_model_cuts import CONTENDERS, OURS, PEERS, SHARES
 from benchmarks.real_model_tasks import TASKS
 from distill.core.errors import DistillError
 
@@ -47,7 +47,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--environments", type=Path, help="folder of the other libraries' environments (default: in WORK)"
     )
-    parser.add_argument("--cuts", type=float, nargs="+", default=[0.72, 0.55, 0.85], help="shares that stay")
+    parser.add_argument("--cuts", type=float, nargs="+", default=list(SHARES), help="shares that stay")
     parser.add_argument("--contenders", nargs="+", choices=(*OURS, *PEERS), default=list(CONTENDERS))
     parser.add_argument("--tokens", type=int, default=25_000, help="of each training (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="trainings of each contender (default: %(default)s)")

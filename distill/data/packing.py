@@ -160,6 +160,12 @@ def read_tokens(path: Path, *, quietly: bool = False, just_written: bool = False
     return tokens if whole else None
 
 
+def digests_file(path: Path) -> Path | None:
+    """The file of digests that belongs to the token file at ``path``; None if its header names none."""
+    file = path.with_suffix(".digests")
+    return file if file.name in read_json(path.with_suffix(".json")).get("files", {}) else None
+
+
 def write_tokens(
     path: Path,
     documents: Iterable[Item],

@@ -103,11 +103,11 @@ class ValidationRepeats:
         return TestRows(self._validation())
 
     def _validation(self) -> Iterator[Document]:
-        budget = CHARACTERS
         for text in self._texts:
+            budget = CHARACTERS // len(self._texts)
             for item in text.split.validation():
                 if budget <= 0:
-                    return
+                    break
                 if isinstance(item, Document):
                     budget -= len(item.text)
                     if len(words_of(item.text)) >= FEWEST:

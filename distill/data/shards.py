@@ -57,7 +57,7 @@ class Shards:
         return self.folder / f"{number:05}.bin"
 
     def claim(self, number: int) -> bool:
-        """Take a shard, unless it is finished or another process has it; also if all are joined and gone.
+        """Claim a shard. Returns False if it is finished, held by another process, or already joined and deleted.
 
         Raises:
             MachineError: the folder cannot be locked.

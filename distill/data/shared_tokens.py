@@ -1,4 +1,4 @@
-"""Tokenizes a text by all processes of a run that open it at once, a part each; the file is that of one process.
+"""All processes of a run tokenize a part of a text each; the result equals the file that one process would write.
 
 Each process reads the source from its beginning, which takes a small part of the time. Documents of a shard that it has
 claimed go through the split and the tokenizer, in processes of its own; those of other shards are skipped. Where a
@@ -85,9 +85,10 @@ class SharedText:
                 process than the first one waits a moment for that one to say so.
             MachineError: the disk is full or not writable.
         """
-        self._forget_what_is_damaged()
         parts = Shards(self.path)
         while (whole := read_tokens(self.path, quietly=True)) is None:
+            stop.check()
+            self._forget_what_is_damaged()
             parts.open()
             try:
                 if parts.files() is None and not self.path.with_suffix(".json").is_file():

@@ -16,9 +16,10 @@ from distill.data.base import Item
 from distill.data.clean import Cleaner
 from distill.data.encoder import TextEncoder
 from distill.data.mixture_split import OneText
-from distill.data.packing import TokenFile, read_tokens, write_tokens
+from distill.data.packing import TokenFile, digests_file, read_tokens, write_tokens
 from distill.data.repeats import Found, ValidationRepeats
 from distill.data.replace_words import WordReplacer
+from distill.data.shards import Shards
 from distill.data.shared_tokens import SharedText
 
 
@@ -63,8 +64,10 @@ class Tokenizing:
                 tokens = self._shared(path, text, found, self.world, validates=validates)
             if (line := found.line(text.key(side))) is not None:
                 print(line, file=sys.stderr, flush=True)
+        elif self.world is not None:
+            Shards(path).remove()  # those of a run that was killed after it had joined them
         if validates:
-            text.split.digests = path.with_suffix(".digests")
+            text.split.digests = digests_file(path)
         return tokens
 
     def _alone(self, path: Path, text: OneText, found: Found, *, validates: bool) -> TokenFile:

@@ -160,7 +160,10 @@ def add_model(writer: Any, config: PretrainedConfig) -> None:
             getattr(writer, f"add_{key}")(cap)
     if ARCHITECTURES[config.model_type].windows and config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
-        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+        windows = [kind == "sliding_attention" for kind in config.layer_types]
+        period = {"gemma2": 2, "gemma3_text": 6}[config.model_type]
+        if windows != [layer % period < period - 1 for layer in range(len(windows))]:  # else llama.cpp's default
+            writer.add_sliding_window_pattern(windows)
         writer.add_rope_freq_base_swa(_rope(config, "sliding_attention").get("rope_theta", 10000.0))
 
 

@@ -5,8 +5,8 @@ the pair that comes first in it is joined. Both are the same with
 
     score(token) = - (place of its first merge in the list)
 
-if the merges of a token follow each other in the list, and every way to cut it into two tokens is one of them. Lists
-that were made from a SentencePiece model are so; others are refused.
+if the merges of a token follow each other in the list, and every way to cut it into two tokens is one of them. Merge
+lists converted from a SentencePiece model meet both conditions; others are refused.
 
 Source: https://github.com/ggml-org/llama.cpp, ``llm_tokenizer_spm`` in src/llama-vocab.cpp; Kudo & Richardson 2018,
 arXiv 1808.06226 (SentencePiece).
@@ -38,7 +38,9 @@ def adds_space(state: dict[str, Any]) -> bool | None:
     kinds = [step["type"] for step in steps]
     if splitter.get("type") == "Metaspace":
         is_plain = splitter["replacement"] == SPACE and not splitter.get("split", True) and not steps
-        return splitter.get("prepend_scheme", "always") != "never" if is_plain else None
+        scheme = splitter.get("prepend_scheme", "always")
+        # llama.cpp puts a space after each special token too, which the scheme "first" does not
+        return scheme == "always" if is_plain and scheme != "first" else None
     # after the replacement no space is left at which this one could split
     if splitter and (splitter["type"] != "Split" or splitter["pattern"] != {"String": " "}):
         return None

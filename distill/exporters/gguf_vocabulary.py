@@ -87,9 +87,9 @@ def _as_sentencepiece(state: dict[str, Any]) -> tuple[bool, dict[str, float]]:
     """Whether a space is put in front of each text, and the scores of the tokens."""
     has_space, scores = adds_space(state), scores_of(state)
     if has_space is None:
-        raise _refusal("it changes the text before its merges in a way that llama.cpp lacks")
+        raise _refusal("llama.cpp does not support its normalizer or pre-tokenizer")
     if scores is None:
-        raise _refusal("no scores of its tokens make the merges that it has")
+        raise _refusal("its merges cannot be expressed as one score per token")
     return has_space, scores
 
 

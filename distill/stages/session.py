@@ -197,7 +197,7 @@ class Session:
         """The run's data, tokenized and packed; opened once."""
         if self._corpus is None:
             tokenizer = self.tokenizer()
-            if self.gather is not None:
+            if self.gather is not None and self.data.task.is_causal and not self.data.needs_order:
                 self.gather(self)
             locate = lambda reference: self.artifact(reference).location  # noqa: E731
             place = self.run.folder / "data"

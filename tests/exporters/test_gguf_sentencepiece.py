@@ -97,6 +97,7 @@ def test_merges_that_scores_cannot_say_are_refused() -> None:
         (normalizers.Sequence([PREPEND, REPLACE]), None, True),
         (None, pre_tokenizers.Metaspace(split=False), True),
         (None, pre_tokenizers.Metaspace(split=False, prepend_scheme="never"), False),
+        (None, pre_tokenizers.Metaspace(split=False, prepend_scheme="first"), None),
         (None, pre_tokenizers.Metaspace(split=True), None),
         (normalizers.Sequence([normalizers.NFKC(), REPLACE]), None, None),
         (REPLACE, pre_tokenizers.Digits(), None),
