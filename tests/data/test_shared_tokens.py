@@ -268,3 +268,18 @@ def test_what_is_validated_on_is_read_once(tmp_path, tokenizer, text_of, monkeyp
     alone = DataSpec.model_validate({"train": sources["a"], "validation": sources["b"], "sequence_length": 32})
     with pytest.raises(InputError, match="empty corpus"):
         Corpus.open(alone, tokenizer, tmp_path / "data", 0, 1000)
+
+
+def test_digests_that_no_header_names_are_not_used(tmp_path, tokenizer, text_of):
+    """A file that an earlier run left behind, beside validation text that one process has tokenized anew."""
+    texts = [text_of(number) for number in range(60)]
+    for name, some in (("train", texts), ("validation", texts[:20])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
+    sources = {side: {"kind": "jsonl", "path": str(tmp_path / f"{side}.jsonl")} for side in ("train", "validation")}
+    data = DataSpec.model_validate({**sources, "sequence_length": 32})
+    Corpus.open(data, tokenizer, tmp_path / "data", 0, 1000)
+    [digests] = (tmp_path / "data").glob("validation-*.digests")
+    digests.write_bytes(b"\0" * digests.stat().st_size)
+    cleaned = DataSpec.model_validate({**sources, "sequence_length": 32, "clean": {"duplicates": "exact"}})
+    again = Corpus.open(cleaned, tokenizer, tmp_path / "data", 0, 1000)
+    assert again.train.tokens.num_documents == 40
