@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from distill.core import stop, threads
 from distill.core.errors import InputError, Interrupted, NotReached, Preempted, RankEnded
-from distill.core.outside import check_grown
+from distill.core.outside import check_appendable
 from distill.core.world import ADDRESS, PORT, World
 from distill.training.spec import ComputeSpec
 
@@ -92,7 +92,7 @@ def _voice(rank: int, logs: Path) -> Iterator[IO[str] | None]:
     if rank == 0:
         yield None
     else:
-        check_grown(log_of(logs, rank))
+        check_appendable(log_of(logs, rank))
         with log_of(logs, rank).open("a", encoding="utf-8") as out:
             yield out
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from distill.core.errors import InputError
-from distill.core.outside import check_grown
+from distill.core.outside import check_appendable
 from distill.core.run_folder import LOCK, RECIPE, Run
 from distill.data.packing import file_lock
 from distill.launch import log_of
@@ -50,12 +50,16 @@ def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(recipe, tmp_path_factory.mktemp("runs") / "finished", say=lambda line: None).folder
 
 
+class WaitsForEver(BaseException):
+    """What no ``except Exception`` on the way takes."""
+
+
 @contextmanager
 def limited() -> Iterator[None]:
     """Fail where something waits for ever; the signal interrupts what waits in the system."""
 
     def end(number: int, frame: Any) -> None:
-        raise AssertionError(f"waits for ever in {frame.f_code.co_filename}:{frame.f_lineno}")
+        raise WaitsForEver(f"waits for ever in {frame.f_code.co_filename}:{frame.f_lineno}")
 
     before = signal.signal(signal.SIGALRM, end)
     signal.alarm(LIMIT_S)
@@ -138,10 +142,10 @@ def test_what_is_written_on_is_a_regular_file(tmp_path: Path) -> None:
             append_lines(pipe, [{"a": 1}])
         with pytest.raises(InputError, match="is a named pipe, expected a regular file"):
             list(appended_lines(pipe, dict, "make it again"))
-    check_grown(log_of(tmp_path, 1))  # nothing is there
+    check_appendable(log_of(tmp_path, 1))  # nothing is there
     (tmp_path / "link").symlink_to("gone")
     with pytest.raises(InputError, match="a link that leads nowhere"):
-        check_grown(tmp_path / "link")
+        check_appendable(tmp_path / "link")
 
 
 def test_the_log_of_the_machine_is_a_regular_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -117,11 +117,11 @@ def status_of(file: Path) -> os.stat_result:
     return status
 
 
-def check_grown(file: Path) -> None:
-    """Refuse to write on in what is no regular file: a pipe would wait for a reader, a device takes everything.
+def check_appendable(file: Path) -> None:
+    """Refuse to append to anything but a regular file: a pipe would wait for a reader, and a device takes everything.
 
     Raises:
-        InputError: there is such a thing; that there is nothing is right.
+        InputError: it is no regular file. A missing file is accepted.
     """
     if file.exists() or file.is_symlink():
         status_of(file)

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from distill.core.artifact import Artifact, sync, write_text
 from distill.core.errors import InputError, MachineError
-from distill.core.outside import check_grown, read, status_of
+from distill.core.outside import check_appendable, read, status_of
 from distill.core.seal import Change, Mark, changes, files_of, marks_of
 from distill.core.stored import read_checked, write_checked
 
@@ -236,7 +236,7 @@ class Run:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            check_grown(self.folder / LOCK)
+            check_appendable(self.folder / LOCK)
             stream = (self.folder / LOCK).open("a+")
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be used as a run folder ({error.strerror})") from None

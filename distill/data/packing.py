@@ -28,7 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 from distill.core import stop
 from distill.core.artifact import sync
 from distill.core.errors import InputError, MachineError
-from distill.core.outside import check_grown, read_json
+from distill.core.outside import check_appendable, read_json
 from distill.core.seal import Mark, changes, marks_of
 from distill.core.stop import stoppable
 from distill.core.stored import read_checked, write_checked
@@ -315,7 +315,7 @@ def file_lock(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        check_grown(folder / ".lock")
+        check_appendable(folder / ".lock")
         lock: Any = (folder / ".lock").open("w")
         fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:

@@ -87,7 +87,7 @@ class Shards:
         return self.path(number).with_suffix(".json").is_file() and self._read(number) is not None
 
     def is_free(self, number: int) -> bool:
-        """Whether a process could claim a shard now that is not finished."""
+        """Whether no other process holds the lock of a shard."""
         if not (lock := self._locked(number)):
             return False
         lock.close()

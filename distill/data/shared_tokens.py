@@ -45,7 +45,7 @@ from distill.data.token_writer import TokenWriter
 
 LOOK_S = 0.05
 """Seconds between two looks at the shards of other processes."""
-PATIENCE_S = 60.0
+PATIENCE_S = 8.0
 """Seconds that another process than the first one waits with the line about a mistake in the text."""
 SILENT_S = 30.0
 """Seconds of waiting after which a line says so."""

@@ -1,4 +1,4 @@
-"""Rows of a stream at any position, from the disk; who needs one that is not there starts the process that writes."""
+"""Reads rows of a stream from disk at any position; a reader that needs a missing row starts the writer process."""
 
 from __future__ import annotations
 

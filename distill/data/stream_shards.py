@@ -72,7 +72,7 @@ class StreamShards:
         return chain
 
     def rows_of(self, first: int, stop: int) -> np.ndarray | None:
-        """The rows of a shard, mapped into memory; None where they are not there, or damaged."""
+        """The rows of a shard, mapped into memory; None if the file is missing or has the wrong length."""
         file, shape = self._file(first, stop, "bin"), (stop - first, self.stream.room)
         try:
             if file.stat().st_size == shape[0] * shape[1] * TOKEN.itemsize:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distill.core.outside import check_grown
+from distill.core.outside import check_appendable
 from distill.tracking.counters import Counters
 
 SAMPLES = "hardware.jsonl"
@@ -73,7 +73,7 @@ class HardwareLog:
 
     def _run(self) -> None:
         try:
-            check_grown(self._file)
+            check_appendable(self._file)
             with self._file.open("a", encoding="utf-8") as stream:
                 is_over = False
                 while not is_over:

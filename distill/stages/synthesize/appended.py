@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from distill.core.artifact import sync
 from distill.core.errors import InputError, MachineError
-from distill.core.outside import check_grown, opened
+from distill.core.outside import check_appendable, opened
 from distill.core.stored import parse_stored
 
 Line = TypeVar("Line")
@@ -26,7 +26,7 @@ def append_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     try:
         is_new = not file.exists()
-        check_grown(file)
+        check_appendable(file)
         with file.open("ab") as stream:
             stream.write(lines.encode())
             stream.flush()
