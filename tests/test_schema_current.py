@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distill.core.mistakes import IN_WORDS
 from distill.core.source import read
 from distill.listing import schema_text
 from distill.recipe import FAMILIES, Recipe
@@ -18,6 +20,11 @@ FILE = FOLDER / "recipe.schema.json"
 
 def test_is_current() -> None:
     assert FILE.read_text(encoding="utf-8") == schema_text(), "run: distill schema recipes/recipe.schema.json"
+
+
+def test_what_every_pattern_asks_for_is_said_in_words() -> None:
+    patterns = set(re.findall(r'"pattern": ("(?:[^"\\\\]|\\\\.)*")', schema_text()))
+    assert {json.loads(pattern) for pattern in patterns} == set(IN_WORDS)
 
 
 def test_knows_every_key_and_kind() -> None:

@@ -99,8 +99,11 @@ class Hub(ColumnsSpec):
         Raises:
             InputError: it is one of them.
         """
-        if (kind := OF_FILES.get(files.unpacked(self.path).rpartition(".")[2])) and Path(self.path).is_file():
+        kind = OF_FILES.get(files.unpacked(self.path).rpartition(".")[2])
+        if kind and Path(self.path).is_file():
             raise InputError(f"{self.path}: is a file and no data set; use kind: {kind}")
+        if kind:  # no name of a data set ends so
+            raise InputError(f"{self.path}: no such file; correct the path, and use kind: {kind} for a file")
         if any((Path(self.path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
             raise InputError(f"{self.path}: was written by save_to_disk; use kind: saved")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from distill.core.artifact import Artifact, replacing
-from distill.core.spec import NAME
+from distill.core.spec import HUB_REPOSITORY, NAME
 from distill.data.mixture import Mixture
 from distill.data.spec import DataSpec
 from distill.exporters import EXPORTERS, HuggingFace
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from distill.stages.session import Session, StageContext
 
 
-HUB_REPOSITORY = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
 """A repository of the Hub: letters, digits, . _ - on both sides of one slash."""
 LONGEST = 100
 """Characters of a title that is made of other names."""

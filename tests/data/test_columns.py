@@ -261,6 +261,7 @@ def test_a_damaged_saved_data_set_is_a_mistake_of_one_line(saved):
 def test_hub_names_the_source_that_reads_what_it_does_not(saved, parquet):
     assert "use kind: saved" in refusal(Hub(path=f"{saved}/one", text="body"))
     assert "is a file and no data set; use kind: parquet" in refusal(Hub(path=f"{parquet}/a.parquet"))
+    assert "no such file; correct the path, and use kind: parquet" in refusal(Hub(path=f"{parquet}/nothere.parquet"))
 
 
 @pytest.mark.parametrize("streaming", [False, True])

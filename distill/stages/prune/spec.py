@@ -94,7 +94,11 @@ class Prune(ReadsText):
         for axis, key in choices.items():
             criterion: CriterionSpec = getattr(self, key)
             if axis not in criterion.axes:
-                raise ValueError(f"{key}: {criterion.kind} does not score {axis}; choose another")
+                sized = next((name for name, of in AXIS_OF_KEY.items() if of == axis), "num_hidden_layers")
+                own = "; for MLP neurons only, set mlp_criterion" * (
+                    key == "criterion" and "mlp_neurons" in criterion.axes
+                )
+                raise ValueError(f"{key}: {criterion.kind} does not score {axis} ({sized}); choose another{own}")
         for key in ("criterion", "mlp_criterion", "depth_criterion"):
             given = key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default
             if given and key not in choices.values():
