@@ -24,7 +24,8 @@ def test_is_current() -> None:
 
 def test_what_every_pattern_asks_for_is_said_in_words() -> None:
     patterns = set(re.findall(r'"pattern": ("(?:[^"\\\\]|\\\\.)*")', schema_text()))
-    assert {json.loads(pattern) for pattern in patterns} == set(IN_WORDS)
+    percentage = r"^\d+(\.\d+)?%$"  # for editors; the code reads it itself
+    assert {json.loads(pattern) for pattern in patterns} - {percentage} == set(IN_WORDS)
 
 
 def test_knows_every_key_and_kind() -> None:

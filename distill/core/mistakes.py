@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from distill.core.keys import OTHER_WORDS, Belongs, fields_at, listed, places_of, spec_at
 from distill.core.source import SET, KeyPath, Source, suggest
-from distill.core.spec import DEVICE, HUB_REPOSITORY, NAME, Family, Spec
+from distill.core.spec import DEVICE, HUB_REPOSITORY, NAME, VARIABLE, Family, Spec
 
 NO_SUCH = "no_such_"
 """Begins the type of the error when a family has no such member."""
@@ -20,6 +20,7 @@ MOST_ASKED = 20
 IN_WORDS = {
     NAME: "a name holds letters, digits, . _ and - only, at most 100 of them, and begins with a letter or a digit",
     HUB_REPOSITORY: "expected a repository of the Hub as ORG/NAME, such as my-org/my-model",
+    VARIABLE: "expected the name of an environment variable, such as OPENAI_API_KEY",
     DEVICE: "expected auto, cpu, cuda or one GPU, such as cuda:1",
 }
 """What the patterns ask for."""

@@ -15,6 +15,8 @@ from pydantic_core import PydanticCustomError, PydanticKnownError, core_schema
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 """What is the name of a folder too; messages say it in words. File systems end at 255 bytes, and names of files are
 made of several of these."""
+VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
+"""What is the name of an environment variable."""
 HUB_REPOSITORY = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
 """What is the name of a repository of the Hub."""
 DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"

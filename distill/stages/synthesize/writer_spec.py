@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Discriminator, Field, Tag, field_validator
 
 from distill.core.errors import InputError
-from distill.core.spec import Spec
+from distill.core.spec import VARIABLE, Spec
 
 
 class ServerSpec(Spec):
@@ -19,7 +19,7 @@ class ServerSpec(Spec):
     """Address up to and with its version, such as http://localhost:8000/v1."""
     model: str | None = None
     """Name of the model as the server lists it; unset: the only one there."""
-    key_variable: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    key_variable: str | None = Field(None, pattern=VARIABLE)
     """Environment variable with the key, such as OPENAI_API_KEY; unset: no key. Keys are never in a recipe."""
     parallel: int = Field(4, ge=1, le=256)
     """Requests at once."""
