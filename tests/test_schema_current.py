@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,15 @@ def test_knows_every_key_and_kind() -> None:
 
 def faults(data: dict[str, Any]) -> list[str]:
     """Where an editor would draw a red line."""
+    return [".".join(map(str, error.absolute_path)) for error in _validator().iter_errors(data)]
+
+
+@cache
+def _validator() -> Any:
     jsonschema = pytest.importorskip("jsonschema")
-    jsonschema.Draft202012Validator.check_schema(json.loads(schema_text()))
-    errors = jsonschema.Draft202012Validator(json.loads(schema_text())).iter_errors(data)
-    return [".".join(map(str, error.absolute_path)) for error in errors]
+    schema = json.loads(schema_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
 
 
 @pytest.mark.parametrize("file", sorted(FOLDER.rglob("*.yaml")), ids=lambda file: file.stem)

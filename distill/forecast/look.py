@@ -13,7 +13,7 @@ from distill.data.tally import Tally
 from distill.models.load import locate
 from distill.recipe import Recipe
 
-LOOKED_AT, LOOK_S, LOOK_BYTES = 500, 2.0, 4_000_000
+LOOKED_AT, LOOK_S, LOOK_BYTES = 500, 2.0, 1_000_000
 """Rows, seconds and bytes of each source, whichever is reached first."""
 PIECE = 20_000
 """Characters that a tokenizer is given at once, as it takes hundreds of bytes of memory for each of them."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from distill.reporting.plots import Plot, render
+from distill.reporting.plots import INKS, Plot, render
 from distill.tracking.spec import Price
 from distill.tracking.usage import GAP_S, Usage
 
@@ -50,12 +50,12 @@ def load_plot(samples: Sequence[Mapping[str, Any]]) -> Plot | None:
         if busy:
             gpu.append((minutes, sum(busy) / len(busy)))
 
-    def draw(axes: Axes, inks: dict[str, str]) -> None:
+    def draw(axes: Axes) -> None:
         for points, ink, name in ((cpu, "muted", "CPU"), (gpu, "accent", "GPU")):
             if points:
-                axes.plot(*zip(*_thinned(points), strict=True), color=inks[ink], linewidth=1.1)
+                axes.plot(*zip(*_thinned(points), strict=True), color=INKS[ink], linewidth=1.1)
                 axes.annotate(
-                    name, _thinned(points)[-1], xytext=(3, 0), textcoords="offset points", color=inks[ink], va="center"
+                    name, _thinned(points)[-1], xytext=(3, 0), textcoords="offset points", color=INKS[ink], va="center"
                 )
         axes.set_ylim(0, 102)
         axes.set_xlabel("minutes of work")

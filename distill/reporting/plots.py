@@ -1,4 +1,4 @@
-"""The report's plots, each drawn twice: as an SVG for the page, and as a PNG file.
+"""The report's plots, each saved twice: as an SVG for the page, and as a PNG file.
 
 In the SVG, colours are variables of the page's style sheet and text uses the page's font, so a plot follows the light
 or dark theme of the page.
@@ -22,14 +22,12 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from distill.core.stop import stoppable
+from distill.core import stop
 from distill.reporting.tables import BY_KEY, Column, significant
 from distill.reporting.tradeoff import Row, figure, pareto
 
 INKS = {"ink": "#1d1f21", "muted": "#6c7076", "line": "#dcdad3", "accent": "#0f6b62", "paper": "#fdfdfb"}
-"""The light theme's colours, as in page.css; PNGs use them."""
-MARKS = {name: f"#01020{i}" for i, name in enumerate(INKS)}
-"""Placeholder colours in the SVG, which are replaced by ``var(--name)``."""
+"""The light theme's colours, as in page.css. In the SVG, they are replaced by ``var(--name)``."""
 Series = Sequence[tuple[float, float]]
 
 
@@ -65,7 +63,7 @@ def pareto_plot(rows: Sequence[Row], cost: str, title: str, quality: str = "perp
     notes = [f"{', '.join(simulated)}: simulated here, so without a speed."] if simulated else []
     notes += [f"{', '.join(missing)}: not measured."] if missing else []
     name = f"{quality}_against_{cost}"
-    svg, png = render(name, (4.25, 3.15), lambda axes, inks: _pareto(axes, inks, drawn, front, x, y))
+    svg, png = render(name, (4.25, 3.15), lambda axes: _pareto(axes, drawn, front, x, y))
     return Plot(name, title, svg, png, " ".join(notes))
 
 
@@ -74,7 +72,7 @@ def curve_plot(name: str, title: str, train: Series, validation: Series) -> Plot
     train, validation = ([(x, y) for x, y in s if math.isfinite(x) and math.isfinite(y)] for s in (train, validation))
     if len(train) < 2 and len(validation) < 2:
         return None
-    svg, png = render(name, (3.0, 2.05), lambda axes, inks: _curve(axes, inks, train, validation))
+    svg, png = render(name, (3.0, 2.05), lambda axes: _curve(axes, train, validation))
     return Plot(name, title, svg, png)
 
 
@@ -86,39 +84,41 @@ def _finite(row: Row, key: str) -> float | None:
 def render(
     name: str,
     size: tuple[float, float],
-    draw: Callable[[Axes, dict[str, str]], None],
+    draw: Callable[[Axes], None],
     title: str = "",
     note: str = "",
 ) -> tuple[str, bytes]:
-    """Draw a plot twice and return (SVG text, PNG bytes), without changing pyplot's state.
+    """Draw a plot and return it as (SVG text, PNG bytes), without changing pyplot's state.
 
     Title and note are drawn into the PNG only; the page shows them next to the SVG.
     """
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8.2, "axes.linewidth": 0.7}
     style["text.parse_math"] = False  # names come from recipes and paths, and a $ in one is no formula
     with matplotlib.rc_context(style):
-        results = []
-        for inks, form in stoppable(((MARKS, "svg"), (INKS, "png"))):
-            figure_ = Figure(figsize=size, layout="constrained", facecolor="none" if form == "svg" else inks["paper"])
-            axes = figure_.add_subplot()
-            _frame(axes, inks)
-            draw(axes, inks)
-            if form == "png":  # the page's style sheet gives the SVG's text the same halo
-                for text in axes.texts:
-                    text.set_path_effects([withStroke(linewidth=2, foreground=inks["paper"])])
-                _caption(figure_, inks, title, note)
-            results.append(_save(figure_, form))
-    return _themed(results[0].decode()), results[1]
+        figure_ = Figure(figsize=size, layout="constrained", facecolor="none")
+        axes = figure_.add_subplot()
+        _frame(axes)
+        draw(axes)
+        svg = _save(figure_, "svg")
+        stop.check()
+        for text in axes.texts:  # in the SVG, the page's style sheet gives them the same halo
+            text.set_path_effects([withStroke(linewidth=2, foreground=INKS["paper"])])
+        if title or note:
+            _caption(figure_, title, note)
+        else:
+            figure_.set_layout_engine(None)  # the positions are those of the SVG; finding them is half of the time
+        figure_.set_facecolor(INKS["paper"])
+        return _themed(svg.decode()), _save(figure_, "png")
 
 
-def _caption(figure_: Figure, inks: dict[str, str], title: str, note: str) -> None:
+def _caption(figure_: Figure, title: str, note: str) -> None:
     if title:
-        figure_.suptitle(title, x=0.02, ha="left", fontsize=8.2, color=inks["ink"])
+        figure_.suptitle(title, x=0.02, ha="left", fontsize=8.2, color=INKS["ink"])
     if note:
         width, height = figure_.get_size_inches()
         lines = textwrap.wrap(note, int(width * 21))
         figure_.set_size_inches(width, height + 0.12 * len(lines) + 0.2)  # the drawing itself keeps its room
-        figure_.supxlabel("\n".join(lines), x=0.02, ha="left", fontsize=6.2, color=inks["muted"])
+        figure_.supxlabel("\n".join(lines), x=0.02, ha="left", fontsize=6.2, color=INKS["muted"])
 
 
 def _save(figure_: Figure, form: str) -> bytes:
@@ -137,8 +137,8 @@ def _themed(svg: str) -> str:
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r"font: (?:\w+ )*?([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
-    for name, mark in MARKS.items():
-        svg = svg.replace(mark, f"var(--{name})")
+    for name, ink in INKS.items():
+        svg = svg.replace(ink, f"var(--{name})")
     return re.sub(r"\s{2,}", " ", svg).replace("<svg", '<svg aria-hidden="true"', 1)
 
 
@@ -158,16 +158,16 @@ def log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(FuncFormatter(between))
 
 
-def _frame(axes: Axes, inks: dict[str, str]) -> None:
+def _frame(axes: Axes) -> None:
     """A quiet frame: hairlines below and left, faint horizontals, muted labels."""
     axes.set_facecolor("none")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(inks["line"])
-    axes.tick_params(which="both", color=inks["line"], labelcolor=inks["muted"], length=2.5, width=0.7, pad=3)
-    axes.grid(axis="y", color=inks["line"], linewidth=0.6, alpha=0.7)
+    axes.spines[["left", "bottom"]].set_color(INKS["line"])
+    axes.tick_params(which="both", color=INKS["line"], labelcolor=INKS["muted"], length=2.5, width=0.7, pad=3)
+    axes.grid(axis="y", color=INKS["line"], linewidth=0.6, alpha=0.7)
     axes.set_axisbelow(True)
-    axes.xaxis.label.set_color(inks["muted"])
-    axes.yaxis.label.set_color(inks["muted"])
+    axes.xaxis.label.set_color(INKS["muted"])
+    axes.yaxis.label.set_color(INKS["muted"])
 
 
 def _scale(axes: Axes, which: str, values: Sequence[float]) -> None:
@@ -189,29 +189,29 @@ def _scale(axes: Axes, which: str, values: Sequence[float]) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
-def _pareto(axes: Axes, inks: dict[str, str], rows: Sequence[Row], front: set[str], x: Column, y: Column) -> None:
+def _pareto(axes: Axes, rows: Sequence[Row], front: set[str], x: Column, y: Column) -> None:
     points = {row.name: (getattr(row, x.key) * x.scale, getattr(row, y.key) * y.scale) for row in rows}
     _scale(axes, "x", [p[0] for p in points.values()])
     _scale(axes, "y", [p[1] for p in points.values()])
     axes.set_xlabel(x.header)
     axes.set_ylabel(y.header)
     for teacher in (row for row in rows if row.role == "teacher"):
-        axes.plot(axes.get_xlim(), [points[teacher.name][1]] * 2, color=inks["muted"], linewidth=0.9, dashes=(4, 3),
+        axes.plot(axes.get_xlim(), [points[teacher.name][1]] * 2, color=INKS["muted"], linewidth=0.9, dashes=(4, 3),
                   zorder=1)  # fmt: skip
     line = sorted(points[name] for name in front)
-    axes.plot(*zip(*line, strict=True), color=inks["accent"], linewidth=1.1, alpha=0.55, zorder=2)
+    axes.plot(*zip(*line, strict=True), color=INKS["accent"], linewidth=1.1, alpha=0.55, zorder=2)
     for row in rows:
-        color = inks["muted"] if row.role == "teacher" else inks["accent"]
+        color = INKS["muted"] if row.role == "teacher" else INKS["accent"]
         fill = color if row.name in front else "none"
         shape = {"teacher": "s", "control": "D"}.get(row.role, "o")
         axes.scatter(*points[row.name], s=30, marker=shape, facecolor=fill, edgecolor=color, linewidth=1.2, zorder=3)
     where, side, word = (0.985, "right", "better \N{SOUTH EAST ARROW}") if x.higher_is_better else (
         0.02, "left", "\N{SOUTH WEST ARROW} better")  # fmt: skip
-    axes.text(where, 0.02, word, transform=axes.transAxes, ha=side, va="bottom", color=inks["muted"], fontsize=7.4)
-    _label(axes, inks, rows, points)
+    axes.text(where, 0.02, word, transform=axes.transAxes, ha=side, va="bottom", color=INKS["muted"], fontsize=7.4)
+    _label(axes, rows, points)
 
 
-def _label(axes: Axes, inks: dict[str, str], rows: Sequence[Row], points: dict[str, tuple[float, float]]) -> None:
+def _label(axes: Axes, rows: Sequence[Row], points: dict[str, tuple[float, float]]) -> None:
     """Names beside the points: each takes the nearest free place around its own, so that none covers another."""
     canvas = axes.figure.canvas
     canvas.draw()  # the layout has to be settled before anything can be measured
@@ -226,7 +226,7 @@ def _label(axes: Axes, inks: dict[str, str], rows: Sequence[Row], points: dict[s
             spots = [(ax + (bx - ax) * i / steps, ay + (by - ay) * i / steps) for i in range(steps + 1)]
             taken += [Bbox.from_bounds(sx - scale, sy - scale, 2 * scale, 2 * scale) for sx, sy in spots]
     for row in sorted(rows, key=lambda row: -places[row.name][1]):
-        text = axes.annotate(row.name, points[row.name], color=inks["ink"], fontsize=7.8, textcoords="offset points",
+        text = axes.annotate(row.name, points[row.name], color=INKS["ink"], fontsize=7.8, textcoords="offset points",
                              xytext=(0, 0), va="center", zorder=4)  # fmt: skip
         width, height = text.get_window_extent().width * 1.04, text.get_window_extent().height
         px, py = places[row.name]
@@ -256,7 +256,7 @@ def _label(axes: Axes, inks: dict[str, str], rows: Sequence[Row], points: dict[s
         text.set(position=best[1:3], ha=best[3])
         if math.hypot(*best[1:3]) > 14:
             axes.annotate("", points[row.name], xytext=best[1:3], textcoords="offset points", zorder=1,
-                          arrowprops={"arrowstyle": "-", "color": inks["line"], "linewidth": 0.8})  # fmt: skip
+                          arrowprops={"arrowstyle": "-", "color": INKS["line"], "linewidth": 0.8})  # fmt: skip
 
 
 def _overlap(a: Any, b: Any) -> float:
@@ -268,20 +268,20 @@ def _distance(box: Any, point: Any) -> float:
     return math.hypot(max(box.x0 - point[0], 0, point[0] - box.x1), max(box.y0 - point[1], 0, point[1] - box.y1))
 
 
-def _curve(axes: Axes, inks: dict[str, str], train: Series, validation: Series) -> None:
+def _curve(axes: Axes, train: Series, validation: Series) -> None:
     every = [x for series in (train, validation) for x, _ in series]
     unit, divisor = ("M", 1e6) if max(every) >= 1e6 else ("k", 1e3) if max(every) >= 1e3 else ("", 1)
     if train:
         thin = train[:: max(1, len(train) // 400)]
-        axes.plot([x / divisor for x, _ in thin], [y for _, y in thin], color=inks["muted"], linewidth=0.7, alpha=0.3)
+        axes.plot([x / divisor for x, _ in thin], [y for _, y in thin], color=INKS["muted"], linewidth=0.7, alpha=0.3)
         smooth = _smoothed(train)[:: max(1, len(train) // 400)]
-        axes.plot([x / divisor for x, _ in smooth], [y for _, y in smooth], color=inks["muted"], linewidth=1.2)
+        axes.plot([x / divisor for x, _ in smooth], [y for _, y in smooth], color=INKS["muted"], linewidth=1.2)
     if validation:
-        axes.plot([x / divisor for x, _ in validation], [y for _, y in validation], color=inks["accent"],
+        axes.plot([x / divisor for x, _ in validation], [y for _, y in validation], color=INKS["accent"],
                   linewidth=1.5, marker="o", markersize=2.8 if len(validation) < 30 else 0)  # fmt: skip
         last = validation[-1]
         axes.annotate(significant(last[1]), (last[0] / divisor, last[1]), xytext=(-1, 6), textcoords="offset points",
-                      ha="right", color=inks["accent"], fontsize=7.8)  # fmt: skip
+                      ha="right", color=INKS["accent"], fontsize=7.8)  # fmt: skip
     axes.set_xlabel(f"training tokens [{unit}]" if unit else "training tokens")
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_locator(MaxNLocator(4))

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from distill.pruning.base import Scores
 from distill.pruning.plan import Plan
-from distill.reporting.plots import Plot, log_scale, render
+from distill.reporting.plots import INKS, Plot, log_scale, render
 
 TITLES = {
     "mlp_neurons": "MLP neurons",
@@ -52,10 +52,10 @@ def _bars(axis: str, values: np.ndarray, plan: Plan) -> tuple[tuple[float, float
     gone = [layer for layer in range(plan.before["layers"]) if layer not in plan.layers]
     whole = axis == "layers"
 
-    def draw(axes: Axes, inks: dict[str, str]) -> None:
+    def draw(axes: Axes) -> None:
         dropped = [i in gone if whole else i == gone[0] for i in range(len(values))]
-        fills = ["none" if one else inks["accent"] for one in dropped]
-        axes.bar(range(len(values)), values, color=fills, edgecolor=inks["accent"], linewidth=0.8, width=0.72)
+        fills = ["none" if one else INKS["accent"] for one in dropped]
+        axes.bar(range(len(values)), values, color=fills, edgecolor=INKS["accent"], linewidth=0.8, width=0.72)
         axes.set_ylabel("score")
         axes.set_xlabel("layer" if whole else f"first of {len(gone)} layers removed together")
         _whole_numbers(axes)
@@ -66,15 +66,15 @@ def _bars(axis: str, values: np.ndarray, plan: Plan) -> tuple[tuple[float, float
 def _curve(axis: str, values: np.ndarray, plan: Plan) -> tuple[tuple[float, float], str, Any]:
     kept, ranked = plan.after[axis], np.sort(values)[::-1]
 
-    def draw(axes: Axes, inks: dict[str, str]) -> None:
+    def draw(axes: Axes) -> None:
         rank = np.arange(1, len(ranked) + 1)
-        axes.plot(rank, ranked, color=inks["accent"], linewidth=1.4)
+        axes.plot(rank, ranked, color=INKS["accent"], linewidth=1.4)
         axes.fill_between(
-            rank[:kept], ranked[:kept], min(0.0, ranked[-1]), color=inks["accent"], alpha=0.18, linewidth=0
+            rank[:kept], ranked[:kept], min(0.0, ranked[-1]), color=INKS["accent"], alpha=0.18, linewidth=0
         )
         if ranked[-1] > 0 and ranked[0] > 30 * ranked[-1]:
             log_scale(axes)
-        axes.axvline(kept + 0.5, color=inks["muted"], linewidth=0.9, dashes=(4, 3))
+        axes.axvline(kept + 0.5, color=INKS["muted"], linewidth=0.9, dashes=(4, 3))
         axes.set_ylabel("score")
         axes.set_xlabel("units, sorted by score")
 
@@ -95,9 +95,9 @@ def _cells(axis: str, values: np.ndarray, plan: Plan) -> tuple[tuple[float, floa
     kept = getattr(plan, axis)
     stays = {layer: {*kept[new]} for new, layer in enumerate(plan.layers)} if kept is not None else {}
 
-    def draw(axes: Axes, inks: dict[str, str]) -> None:
+    def draw(axes: Axes) -> None:
         for layer, row in enumerate(depth):
-            colors = [to_rgba(inks["accent"], float(d)) for d in row]
+            colors = [to_rgba(INKS["accent"], float(d)) for d in row]
             axes.bar(
                 edges[:-1],
                 0.86,
@@ -108,14 +108,14 @@ def _cells(axis: str, values: np.ndarray, plan: Plan) -> tuple[tuple[float, floa
                 linewidth=0,
             )
             gone = [] if ranked else [u for u in range(units) if u not in stays.get(layer, ())]
-            axes.plot([u + 0.47 for u in gone], [layer] * len(gone), "x", color=inks["ink"], markersize=3, linewidth=0)
+            axes.plot([u + 0.47 for u in gone], [layer] * len(gone), "x", color=INKS["ink"], markersize=3, linewidth=0)
         if ranked:
             rows = [layer for layer in range(len(depth)) if layer in plan.layers]
             low, high = ([layer + side for layer in rows] for side in (-0.5, 0.5))
-            axes.vlines([units * share] * len(rows), low, high, inks["ink"], (0, (4, 3)), linewidth=0.9)
+            axes.vlines([units * share] * len(rows), low, high, INKS["ink"], (0, (4, 3)), linewidth=0.9)
             gone_rows = [layer for layer in range(len(depth)) if layer not in plan.layers]
-            axes.hlines(gone_rows, 0, units, color=inks["ink"], linewidth=0.9)
-        _colour_key(axes, inks)
+            axes.hlines(gone_rows, 0, units, color=INKS["ink"], linewidth=0.9)
+        _colour_key(axes)
         axes.grid(visible=False)
         axes.set_xlim(0, units)
         axes.set_ylim(len(depth) - 0.5, -0.5)
@@ -133,12 +133,12 @@ def _cells(axis: str, values: np.ndarray, plan: Plan) -> tuple[tuple[float, floa
     return (3.0, height), note, draw
 
 
-def _colour_key(axes: Axes, inks: dict[str, str]) -> None:
+def _colour_key(axes: Axes) -> None:
     steps = {"the layer's best": 1.0, "a tenth": 1 - 1 / DECADES, f"1/{10**DECADES} or less": 0.04}
-    patches = [Patch(facecolor=to_rgba(inks["accent"], depth), label=label) for label, depth in steps.items()]
+    patches = [Patch(facecolor=to_rgba(INKS["accent"], depth), label=label) for label, depth in steps.items()]
     place: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.3, "ncols": len(steps)}
     room: Any = {"handlelength": 1.0, "handletextpad": 0.4, "columnspacing": 0.9, "fontsize": 6.5}
-    axes.legend(handles=patches, frameon=False, labelcolor=inks["muted"], **place, **room)
+    axes.legend(handles=patches, frameon=False, labelcolor=INKS["muted"], **place, **room)
 
 
 def _whole_numbers(axes: Axes) -> None:

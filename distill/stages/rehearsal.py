@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -191,16 +192,19 @@ def rehearse_plots(names: Iterable[str] = ()) -> None:
     Raises:
         MachineError: nothing can be drawn here.
     """
-    shown = "\n".join(names)
-
-    def draw(axes: Axes, inks: dict[str, str]) -> None:
-        axes.set_title(shown)
-
     try:
-        render("trial", (2.0, 2.0), draw)
+        _draw("\n".join(names))
     except (OSError, ImportError, ValueError, RuntimeError) as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise MachineError(f"plots cannot be drawn here ({why}); is matplotlib whole?") from error
+
+
+@cache
+def _draw(shown: str) -> None:
+    def draw(axes: Axes) -> None:
+        axes.set_title(shown)
+
+    render("trial", (2.0, 2.0), draw)
 
 
 def check_room(context: StageContext, model: PreTrainedModel) -> None:

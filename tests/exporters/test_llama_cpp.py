@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ def test_an_error_that_the_engine_reports_is_left_to_the_caller(
 ) -> None:
     (tmp_path / "llama_cpp.py").write_text("def Llama(*_, **__):\n    raise ValueError('no such file')\n")
     monkeypatch.syspath_prepend(tmp_path)
+    for module in [name for name in sys.modules if name.partition(".")[0] == "llama_cpp"]:
+        monkeypatch.delitem(sys.modules, module)  # another test may have loaded the real one
     check_engine.cache_clear()
     check_engine(tmp_path / "model.gguf")
     with pytest.raises(DistillError, match=r"model.gguf: llama.cpp cannot load the file \(no such file\)") as raised:

@@ -250,7 +250,7 @@ def test_the_line_of_the_cut_spares_dropped_layers(monkeypatch: pytest.MonkeyPat
     def render(name: str, size: tuple[float, float], draw: Any, title: str, note: str) -> tuple[str, bytes]:
         assert title == "prune: scores of MLP neurons"
         drawn.append(Figure(figsize=size))
-        draw(drawn[0].add_subplot(), plots.INKS)
+        draw(drawn[0].add_subplot())
         return "", b""
 
     monkeypatch.setattr(module, "render", render)
@@ -273,7 +273,7 @@ def test_the_line_of_the_cut_spares_dropped_layers(monkeypatch: pytest.MonkeyPat
 
 def test_a_picture_alone_has_title_and_note() -> None:
     def pixels(*said: str) -> tuple[int, int]:
-        svg, png = plots.render("x", (3.0, 2.0), lambda axes, inks: None, *said)
+        svg, png = plots.render("x", (3.0, 2.0), lambda axes: None, *said)
         assert "what it shows" not in svg  # the page says it beside it
         return int.from_bytes(png[16:20]), int.from_bytes(png[20:24])
 
