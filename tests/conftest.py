@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 import signal
 from collections.abc import Iterator
@@ -29,6 +30,21 @@ def _the_same_numbers() -> None:
 def _installed_by_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages name the command that adds an extra, which depends on how distill was installed."""
     monkeypatch.setattr("distill.core.installed._found", lambda: None)
+
+
+@pytest.fixture(autouse=True)
+def _plots_are_drawn_and_not_saved(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To lay out and encode plots takes a third of a small run; tests marked ``plots`` look at them as they are."""
+    if request.node.get_closest_marker("plots") is None:
+        monkeypatch.setattr("distill.reporting.plots._save", lambda figure, form: _BLANK[form])
+
+
+_BLANK = {
+    "svg": b'<svg viewBox="0 0 1 1"></svg>',
+    "png": base64.b64decode(
+        "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+    ),
+}
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ A schema is a type that pydantic understands: a dataclass, a model, or a ``TypeA
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +37,7 @@ def read_stored(file: Path, schema: type[T] | TypeAdapter[T], fix: str) -> T:
 
 def parse_stored(text: str, schema: type[T] | TypeAdapter[T], name: str, fix: str) -> T:
     """:func:`read_stored` of text whose file messages call ``name``."""
-    adapter: TypeAdapter[T] = schema if isinstance(schema, TypeAdapter) else TypeAdapter(schema)
+    adapter: TypeAdapter[T] = schema if isinstance(schema, TypeAdapter) else _adapter(schema)
     try:
         return adapter.validate_json(text, strict=True)
     except ValidationError as error:
@@ -71,6 +72,7 @@ def read_checked(file: Path, schema: type[T] | TypeAdapter[T], fix: str, about: 
 
 
 _OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
+_adapter = cache(TypeAdapter)  # building one takes longer than reading a file with it
 
 
 def _text(file: Path, fix: str) -> str:

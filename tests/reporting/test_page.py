@@ -19,6 +19,8 @@ from distill.reporting import plots
 from distill.reporting.tradeoff import Row, from_json
 from distill.reporting.write_report import RunFacts, plots_of, write_report
 
+pytestmark = pytest.mark.plots
+
 EVIL = "<script>alert('x')</script> & <img src=x onerror=y>"
 ROWS = [
     Row("prune", kind="prune", parent="teacher", weight_bytes=4_600_000, loss_nats=5.9, perplexity=365.0,

@@ -228,6 +228,7 @@ def test_only_what_was_added_is_read(tmp_path: Path) -> None:
     assert [one["at"] for one in samples.read()] == [3]
 
 
+@pytest.mark.plots
 def test_a_plot_of_the_load() -> None:
     samples = [sample(float(i), "train", gpus=[{"index": 0, "utilization": i % 100}]) for i in range(900)]
     plot = load_plot(samples)
