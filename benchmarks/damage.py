@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,17 +32,32 @@ def main() -> None:
     """Damage the files, run the commands, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--commands", nargs="+", type=int, default=list(range(len(COMMANDS))), help="by number, from 0")
+    parser.add_argument(
+        "--cases", type=Path, help="file of the cases that are done; the same command continues from it"
+    )
     options = parser.parse_args()
+    cases = _read(options.cases)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         recipe = damage_recipe(*damage_material(Path(place)))
         finished = run(recipe, Path(place) / "run", say=lambda line: None).folder
-        damages = Damages(recipe, finished, Path(place) / "copies")
-        cases = []
+        done = {(case.file, case.fault, case.command) for case in cases}
+        damages = Damages(recipe, finished, Path(place) / "copies", done=done)
         for case in damages.cases(tuple(COMMANDS[number] for number in options.commands)):
             print(case.command, case.fault, case.file, case.outcome, case.said, sep=" | ", flush=True)
             cases.append(case)
+            if options.cases is not None:
+                with options.cases.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(asdict(case)) + "\n")
     write(cases)
+
+
+def _read(file: Path | None) -> list[Case]:
+    if file is None or not file.exists():
+        return []
+    whole = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    file.write_text("".join(whole), encoding="utf-8")  # without a last line that was cut
+    return [Case(**json.loads(line)) for line in whole]
 
 
 def write(cases: Iterable[Case]) -> None:

@@ -11,7 +11,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -125,12 +125,14 @@ class Damages:
         finished: folder of the run, which is left as it is.
         folder: where copies go.
         undisturbed: what each command makes of a run that nothing happened to.
+        done: file, fault and command of the cases that :meth:`cases` leaves out.
     """
 
     recipe: Recipe
     finished: Path
     folder: Path
     undisturbed: dict[str, Any] = field(default_factory=dict)
+    done: Collection[tuple[str, str, str]] = ()
 
     def cases(self, commands: tuple[str, ...] = COMMANDS) -> Iterator[Case]:
         """Every fault of every file under every command that may read it."""
@@ -146,6 +148,8 @@ class Damages:
         for command in commands:
             start = self._next(file)
             if (command == COMMANDS[1] and start is None) or (command == COMMANDS[3] and "model" not in file.parts):
+                continue
+            if (str(file), fault, command) in self.done:
                 continue
             copy = self._copy()
             if not self._damage(copy / file, fault, is_touched=command == COMMANDS[0]):
