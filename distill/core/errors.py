@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from distill.core.secrets import redacted
 
 
@@ -52,6 +54,11 @@ class NotReached(DistillError):
 
 class MachineError(DistillError):
     """The machine, not the user, is at fault: a full disk, no memory, a device that is not there."""
+
+
+def unwritable(folder: Path, error: OSError) -> MachineError:
+    """The error for a folder in which the system refuses to write, or to lock a file."""
+    return MachineError(f"{folder}: cannot be written or locked ({error.strerror or error})")
 
 
 class Stopped(BaseException):

@@ -37,7 +37,7 @@ def read_stored(file: Path, schema: type[T] | TypeAdapter[T], fix: str) -> T:
 
 def parse_stored(text: str, schema: type[T] | TypeAdapter[T], name: str, fix: str) -> T:
     """:func:`read_stored` of text whose file messages call ``name``."""
-    adapter: TypeAdapter[T] = schema if isinstance(schema, TypeAdapter) else _adapter(schema)
+    adapter: TypeAdapter[T] = schema if isinstance(schema, TypeAdapter) else _adapter(schema)  # type: ignore[arg-type]
     try:
         return adapter.validate_json(text, strict=True)
     except ValidationError as error:
@@ -72,7 +72,11 @@ def read_checked(file: Path, schema: type[T] | TypeAdapter[T], fix: str, about: 
 
 
 _OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
-_adapter = cache(TypeAdapter)  # building one takes longer than reading a file with it
+
+
+@cache  # building one takes longer than reading a file with it
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
 
 
 def _text(file: Path, fix: str) -> str:

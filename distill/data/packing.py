@@ -27,7 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from distill.core import stop
 from distill.core.artifact import sync
-from distill.core.errors import InputError, MachineError
+from distill.core.errors import InputError, MachineError, unwritable
 from distill.core.outside import check_appendable, read_json
 from distill.core.seal import Mark, changes, marks_of
 from distill.core.stop import stoppable
@@ -319,7 +319,7 @@ def file_lock(folder: Path) -> Iterator[None]:
         lock: Any = (folder / ".lock").open("w")
         fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
-        raise MachineError(f"{folder}: cannot be written or locked ({error.strerror or error})") from error
+        raise unwritable(folder, error) from error
     with lock:
         for stale in folder.glob(".*.writing"):  # of a process that was killed: nobody else is here
             if stale.is_file():

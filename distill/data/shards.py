@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from pydantic import TypeAdapter
 
-from distill.core.errors import InputError, MachineError
+from distill.core.errors import InputError, unwritable
 from distill.core.stored import read_checked, write_checked
 from distill.data.packing import TokenFile, read_tokens
 
@@ -50,7 +50,7 @@ class Shards:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise unwritable(self.folder, error) from error
 
     def path(self, number: int) -> Path:
         """The ``.bin`` file of a shard."""
@@ -141,7 +141,7 @@ class Shards:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise unwritable(self.folder, error) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -149,8 +149,5 @@ class Shards:
             return None
         except OSError as error:
             lock.close()
-            raise self._unwritable(error) from error
+            raise unwritable(self.folder, error) from error
         return lock
-
-    def _unwritable(self, error: OSError) -> MachineError:
-        return MachineError(f"{self.folder}: cannot be written or locked ({error.strerror or error})")

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from torch.utils.data import IterableDataset
 
 from distill.core import stop
-from distill.core.errors import DistillError, InputError, MachineError
+from distill.core.errors import DistillError, InputError, MachineError, unwritable
 from distill.core.forked import can_fork
 from distill.core.stored import read_checked, write_checked
 from distill.data.micro_batches import MicroBatches
@@ -93,16 +93,17 @@ class StreamReader:
         try:
             lock = (self.shards.folder / "writer.lock").open("w")
         except OSError as error:
-            raise self.shards.unwritable(error) from error
+            raise unwritable(self.shards.folder, error) from error
         with lock:  # a process that is started has it open too, and the lock ends with that one
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
             except OSError as error:
-                raise self.shards.unwritable(error) from error
+                raise unwritable(self.shards.folder, error) from error
             if self._error.is_file():
                 raise self._what_was_wrong()
+            self.shards.sweep()
             if not can_fork():
                 if (number := self.shards.wanted(rows_read(self.shards.folder))) is not None:
                     self.shards.make(number)
@@ -110,7 +111,8 @@ class StreamReader:
             if self._writer is not None:
                 self._writer.join()
                 if code := self._writer.exitcode:
-                    raise MachineError(f"the process that tokenizes the stream was killed by signal {-code}")
+                    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+                    raise MachineError(f"the process that tokenizes the stream {how}")
             with one_thread_each():
                 context = multiprocessing.get_context("fork")
                 self._writer = context.Process(target=self._write_ahead, args=(os.getpid(),), daemon=True)

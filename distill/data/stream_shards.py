@@ -1,7 +1,7 @@
 """A stream on disk: a process writes its rows a little ahead, and all that train map them into memory.
 
     stream-<hash>/
-        000000000000-000000016384.json   the position behind these rows; kept for good, 100 kB at most
+        000000000000-000000016384.json   the position behind these rows and their SHA-256; kept for good, 100 kB at most
         000000000000-000000016384.bin    the rows themselves, :data:`~distill.data.stream.TOKEN` [rows, tokens]
         writer.lock                      locked by the process that writes
         <process>.reader                 the row that a process reads; locked while it does
@@ -17,6 +17,7 @@ at once. Where a shard ends depends on the stream alone.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import itertools
 import os
 import socket
@@ -29,13 +30,14 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from distill.core.artifact import sync
-from distill.core.errors import InputError, MachineError
+from distill.core.errors import InputError, unwritable
 from distill.core.stored import read_checked, write_checked
 from distill.data.stream import TOKEN, Position, Stream
 from distill.data.stream_bounds import AHEAD, BEHIND, LARGEST, SMALLEST
 
 RULE = f"1: shards of {SMALLEST} to {LARGEST} tokens"
 """How shards are cut; another rule is another folder."""
+_DIGEST = "sha256"
 _POSITION: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 _numbers = itertools.count()
 
@@ -60,7 +62,7 @@ class StreamShards:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise self.unwritable(error) from error
+            raise unwritable(self.folder, error) from error
 
     def bounds(self) -> list[tuple[int, int]]:
         """First row and the one behind the last, of all shards that follow each other from the first row on."""
@@ -72,15 +74,24 @@ class StreamShards:
         return chain
 
     def rows_of(self, first: int, stop: int) -> np.ndarray | None:
-        """The rows of a shard, mapped into memory; None if the file is missing or has the wrong length."""
+        """The rows of a shard, mapped into memory; None if they are missing. Damaged ones are deleted."""
         file, shape = self._file(first, stop, "bin"), (stop - first, self.stream.room)
         try:
             if file.stat().st_size == shape[0] * shape[1] * TOKEN.itemsize:
-                return np.memmap(file, TOKEN, mode="r", shape=shape)
+                rows = np.memmap(file, TOKEN, mode="r", shape=shape)
+                if self._written(first, stop).get(_DIGEST) == _digest(rows):
+                    return rows
         except FileNotFoundError:
             return None
+        except InputError:  # what is known of the rows is damaged, and made again with them
+            self._file(first, stop, "json").unlink(missing_ok=True)
         file.unlink(missing_ok=True)
         return None
+
+    def sweep(self) -> None:
+        """Delete what a process that was killed has left half-written. Only one that holds the lock may do it."""
+        for file in self.folder.glob(".*.bin.*"):
+            file.unlink(missing_ok=True)
 
     def wanted(self, rows: list[int]) -> int | None:
         """The shard that is to be made next, by number; None where all are there that readers of these rows need soon.
@@ -132,25 +143,28 @@ class StreamShards:
             rows.tofile(temporary)
             sync(temporary)
             temporary.replace(file)
-            write_checked(self._file(first, behind.row, "json"), behind.to_json())
+            write_checked(self._file(first, behind.row, "json"), {_DIGEST: _digest(rows), **behind.to_json()})
         except OSError as error:
-            raise self.unwritable(error) from error
+            raise unwritable(self.folder, error) from error
         finally:
             temporary.unlink(missing_ok=True)
 
     def _position(self, first: int, stop: int) -> Position:
         try:
-            written = read_checked(self._file(first, stop, "json"), _POSITION, "")
-            return Position.from_json(written)
+            written = self._written(first, stop)
+            return Position.from_json({key: value for key, value in written.items() if key != _DIGEST})
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self.folder}: a damaged position ({error})") from None
+
+    def _written(self, first: int, stop: int) -> dict[str, Any]:
+        return read_checked(self._file(first, stop, "json"), _POSITION, "")
 
     def _file(self, first: int, stop: int, kind: str) -> Path:
         return self.folder / f"{first:012}-{stop:012}.{kind}"
 
-    def unwritable(self, error: OSError) -> MachineError:
-        """The line for a folder that cannot be used."""
-        return MachineError(f"{self.folder}: cannot be written or locked ({error.strerror or error})")
+
+def _digest(rows: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest()
 
 
 class Mark:

@@ -205,14 +205,25 @@ def test_what_is_wrong_with_the_text_reaches_those_who_read(tmp_path, tokenizer,
             read(strict, range(2000, 2001))
 
 
+@pytest.mark.parametrize("is_cut", [True, False], ids=["cut", "a bit flipped"])
 @pytest.mark.parametrize("kind", ["json", "bin"])
-def test_damaged_files_are_made_again(stream, kind):
+def test_damaged_files_are_made_again(stream, kind, is_cut):
     expected = first_rows(stream, 300)
     read(stream, range(250))
-    damaged = sorted(stream.folder.glob(f"*.{kind}"))[2]
-    content = damaged.read_bytes()
-    damaged.write_bytes(content[: len(content) // 2])
+    bounds = {file: tuple(map(int, file.stem.split("-"))) for file in stream.folder.glob(f"*.{kind}")}
+    (damaged,) = [file for file, (first, behind) in bounds.items() if first <= 249 < behind]
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content[: len(content) // 2] if is_cut else content)
     assert (read(stream, range(300)) == expected).all()
+
+
+def test_what_a_killed_writer_left_half_written_goes(stream):
+    read(stream, range(3))
+    left = stream.folder / ".000000000000-000000000007.bin.1234"
+    left.write_bytes(b"half of them")
+    read(stream, range(3))
+    assert not left.exists()
 
 
 def test_positions_are_the_same_after_json(stream):
