@@ -89,6 +89,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="number of times for each other fault")
     parser.add_argument("--restarts", type=int, default=20, help="number of restarts by torchrun")
     parser.add_argument("--signals", type=int, default=300, help="signals at random moments, including earlier calls")
+    parser.add_argument(
+        "--since",
+        default=date.today().isoformat(),
+        help="date since which trainings of the part `resumed` are not measured again",
+    )
     parser.add_argument("--page", action="store_true", help="only generate the page from the JSON")
     options = parser.parse_args()
     with Workers(IMPORTS) as workers, tempfile.TemporaryDirectory() as place:
@@ -282,8 +287,11 @@ def _restarted(bench: Bench, options: argparse.Namespace) -> Rows:
 
 def _resumed(bench: Bench, options: argparse.Namespace) -> Rows:
     """One row per combination of settings."""
+    earlier = [row for row in _rows() if row["part"] == "resumed" and row["date"] >= options.since]
+    yield from earlier
+    known = [row["cell"] for row in earlier]
     resumes = Resumes(bench.workers, Text(bench.folder / "text").make(bench.workers), bench.folder, LIMIT_S)
-    for cell in [*pairs(), Cell(compile=True)]:
+    for cell in [cell for cell in [*pairs(), Cell(compile=True)] if asdict(cell) not in known]:
         began = time.monotonic()
         different = resumes.difference(cell)
         print(cell, different, flush=True)
