@@ -26,9 +26,11 @@ Outcome = Literal["made again", "refused", "told", "not read", "silent", "traceb
 COMMANDS = ("run", "run --from the next stage", "report", "compare")
 CHANGING = {
     *(DONE, INPUT, "distill.json", "metrics.jsonl", "metrics.csv"),
-    *("README.md", "report.md", "index.html", "table.csv"),
+    *("README.md", "report.md", "index.html", "table.csv", "load.png", "hardware.jsonl"),
 }
 """Files that differ between two runs of one recipe: they hold dates, times, or what a run is called."""
+MEASURED = {"training_seconds", "seconds"}
+"""Keys in JSON whose values differ between two runs."""
 SAMPLE = "row"
 
 
@@ -229,13 +231,18 @@ def _made(folder: Path) -> dict[str, Any]:
 def _content(file: Path) -> Any:
     if not file.is_file():
         return None
-    if file.name != "rows.json":
+    if file.suffix != ".json":
         return file.read_bytes()
     try:
-        rows = json.loads(file.read_bytes())
-        return [{key: value for key, value in row.items() if key != "training_seconds"} for row in rows]
-    except (ValueError, AttributeError, TypeError):
+        return _without_times(json.loads(file.read_bytes()))
+    except ValueError:
         return file.read_bytes()
+
+
+def _without_times(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_times(value) for key, value in content.items() if key not in MEASURED}
+    return [_without_times(value) for value in content] if isinstance(content, list) else content
 
 
 def damage_recipe(teacher: Path, text: Path) -> Recipe:
