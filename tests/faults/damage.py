@@ -184,6 +184,7 @@ class Damages:
 
     def _look(self, copy: Path, file: Path, fault: str, command: str, start: str | None) -> Case:
         said: list[str] = []
+        damaged = _bytes(copy / file)
         try:
             made = self._do(copy, command, start, said.append)
         except DistillError as error:
@@ -195,7 +196,8 @@ class Damages:
         if naming:
             outcome: Outcome = "made again" if "what is left of it is now" in naming[0] else "told"
             return Case(str(file), fault, command, outcome, naming[0].replace(str(copy), "RUN"))
-        if (self.finished / file).is_file() and _content(copy / file) == _content(self.finished / file):
+        is_as_before = (self.finished / file).is_file() and _content(copy / file) == _content(self.finished / file)
+        if is_as_before and _bytes(copy / file) != damaged:
             return Case(str(file), fault, command, "made again")
         return Case(str(file), fault, command, "not read" if made == self._expected(command, start) else "silent")
 
@@ -226,6 +228,10 @@ def _made(folder: Path) -> dict[str, Any]:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name not in CHANGING and CHECKPOINTS not in file.parts
     }
+
+
+def _bytes(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None
 
 
 def _content(file: Path) -> Any:
