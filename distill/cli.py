@@ -15,6 +15,7 @@ import typer
 from distill import __version__, cli_stages
 from distill.core import output, stop, threads
 from distill.core.errors import DistillError, InputError, Interrupted, RankEnded, Stopped
+from distill.core.outside import read
 from distill.core.quiet import quiet_torchao
 from distill.core.sweep import trial_of_sweep
 from distill.core.unattended import unattended
@@ -207,8 +208,8 @@ def compare(
     from distill.compare import answer_prompts
 
     try:
-        lines = prompts.read_text(encoding="utf-8").split("\n") if prompts else []
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read(prompts).decode("utf-8").split("\n") if prompts else []
+    except UnicodeDecodeError as error:
         raise InputError(f"--prompts {prompts}: cannot be read as text ({error})") from None
     texts = [*(prompt or []), *(line for line in lines if line.strip())]
     if not texts:

@@ -56,7 +56,7 @@ def launch(num_processes: int, order: dict[str, Any], folder: Path) -> None:
             failed = _first_that_fails(workers)
     finally:
         _end(workers)
-    if failed is not None:
+    if failed is not None and not _is_finished(workers, failed):
         raise _ended(workers, failed, logs)
 
 
@@ -153,6 +153,11 @@ def _end(workers: list[subprocess.Popen[str]]) -> None:
 def _is_mistake(workers: list[subprocess.Popen[str]]) -> bool:
     """Whether the first has found the user's mistake: its line is all there is to say, and nobody has work to save."""
     return bool(workers) and workers[0].returncode == InputError.exit_code
+
+
+def _is_finished(workers: list[subprocess.Popen[str]], failed: int) -> bool:
+    """Whether the signal that stopped a rank came when the first rank, which ends last, had finished all stages."""
+    return workers[0].returncode == 0 and workers[failed].returncode in STOPPED
 
 
 def _ended(workers: list[subprocess.Popen[str]], rank: int, logs: Path) -> RankEnded:

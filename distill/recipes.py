@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distill.core.artifact import write_text
 from distill.core.errors import InputError
+from distill.core.outside import is_there
 from distill.core.source import suggest
 
 
@@ -31,7 +32,7 @@ def copy_of(name: str, file: Path) -> None:
         InputError: there is no recipe of that name, or the file is there already.
     """
     source = find(name)
-    if file.exists():
+    if is_there(file):
         raise InputError(f"{file}: is there already; name another with --out, or remove it")
     first, *rest = source.read_text(encoding="utf-8").splitlines(keepends=True)
     # the first line is the command that runs the recipe

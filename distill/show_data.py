@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from distill.core.errors import InputError
+from distill.core.outside import is_file
 from distill.core.run_folder import Run
 from distill.data.loader import order_of
 from distill.data.micro_batches import MicroBatches
@@ -52,7 +53,7 @@ def show_named(name: str, set: list[str], run_dir: Path | None, num_rows: int, s
         return
     if is_unfinished(Path(name)):
         raise InputError(f"{name}: this stage is not finished, its replies are kept; run the same command again first")
-    if len(Path(name).parts) > 1 and not Path(name).is_file() and not name.endswith((".yaml", ".yml")):
+    if len(Path(name).parts) > 1 and not is_file(name) and not name.endswith((".yaml", ".yml")):
         raise InputError(f"{name}: neither a recipe's file nor the folder of a synthesize stage (RUN_DIR/STAGE)")
     if start:
         raise InputError("--start: only with RUN_DIR/STAGE of a synthesize stage; remove it")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from distill.core.errors import InputError
-from distill.core.outside import read_json
+from distill.core.outside import is_file, is_folder, read_json
 from distill.stages.synthesize.replies import FOLDER as REPLIES
 from distill.stages.synthesize.row_files import ABOUT, DROPPED, EXAM, FOLDER, read_lines
 
@@ -20,12 +20,12 @@ LONGEST = 600
 
 def is_data_set(place: Path) -> bool:
     """Whether a folder is that of a stage that has made rows."""
-    return (place / ABOUT).is_file() and (place / DROPPED).is_file()
+    return is_file(place / ABOUT) and is_file(place / DROPPED)
 
 
 def is_unfinished(place: Path) -> bool:
     """Whether a folder is that of a stage that was ended while it made rows."""
-    return not is_data_set(place) and (place / REPLIES).is_dir()
+    return not is_data_set(place) and is_folder(place / REPLIES)
 
 
 def show_rows(place: Path, num_rows: int, start: int = 0, console: Console | None = None) -> None:

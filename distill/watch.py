@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distill.api.open_run import load_run
+from distill.core.errors import Interrupted
 from distill.core.run_folder import DONE, INPUT, Run
 from distill.recipe import Recipe
 from distill.tracking.hardware import Samples
@@ -78,7 +79,7 @@ def watch(run_dir: Path, *, once: bool = False, console: Console | None = None) 
             while is_live(Run(run_dir), samples.read()):
                 time.sleep(EVERY_S)
                 live.update(view(run_dir, samples.read()))
-        except KeyboardInterrupt:  # it is the view that ends, never the run
+        except (KeyboardInterrupt, Interrupted):  # it is the view that ends, never the run
             pass
 
 

@@ -73,6 +73,11 @@ def test_the_first_that_fails_ends_all(played: Any, tmp_path: Path, code: str, l
         assert "why" in log_of(tmp_path / "logs", 1).read_text()
 
 
+def test_a_signal_behind_the_last_stage_is_no_stop(played: Any, tmp_path: Path) -> None:
+    played("sys.exit(75 if rank else 0)")
+    launch(2, {}, tmp_path)
+
+
 def test_a_signal_reaches_every_worker(played: Any, tmp_path: Path) -> None:
     """Through the pipe by which it got its order, so that one which is only starting does not miss it."""
     played("open(f\"{order['to']}/{rank}\", 'w'); sys.exit(75 if int(input()) == signal.SIGTERM else 1)")

@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from distill.api.measured_rows import Rows
 from distill.core.errors import InputError
+from distill.core.outside import is_file
 from distill.core.run_folder import RECIPE, Done, Run
 from distill.core.stored import read_stored
 from distill.pruning.base import Scores
@@ -54,7 +55,7 @@ def load_run(folder: Path) -> Recipe:
     Raises:
         InputError: it is not a run folder.
     """
-    if not (folder / RECIPE).is_file():
+    if not is_file(folder / RECIPE):
         raise InputError(f"{folder}: not a run folder (no {RECIPE} in it)")
     return Recipe.load(folder / RECIPE)
 

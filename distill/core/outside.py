@@ -99,8 +99,18 @@ def is_text(text: str) -> bool:
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether a text that somebody wrote leads to a folder; what no path can be, such as a very long one, does not."""
+    """Whether a path that somebody wrote leads to a folder. ``Path.is_dir`` raises for one that is too long."""
     return os.path.isdir(path)
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a path that somebody wrote leads to a regular file. ``Path.is_file`` raises for one that is too long."""
+    return os.path.isfile(path)
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether a path that somebody wrote is taken, if only by a link that leads nowhere."""
+    return os.path.lexists(path)
 
 
 def status_of(file: Path) -> os.stat_result:
@@ -123,7 +133,7 @@ def check_appendable(file: Path) -> None:
     Raises:
         InputError: it is no regular file. A missing file is accepted.
     """
-    if file.exists() or file.is_symlink():
+    if is_there(file):
         status_of(file)
 
 

@@ -237,12 +237,14 @@ def _bytes(file: Path) -> bytes | None:
 def _content(file: Path) -> Any:
     if not file.is_file():
         return None
-    if file.suffix != ".json":
-        return file.read_bytes()
+    content = file.read_bytes()
     try:
-        return _without_times(json.loads(file.read_bytes()))
+        if file.suffix == ".safetensors":  # its library writes the metadata in any order
+            size = int.from_bytes(content[:8], "little")
+            return json.loads(content[8 : 8 + size]), content[8 + size :]
+        return _without_times(json.loads(content)) if file.suffix == ".json" else content
     except ValueError:
-        return file.read_bytes()
+        return content
 
 
 def _without_times(content: Any) -> Any:

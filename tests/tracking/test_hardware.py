@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -278,6 +282,21 @@ def test_the_view_of_a_run_that_works(run_folder: Path) -> None:
     assert "0.25" in text
     assert "97 %" in text
     assert "70.0 of 80.0 GB, 650 W, 61 °C" in text
+
+
+def test_ctrl_c_ends_the_view_and_nothing_else(run_folder: Path, as_on_a_terminal: None) -> None:
+    (run_folder / SAMPLES).write_text(json.dumps(sample(time.time(), "student")) + "\n")
+    ours, its = os.openpty()
+    with Run(run_folder).lock():
+        viewer = subprocess.Popen([sys.executable, "-m", "distill", "watch", str(run_folder)], stdout=its, stderr=its)
+        os.close(its)
+        said = os.read(ours, 1)  # it has begun to draw
+        viewer.send_signal(signal.SIGINT)
+        with suppress(OSError):  # the terminal's other end is closed
+            while piece := os.read(ours, 1000):
+                said += piece
+    assert viewer.wait(60) == 0
+    assert b"the same command goes on" not in said
 
 
 def test_the_view_of_a_run_that_was_stopped_and_of_no_run(run_folder: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill.core.errors import InputError, MachineError
+from distill.core.outside import is_folder
 from distill.data.teacher_cache.cache import CacheLocation
 from distill.data.teacher_cache.fidelity import Fidelity
 from distill.data.teacher_cache.head_file import head_file, is_whole
@@ -19,7 +20,8 @@ def caches(folder: Path) -> list[CacheLocation]:
     Raises:
         InputError: there is none, or one of another version.
     """
-    found = [file.parent for file in sorted([*folder.glob(HEADER), *folder.glob(f"*/{HEADER}")])]
+    places = sorted([*folder.glob(HEADER), *folder.glob(f"*/{HEADER}")]) if is_folder(folder) else []
+    found = [file.parent for file in places]
     if not found:
         raise InputError(f"{folder}: no teacher cache there (no {HEADER} in it or one level below)")
     return [CacheLocation.there(place) for place in found]
