@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from distill.core.artifact import fingerprint, hash_of
 from distill.core.errors import InputError, RecipeError
+from distill.core.outside import is_file
+from distill.core.run_folder import DONE, Run
 from distill.core.seal import Change
 from distill.data.files import fingerprint as fingerprint_of_files
 from distill.models.load import check_reachable
@@ -71,6 +74,7 @@ def standing(session: Session, only: str | None, start: str | None, *, read: boo
         raise RecipeError(mistakes)
     for reference in sorted(wanted - {*names, SELF} - ({"teacher"} if session.teacher is None else set())):
         check_reachable(session.artifact(reference).location)
+        _check_other_run(session, reference, read=read)
     for augment in (data_of(session.stages, session.data, name).augment for name in to_run):
         if augment is not None:
             check_reachable(session.artifact(augment.replace_words.model).location)
@@ -122,10 +126,27 @@ def check_read(session: Session, name: str) -> None:
         InputError: with a line for each file.
     """
     for reference in dict.fromkeys(reads(session, name)):
-        if reference in session.stages and session.run.done(reference) is not None:
+        if reference not in session.stages:
+            if reference != SELF and (reference != "teacher" or session.teacher is not None):
+                _check_other_run(session, reference, read=True)
+        elif session.run.done(reference) is not None:
             result, for_people = result_of(session, reference)
             if result is not None and not for_people:
                 session.run.check(reference, result)
+
+
+def _check_other_run(session: Session, reference: str, *, read: bool) -> None:
+    """Refuse a model that a stage of another run made, if it has changed since.
+
+    Raises:
+        InputError: with a line for each file.
+    """
+    model = Path(session.artifact(reference).location)
+    stage = model.parent
+    if is_file(stage / DONE):
+        its_run = Run(stage.parent)
+        if lines := its_run.refusals(stage.name, its_run.changes(stage.name, model.name, read=read)):
+            raise InputError("\n".join(lines))
 
 
 def result_of(session: Session, name: str) -> tuple[str | None, bool]:

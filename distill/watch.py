@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distill.api.open_run import load_run
-from distill.core.errors import Interrupted
+from distill.core import stop
 from distill.core.run_folder import DONE, INPUT, Run
 from distill.recipe import Recipe
 from distill.tracking.hardware import Samples
@@ -74,13 +74,14 @@ def watch(run_dir: Path, *, once: bool = False, console: Console | None = None) 
     if once:
         console.print(view(run_dir, samples.read()))
         return
-    with Live(view(run_dir, samples.read()), console=console, refresh_per_second=4, transient=False) as live:
-        try:
-            while is_live(Run(run_dir), samples.read()):
-                time.sleep(EVERY_S)
-                live.update(view(run_dir, samples.read()))
-        except (KeyboardInterrupt, Interrupted):  # it is the view that ends, never the run
-            pass
+    with (
+        stop.patient(),
+        Live(view(run_dir, samples.read()), console=console, refresh_per_second=4, transient=False) as live,
+    ):
+        while is_live(Run(run_dir), samples.read()) and not stop.asked():
+            time.sleep(EVERY_S)
+            live.update(view(run_dir, samples.read()))
+        stop.finish()  # a signal ends the view, never the run: there is nothing to go on with
 
 
 def is_live(run: Run, samples: Sequence[Mapping[str, Any]]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from distill.api.open_run import open_run
 from distill.compare import answer_prompts, report_runs
 from distill.core.errors import InputError
 from distill.recipe import Recipe
@@ -137,6 +138,26 @@ def test_a_file_that_was_added_to_a_model_is_refused(recipe: Recipe, folder: Pat
         run(recipe, folder, start="student")
     said = said_by(recipe, folder)
     assert [line for line in said if "changed since: model/adapter_config.json" in line]
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_damaged_model_of_another_run_is_refused(recipe: Recipe, folder: Path, tmp_path: Path, when: str) -> None:
+    file = folder / "base" / "model" / "model.safetensors"
+    student = recipe.stages["student"].model_copy(update={"student": str(folder / "base")})
+    other = recipe.model_copy(update={"stages": {"student": student}})
+    if when == "before":
+        flip(file)
+    with pytest.raises(InputError, match=f"{file}: is not what stage base made"):
+        run(other, tmp_path / "other", say=lambda line: flip(file) if "student (distill)" in line else None)
+    assert not (tmp_path / "other" / "student" / "DONE").exists()
+
+
+def test_a_damaged_model_is_not_handed_out(recipe: Recipe, folder: Path) -> None:
+    model = folder / "base" / "model"
+    assert open_run(folder).model("base") == model
+    flip(model / "model.safetensors")
+    with pytest.raises(InputError, match="is not what stage base made"):
+        open_run(folder).model("base")
 
 
 def test_what_changes_while_a_run_goes_on_is_seen_too(recipe: Recipe, folder: Path) -> None:

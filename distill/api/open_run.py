@@ -187,12 +187,14 @@ class OpenRun:
         """The folder of the model that a finished stage made, for ``distill.load`` or ``from_pretrained``.
 
         Raises:
-            InputError: it is not finished, or makes no model.
+            InputError: it is not finished, makes no model, or its model has changed.
         """
         self._done(stage)
         if not self.recipe.stages[stage].makes_model:
             raise InputError(f"{stage}: a stage of kind {self.stages[stage]} makes no model")
-        return Path(self._run.model(stage).location)
+        model = Path(self._run.model(stage).location)
+        self._run.check(stage, model.name)
+        return model
 
     def page(self, stage: str = "report") -> Path:
         """The page of a report stage.
