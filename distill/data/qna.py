@@ -50,7 +50,7 @@ class Seed:
     """Questions about one context.
 
     Attributes:
-        context: the text that holds the answers; None where an example has none.
+        context: the text that contains the answers; None if an example has none.
         pairs: at least one.
         place: ``file:line`` of the example.
     """
@@ -77,7 +77,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Qna:
-    """What a ``qna.yaml`` says.
+    """The content of a ``qna.yaml``.
 
     Attributes:
         file: its name.
@@ -87,7 +87,7 @@ class Qna:
         created_by: its author.
         domain: subject of the knowledge; empty for a skill.
         outline: what the document is about (knowledge), or what the task is (skill and old knowledge).
-        origin: of the documents; None for a skill.
+        origin: where the documents come from; None for a skill.
     """
 
     file: str
@@ -124,7 +124,7 @@ def read_qna(file: str | Path) -> Qna:
 
 
 def parse_qna(text: str, name: str) -> Qna:
-    """As :func:`read_qna`, for text in memory that messages call ``name``."""
+    """As :func:`read_qna`, for text in memory; ``name`` is its name in messages to the user."""
     found = source.parse(text, name, what="qna.yaml")
     reader = _Reader(found, mistakes=list(found.mistakes))
     qna = reader.qna()
@@ -135,18 +135,18 @@ def parse_qna(text: str, name: str) -> Qna:
 
 @dataclass
 class _Reader:
-    """Collects mistakes while it reads.
+    """Collects mistakes while it parses the file.
 
     Attributes:
-        source: plain data with lines.
-        mistakes: found so far.
+        source: the parsed YAML, with line numbers.
+        mistakes: mistakes found so far.
     """
 
     source: Source
     mistakes: list[str] = field(default_factory=list)
 
     def qna(self) -> Qna:
-        """The whole file."""
+        """Parse the whole file."""
         data = self.source.data
         version = data.get("version", 1)
         if isinstance(version, bool) or version not in VERSIONS:
@@ -216,7 +216,7 @@ class _Reader:
         if not isinstance(found, dict):
             self._wrong(path, f"needs question and answer (got {_short(found)})")
             return None
-        if "questions_and_answers" in path:  # of an example itself the caller has looked at the keys
+        if "questions_and_answers" in path:  # for unnested pairs, the caller has checked the keys
             self._unknown(path, found, ["question", "answer"])
         texts = []
         for key in ("question", "answer"):
@@ -284,11 +284,12 @@ def _short(value: Any) -> str:
 
 
 def check_contexts(qna: Qna, documents: Sequence[str]) -> Iterator[str]:
-    """A line for each context that is in none of the documents. It may be of another revision, so it is no mistake.
+    """Yield a line per context that is in none of the documents. This is not an error, because the context may be of
+    another revision of them.
 
     Args:
-        qna: of knowledge.
-        documents: texts.
+        qna: a file of knowledge.
+        documents: texts of the documents.
     """
     texts = [comparable(text) for text in documents]
     for seed in qna.seeds:
@@ -297,5 +298,5 @@ def check_contexts(qna: Qna, documents: Sequence[str]) -> Iterator[str]:
 
 
 def comparable(text: str) -> str:
-    """A text without what a copy may change: case, and the amount of whitespace."""
+    """Normalise what a copy may change: case and whitespace."""
     return " ".join(text.casefold().split())
