@@ -106,7 +106,7 @@ class Removed(Rejected):
 
 
 Item = Document | Conversation | Rejected
-"""What a source yields."""
+"""An item that a source yields."""
 
 
 def said(messages: tuple[Message, ...]) -> str:

@@ -28,7 +28,7 @@ class Chat(SourceSpec):
     """Files, folders or globs: `.jsonl`, `.parquet`, and `.json` files that are named themselves and hold a list of
     rows; `.gz`, `.zst` and `s3://`, `gs://` and `https://` too."""
     hub: str | None = None
-    """In place of path: a Hub id such as `org/name`."""
+    """Instead of path: a Hub id such as `org/name`."""
     name: str | None = None
     """The data set's configuration; null for the default one. Hub only."""
     split: str = "train"

@@ -79,7 +79,7 @@ def cut_tokenizer(tokenizer: PreTrainedTokenizerFast, kept: Sequence[int], folde
 
     Args:
         tokenizer: the full tokenizer; unchanged.
-        kept: from :func:`tokens_to_keep`.
+        kept: ids of the tokens that stay, from :func:`tokens_to_keep`.
         folder: where it is saved; an existing folder is replaced.
 
     Raises:

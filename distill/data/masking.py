@@ -26,8 +26,8 @@ class Masking:
     """How tokens are hidden.
 
     Attributes:
-        spec: of the recipe.
-        seed: of the recipe.
+        spec: the recipe's mask settings.
+        seed: the recipe's seed.
         mask_id: id of the mask token.
         ordinary: ids from which a random token is drawn: all except special ones. int64 [ids]
         log_weights: log of the weight with which each id is chosen. float64 [vocabulary]
@@ -44,8 +44,8 @@ class Masking:
         """Make it from the counts of the ids in the training text.
 
         Args:
-            spec: of the recipe.
-            seed: of the recipe.
+            spec: the recipe's mask settings.
+            seed: the recipe's seed.
             mask_id: id of the mask token.
             special: ids of special tokens.
             counts: number of occurrences of each id. int64 [vocabulary]

@@ -43,8 +43,8 @@ def role_of(message: dict[str, Any], number: int) -> str:
     """The role of a message: system, user, assistant or tool.
 
     Args:
-        message: as it is written.
-        number: of the message in its conversation, from 1.
+        message: the message as it is stored.
+        number: number of the message in its conversation, from 1.
 
     Raises:
         Unusable: the role is missing or unknown.
@@ -61,8 +61,8 @@ def message_of(message: Any, number: int) -> Message:
     """A message in the form of :data:`~distill.data.base.Message`.
 
     Args:
-        message: as it is written.
-        number: of the message in its conversation, from 1.
+        message: the message as it is stored.
+        number: number of the message in its conversation, from 1.
 
     Raises:
         Unusable: a field has the wrong type, or the assistant's message is empty.

@@ -141,7 +141,7 @@ class PackedRows(Dataset[dict[str, "Tensor"]]):
         return self.tokens.ids()
 
     def learned(self) -> np.ndarray | None:
-        """Which tokens of the file are learned from, memory-mapped; None when all are. bool [tokens]"""
+        """Which tokens of the file are learned from, memory-mapped; None: all. bool [tokens]"""
         self._file()
         return self._learned
 

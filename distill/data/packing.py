@@ -94,7 +94,7 @@ class TokenFile:
         return np.memmap(Path(self.path).with_suffix(".bounds"), np.int64, mode="r", shape=(self.num_documents + 1,))
 
     def learned(self) -> np.ndarray | None:
-        """Whether each token is learned from, memory-mapped; None when all are. bool [num_tokens]"""
+        """Whether each token is learned from, memory-mapped; None: all. bool [num_tokens]"""
         if self.num_learned is None:
             return None
         return np.memmap(Path(self.path).with_suffix(".learned"), np.bool_, mode="r", shape=(self.num_tokens,))

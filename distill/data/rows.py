@@ -180,7 +180,7 @@ def belongs_to_start(start: Sequence[int], bounds: np.ndarray, ids: np.ndarray, 
 
     Args:
         start: ids before a text.
-        bounds: as of :func:`leads_of`.
+        bounds: see :func:`leads_of`.
         ids: ids of the whole file. [tokens]
         places: indices of the tokens to check. int64 [places]
     """

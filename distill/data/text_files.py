@@ -1,4 +1,4 @@
-"""Text files: one document per file."""
+"""Text files, such as Markdown or source code: one document per file."""
 
 from __future__ import annotations
 

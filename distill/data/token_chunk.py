@@ -17,8 +17,8 @@ class Used(NamedTuple):
     """An item that is used.
 
     Attributes:
-        id: its name in messages.
-        noted: as in :class:`~distill.data.encoder.Encoded`.
+        id: name of the item in messages to the user.
+        noted: see :class:`~distill.data.encoder.Encoded`.
         num_bytes: UTF-8 bytes of its text.
         num_rows: number of rows made from it.
         is_conversation: whether it is a conversation.
@@ -82,7 +82,7 @@ def chunk_of(
     """Encode a batch.
 
     Args:
-        batch: as it was read.
+        batch: the batch.
         encoder: converts text to ids.
         keep: selects the items that are used; None: all.
         with_bytes: whether to count the bytes of text per token.

@@ -163,7 +163,7 @@ def check_read_back(tokenizer: PreTrainedTokenizerFast, model_type: str) -> None
 
     Args:
         tokenizer: the one that will be saved with the model.
-        model_type: of the model's config.
+        model_type: key of the model's config.
 
     Raises:
         InputError: the loaded tokenizer would encode text differently.

@@ -58,7 +58,7 @@ class CodecSpec(Spec):
 
         Args:
             data: uint8, all bytes of a row.
-            num_positions: in it.
+            num_positions: number of positions in it.
             width: as for :meth:`pack`.
 
         Returns:
@@ -71,7 +71,7 @@ class CodecSpec(Spec):
 
         Args:
             vocabulary: number of rows of the teacher's head.
-            hidden: its hidden size.
+            hidden: hidden size of the teacher.
         """
         raise NotImplementedError
 
@@ -88,7 +88,7 @@ def decoded(codec: CodecSpec, data: Tensor, num_positions: int, width: int) -> d
     Args:
         codec: the codec that encoded the row.
         data: uint8, its bytes.
-        num_positions: in it.
+        num_positions: number of positions in it.
         width: vocabulary or hidden size, whichever the codec encodes.
 
     Raises:
