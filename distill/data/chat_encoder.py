@@ -28,7 +28,7 @@ STRADDLED = "turns whose first token begins in their prompt, and is not learned"
 TURNS_CUT = "turns left out, as they end beyond sequence_length"
 
 
-class Tokenized(NamedTuple):
+class EncodedText(NamedTuple):
     """A text and its tokens.
 
     Attributes:
@@ -122,7 +122,7 @@ class ChatEncoder(TextEncoder):
             return Rejected(item.id, why.reason, why.detail)
 
     def _fitted(
-        self, id: str, rows: list[tuple[TextRow, Tokenized]], noted: Counter[str], with_bytes: bool
+        self, id: str, rows: list[tuple[TextRow, EncodedText]], noted: Counter[str], with_bytes: bool
     ) -> Encoded | Rejected:
         """Encode the rows of a conversation. If one exceeds ``sequence_length``, drop the conversation or truncate the
         row, per ``too_long``."""
@@ -135,7 +135,7 @@ class ChatEncoder(TextEncoder):
             return Rejected(id, TOO_LONG, why)
         return Encoded(made, noted)
 
-    def _row(self, row: TextRow, tokens: Tokenized, noted: Counter[str], with_bytes: bool) -> Row | None:
+    def _row(self, row: TextRow, tokens: EncodedText, noted: Counter[str], with_bytes: bool) -> Row | None:
         """A row of ids up to the last turn that fits; None if no turn fits."""
         starts = np.array([start for start, _ in tokens.offsets])  # [tokens]
         marks = [at for at, letter in enumerate(row.text) if letter == MARK] if MARK in row.text else []
@@ -159,21 +159,21 @@ class ChatEncoder(TextEncoder):
             return None
         return Row(tokens.ids[:length], learned, self._sizes(tokens)[:length] if with_bytes else None)
 
-    def _sizes(self, tokens: Tokenized) -> np.ndarray:
+    def _sizes(self, tokens: EncodedText) -> np.ndarray:
         """UTF-8 bytes of text per token; tokens that only the template writes count 0 bytes. uint32 [tokens]"""
         sizes = bytes_of(tokens.text, tokens.offsets)
         sizes[np.isin(tokens.ids, self._added)] = 0
         return sizes
 
-    def _tokenize(self, texts: list[str]) -> list[Tokenized]:
+    def _tokenize(self, texts: list[str]) -> list[EncodedText]:
         """Tokenize texts. A :data:`MARK` inside a special token makes the tokenizer read it as plain text."""
         encodings = self._chat_backend.encode_batch(texts, add_special_tokens=False)
         return [
-            self._in_pieces(text.split(MARK)) if MARK in text else Tokenized(text, encoding.ids, encoding.offsets)
+            self._in_pieces(text.split(MARK)) if MARK in text else EncodedText(text, encoding.ids, encoding.offsets)
             for text, encoding in zip(texts, encodings, strict=True)
         ]
 
-    def _in_pieces(self, pieces: list[str]) -> Tokenized:
+    def _in_pieces(self, pieces: list[str]) -> EncodedText:
         """Tokenize the pieces of a text separately, so that no token spans two pieces."""
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
@@ -187,7 +187,7 @@ class ChatEncoder(TextEncoder):
             ids += encoding.ids[skipped:]
             offsets += [(done + start - shift, done + end - shift) for start, end in encoding.offsets[skipped:]]
             done += len(piece)
-        return Tokenized("".join(pieces), ids, offsets)
+        return EncodedText("".join(pieces), ids, offsets)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def document_prompts(data: DataSpec, tokenizer: PreTrainedTokenizerFast) -> Docu
     encoder = ChatEncoder(tokenizer, data.chat or ChatSpec(), ANY_LENGTH)
     # in validation text every turn of the assistant counts, so it may have further prompts
     encoders = [encoder] if encoder.learn_from == "assistant" else [encoder, encoder.for_validation()]
-    reader, openings = _Reader(found, encoders), set[bytes]()
+    reader, openings = _PromptCollector(found, encoders), set[bytes]()
     for some in _batches(item for item in _conversations(data) if item.document):
         openings |= {digest(item.opening) for item in some}
         reader.add(some)
@@ -132,7 +132,7 @@ def _batches(items: Iterable[Conversation]) -> Iterator[list[Conversation]]:
         yield some
 
 
-class _Reader:
+class _PromptCollector:
     """Collects the prompts.
 
     Args:

@@ -22,7 +22,7 @@ from distill.core import stop
 from distill.core.errors import InputError
 from distill.core.stop import stoppable
 from distill.core.world import World
-from distill.data import shards
+from distill.data import token_shards
 from distill.data.base import Item
 from distill.data.encoder import TextEncoder
 from distill.data.joined import end_to_end
@@ -37,9 +37,9 @@ from distill.data.packing import (
     writing,
 )
 from distill.data.progress import Progress
-from distill.data.shards import Shards
 from distill.data.tally import Tally
-from distill.data.token_chunk import Batch, Chunk, Keep, chunk_of
+from distill.data.token_chunk import Batch, Keep, TokenChunk, chunk_of
+from distill.data.token_shards import TokenShards
 from distill.data.token_workers import chunks
 from distill.data.token_writer import TokenWriter
 
@@ -85,7 +85,7 @@ class SharedText:
                 other than 0 delays the error, so that rank 0 can report it first.
             MachineError: the disk is full or not writable.
         """
-        parts = Shards(self.path)
+        parts = TokenShards(self.path)
         while (whole := read_tokens(self.path, quietly=True)) is None:
             stop.check()
             self._forget_what_is_damaged()
@@ -112,7 +112,7 @@ class SharedText:
             if read_tokens(self.path, quietly=True) is None:
                 self.path.with_suffix(".json").unlink(missing_ok=True)
 
-    def _tokenize(self, parts: Shards) -> None:
+    def _tokenize(self, parts: TokenShards) -> None:
         """Read the source once, and write the shards that can be claimed."""
         self.prepare()
         name = self.path.name.rpartition("-")[0]
@@ -130,7 +130,7 @@ class SharedText:
                     header |= self._write(writer, some, progress)
                 parts.release(number)
 
-    def _write(self, writer: TokenWriter, made: Iterable[Chunk], progress: Progress) -> dict[str, Any]:
+    def _write(self, writer: TokenWriter, made: Iterable[TokenChunk], progress: Progress) -> dict[str, Any]:
         """Write one shard. Returns its header."""
         num_repeated = 0
         for chunk in made:
@@ -139,11 +139,11 @@ class SharedText:
             progress.advance(chunk.num_bytes)
         return header_of(writer, self.encoder) | {"num_repeated": num_repeated}
 
-    def _claimed(self, parts: Shards, progress: Progress) -> Iterator[Batch]:
+    def _claimed(self, parts: TokenShards, progress: Progress) -> Iterator[Batch]:
         """Yield batches of the shards that this process claims; documents of other shards are read and skipped."""
-        number, read, is_ours, batch, size = -1, shards.CHARACTERS, False, list[Item](), 0
+        number, read, is_ours, batch, size = -1, token_shards.CHARACTERS, False, list[Item](), 0
         for document in stoppable(self.documents()):
-            if read >= shards.CHARACTERS:
+            if read >= token_shards.CHARACTERS:
                 if batch:
                     yield Batch(batch, number)
                 number, read, batch, size = number + 1, 0, [], 0
@@ -164,7 +164,7 @@ class SharedText:
             yield Batch([], 0)  # a text without any document is one shard without tokens
         parts.tell_count(max(number, 0) + 1)
 
-    def _wait(self, parts: Shards) -> None:
+    def _wait(self, parts: TokenShards) -> None:
         """Wait until all shards are finished or joined, or one is free for this process to claim."""
         since, is_told = time.monotonic(), False
         while not self.path.with_suffix(".json").is_file():

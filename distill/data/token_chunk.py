@@ -50,7 +50,7 @@ Keep = Callable[[Sequence[Item]], tuple[list[Item], int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class TokenChunk:
     """A batch of items, encoded.
 
     Attributes:
@@ -78,7 +78,7 @@ class Chunk:
 
 def chunk_of(
     batch: Batch, encoder: TextEncoder, keep: Keep | None, *, with_bytes: bool, with_digests: bool = False
-) -> Chunk:
+) -> TokenChunk:
     """Encode a batch.
 
     Args:
@@ -105,7 +105,7 @@ def chunk_of(
         rows += made.rows
     ids = [np.asarray(row.ids, np.uint32) if isinstance(row.ids, list) else row.ids for row in rows]
     learned = [np.ones(len(row.ids), bool) if row.learned is None else row.learned for row in rows]
-    return Chunk(
+    return TokenChunk(
         batch.shard,
         items,
         _joined(ids, np.uint32),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack
 
 from distill.core.forked import Forked
-from distill.data.token_chunk import Batch, Chunk
+from distill.data.token_chunk import Batch, TokenChunk
 from distill.data.token_processes import num_processes, one_thread_each
 
 WORKER_BYTES = 2_000_000
@@ -19,8 +19,8 @@ caches."""
 
 
 def chunks(
-    batches: Iterable[Batch], encode: Callable[[Batch], Chunk], num_sharing: int = 1
-) -> Generator[Chunk, None, None]:
+    batches: Iterable[Batch], encode: Callable[[Batch], TokenChunk], num_sharing: int = 1
+) -> Generator[TokenChunk, None, None]:
     """Encode batches, in their order.
 
     Close the iterator if it is left early, so that the other processes end.

@@ -11,7 +11,7 @@ import numpy as np
 from distill.core.errors import InputError
 from distill.data.base import Rejected
 from distill.data.tally import Tally
-from distill.data.token_chunk import Chunk
+from distill.data.token_chunk import TokenChunk
 
 
 class TokenWriter:
@@ -35,7 +35,7 @@ class TokenWriter:
         self.counts |= {"num_learned": 0} if ".learned" in streams else {}
         streams[".bounds"].write(bytes(8))
 
-    def add(self, chunk: Chunk) -> None:
+    def add(self, chunk: TokenChunk) -> None:
         """Append an encoded batch.
 
         Raises:
@@ -57,7 +57,7 @@ class TokenWriter:
         if len(chunk.ids):
             self._append(chunk)
 
-    def _append(self, chunk: Chunk) -> None:
+    def _append(self, chunk: TokenChunk) -> None:
         ends = np.cumsum(chunk.lengths)  # [rows]
         largest = int(chunk.ids.max())
         if largest >= self.vocabulary_size:
@@ -74,7 +74,7 @@ class TokenWriter:
         self.counts["num_tokens"] += len(chunk.ids)
         self.counts["num_documents"] += len(chunk.lengths)
 
-    def _refuse(self, chunk: Chunk, ends: np.ndarray) -> None:
+    def _refuse(self, chunk: TokenChunk, ends: np.ndarray) -> None:
         """Raise an error that names the first item with an id that is too large."""
         place = int(np.argmax(chunk.ids >= self.vocabulary_size))
         row = int(np.searchsorted(ends, place, "right"))

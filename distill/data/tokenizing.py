@@ -19,8 +19,8 @@ from distill.data.mixture_split import OneText
 from distill.data.packing import TokenFile, digests_file, read_tokens, write_tokens
 from distill.data.repeats import Found, ValidationRepeats
 from distill.data.replace_words import WordReplacer
-from distill.data.shards import Shards
 from distill.data.shared_tokens import SharedText
+from distill.data.token_shards import TokenShards
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Tokenizing:
             if (line := found.line(text.key(side))) is not None:
                 print(line, file=sys.stderr, flush=True)
         elif self.world is not None:
-            Shards(path).remove()  # left by a run that was killed after it had joined them
+            TokenShards(path).remove()  # left by a run that was killed after it had joined them
         if validates:
             text.split.digests = digests_file(path)
         return tokens

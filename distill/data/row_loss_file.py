@@ -18,7 +18,7 @@ _ROW = np.dtype([("loss", "<f4"), ("check", "<u4")])
 """A row's loss (NaN if unknown) and a 32-bit checksum of the row's number and loss (0 if unknown)."""
 
 
-class RowLosses:
+class RowLossFile:
     """The file of losses of one model on the rows of one text. Each is written once; an interrupted computation
     continues with the remaining rows.
 

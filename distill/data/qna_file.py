@@ -76,7 +76,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Qna:
+class QnaFile:
     """The content of a ``qna.yaml``.
 
     Attributes:
@@ -105,7 +105,7 @@ class Qna:
         return [pair for seed in self.seeds for pair in seed.pairs]
 
 
-def read_qna(file: str | Path) -> Qna:
+def read_qna(file: str | Path) -> QnaFile:
     """Read a ``qna.yaml``.
 
     Raises:
@@ -123,10 +123,10 @@ def read_qna(file: str | Path) -> Qna:
     return parse_qna(text, str(file))
 
 
-def parse_qna(text: str, name: str) -> Qna:
+def parse_qna(text: str, name: str) -> QnaFile:
     """As :func:`read_qna`, for text in memory; ``name`` is its name in messages to the user."""
     found = source.parse(text, name, what="qna.yaml")
-    reader = _Reader(found, mistakes=list(found.mistakes))
+    reader = _QnaParser(found, mistakes=list(found.mistakes))
     qna = reader.qna()
     if reader.mistakes:
         raise RecipeError(reader.mistakes)
@@ -134,7 +134,7 @@ def parse_qna(text: str, name: str) -> Qna:
 
 
 @dataclass
-class _Reader:
+class _QnaParser:
     """Collects mistakes while it parses the file.
 
     Attributes:
@@ -145,7 +145,7 @@ class _Reader:
     source: Source
     mistakes: list[str] = field(default_factory=list)
 
-    def qna(self) -> Qna:
+    def qna(self) -> QnaFile:
         """Parse the whole file."""
         data = self.source.data
         version = data.get("version", 1)
@@ -164,7 +164,7 @@ class _Reader:
             if key not in data:
                 self._wrong((), f"{key} is missing, which version {version} of {_name(is_knowledge)} needs")
         texts = {key: self._text((key,), data[key]) for key in ("created_by", described, "domain") if key in data}
-        return Qna(
+        return QnaFile(
             file=self.source.name,
             version=version,
             kind="knowledge" if is_knowledge else "skill",
@@ -283,7 +283,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def check_contexts(qna: Qna, documents: Sequence[str]) -> Iterator[str]:
+def check_contexts(qna: QnaFile, documents: Sequence[str]) -> Iterator[str]:
     """Yield a line per context that is in none of the documents. This is not an error, because the context may be of
     another revision of them.
 

@@ -30,7 +30,7 @@ CHARACTERS = 1 << 25
 _COUNT: TypeAdapter[dict[str, int]] = TypeAdapter(dict[str, int])
 
 
-class Shards:
+class TokenShards:
     """The shards of one token file that is being made.
 
     Args:
