@@ -106,7 +106,7 @@ class ChatEncoder(TextEncoder):
         return made
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of the text that the assistant goes on from.
+        """Ids of the prompt, from which the assistant continues.
 
         Raises:
             Unusable: the template refuses the messages.
@@ -203,7 +203,7 @@ class ChatPrompts:
     chat: ChatSpec
 
     def __call__(self, tokenizer: PreTrainedTokenizerFast, said: str | Sequence[Message]) -> list[int]:
-        """Ids of the text that the assistant goes on from.
+        """Ids of the prompt, from which the assistant continues.
 
         Args:
             tokenizer: the tokenizer of a model of the run.

@@ -80,7 +80,7 @@ class DataSpec(Spec):
     packing: Packing = "wrapped"
     """How documents share a row. wrapped: concatenated, each token sees all tokens before it; documents: the same rows,
     each token sees only its own document; best_fit (the default for conversations): whole documents side by side;
-    padded: one document per row, padded."""
+    padded: one document per row, padded to the longest of its batch."""
     chat: ChatSpec | None = None
     """How conversations become rows; null: with the teacher's chat template. Only with a source of conversations."""
     max_dropped: float = Field(MAX_DROPPED, ge=0, le=1)

@@ -109,7 +109,7 @@ class TokenShards:
         """
         try:
             lock: Any = (self.folder / "count.lock").open("w")
-        except FileNotFoundError:  # all are joined and gone
+        except FileNotFoundError:  # all shards are joined and deleted
             return
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
