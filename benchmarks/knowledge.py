@@ -20,7 +20,7 @@ import yaml
 
 from benchmarks import hardware, result
 from distill.data.documents import plain
-from distill.data.qna import read_qna
+from distill.data.qna_file import read_qna
 from distill.numerics.statistics import PairedMeans
 from distill.recipe import Recipe
 from distill.runner import run

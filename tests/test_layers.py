@@ -123,8 +123,8 @@ def test_maths_needs_torch_alone(room: str) -> None:
 SHARED = {
     "__init__", "base", "spec", "run",  # of every folder that has parts, or a stage
     "chat", "mixture", "text", "tokens", "tokenizing",  # a kind of data, and its forecast or its use by stages
-    "export", "load", "lora", "kv_cache", "qna", "shards",  # one thing, for two kinds of callers or files
-    "domains", "ends", "outlook", "row_losses", "threads",  # what is measured or decided, and who shows or applies it
+    "export", "load", "lora", "kv_cache",  # one thing, for two kinds of callers or files
+    "domains", "ends", "outlook", "threads",  # what is measured or decided, and who shows or applies it
 }  # fmt: skip
 """Names of files that do the same for two folders."""
 

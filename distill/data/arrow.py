@@ -1,4 +1,4 @@
-"""Parquet files and batches of Arrow as plain rows; what cannot be one is named, and the others are read."""
+"""Reads parquet files and Arrow batches as plain rows; a row that cannot be read is yielded with the reason."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from distill.data.files import File
 from distill.data.message import Unusable
 
 BUFFER = 1 << 20
-"""Bytes of a column that are read at once."""
+"""Number of bytes of a column that are read at once."""
 BATCH = 256
-"""Rows in memory at once."""
+"""Number of rows in memory at once."""
 
 
 def rows_of(batch: pyarrow.RecordBatch, *, from_disk: bool = False) -> Iterator[Any]:
-    """The rows of a batch one by one, each a dict of Python values by column, or the reason why it cannot be read.
+    """Yield the rows of a batch, each as a dict (column -> Python value), or the reason why it cannot be read.
 
     Args:
         batch: the rows.
-        from_disk: whether its buffers are those of a file, which may be damaged: all of them are checked first.
+        from_disk: whether the buffers are mapped from a file, which may be damaged; if so, all of them are checked
+            first.
 
     Raises:
         pyarrow.ArrowInvalid: an offset points outside its buffer.
@@ -42,15 +43,15 @@ def rows_of(batch: pyarrow.RecordBatch, *, from_disk: bool = False) -> Iterator[
 
 
 def parquet_rows(file: File, columns: frozenset[str] | None, source: ColumnsSpec | None) -> Iterator[Numbered]:
-    """The rows of a parquet file, numbered from 1.
+    """Yield the rows of a parquet file, numbered from 1.
 
     Args:
-        file: where it is.
-        columns: those that are read; None: all.
-        source: whose text the rows must be able to have; None: anything goes.
+        file: the parquet file.
+        columns: names of the columns to read; None: all.
+        source: source that must be able to build its text from these columns; None: no check.
 
     Raises:
-        InputError: the file is not a complete parquet file, or has no column that the text is made of.
+        InputError: the file is not a complete parquet file, or lacks a column from which the text is built.
     """
     if file.suffix in files.PACKED:
         raise InputError(f"{file}: parquet is compressed inside, and is not read in another compressed file; unpack it")
@@ -63,7 +64,7 @@ def parquet_rows(file: File, columns: frozenset[str] | None, source: ColumnsSpec
             schema = opened.schema_arrow
             if source is not None and (why := source.missing(schema.names)) is not None:
                 raise InputError(f"{file}: {why}")
-            # a text that is stored once for many rows stays so: its copies might fill the memory
+            # keep the dictionary encoding, because expanding repeated strings may exhaust the memory
             texts = [field.name for field in schema if pyarrow.types.is_string(field.type)]
             opened = pyarrow.parquet.ParquetFile(stream, metadata=opened.metadata, read_dictionary=texts, **how)
             wanted = None if columns is None else [name for name in schema.names if name in columns]

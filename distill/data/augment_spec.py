@@ -1,4 +1,4 @@
-"""The `data.augment` section of a recipe: further training documents, made from those that are there."""
+"""The `data.augment` section of a recipe: further training documents, derived from the existing ones."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from distill.core.spec import Spec
 
 
 class ReplaceWords(Spec):
-    """Add copies of each training document in which some words are replaced by others that could stand there."""
+    """Add copies of each training document in which some words are replaced by other words that fit in their
+    context."""
 
     candidates: Literal["embeddings", "masked_lm"] = "embeddings"
-    """Where other words come from. embeddings: the nearest words in a model's embedding matrix; masked_lm: the words
-    that an encoder predicts at that place from the surrounding text (slower)."""
+    """Source of the replacement words. embeddings: the nearest words in a model's embedding matrix; masked_lm: the
+    words that an encoder predicts at that place from the surrounding text (slower)."""
     model: str = "teacher"
-    """Whose embeddings, or the encoder of masked_lm: `teacher`, a folder or a Hub id. It may have another tokenizer."""
+    """The model whose embeddings are used, or the encoder of masked_lm: `teacher`, a folder or a Hub id. It may have
+    another tokenizer."""
     probability: float = Field(0.4, gt=0, le=1)
-    """With which each word is replaced, if the model has candidates for it."""
+    """Probability with which each word is replaced, if the model has candidates for it."""
     num_candidates: int = Field(15, ge=1, le=1000)
-    """Words of which one is drawn, the best ones."""
+    """Number of best candidates from which the replacement is drawn."""
     copies: int = Field(1, ge=1, le=100)
-    """Of each document, beside itself."""
+    """Number of copies per document, in addition to the document itself."""
     seed: int = 0
-    """Decides which words are replaced, and by which; another one is another text."""
+    """Decides which words are replaced, and by which. Changing it changes the text."""
 
     @model_validator(mode="after")
     def _an_encoder_is_named(self) -> ReplaceWords:
@@ -38,18 +40,18 @@ class ReplaceWords(Spec):
 
 
 class AugmentSpec(Spec):
-    """Add training documents that are made from others. A teacher labels them, so they need not be correct text."""
+    """Add training documents that are derived from others. A teacher labels them, so they need not be correct text."""
 
     replace_words: ReplaceWords
     """Copies in which some words are replaced."""
 
     def mistakes(self, *, holds_ids: bool, is_stream: bool, is_all_conversations: bool) -> Iterator[str]:
-        """Why a text cannot be augmented so.
+        """Yield the reasons why this text cannot be augmented.
 
         Args:
-            holds_ids: whether it is token ids.
-            is_stream: whether it is never stored.
-            is_all_conversations: whether there is no document in it.
+            holds_ids: whether the text consists of token ids.
+            is_stream: whether the text is a stream, which is never stored.
+            is_all_conversations: whether the text consists of conversations only.
         """
         if is_stream:
             yield "augment: a stream has no end behind which copies could stand; set streaming: false"

@@ -1,4 +1,4 @@
-"""What a source is: documents or conversations in a fixed order, and a fingerprint of what they say."""
+"""The interface of a source: documents or conversations in a fixed order, and a fingerprint of their content."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     import numpy as np
 
 Message = dict[str, Any]
-"""Of a conversation, as chat templates read it: ``role``, ``content`` (text) and, where there are some,
+"""A chat message in the form that chat templates expect: ``role``, ``content`` (text) and, if present,
 ``reasoning_content``, ``tool_calls`` (arguments parsed), ``name`` and ``tool_call_id``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text that stands for itself: a file, a row, a help topic.
+    """One independent text: a file, a row, a help topic.
 
     Attributes:
-        id: what a message calls it, such as ``"notes/a.txt"`` or ``"rows.jsonl:17"``.
+        id: name of the document in messages to the user, such as ``"notes/a.txt"`` or ``"rows.jsonl:17"``.
         text: never empty; can always be written as UTF-8.
     """
 
@@ -34,12 +34,11 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Tokenized(Document):
-    """A document that is stored as token ids. Its ``text`` is the ids in hexadecimal, to compare
-    documents by.
+    """A document that is stored as token ids. Its ``text`` is the ids in hexadecimal, by which documents are compared.
 
     Attributes:
-        ids: at least one. int64 [tokens]
-        is_open: whether the tokenizer's end-of-text token is to follow where it does not yet.
+        ids: its token ids, at least one. int64 [tokens]
+        is_open: whether to append the end-of-text token if it is missing.
     """
 
     ids: np.ndarray
@@ -47,22 +46,22 @@ class Tokenized(Document):
 
     @classmethod
     def of(cls, id: str, ids: np.ndarray, is_open: bool) -> Tokenized:
-        """With the text that belongs to it."""
+        """Build the document, with its ``text``, from token ids."""
         return cls(id, ids.astype("<i8").tobytes().hex(), ids, is_open)
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages that belong together. A chat template makes text of them.
+    """The messages of one conversation. A chat template renders them as text.
 
     Attributes:
-        id: what a message calls it, such as ``"chat.jsonl:17"``.
-        messages: at least one of an assistant among them.
-        learned: of each message, whether it is learned from.
+        id: name of the conversation in messages to the user, such as ``"chat.jsonl:17"``.
+        messages: the messages in order; at least one is the assistant's.
+        learned: whether each message is learned from.
         tools: JSON schemas of the functions that the assistant may call.
-        arguments: of the chat template, for this conversation alone.
-        document: what a teacher may read before it, which the student does not; empty where there is none. It is read
-            with ``teacher_reads: document`` alone, which needs a text.
+        arguments: arguments of the chat template, for this conversation only.
+        document: text that only the teacher reads before the conversation (with ``teacher_reads: document``); empty if
+            there is none. Only that setting checks its type.
     """
 
     id: str
@@ -86,11 +85,11 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A row that holds no text, or no conversation, which can be used.
+    """A row without a usable text or conversation.
 
     Attributes:
-        id: as of a conversation.
-        reason: what is wrong, in words that are counted over all rows, such as ``"roles out of order"``.
+        id: name of the row in messages to the user.
+        reason: kind of the problem, by which rejected rows are counted, such as ``"roles out of order"``.
         detail: what is wrong with this row.
         text: empty; none of it is used.
     """
@@ -103,15 +102,15 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Removed(Rejected):
-    """A row that could be used and is left out, as the recipe's ``data.clean`` says."""
+    """A usable row that is left out because of the recipe's ``data.clean``."""
 
 
 Item = Document | Conversation | Rejected
-"""What a source yields."""
+"""An item that a source yields."""
 
 
 def said(messages: tuple[Message, ...]) -> str:
-    """The texts of messages, with what the assistant thinks and calls."""
+    """Text of the messages, including reasoning and tool calls."""
     texts = []
     for message in messages:
         calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls", ())]
@@ -120,12 +119,12 @@ def said(messages: tuple[Message, ...]) -> str:
 
 
 class SourceSpec(Spec):
-    """Where text comes from. The order of its documents is always the same."""
+    """A source of text. The order of its documents is always the same."""
 
     kind: str
 
     def documents(self) -> Iterator[Item]:
-        """Every document or conversation, in a fixed order; each call begins again.
+        """Yield every document or conversation, in a fixed order; each call starts from the beginning.
 
         Raises:
             InputError: the text is not there or cannot be read.
@@ -133,13 +132,13 @@ class SourceSpec(Spec):
         raise NotImplementedError
 
     def open_at(self, state: dict[str, Any] | None) -> tuple[Iterator[Item], Callable[[], dict[str, Any]]]:
-        """The documents from a position on, and what says the position behind the last one that was given.
+        """Return an iterator that starts at a saved position, and a function that returns the position after the last
+        item yielded.
 
-        Streams alone have positions. One that is not the beginning is reached without reading what comes before it, but
-        for the rest of a file.
+        Only streams support this. Seeking skips earlier files; at most the start of the current file is read.
 
         Args:
-            state: what the function of an earlier call has said, as JSON keeps it; None: the beginning.
+            state: value returned by that function earlier, after a JSON round trip; None: the start.
 
         Raises:
             InputError: the text is not there or cannot be read.
@@ -147,9 +146,9 @@ class SourceSpec(Spec):
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """A hash of what the source reads, in its order. Neither where it lies nor when it was written matters.
+        """A hash of the content that the source reads, in its order. Independent of path and modification time.
 
-        What the recipe says of the source need not be in it; :meth:`identity` adds that.
+        Need not include the source's settings, which :meth:`identity` adds.
 
         Raises:
             InputError: the text is not there.
@@ -157,7 +156,7 @@ class SourceSpec(Spec):
         raise NotImplementedError
 
     def identity(self) -> str:
-        """Stands for the documents and their order: what is read, and the recipe's keys but for ``path``.
+        """A hash of the content and of all settings except paths.
 
         Raises:
             InputError: the text is not there.
@@ -165,24 +164,24 @@ class SourceSpec(Spec):
         return hash_of(_without_paths(self.model_dump(mode="json")), self.fingerprint())
 
     def num_bytes(self) -> int | None:
-        """Approximate size of the text in bytes, for the forecast of time; None where only reading shows it."""
+        """Approximate size of the text in bytes, for the forecast of time; None if it is known only after reading."""
         return None
 
     def paths(self) -> list[str]:
-        """Files, folders, globs and addresses that the recipe names; none where the text comes from elsewhere."""
+        """Files, folders, globs and addresses that the recipe names; empty if the text comes from elsewhere."""
         path = getattr(self, "path", None)
         return [path] if isinstance(path, str) else list(path or ())
 
     def is_remote(self) -> bool:
-        """Whether it reads files at addresses, so that even their names are known only by asking for them."""
+        """Whether it reads remote files, whose names are known only after a request to the server."""
         return any("://" in path for path in self.paths())
 
     def is_stream(self) -> bool:
-        """Whether the text is read as it comes and never stored."""
+        """Whether the text is read only as it is needed and never stored as a whole."""
         return False
 
     def is_at_hand(self) -> bool:
-        """Whether it can be read without a download; false for a stream."""
+        """Whether it can be read without a download; False for a stream."""
         return not self.is_stream() and not self.is_remote()
 
     def holds_conversations(self) -> bool:
@@ -190,7 +189,7 @@ class SourceSpec(Spec):
         return False
 
     def drops_rows(self) -> bool:
-        """Whether it yields rows that cannot be used, as :class:`Rejected`, which a recipe may allow."""
+        """Whether it may yield unusable rows as :class:`Rejected`; a recipe may allow a fraction of them."""
         return self.holds_conversations()
 
     def holds_ids(self) -> bool:
@@ -198,21 +197,22 @@ class SourceSpec(Spec):
         return False
 
     def split_key(self, document: Document | Conversation) -> str:
-        """The text whose hash decides the side of the split; :func:`normalised`, so equal texts are on one side."""
+        """The text whose hash decides the side of the split; :func:`normalised`, so equal texts are on the same
+        side."""
         return normalised(document.text)
 
 
 def _without_paths(value: Any) -> Any:
-    """Keys of a source, and of sources within it, that say more than where the text lies."""
+    """The settings of a source, without its paths, recursively."""
     if isinstance(value, dict):
         return {key: _without_paths(item) for key, item in value.items() if key != "path"}
     return [_without_paths(item) for item in value] if isinstance(value, list) else value
 
 
 def normalised(text: str) -> str:
-    """A text without what makes no difference to a reader: case, Unicode forms (NFKC) and the amount of whitespace.
+    """Normalise case, Unicode (NFKC) and whitespace.
 
-    Two documents of one normalised text are taken for the same when training is kept apart from validation.
+    Documents with equal normalised texts count as the same document when validation text is kept out of training.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(folded.split())
@@ -222,5 +222,5 @@ DIGEST_BYTES = 16
 
 
 def digest(text: str) -> bytes:
-    """:data:`DIGEST_BYTES` that stand for a text."""
+    """A hash of the text, :data:`DIGEST_BYTES` long."""
     return hashlib.sha256(text.encode("utf-8")).digest()[:DIGEST_BYTES]

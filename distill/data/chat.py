@@ -21,14 +21,14 @@ from distill.data.parquet import parquet_rows
 
 
 class Chat(SourceSpec):
-    """Conversations, of which a model learns the assistant's turns; from JSON Lines, JSON, parquet or the Hub."""
+    """Conversations from JSON Lines, JSON, parquet or the Hub; a model learns from the assistant's turns."""
 
     kind: Literal["chat"] = "chat"
     path: str | list[str] | None = None
-    """Files, folders or globs: `.jsonl`, `.parquet`, and `.json` with a list of rows where it is named; `.gz`, `.zst`
-    and `s3://`, `gs://` and `https://` too."""
+    """Files, folders or globs: `.jsonl`, `.parquet`, and `.json` files that are named themselves and hold a list of
+    rows; `.gz`, `.zst` and `s3://`, `gs://` and `https://` too."""
     hub: str | None = None
-    """In place of path: a Hub id such as `org/name`."""
+    """Instead of path: a Hub id such as `org/name`."""
     name: str | None = None
     """The data set's configuration; null for the default one. Hub only."""
     split: str = "train"
@@ -36,11 +36,13 @@ class Chat(SourceSpec):
     revision: str | None = None
     """Commit, tag or branch on the Hub; null for the newest. Hub only."""
     messages: str | None = None
-    """The column of the messages; null: `messages` or `conversations`, where a row has one."""
+    """The column of the messages; null: `messages` or `conversations`, whichever a row has."""
     prompt: str | None = None
-    """The column of what the user says; null: `prompt`, `instruction` (with `input`) or `question`. With response."""
+    """The column of the user's text; null: `prompt`, `instruction` (with `input`) or `question`. Set it together with
+    response."""
     response: str | None = None
-    """The column of what the assistant answers; null: `response`, `completion`, `output` or `answer`. With prompt."""
+    """The column of the assistant's answer; null: `response`, `completion`, `output` or `answer`. Set it together with
+    prompt."""
 
     @model_validator(mode="after")
     def _one_place_and_one_form(self) -> Chat:
@@ -55,23 +57,23 @@ class Chat(SourceSpec):
         return self
 
     def documents(self) -> Iterator[Conversation | Rejected]:
-        """One conversation per row, in the order of the files and rows; unusable rows as :class:`Rejected`."""
+        """Yield one conversation per row, in the order of the files and rows; unusable rows as :class:`Rejected`."""
         return (self.read(id, row) for id, row in self.rows())
 
     def read(self, id: str, row: Any) -> Conversation | Rejected:
-        """One of :meth:`rows`."""
+        """Convert one row of :meth:`rows` to a conversation, or say why it is rejected."""
         try:
             if isinstance(row, Unusable):
                 raise row
             return conversation_of(row, id, self.columns())
         except Unusable as why:
-            # it may quote half a surrogate pair, which cannot be printed
+            # the detail may quote a lone surrogate, which cannot be printed
             return Rejected(id, why.reason, why.detail.encode("utf-8", "backslashreplace").decode())
         except RecursionError:
             return Rejected(id, "wrong type", "its values are nested too deep")
 
     def rows(self) -> Iterator[Numbered]:
-        """Every row as it is written.
+        """Yield every row as it is stored, with its name in messages to the user.
 
         Raises:
             InputError: a file cannot be read, or the data set cannot be loaded.
@@ -85,7 +87,7 @@ class Chat(SourceSpec):
             yield from {"parquet": _parquet, "json": _json}.get(files.form(file), json_rows)(file)
 
     def columns(self) -> Columns:
-        """Which columns are read."""
+        """The columns that are read."""
         return Columns(self.messages, self.prompt, self.response)
 
     def fingerprint(self) -> str:
@@ -94,11 +96,11 @@ class Chat(SourceSpec):
         return hash_of(self.hub, place, self.messages, self.prompt, self.response)
 
     def num_bytes(self) -> int | None:
-        """The size of the files: more than that of the text."""
+        """Size of the files, which is larger than that of the text."""
         return files.num_bytes(self._files()) if self.hub is None else None
 
     def is_at_hand(self) -> bool:
-        """Whether it is files of this machine."""
+        """Whether it reads local files."""
         return self.hub is None and super().is_at_hand()
 
     def holds_conversations(self) -> bool:
@@ -106,7 +108,7 @@ class Chat(SourceSpec):
         return True
 
     def split_key(self, document: Document | Conversation) -> str:
-        """What is said before the assistant speaks: several answers to one prompt fall on one side."""
+        """The text before the assistant's first message, so that several answers to one prompt are on the same side."""
         return normalised(document.opening if isinstance(document, Conversation) else document.text)
 
     def _files(self) -> list[File]:

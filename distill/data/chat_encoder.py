@@ -1,4 +1,4 @@
-"""Conversations to token ids, with what is learned from; documents among them as any text."""
+"""Encodes conversations as token ids with a mask of the trained tokens. Documents are encoded as plain text."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ STRADDLED = "turns whose first token begins in their prompt, and is not learned"
 TURNS_CUT = "turns left out, as they end beyond sequence_length"
 
 
-class Tokenized(NamedTuple):
+class EncodedText(NamedTuple):
     """A text and its tokens.
 
     Attributes:
-        text: without marks.
-        ids: of its tokens.
-        offsets: (first character, the one after the last) of each.
+        text: the text with every :data:`MARK` removed.
+        ids: its token ids.
+        offsets: (first character, character after the last) of each token.
     """
 
     text: str
@@ -43,22 +43,22 @@ class Tokenized(NamedTuple):
 
 
 class ChatEncoder(TextEncoder):
-    """Makes rows of conversations by the tokenizer's own chat template.
+    """Encodes conversations as rows, with the chat template of the tokenizer.
 
-    A row is tokenized once, as inference tokenizes it: the template writes the begin token, if there is one. A special
-    token that a message writes out is text.
+    A row is tokenized as a whole, as in inference: the template writes the begin-of-text token, if there is one. A
+    special token that is written out in a message is plain text.
 
     Args:
-        tokenizer: with a chat template.
-        chat: of the recipe.
-        sequence_length: tokens of a row, at most.
+        tokenizer: a tokenizer with a chat template.
+        chat: the recipe's ``data.chat``.
+        sequence_length: maximum number of tokens in a row.
 
     Attributes:
-        rendering: the template, probed.
+        rendering: renders conversations with the template and its probed properties.
         stops: ids of the tokens that end a turn of the assistant.
 
     Raises:
-        InputError: the tokenizer has no template, or one that cannot be resolved.
+        InputError: the tokenizer has no template, or one that refuses a simple conversation or writes no stop token.
     """
 
     marks_learned = True
@@ -78,7 +78,7 @@ class ChatEncoder(TextEncoder):
         self._newline = self._chat_backend.encode("\n", add_special_tokens=False).ids
 
     def identity(self) -> list[Any]:
-        """Everything except the tokenizer on which the tokens of a text depend."""
+        """Settings other than the tokenizer that affect the tokens."""
         template, chat = self.rendering.template, self.chat
         told = {name: str(value) for name, value in template.given.items()}
         learned = f"{chat.learn_from}, validated on the assistant"
@@ -86,7 +86,7 @@ class ChatEncoder(TextEncoder):
         return [*super().identity(), *how]
 
     def for_validation(self) -> ChatEncoder:
-        """The one for validation text, where everything that the assistant writes counts."""
+        """The encoder for validation text, in which everything that the assistant writes counts."""
         other = copy(self)
         other.learn_from = "assistant"
         return other
@@ -106,7 +106,7 @@ class ChatEncoder(TextEncoder):
         return made
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of the text that the assistant goes on from.
+        """Ids of the prompt, from which the assistant continues.
 
         Raises:
             Unusable: the template refuses the messages.
@@ -122,9 +122,10 @@ class ChatEncoder(TextEncoder):
             return Rejected(item.id, why.reason, why.detail)
 
     def _fitted(
-        self, id: str, rows: list[tuple[TextRow, Tokenized]], noted: Counter[str], with_bytes: bool
+        self, id: str, rows: list[tuple[TextRow, EncodedText]], noted: Counter[str], with_bytes: bool
     ) -> Encoded | Rejected:
-        """The rows that are short enough, or what becomes of a conversation where one is not."""
+        """Encode the rows of a conversation. If one exceeds ``sequence_length``, drop the conversation or truncate the
+        row, per ``too_long``."""
         longest, limit = max(len(tokens.ids) for _, tokens in rows), self.sequence_length
         if longest > limit and self.chat.too_long == "drop":
             return Rejected(id, TOO_LONG, f"{longest:,} tokens, data.sequence_length is {limit:,}")
@@ -134,13 +135,13 @@ class ChatEncoder(TextEncoder):
             return Rejected(id, TOO_LONG, why)
         return Encoded(made, noted)
 
-    def _row(self, row: TextRow, tokens: Tokenized, noted: Counter[str], with_bytes: bool) -> Row | None:
-        """A row of ids up to the last turn that fits; None where none does."""
+    def _row(self, row: TextRow, tokens: EncodedText, noted: Counter[str], with_bytes: bool) -> Row | None:
+        """A row of ids up to the last turn that fits; None if no turn fits."""
         starts = np.array([start for start, _ in tokens.offsets])  # [tokens]
         marks = [at for at, letter in enumerate(row.text) if letter == MARK] if MARK in row.text else []
 
         def first_from(place: int) -> int:
-            """The first token that begins at a place of the marked text, or behind it."""
+            """Index of the first token that begins at or after a position of the marked text."""
             return int(np.searchsorted(starts, place - bisect_left(marks, place)))
 
         ends = [first_from(end) for _, end in row.spans]
@@ -158,58 +159,58 @@ class ChatEncoder(TextEncoder):
             return None
         return Row(tokens.ids[:length], learned, self._sizes(tokens)[:length] if with_bytes else None)
 
-    def _sizes(self, tokens: Tokenized) -> np.ndarray:
-        """Bytes that each token stands for; those that only a template writes stand for none. uint32 [tokens]"""
+    def _sizes(self, tokens: EncodedText) -> np.ndarray:
+        """UTF-8 bytes of text per token; tokens that only the template writes count 0 bytes. uint32 [tokens]"""
         sizes = bytes_of(tokens.text, tokens.offsets)
         sizes[np.isin(tokens.ids, self._added)] = 0
         return sizes
 
-    def _tokenize(self, texts: list[str]) -> list[Tokenized]:
-        """Texts in which marks may stand inside tokens that are to be read as text."""
+    def _tokenize(self, texts: list[str]) -> list[EncodedText]:
+        """Tokenize texts. A :data:`MARK` inside a special token makes the tokenizer read it as plain text."""
         encodings = self._chat_backend.encode_batch(texts, add_special_tokens=False)
         return [
-            self._in_pieces(text.split(MARK)) if MARK in text else Tokenized(text, encoding.ids, encoding.offsets)
+            self._in_pieces(text.split(MARK)) if MARK in text else EncodedText(text, encoding.ids, encoding.offsets)
             for text, encoding in zip(texts, encodings, strict=True)
         ]
 
-    def _in_pieces(self, pieces: list[str]) -> Tokenized:
-        """The pieces of a text one by one, so that no token reaches from one into the next."""
+    def _in_pieces(self, pieces: list[str]) -> EncodedText:
+        """Tokenize the pieces of a text separately, so that no token spans two pieces."""
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         done = 0
         for number, piece in enumerate(pieces):
-            # behind a newline, as some tokenizers put a space before what begins a text
+            # prefix a newline, because some tokenizers add a space at the start of a text
             encoding = self._chat_backend.encode("\n" * bool(number) + piece, add_special_tokens=False)
             skipped, shift = (len(self._newline), 1) if number else (0, 0)
-            if encoding.ids[:skipped] != self._newline[:skipped]:  # the newline is one token with what follows
+            if encoding.ids[:skipped] != self._newline[:skipped]:  # the newline was merged with what follows
                 encoding, skipped, shift = self._chat_backend.encode(piece, add_special_tokens=False), 0, 0
             ids += encoding.ids[skipped:]
             offsets += [(done + start - shift, done + end - shift) for start, end in encoding.offsets[skipped:]]
             done += len(piece)
-        return Tokenized("".join(pieces), ids, offsets)
+        return EncodedText("".join(pieces), ids, offsets)
 
 
 @dataclass(frozen=True)
 class ChatPrompts:
-    """Makes prompts of what a user says, by the chat template of a run.
+    """Encodes prompts with the chat template of a run.
 
     Attributes:
-        template: of the run.
-        chat: of the recipe.
+        template: the chat template of the run.
+        chat: the recipe's ``data.chat``.
     """
 
     template: Text
     chat: ChatSpec
 
     def __call__(self, tokenizer: PreTrainedTokenizerFast, said: str | Sequence[Message]) -> list[int]:
-        """Ids of the text that the assistant goes on from.
+        """Ids of the prompt, from which the assistant continues.
 
         Args:
-            tokenizer: of a model of the run.
-            said: by the user, or whole messages.
+            tokenizer: the tokenizer of a model of the run.
+            said: the user's text, or whole messages.
 
         Raises:
-            InputError: the template does not take it.
+            InputError: the template refuses the messages.
         """
         tokenizer.chat_template = self.template
         messages = [{"role": "user", "content": said}] if isinstance(said, str) else said

@@ -1,7 +1,7 @@
-"""What a chat template does, found by letting it write: how a turn ends, and which tokens make turns.
+"""Finds out by rendering how a chat template ends a turn, and which tokens delimit turns.
 
-Neither a template nor its tokenizer says it. ``eos_token`` is not what ends a turn in Gemma or Phi, and markers of
-roles are no special tokens in some tokenizers.
+Neither the template nor the tokenizer states it: ``eos_token`` does not end a turn in Gemma or Phi, and some tokenizers
+do not mark their role markers as special tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from distill.data.base import Message
 from distill.data.chat_template import ChatTemplate, Refused
 
 SAID = ("zqfirstquestion", "zqfirstanswer", "zqsecondquestion", "zqsecondanswer")
-"""What is said in probes: words that no template writes."""
+"""Texts of the messages in probes: words that no template writes by itself."""
 _THOUGHT, _FUNCTION, _ARGUMENT, _SYSTEM = "zqthought", "zqfunction", "zqargument", "zqsystem"
 _TOOL = {
     "type": "function",
@@ -58,17 +58,17 @@ CONVERSATIONS: dict[str, tuple[list[Message], list[dict[str, Any]]]] = {
     ),
     "tool calls": ([_user(0), _CALLS, _RESULT, _answer(3)], [_TOOL]),
 }
-"""What templates are compared on."""
+"""Conversations on which two templates are compared: name -> (messages, tools)."""
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What a template was found to do.
+    """Properties of a chat template that were found by probing.
 
     Attributes:
         stops: tokens that end a turn of the assistant.
         guarded: tokens that only the template may write; in a message they are text.
-        shows_calls: whether it writes tool calls at all.
+        shows_calls: whether the template writes tool calls at all.
     """
 
     stops: tuple[str, ...]
@@ -77,22 +77,22 @@ class Probed:
 
 
 def probe(template: ChatTemplate, added: Iterable[str], special: Iterable[str]) -> Probed:
-    """Find out what a template does, and set the form in which it wants its messages.
+    """Find out the properties of a template, and set the form of messages that it needs.
 
     Args:
-        template: changed: its form is set.
-        added: the tokens that its tokenizer finds in text whole.
-        special: those of them that are marked as special.
+        template: the template, whose ``as_parts`` and ``arguments_as_text`` are set.
+        added: added tokens of its tokenizer (matched as a unit in text).
+        special: the added tokens that are marked as special.
 
     Raises:
-        InputError: it refuses the simplest conversation, or writes nothing where a turn ends.
+        InputError: the template refuses the simplest conversation, or writes no stop token.
     """
-    tokens = Tokens(added)
+    tokens = AddedTokens(added)
     last = _in_its_form(template)
     try:
         two = template.render(_TWO_TURNS)
     except Refused:
-        two = last  # a template for one turn
+        two = last  # the template supports one turn only
     stop = _stop(tokens, last, two)
     if stop is None:
         after = last.partition(SAID[1])[2]
@@ -107,7 +107,7 @@ def probe(template: ChatTemplate, added: Iterable[str], special: Iterable[str]) 
     return Probed(tuple(dict.fromkeys(stops)), tuple(guarded), called is not None)
 
 
-class Tokens:
+class AddedTokens:
     """Finds a tokenizer's added tokens in text.
 
     Args:
@@ -124,7 +124,7 @@ class Tokens:
         return self._one.findall(text)
 
     def last_of_first_run(self, text: str) -> str | None:
-        """The last of the tokens with which a text begins, one behind the other."""
+        """The last token of the run of added tokens at the start of a text; None if it does not start with one."""
         run = self._run.match(text)
         return None if run is None else self.within(run[1])[-1]
 
@@ -143,11 +143,12 @@ def _in_its_form(template: ChatTemplate) -> str:
     raise InputError(f"data.chat.template: it refuses a question and its answer: {why}; name another template")
 
 
-def _stop(tokens: Tokens, last: str, two: str) -> str | None:
-    """The token that ends the answer: the end of the run of tokens that follows it, last in a conversation or not.
+def _stop(tokens: AddedTokens, last: str, two: str) -> str | None:
+    """The stop token: the last added token directly after the answer, common to a final and a non-final turn.
 
-    A template may close the conversation behind it with another one (Phi 3), or have an end for the last turn alone
-    (gpt-oss), which is what the model writes.
+    A template may end the conversation with a further token (Phi 3), which is not the stop token. If a final and a
+    non-final turn have no token in common (gpt-oss), it is that of the final turn, because this is what the model
+    writes.
     """
     after, within = last.partition(SAID[1])[2], two.partition(SAID[1])[2]
     common = next((i for i, (a, b) in enumerate(zip(after, within, strict=False)) if a != b), len(after))
@@ -167,14 +168,14 @@ def _called(template: ChatTemplate) -> str | None:
     return None
 
 
-def _stops_of_calls(tokens: Tokens, called: str | None, stops: set[str]) -> Sequence[str]:
-    """What ends a turn that calls a tool, where that is something else."""
+def _stops_of_calls(tokens: AddedTokens, called: str | None, stops: set[str]) -> Sequence[str]:
+    """The token that ends a turn with a tool call, if it differs from the normal stop token."""
     after = tokens.within(called.rpartition(_ARGUMENT)[2]) if called is not None else []
     return after[-1:] if not stops & set(after) else ()
 
 
-def _header(template: ChatTemplate, tokens: Tokens) -> Sequence[str]:
-    """The first token that opens the assistant's turn; those behind it may be its own to write, such as <think>."""
+def _header(template: ChatTemplate, tokens: AddedTokens) -> Sequence[str]:
+    """The first token that opens the assistant's turn; later tokens, such as <think>, may be generated by the model."""
     try:
         before, prompt = (template.render([_user(0)], is_prompt=is_prompt) for is_prompt in (False, True))
     except Refused:
@@ -183,14 +184,14 @@ def _header(template: ChatTemplate, tokens: Tokens) -> Sequence[str]:
 
 
 def _between(two: str) -> str:
-    """What stands between an answer and the next question."""
+    """The text between an answer and the next question."""
     return two.partition(SAID[1])[2].partition(SAID[2])[0]
 
 
 def differences(one: ChatTemplate, other: ChatTemplate) -> list[str]:
-    """A line for each conversation of :data:`CONVERSATIONS` of which two templates make different text."""
+    """One line per conversation of :data:`CONVERSATIONS` for which two templates render different text."""
     for template in (one, other):
-        with suppress(InputError):  # it refuses, which shows below
+        with suppress(InputError):  # a refusal appears as a difference below
             _in_its_form(template)
             _called(template)
     found = []

@@ -1,18 +1,18 @@
-"""From a conversation to rows of text as a model will see them, with what it writes itself.
+"""Converts a conversation to rows of text as a model sees them in inference, with the spans that it writes itself.
 
-    last = render(messages up to the last turn that is learned)
-    for each turn i of the assistant that is learned:
-        p = render(messages before i, and the assistant is to speak)     what inference will hand the model
+    last = render(messages up to the last turn that is learned from)
+    for each turn i of the assistant that is learned from:
+        p = render(messages before i, with the generation prompt)        the prompt in inference
         f = render(messages up to i)
-        f begins with p, else no text has the turn as the model sees it  -> refused, with the reason and the turn
-        the model writes f[len(p) : e], e the end of the last stop token in f; none -> refused
-        what was said stands in it, else the template drops it           -> refused, or counted where it is reasoning
-        last begins with f[:e] -> a span of the conversation's row
-        else                   -> a row of its own, f[:e]: the template rewrites the turn later, as where reasoning goes
+        f must start with p; otherwise the training text differs from the inference prompt -> rejected, with the turn
+        the model writes f[len(p) : e], e = the end of the last stop token in f; without a stop token -> rejected
+        it must contain the message; otherwise the template drops it -> rejected, or counted if it is the reasoning
+        last starts with f[:e] -> a span of the conversation's row
+        otherwise              -> a separate row f[:e], because the template rewrites the turn later (no reasoning)
 
-So the text before every span is exactly what the model has read when it writes the span. ``{% generation %}`` is not
-used: few templates have it, and it also marks headers that no model writes. The length of ``render(messages before i)``
-is not used either: without the generation prompt, every fourth template renders another text.
+Therefore the text before every span is exactly what the model has read when it writes the span. ``{% generation %}`` is
+not used, because few templates have it and it also marks headers that no model writes. The length of ``render(messages
+before i)`` is not used either, because every fourth template renders a different text without the generation prompt.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from distill.data.chat_template import ChatTemplate, Refused
 from distill.data.message import Unusable
 
 MARK = "\ufdd0"
-"""Stands inside a token that a message writes out, until the text is tokenized: a code point that is no character."""
+"""Escape character inside special tokens that appear literally in messages, until the text is tokenized (a Unicode
+noncharacter)."""
 _ESCAPED = "\\ufdd0"
 REASONING_DROPPED = "turns whose reasoning the template leaves out"
 OWN_ROWS = "turns as rows of their own"
@@ -43,9 +44,10 @@ class TextRow:
     """A row before it is tokenized.
 
     Attributes:
-        text: as the template wrote it, with :data:`MARK` inside tokens that were written out in messages.
-        spans: (start, end) in the text of what the assistant writes, rising.
-        learned: the spans that are learned from; under ``learn_from: all`` one over everything.
+        text: text that the template wrote; special tokens that appear literally in messages are escaped with
+            :data:`MARK`.
+        spans: (start, end) of what the assistant writes in the text, ascending.
+        learned: the spans that are learned from; with ``learn_from: all``, a single span over the whole text.
     """
 
     text: str
@@ -54,11 +56,11 @@ class TextRow:
 
 
 class Rendering:
-    """Makes rows of conversations.
+    """Renders conversations as rows of text.
 
     Args:
-        template: probed.
-        probed: what it was found to do.
+        template: the chat template.
+        probed: its properties.
     """
 
     def __init__(self, template: ChatTemplate, probed: Probed):
@@ -67,10 +69,10 @@ class Rendering:
         self._stop = re.compile("|".join(map(re.escape, probed.stops)))
 
     def rows(self, conversation: Conversation, learn_from: LearnFrom) -> tuple[list[TextRow], Counter[str]]:
-        """The rows of a conversation, and counts of what the user is told about them.
+        """The rows of a conversation, and counts of notes to report to the user.
 
         Raises:
-            Unusable: the template cannot be resolved for it.
+            Unusable: the template's text of the conversation cannot be used.
         """
         noted: Counter[str] = Counter()
         conversation = self._guard(conversation, noted)
@@ -87,7 +89,8 @@ class Rendering:
         return rows + [TextRow(text[: span[1]], (span,), (span,)) for text, span in rewritten], noted
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The text that the assistant goes on from; what the messages write out is marked.
+        """The prompt, from which the assistant continues; special tokens that appear literally in messages are escaped
+        with :data:`MARK`.
 
         Raises:
             Unusable: the template refuses the messages.
@@ -96,7 +99,7 @@ class Rendering:
         return self._render(conversation, len(messages), len(messages), is_prompt=True)
 
     def _turn(self, conversation: Conversation, number: int, noted: Counter[str]) -> tuple[str, tuple[int, int]]:
-        """The text up to and with a turn, and where in it the assistant writes."""
+        """The text up to and including a turn, and the span in it that the assistant writes."""
         prompt = self._render(conversation, number, number, is_prompt=True)
         text = self._render(conversation, number + 1, number)
         if not text.startswith(prompt):
@@ -113,7 +116,7 @@ class Rendering:
         return text, (len(prompt), end)
 
     def _render(self, conversation: Conversation, count: int, turn: int, *, is_prompt: bool = False) -> str:
-        """The first ``count`` messages as text."""
+        """Render the first ``count`` messages as text."""
         try:
             text = self.template.render(
                 conversation.messages[:count],
@@ -124,7 +127,7 @@ class Rendering:
         except Refused as why:
             what = "the prompt for message" if is_prompt else "message"
             raise Unusable("the template refuses it", f"{what} {turn + 1}: {why}") from None
-        # a template may write JSON in ASCII; text that said so itself is left alone
+        # a template may JSON-escape the mark as ASCII; leave text that literally contains this escape
         return text.replace(_ESCAPED, MARK) if _ESCAPED in text and MARK in _written(conversation) else text
 
     def _changed(self, number: int, prompt: str, text: str) -> str:
@@ -141,7 +144,8 @@ class Rendering:
         )
 
     def _guard(self, conversation: Conversation, noted: Counter[str]) -> Conversation:
-        """The conversation with a mark inside every guarded token that its messages and tools write out."""
+        """The conversation, in which guarded tokens that appear literally in messages and tools are escaped with
+        :data:`MARK`."""
         whole = _written(conversation)
         if MARK not in whole and not self._guarded.search(whole):
             return conversation
@@ -160,15 +164,15 @@ class Rendering:
 
 
 def _written(conversation: Conversation) -> str:
-    """All texts of a conversation and its tools."""
+    """A conversation and its tools as one JSON text."""
     return json.dumps([conversation.messages, conversation.tools], ensure_ascii=False, default=repr)
 
 
 def _check_shown(message: Message, number: int, written: str, noted: Counter[str]) -> None:
-    """Whether what was said stands in what the model would write.
+    """Check that the content of a message is in the text that the model would write.
 
     Raises:
-        Unusable: the answer or a tool call does not.
+        Unusable: the answer or a tool call is not in it.
     """
     thought, _, content = message["content"].rpartition("</think>")
     if content.strip() not in written:
@@ -186,7 +190,7 @@ def _check_shown(message: Message, number: int, written: str, noted: Counter[str
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The texts inside of a value; numbers may be written in several ways."""
+    """The strings in a JSON value. Numbers are left out, because they may be written in several ways."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):

@@ -1,4 +1,4 @@
-"""The `data.chat` section of a recipe: how conversations become text, and what of it is learned."""
+"""The `data.chat` section of a recipe: how conversations become text, and which of its tokens are learned from."""
 
 from __future__ import annotations
 
@@ -15,36 +15,38 @@ from distill.core.spec import Spec
 LearnFrom = Literal["assistant", "all", "last"]
 TooLong = Literal["drop", "cut_turns"]
 Text = str | dict[str, str]
-"""Of a template; some tokenizers have several by name, of which ``tool_use`` is for conversations with tools."""
+"""Template text, or several named templates (name -> text). ``tool_use`` is for conversations with tools."""
 _OURS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
 
 
 class ChatSpec(Spec):
-    """How conversations become rows: by which chat template, and which of their tokens are learned from."""
+    """How conversations become rows: with which chat template, and which of their tokens are learned from."""
 
     template: str = "teacher"
-    """`teacher`, `student` (that of the model which the first training starts from), a `.jinja` file, or the template
-    itself. Student and teacher both read by this one, and models of the run are saved with it."""
+    """`teacher`, `student` (the template of the model from which the first training starts), a `.jinja` file, or the
+    template itself. Student and teacher both use it, and models of the run are saved with it."""
     arguments: dict[str, Any] = Field({})
     """Arguments of the template, such as {enable_thinking: false}; a row's `chat_template_kwargs` override them."""
     today: date | None = None
-    """The date for templates that ask for today's, such as 2026-01-01: else the text would change from day to day."""
+    """Fixed date, such as 2026-01-01, for templates that ask for today's date; with null they raise an error, because
+    the text would change from day to day."""
     learn_from: LearnFrom = "assistant"
-    """Of the training text. assistant: what the assistant writes, with the stop token; last: its last turn alone; all:
-    every token, prompts too. Validation counts what the assistant writes, whatever stands here."""
+    """Which tokens of the training text are trained on. assistant: those that the assistant writes, with the stop
+    token; last: those of its last turn only; all: every token, including prompts. Validation always uses the
+    assistant's tokens."""
     too_long: TooLong = "drop"
-    """Conversations of more tokens than sequence_length. drop: left out and counted; cut_turns: the turns that end
-    within it are kept. Nothing is cut inside a turn."""
+    """What happens to conversations with more tokens than sequence_length. drop: they are left out and counted;
+    cut_turns: the turns that end within it are kept. Nothing is cut inside a turn."""
 
     def written(self) -> Text | None:
-        """The template that the recipe names without a model; None where it is a model's.
+        """The template that the recipe gives itself; None if it is that of a model.
 
         Raises:
             InputError: there is no such file.
         """
         if self.template in ("teacher", "student"):
             return None
-        if "{" in self.template:  # no name of a file
+        if "{" in self.template:  # not a file name
             return self.template
         if (text := read_template(self.template)) is None:
             raise InputError(f"data.chat.template: {self.template}: no such file, seen from {Path.cwd()}")
@@ -59,7 +61,7 @@ class ChatSpec(Spec):
 
 
 def read_template(location: str | Path) -> Text | None:
-    """The template in a model folder, or in a file; None when there is none. Needs no transformers.
+    """The template in a model folder or in a file; None if there is none. Does not import transformers.
 
     Raises:
         InputError: a file cannot be read.

@@ -1,7 +1,7 @@
-"""A chat template: messages to the text that a model reads, in transformers' own sandbox.
+"""Renders messages as text with a chat template, in transformers' sandbox.
 
-A template is a program that came with a model. It may write a system message of its own, move or drop what it is given,
-rewrite earlier turns, or refuse; what it does with a conversation is found by :mod:`distill.data.chat_rows`.
+A template is a program that comes with a model. It may add a system message, move or drop messages, rewrite earlier
+turns, or raise an error. :mod:`distill.data.chat_rows` finds out what it does with a conversation.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ TODAY = (
 
 
 class Refused(Exception):
-    """The template refuses these messages; the message has the reason."""
+    """The template refuses these messages. The text of the exception is the reason."""
 
 
 class ChatTemplate:
     """A template with its arguments other than the messages.
 
     Args:
-        text: of the template.
-        special: names such as ``bos_token`` -> token.
-        arguments: of the recipe.
-        today: what the template learns when it asks for today's date; None refuses.
+        text: the template, or several by name.
+        special: special tokens by name, such as ``bos_token`` -> token.
+        arguments: the recipe's ``data.chat.arguments``.
+        today: date returned by ``strftime_now``; None raises an error.
 
     Attributes:
-        as_parts: whether it wants content as a list of parts, ``[{"type": "text", "text": ...}]``.
-        arguments_as_text: whether it wants the arguments of tool calls as JSON text.
+        as_parts: whether the template needs content as a list of parts, ``[{"type": "text", "text": ...}]``.
+        arguments_as_text: whether the template needs the arguments of tool calls as JSON text.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast, chat: ChatSpec) -> ChatTemplate:
-        """The template that a tokenizer carries.
+        """The chat template of a tokenizer.
 
         Raises:
-            InputError: it carries none, or one that is no template.
+            InputError: the tokenizer has none, or it is not a valid template.
         """
         if not tokenizer.chat_template:
             raise InputError("data.chat.template: the tokenizer has no chat template; name a .jinja file")
@@ -73,17 +73,17 @@ class ChatTemplate:
         arguments: Mapping[str, Any] | None = None,
         is_prompt: bool = False,
     ) -> str:
-        """The text of messages.
+        """Render messages as text.
 
         Args:
             messages: plain JSON values; not changed.
             tools: JSON schemas.
-            arguments: for these messages alone.
-            is_prompt: whether the assistant is to speak next.
+            arguments: arguments of the template, for these messages only.
+            is_prompt: whether to add the generation prompt.
 
         Raises:
-            Refused: the template does not take them.
-            InputError: it asks for today's date, and there is none.
+            Refused: the template raises an error.
+            InputError: the template asks for today's date, and ``today`` is None.
         """
         compiled = self._compiled["tool_use" if tools and "tool_use" in self._compiled else "default"]
         given = {**self.given, **(arguments or {})}
@@ -111,7 +111,7 @@ class ChatTemplate:
         from transformers.utils import chat_template_utils
 
         try:
-            # a new environment each time: its clock is ours
+            # a new environment per template, because its strftime_now is replaced
             compiled = chat_template_utils._cached_compile_jinja_template(text)
         except TemplateSyntaxError as error:
             raise InputError(f"data.chat.template: line {error.lineno}: {error.message}") from None

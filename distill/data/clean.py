@@ -1,7 +1,7 @@
-"""Training rows that a recipe has left out: those that repeat other rows, and those that hold rows of a test set.
+"""Removes training rows that repeat other rows or contain rows of a test set.
 
-Rows are looked at one after the other, in the order of the sources, before anything is tokenized. So what is left out
-depends on the text and the recipe alone.
+Rows are checked one after the other, in the order of the sources, before anything is tokenized. Therefore the rows that
+are left out depend only on the text and the recipe.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ from distill.data.tally import Tally
 from distill.data.words import words_of
 
 RULE = "1: equal normalised texts; MinHash of 5 words, 14 bands of 8, 0.75, from 50 words; half of 8-grams"
-"""What is left out, for tokens on disk that were made by another rule."""
+"""Version of the cleaning rules; token files made with another version are rebuilt."""
 
 
 RULE_OF_ANSWERS = "1: of conversations that ask the same"
 
 
 class Cleaner:
-    """Goes over the training rows of all sources of a text once, in their order.
+    """Cleans the training rows of all sources of a text in one pass, in their order.
 
     Args:
-        spec: what is left out.
-        texts: the sources, those of a mixture in its order.
+        spec: which rows are left out.
+        texts: the sources; those of a mixture in its order.
     """
 
     def __init__(self, spec: CleanSpec, texts: Sequence[OneText]):
         self.spec, self.texts = spec, texts
         self._seen: dict[bytes, str] = {}
         self._near = NearDuplicates()
-        self._num_read = 0  # of the texts
+        self._num_read = 0  # number of texts
 
     def identity(self) -> list[Any]:
-        """Stands for what is left out of the texts; they themselves are not in it, but their order is."""
+        """The cleaning settings, test sets and source order, for hashing. The texts are not included."""
         tests = [source.identity() for _, source in self.spec.tests()]
         rules = [RULE, RULE_OF_ANSWERS] if self.spec.duplicates == "near" else [RULE]
         return [*rules, self.spec.duplicates, self.spec.of_validation, *tests, [text.name for text in self.texts]]
 
     def training(self, text: OneText) -> Iterator[Item]:
-        """The training side of one of the texts; rows that are left out are :class:`Removed`.
+        """Yield the training rows of one of the texts; rows that are left out are yielded as :class:`Removed`.
 
-        Its rows may repeat those of an earlier text; an earlier text that has not been read yet is read first.
+        Its rows may repeat those of an earlier text, so earlier texts that have not been read yet are read first.
 
         Raises:
-            InputError: a test set cannot be read, or too many of its rows.
+            InputError: a test set, or too many of its rows, cannot be read.
         """
         number = self.texts.index(text)
         if number < self._num_read:
@@ -70,16 +70,16 @@ class Cleaner:
             yield self.kept(item)
 
     def prepare(self) -> None:
-        """Read the test sets, for processes that are forked.
+        """Read the test sets before processes are forked.
 
         Raises:
-            InputError: one cannot be read, or too many of its rows.
+            InputError: a test set, or too many of its rows, cannot be read.
         """
         if self.spec.decontaminate:
             self._tests  # noqa: B018  # computed once, and kept
 
     def kept(self, item: Item) -> Item:
-        """A row of the training side, or why it is left out."""
+        """The row of the training side, or a :class:`Removed` that says why it is left out."""
         if isinstance(item, Rejected):
             return item
         needs_words = self.spec.decontaminate or self.spec.duplicates == "near"
@@ -121,7 +121,7 @@ class Cleaner:
 
 
 def _digest(item: Document | Conversation) -> bytes:
-    """Stands for all that a model reads of an item, but for what :func:`normalised` leaves out."""
+    """Hash of the :func:`normalised` item: everything in it that a model reads."""
     if not isinstance(item, Conversation):
         return digest(normalised(item.text))
     texts = [[message["role"], normalised(message["content"])] for message in item.messages]
@@ -130,12 +130,12 @@ def _digest(item: Document | Conversation) -> bytes:
 
 
 def _asked(item: Conversation) -> bytes:
-    """Stands for all of a conversation but what the assistant says."""
+    """Hash of the conversation without the assistant's messages."""
     others = [message for message in item.messages if message["role"] != "assistant"]
     texts = [[message["role"], normalised(message["content"])] for message in others]
     return digest(json.dumps([texts, item.learned, item.tools, item.arguments], sort_keys=True, default=str))
 
 
 def _answered(item: Conversation) -> str:
-    """What the assistant says in a conversation."""
+    """Text of the assistant's messages."""
     return said(tuple(message for message in item.messages if message["role"] == "assistant"))

@@ -1,4 +1,4 @@
-"""The `data.clean` section of a recipe: which training rows are left out although they could be used."""
+"""The `data.clean` section of a recipe: which usable training rows are left out."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ TestText = Annotated[
 
 
 class CleanSpec(Spec):
-    """Leave out training rows that repeat other rows, or that hold rows of a test set. Validation rows all stay."""
+    """Leave out training rows that repeat other rows, or that contain rows of a test set. All validation rows are
+    kept."""
 
     duplicates: Literal["exact", "near"] | None = None
-    """Of rows that say the same, the first one stays. exact: equal but for case, whitespace and Unicode form; near:
-    also documents of at least 50 words that share about three quarters of their runs of five words (MinHash), and
-    conversations whose answers do so and which are equal in all else: never by their questions, which are alike."""
+    """Which duplicates are left out; the first of several equal rows is kept. exact: rows that are equal after case,
+    whitespace and Unicode form are normalised; near: also documents of at least 50 words that share about three
+    quarters of their word 5-grams (MinHash), and conversations with near-duplicate answers and otherwise identical
+    messages. Questions are never compared approximately."""
     decontaminate: list[TestText] = Field([])
-    """Test sets, as sources, and `validation` for what this run validates on. A training row is left out that holds
-    more than half of the words of one of their rows in common runs of eight words."""
+    """Test sets, as sources, and `validation` for this run's validation text. A training row is removed if word 8-grams
+    that it shares with a test row cover more than half of that test row's words."""
 
     @model_validator(mode="after")
     def _leaves_something_out(self) -> CleanSpec:
@@ -42,22 +44,22 @@ class CleanSpec(Spec):
         return self
 
     def tests(self) -> Iterator[tuple[str, SourceSpec]]:
-        """The sources of test sets, each with its key in the recipe."""
+        """Yield the sources of test sets, each with its key in the recipe."""
         for number, one in enumerate(self.decontaminate):
             if isinstance(one, SourceSpec):
                 yield f"data.clean.decontaminate.{number}", one
 
     @property
     def of_validation(self) -> bool:
-        """Whether what the run validates on is one of the test sets."""
+        """Whether the run's validation text is one of the test sets."""
         return VALIDATION in self.decontaminate
 
     def mistakes(self, *, holds_ids: bool, is_stream: bool) -> Iterator[str]:
-        """Why a text cannot be cleaned so.
+        """Yield the reasons why this text cannot be cleaned.
 
         Args:
-            holds_ids: whether it is token ids.
-            is_stream: whether it is never stored.
+            holds_ids: whether the text consists of token ids.
+            is_stream: whether the text is a stream, which is never stored.
         """
         if is_stream:
             yield "clean: a stream is not stored, so what was read of it before is not known; set streaming: false"

@@ -5,10 +5,10 @@
     prompt, response        also prompt and completion (texts, or lists of messages), question and answer, and
                             instruction, input and output
 
-Beside them a row may have ``system``, ``tools`` (a list, or its JSON), ``chat_template_kwargs`` and ``document``, which
-only a teacher reads (``teacher_reads: document``). A message with
-``"weight": 0`` or ``"train": false`` is read and not learned from. Arguments of tool calls that are given as JSON are
-parsed: templates write a mapping, and would quote a string once more.
+In addition, a row may have ``system``, ``tools`` (a list, or its JSON), ``chat_template_kwargs`` and ``document``,
+which only a teacher reads (``teacher_reads: document``). A message with ``"weight": 0`` or ``"train": false`` is read
+and not learned from. Arguments of tool calls that are given as JSON text are parsed, because templates expect a mapping
+and would escape a text once more.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ SYSTEMS = ("system", "system_prompt")
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a row are read; None finds those that are there by their names.
+    """Names of the columns to read; None: the known names.
 
     Attributes:
-        messages: of the messages.
-        prompt: of what the user says, beside ``response``.
-        response: of what the assistant says.
+        messages: column of the messages.
+        prompt: column of the user's text; set together with ``response``.
+        response: column of the assistant's text.
     """
 
     messages: str | None = None
@@ -59,15 +59,15 @@ class Columns:
 
 
 def conversation_of(row: Any, id: str, columns: Columns) -> Conversation:
-    """The conversation in a row.
+    """Read the conversation in a row.
 
     Args:
-        row: what was read; a mapping of columns, if it is right.
-        id: what a message calls it.
-        columns: which of its columns to read.
+        row: the row as it was read; a dict (column -> value) unless it is malformed.
+        id: name of the row in messages to the user.
+        columns: columns to read.
 
     Raises:
-        Unusable: there is none, or one that no model could be taught.
+        Unusable: the row holds no usable conversation.
     """
     if not isinstance(row, dict):
         raise Unusable("not an object", f"a row must be a JSON object (got {type(row).__name__})")
@@ -85,7 +85,7 @@ def conversation_of(row: Any, id: str, columns: Columns) -> Conversation:
     if not isinstance(arguments, dict):
         raise wrong_type("chat_template_kwargs", "a mapping", arguments)
     try:
-        document = row.get("document") or ""  # of another type than text it may be anything that is not read
+        document = row.get("document") or ""  # not validated here; it is only read with teacher_reads: document
         said = [messages, tools, document if isinstance(document, str) else ""]
         json.dumps(said, ensure_ascii=False, default=repr).encode("utf-8")
     except UnicodeEncodeError:
@@ -94,10 +94,10 @@ def conversation_of(row: Any, id: str, columns: Columns) -> Conversation:
 
 
 def dialect_of(row: Any, columns: Columns) -> str:
-    """The columns of a row in which its conversation stands, in words.
+    """Names of the columns that hold the conversation of a row, for messages to the user.
 
     Raises:
-        Unusable: none of them is there.
+        Unusable: the row has none of the known columns.
     """
     if isinstance(row, dict) and (name := _list_column(row, columns)) is not None:
         return name
@@ -127,7 +127,7 @@ def _lacking(row: Any, columns: Columns) -> str:
 
 
 def _raw(row: dict[str, Any], columns: Columns) -> list[Any]:
-    """The messages as they are written."""
+    """The messages as they are stored."""
     if (name := _list_column(row, columns)) is not None:
         messages = listed(row[name], name)
     elif (pair := _pair(row, columns)) is not None:

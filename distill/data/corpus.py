@@ -1,4 +1,4 @@
-"""The text of a run, opened once: tokens on disk, rows of them, and loaders."""
+"""The text of a run: token files, the rows cut from them, and data loaders."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class Budget(Protocol):
     """How long a stage trains; see :class:`distill.training.spec.BudgetSpec`."""
 
     def for_rows(self, num_rows: int | None) -> Budget:
-        """The same in steps, if it was in epochs."""
+        """The budget in steps, if it was in epochs; otherwise unchanged."""
 
     def steps(self, tokens_per_sequence: float) -> int:
-        """Optimizer steps."""
+        """Number of optimizer steps."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,16 @@ class Corpus:
     """Training and validation text as rows of token ids. Make it with :meth:`open`.
 
     Attributes:
-        train: training rows: a finite set, or a stream whose source is read as it comes.
-        validation: validation rows, at most the tokens that the recipe asks for, spread over the validation text.
+        train: training rows: a finite set, or a stream.
+        validation: validation rows, spread evenly over the validation text, with about ``data.validation_tokens``
+            tokens at most.
         seed: decides the order of training.
         calibration_sequences: rows for calibration.
-        hash: stands for the text, the split, the tokenizer and the rows; equal hash and seed, equal order but
-            for ``order``.
-        stops: ids that end a turn of the assistant, where the text is conversations; else none.
-        start: the tokens that the tokenizer puts before a text, which each row begins with.
-        order: which rows a training reads first; None: as the seed decides.
+        hash: hash of the text, the split, the tokenizer and the rows. Runs with the same hash and seed have the same
+            row order, unless ``order`` differs.
+        stops: ids that end a turn of the assistant; empty if the text has no conversations.
+        start: the tokens that the tokenizer puts before a text; each row begins with them.
+        order: which rows a training reads first; None: the seed alone decides the order.
     """
 
     train: PackedRows | Stream
@@ -97,21 +98,21 @@ class Corpus:
     ) -> Corpus:
         """Tokenize what is not tokenized yet, and open it.
 
-        Processes that open the same folder at once tokenize a part each, or wait for the one that came first where
-        parts depend on each other; see :mod:`distill.data.tokenizing`.
+        Processes that open the same folder at the same time tokenize a part each. If the parts depend on each other,
+        one process tokenizes all and the others wait; see :mod:`distill.data.tokenizing`.
 
         Args:
             data: the recipe's ``data`` section.
-            tokenizer: text to ids; conversations become text by its chat template.
-            folder: where tokens are kept, such as ``<run>/data``.
+            tokenizer: converts text to ids; its chat template renders conversations.
+            folder: where token files are stored, such as ``<run>/data``.
             seed: decides the order of training.
-            vocabulary_size: rows of the smallest model head that will see the ids.
-            candidates: where the words come from that ``data.augment`` puts in place of others; needed with it alone.
-            world: the processes that open it at once.
+            vocabulary_size: number of rows of the smallest head among the models that use the ids.
+            candidates: source of replacement words; required only with ``data.augment``.
+            world: the processes that open it at the same time.
 
         Raises:
-            InputError: no text, too little text, ids that the models have no rows for, a chat template that cannot be
-                resolved, or more rows that cannot be used than the recipe allows.
+            InputError: no or too little text, ids outside the models' vocabulary, an unusable chat template, or more
+                unusable rows than the recipe allows.
             MachineError: the folder cannot be written.
         """
         folder, encoder = Path(folder), _encoder(data, tokenizer)
@@ -141,7 +142,7 @@ class Corpus:
         return corpus
 
     def by_source(self) -> dict[str, Corpus]:
-        """Of a mixture: name of each source -> the same with its validation rows alone. Of any other text none."""
+        """For a mixture: source name -> corpus with only that source's validation rows. Otherwise empty."""
         source, parts = self.validation.source_of_rows(), self.validation.tokens.parts
         return {
             part.name: replace(self, validation=self.validation.only(np.flatnonzero(source == number)))
@@ -149,10 +150,10 @@ class Corpus:
         }
 
     def _check_validation(self, key: str, tokens: TokenFile) -> None:
-        """Refuse a validation text on which nothing can be measured.
+        """Check that something can be measured on the validation text.
 
         Raises:
-            InputError: no token of it is predicted from another one.
+            InputError: no token of it is predicted from a preceding one.
         """
         if self.validation_bytes == 0:
             raise InputError(
@@ -163,13 +164,14 @@ class Corpus:
     def train_loader(
         self, taken: MicroBatches, num_workers: int = 0, num_sequences: int = 0, losses: np.ndarray | None = None
     ) -> Batches:
-        """Micro-batches for training, endlessly.
+        """Loader of micro-batches for training, endless.
 
         Args:
             taken: the positions that this process takes.
-            num_workers: processes that read ahead; a stream uses one of its own. Changes nothing in the order.
-            num_sequences: rows of the whole training, of which ``order`` sorts a share.
-            losses: of the teacher on each row, where ``order`` sorts by them. [rows]
+            num_workers: number of processes that read ahead; a stream uses one of its own. The order does not depend on
+                it.
+            num_sequences: number of rows of the whole training, of which ``order`` sorts a fraction.
+            losses: loss of the teacher on each row, if ``order`` sorts by it. [rows]
         """
         if isinstance(self.train, Stream):
             return loader.stream_batches(self.train, taken)
@@ -182,46 +184,48 @@ class Corpus:
         return loader.train_batches(self.train, self.seed, taken, num_workers, count, hardness)
 
     def num_sorted(self, num_sequences: int) -> int:
-        """Of so many training rows, how many at first stand from easy to hard."""
+        """Number of initial rows, of ``num_sequences`` training rows, that are sorted by difficulty."""
         return 0 if self.order is None else round(self.order.until * num_sequences)
 
     def validation_loader(self, batch_size: int, num_sequences: int | None = None) -> Batches:
-        """Every validation row, or so many evenly spread over the text, once, in a fixed order."""
+        """Loader of every validation row, or of ``num_sequences`` rows evenly spread over the text; once, in a fixed
+        order."""
         return loader.validation_batches(self.validation, batch_size, num_sequences)
 
     def calibration_loader(self, num_sequences: int | None = None, batch_size: int = 8) -> Batches:
-        """Training rows for calibration, the same each time; ``num_sequences`` None takes what the recipe says.
+        """Loader of training rows for calibration, always the same; ``num_sequences`` None: as many as the recipe says.
 
-        The seed chooses them; of a stream they are the first ones. All rows if there are fewer. Copies that
-        ``data.augment`` added are not among them.
+        The seed chooses the rows; for a stream they are the first ones. If there are fewer rows, all are used. Copies
+        that ``data.augment`` added are not among them.
         """
         rows = self.train if isinstance(self.train, Stream) else self.train.originals()
         return loader.calibration_batches(rows, self.seed, num_sequences or self.calibration_sequences, batch_size)
 
     @cached_property
     def tokens_per_sequence(self) -> float:
-        """Tokens of text in a training row, on average."""
+        """Average number of tokens of text in a training row."""
         if isinstance(self.train, PackedRows) and self.train.tokens.parts:
             return tokens_per_row(loader.rows_of_sources(self.train))
         if isinstance(self.train, Stream) or self.train.packing in FULL:
-            return self.train.sequence_length  # but for the last one
+            return self.train.sequence_length  # except in the last row
         return float(self.train.lengths().mean())
 
     @property
     def num_rows(self) -> int | None:
-        """Training rows; None where a stream does not tell."""
+        """Number of training rows; None for a stream."""
         return None if isinstance(self.train, Stream) else len(self.train)
 
     def steps_of(self, budget: Budget) -> int:
-        """Optimizer steps of a budget on these rows.
+        """Number of optimizer steps of a budget on these rows.
 
         Raises:
-            InputError: it is in epochs, and the rows cannot be counted.
+            InputError: the budget is in epochs, and the rows cannot be counted.
         """
         return budget.for_rows(self.num_rows).steps(self.tokens_per_sequence)
 
     def passes(self, num_sequences: float) -> dict[str, float]:
-        """Of a mixture: how often each source is read in so many training rows. Of any other text nothing."""
+        """For a mixture: source name -> number of passes over it in ``num_sequences`` training rows. Otherwise
+        empty."""
         if not isinstance(self.train, PackedRows) or not self.train.tokens.parts:
             return {}
         times = passes(loader.rows_of_sources(self.train), num_sequences)
@@ -229,14 +233,15 @@ class Corpus:
 
     @cached_property
     def validation_bytes(self) -> int:
-        """UTF-8 bytes that the counted predictions of :meth:`validation_loader` stand for, exactly.
+        """Exact number of UTF-8 bytes of text that the counted predictions of :meth:`validation_loader` cover.
 
-        Bits per byte = summed loss in nats / ln 2 / this. The end of a document is predicted but stands for no bytes.
+        Bits per byte = summed loss in nats / ln 2 / this number. The end of a document is predicted, but counts 0
+        bytes.
         """
         return int(self.validation.bytes_of_rows().sum())
 
     def summary(self) -> str:
-        """For people: a line, and further ones where rows were left out or there is more to know of them."""
+        """Summary for the user: one line, and further lines if rows were left out or something else was found."""
         validation = self.validation
         line = (
             f"{described(self.train)}; validation {len(validation):,} rows, {validation.num_predictions():,} "
@@ -246,7 +251,8 @@ class Corpus:
         return "\n".join([line, *lines_of_sources(self.train, of_sources), *self.notes()])
 
     def notes(self) -> list[str]:
-        """What rows begin with, what was left out of the text and why, and what else was found in it; a line each."""
+        """Notes for the user, one line each: what rows begin with, which rows were left out and why, and what else was
+        found."""
         files = {"data.validation": self.validation.tokens}
         if isinstance(self.train, PackedRows):
             files = {"data.train": self.train.tokens, **files}
@@ -258,12 +264,12 @@ class Corpus:
 
 
 def trained_tokenizer(data: DataSpec, spec: TrainTokenizer, folder: str | Path) -> PreTrainedTokenizerFast:
-    """A tokenizer of the run's own, trained once on its text and kept in ``folder``.
+    """Train a tokenizer on the text of the run and save it in ``folder``, or load it if it is already there.
 
     Args:
         data: the recipe's ``data`` section.
-        spec: how large it is.
-        folder: where it goes, such as ``<run>/data``.
+        spec: size of its vocabulary.
+        folder: where it is saved, such as ``<run>/data``.
 
     Raises:
         InputError: there is no text to train it on.
@@ -282,7 +288,7 @@ def trained_tokenizer(data: DataSpec, spec: TrainTokenizer, folder: str | Path) 
 
 
 def _encoder(data: DataSpec, tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
-    """What makes tokens of documents, and of conversations where there are some."""
+    """The encoder for the documents and conversations of the text."""
     if data.holds_ids:
         return TokenEncoder(tokenizer)
     if not data.holds_conversations:
@@ -291,7 +297,7 @@ def _encoder(data: DataSpec, tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
 
 
 def _key(data: DataSpec, encoder: TextEncoder, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Stands for all that decides which ids are in the token files."""
+    """Hash of everything that determines the token ids."""
     validation = data.validation or data.train
     return hash_of(
         data.train.identity(),
@@ -312,7 +318,8 @@ def _opened(
     candidates: Candidates | None,
     world: World | None,
 ) -> tuple[str, dict[str, TokenFile]]:
-    """What stands for the tokens of a text, and the token file of each side; of a mixture that of all sources."""
+    """Return (hash of the tokens of a text, side -> token file). For a mixture, each file joins those of all
+    sources."""
     texts, sides = texts_of(data), ("validation",) if data.train.is_stream() else ("train", "validation")
     cleaner = None if data.clean is None else Cleaner(data.clean, texts)
     replacer = _replacer(data, candidates, folder)
@@ -327,7 +334,7 @@ def _opened(
         keys[text.name] = {"validation": key, "train": hash_of(key, *more) if more else key}
     tokenizing = Tokenizing(encoder, vocabulary_size, cleaner, replacer, repeats, world)
     found: dict[str, dict[str, TokenFile]] = {text.name: {} for text in texts}
-    for side in reversed(sides):  # what any of them validates on, none of them trains on
+    for side in reversed(sides):  # validation first: no source may train on another's validation text
         for text in texts:
             file = folder / f"{text.key(side)}-{keys[text.name][side]}.bin"
             found[text.name][side] = tokenizing.tokens_of(file, side, text)
@@ -351,7 +358,7 @@ def _opened(
 
 
 def _replacer(data: DataSpec, candidates: Candidates | None, folder: Path) -> WordReplacer | None:
-    """What adds copies of documents; None where the recipe asks for none."""
+    """The object that adds augmented copies of documents; None without ``data.augment``."""
     if data.augment is None:
         return None
     if candidates is None:
@@ -360,12 +367,12 @@ def _replacer(data: DataSpec, candidates: Candidates | None, folder: Path) -> Wo
 
 
 def _check(tokens: dict[str, TokenFile], text: OneText, vocabulary_size: int) -> None:
-    """Refuse ids without a row in the model, too many rows that cannot be used, and too little text."""
+    """Check for ids outside the model's vocabulary, too many unusable rows, and too little text."""
     data = text.data
     for side, file in tokens.items():
         name = text.key(side)
         file.tally.check(f"data.{name}", data.max_dropped)
-        # Said here too, as the file may have been written for a larger model.
+        # Check again: an existing file may have been written for a larger vocabulary.
         if file.largest >= vocabulary_size:
             raise InputError(token_too_large(f"data.{name}", file.largest, vocabulary_size))
         if side == "train" and data.augment is not None and not data.holds_conversations and not file.tally.copies:
@@ -385,10 +392,11 @@ def _check(tokens: dict[str, TokenFile], text: OneText, vocabulary_size: int) ->
 
 
 def _check_split(tokens: dict[str, TokenFile], text: OneText) -> None:
-    """Refuse a split of conversations that open alike: all of those are on one side, so that no prompt is on both.
+    """Check that the held-out part of conversations is not far too large: those that begin alike are all on the same
+    side, so that no prompt is on both.
 
     Raises:
-        InputError: far more than asked for are held out.
+        InputError: far more conversations than requested are held out.
     """
     data = text.data
     if data.validation is not None or not data.holds_conversations:
@@ -402,9 +410,9 @@ def _check_split(tokens: dict[str, TokenFile], text: OneText) -> None:
 
 
 def _spread(packed: PackedRows, data: DataSpec) -> np.ndarray:
-    """Numbers of the validation rows to use: evenly over all, so that one end of the text does not stand for it.
+    """Row numbers of the validation subset, evenly spaced. int64 [rows]
 
-    In a mixture, each source gets its share as in training, a row of each at least.
+    In a mixture, each source gets the same fraction as in training, but at least one row.
     """
     parts, source, lengths = packed.tokens.parts, packed.source_of_rows(), packed.lengths()
     weights = [part.weight for part in parts] or [1]

@@ -1,4 +1,4 @@
-"""CSV and TSV files: one document per row. All values are text; of numbers and lists, JSON Lines keeps more."""
+"""CSV and TSV files: one document per row. All values are text; JSON Lines preserves numbers and lists."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from distill.data.files import File
 from distill.data.message import Unusable
 
 LARGEST_FIELD = 1 << 26
-"""Characters of a field. The reader keeps four bytes for each of them, and a quote that is never closed takes all that
-follows it."""
+"""Largest number of characters in a field. The reader uses four bytes per character, and an unclosed quote makes one
+field of everything that follows it."""
 
 
 class Csv(FileSource, ColumnsSpec):
@@ -27,12 +27,12 @@ class Csv(FileSource, ColumnsSpec):
     path: str | list[str]
     """A file, a folder or a glob, or a list of these; `.gz` and `.zst`, `s3://`, `gs://` and `https://` too."""
     delimiter: str | None = Field(None, min_length=1, max_length=1)
-    """What stands between two fields; null: a tab in `.tsv` files, else a comma."""
+    """The character between two fields; null: a tab in `.tsv` files, otherwise a comma."""
     columns: list[str] | None = Field(None, min_length=1)
-    """Names of the columns, for files without a header; null: the first row of each file has them."""
+    """Names of the columns, for files without a header; null: the first row of each file contains them."""
 
     def rows(self, columns: frozenset[str] | None) -> Iterator[Numbered]:
-        """Every row, in the order of the files; lines without any field are skipped."""
+        """Yield every row, in the order of the files; lines without any field are skipped."""
         for file in self._files():
             with files.opened(file) as stream:
                 yield from self._rows_of(file, stream)
@@ -64,7 +64,7 @@ class Csv(FileSource, ColumnsSpec):
             raise InputError(f"{file}: has no header; the first row of a CSV file names its columns")
 
     def _check(self, error: csv.Error, file: File, line: int, header: list[str] | None) -> None:
-        """Refuse an error that affects more than its row."""
+        """Raise an error that affects more than its row."""
         if header is None:
             raise InputError(f"{file}:{line}: the header is no row of CSV ({error})")
         if "unexpected end" in str(error) or "field limit" in str(error):
@@ -81,7 +81,8 @@ class Csv(FileSource, ColumnsSpec):
 
 
 def _decoded(stream: IO[bytes], file: File) -> Iterator[str]:
-    """The lines as text. A byte that is not UTF-8 becomes half of a surrogate pair, for which its row is rejected."""
+    """Yield the lines as text. A byte that is not UTF-8 becomes a lone surrogate, because of which its row is
+    rejected."""
     for number, line in enumerate(files.lines(stream, file)):
         yield line.decode("utf-8-sig" if number == 0 else "utf-8", "surrogateescape")
 

@@ -1,4 +1,4 @@
-"""An order of rows in which the first ones come from easy to hard.
+"""An order of rows in which the first rows are sorted from easy to hard.
 
 The usual order decides which rows are read in the sorted part of the training; they are only permuted. So a training
 reads the same rows with and without a curriculum, and a cache of its teacher contains them. They are sorted into
@@ -24,9 +24,9 @@ class EasyFirst(EndlessOrder):
 
     Args:
         usual: the order without it.
-        num_sorted: positions, from the first one on, whose rows are sorted.
-        hardness: of each row. [rows]
-        source: of a mixture, which source each row is of; of any other text all 0. int64 [rows]
+        num_sorted: number of initial positions whose rows are sorted.
+        hardness: difficulty of each row. [rows]
+        source: number of the source of each row in a mixture; otherwise all 0. int64 [rows]
     """
 
     def __init__(self, usual: EndlessOrder, num_sorted: int, hardness: np.ndarray, source: np.ndarray):
@@ -49,12 +49,12 @@ class EasyFirst(EndlessOrder):
 
 
 def levels(hardness: np.ndarray) -> np.ndarray:
-    """The level of each row, from 0 on; rows that are as hard as each other are in one. int64 [rows]"""
+    """Level of each row, from 0 on; rows of equal difficulty have the same level. int64 [rows]"""
     edges = np.sort(hardness)[np.arange(1, LEVELS) * len(hardness) // LEVELS]
     return np.searchsorted(edges, hardness, "right")
 
 
 def longest_documents(packed: PackedRows) -> np.ndarray:
-    """Tokens of the longest document, or part of one, in each row. int64 [rows]"""
+    """Number of tokens of the longest document, or part of one, in each row. int64 [rows]"""
     longest = np.maximum.reduceat(packed.rows.sizes, packed.rows.bounds[:-1])
     return np.asarray(longest[packed.chosen])

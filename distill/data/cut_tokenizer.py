@@ -1,4 +1,4 @@
-"""A tokenizer with fewer tokens: which of them stay, and the same tokenizer without the others.
+"""Reduces the vocabulary of a tokenizer: chooses the tokens that stay, and makes the tokenizer without the others.
 
     needed(t) = t and all intermediate tokens of its merges        counts(t) = how often t occurs in the text
 
@@ -7,10 +7,10 @@ tokens of a text stay, its tokens do not change: the removed merges never applie
 longest piece is still the longest (WordPiece), and the most likely path is still the most likely (unigram). Any other
 text takes more and shorter tokens.
 
-Prefer it where the vocabulary is a large part of a small model, or made for many languages of which one is wanted; not
-where the text to come is of another kind than the text that was counted.
+Prefer it if the vocabulary is a large part of a small model, or was made for many languages of which one is needed; not
+if future text differs in kind from the text that was counted.
 
-Source: cutting a vocabulary to the tokens of a corpus is that of Abdaoui et al. 2020, arXiv 2010.05609.
+Source: Abdaoui et al. 2020, arXiv 2010.05609 (reducing a vocabulary to the tokens of a corpus).
 """
 
 from __future__ import annotations
@@ -39,16 +39,18 @@ def tokens_to_keep(
     """Choose the tokens that stay.
 
     Args:
-        tokenizer: whose tokens.
-        counts: how often each id is in the text. int64 [ids]
-        num_tokens: how many stay, the most frequent first, then the lowest ids; None keeps those that are in the text.
-        named: ids that stay whatever is counted, such as those that a config names.
+        tokenizer: the tokenizer to reduce.
+        counts: number of occurrences of each id in the text. int64 [ids]
+        num_tokens: number of tokens that stay, the most frequent first, then the lowest ids; None keeps all tokens that
+            occur in the text.
+        named: ids that always stay, such as those that a config names.
 
     Returns:
-        Old ids, rising; a token's place is its new id.
+        Old ids, ascending; the index of a token is its new id.
 
     Raises:
-        InputError: a tokenizer that cannot be cut, or a number below what must stay or above what there is.
+        InputError: the tokenizer cannot be reduced, or ``num_tokens`` is smaller than the number of required tokens or
+            larger than the vocabulary.
     """
     backend = _backend(tokenizer)
     vocabulary = tokenizer.get_vocab()
@@ -73,15 +75,15 @@ def tokens_to_keep(
 
 
 def cut_tokenizer(tokenizer: PreTrainedTokenizerFast, kept: Sequence[int], folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer with these tokens alone, saved and loaded again.
+    """Make the tokenizer with only these tokens, save it and load it again.
 
     Args:
-        tokenizer: the whole one; unchanged.
-        kept: from :func:`tokens_to_keep`.
-        folder: replaced as a whole.
+        tokenizer: the full tokenizer; unchanged.
+        kept: ids of the tokens that stay, from :func:`tokens_to_keep`.
+        folder: where it is saved; an existing folder is replaced.
 
     Raises:
-        InputError: what is loaded again is not what was written, as some classes build their tokens by themselves.
+        InputError: the saved tokenizer does not reload unchanged, because some classes hard-code tokens.
     """
     place = {old: new for new, old in enumerate(kept)}
     backend = _backend(tokenizer)
@@ -107,7 +109,8 @@ def cut_tokenizer(tokenizer: PreTrainedTokenizerFast, kept: Sequence[int], folde
 
 
 def rows_of(part: PreTrainedTokenizerFast, whole: PreTrainedTokenizerFast) -> list[int] | None:
-    """The ids in ``whole`` of the tokens of ``part``, in order of theirs; None when some token is not in it."""
+    """The ids in ``whole`` of the tokens of ``part``, in the order of their ids in ``part``; None if a token is not in
+    ``whole``."""
     theirs = whole.get_vocab()
     ours = sorted(part.get_vocab().items(), key=lambda item: item[1])
     if [id_ for _, id_ in ours] != list(range(len(ours))) or any(token not in theirs for token, _ in ours):
@@ -126,7 +129,7 @@ def _backend(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def _must_stay(token: str, model: dict[str, Any]) -> bool:
-    """Whether some text could not be written without it."""
+    """Whether some text could not be encoded without the token."""
     if model.get("byte_fallback"):
         return bool(_BYTE.fullmatch(token))  # any other character is written in bytes
     prefix = model.get("continuing_subword_prefix") or ""
@@ -134,7 +137,7 @@ def _must_stay(token: str, model: dict[str, Any]) -> bool:
 
 
 def _needed(model: dict[str, Any], ids: dict[str, int]) -> Callable[[int], set[int]]:
-    """id -> itself and the ids of all tokens that are made on the way to it."""
+    """Function: id -> this id and the ids of all intermediate tokens of its merges."""
     if model["type"] != "BPE":
         return lambda id_: {id_}
     ranks = {tuple(pair): rank for rank, pair in enumerate(_pairs(model))}
@@ -152,8 +155,8 @@ def _pairs(model: dict[str, Any]) -> Iterator[Sequence[str]]:
 
 
 def _made(token: str, ranks: dict[tuple[str, ...], int]) -> Iterator[str]:
-    """Every piece that byte-pair encoding goes through from a token's characters on; inside of a longer text it goes
-    through the same, as nothing merges across the ends of what becomes a token."""
+    """All intermediate BPE pieces of a token; they are the same inside a longer text, because nothing merges across the
+    ends of what becomes a token."""
     parts = list(token)
     yield from parts
     while pairs := [(ranks[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in ranks]:
@@ -163,7 +166,7 @@ def _made(token: str, ranks: dict[tuple[str, ...], int]) -> Iterator[str]:
 
 
 def _cut_model(model: dict[str, Any], stays: set[str], place: dict[int, int]) -> None:
-    """Leave the tokens that stay, under their new ids, and the merges among them."""
+    """Keep only the tokens that stay, with their new ids, and the merges among them."""
     if model["type"] == "Unigram":
         model["vocab"] = [entry for old, entry in enumerate(model["vocab"]) if old in place]
         if model.get("unk_id") is not None:

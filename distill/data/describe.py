@@ -1,4 +1,4 @@
-"""The text of a run in words, as it is printed before a run."""
+"""Describes the text of a run for the user, before the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distill.data.stream import Stream
 
 
 def described(train: PackedRows | Stream) -> str:
-    """What there is to train on."""
+    """Describe the training text in one line."""
     if isinstance(train, Stream):
         return f"train: a stream in rows of {train.sequence_length}"
     tokens = train.tokens
@@ -25,10 +25,10 @@ def described(train: PackedRows | Stream) -> str:
 
 
 def lines_of_sources(train: PackedRows | Stream, validation: Mapping[str, PackedRows]) -> list[str]:
-    """A line for each source of a mixture; of any other text none.
+    """One line per source of a mixture; empty for any other text.
 
     Args:
-        train: of the run.
+        train: the training rows.
         validation: name of the source -> its validation rows.
     """
     if not validation or isinstance(train, Stream):
@@ -45,7 +45,7 @@ def lines_of_sources(train: PackedRows | Stream, validation: Mapping[str, Packed
 
 
 def _text_of(tokens: TokenFile) -> str:
-    """What is in the file of one source."""
+    """Describe the token file of one source."""
     if tokens.num_learned is None:
         each = f" ({tokens.num_bytes / tokens.num_tokens:.2f} bytes each)" * bool(tokens.num_bytes)
         return f"{tokens.num_documents:,} documents, {tokens.num_tokens:,} tokens{each}"

@@ -5,8 +5,8 @@
 
 Both rows end with the tokens of the answer. A row of the student becomes that of its teacher by replacing the tokens
 before each counted turn. This file maps the ids of a prompt to the ids of the same prompt with its document. The key is
-the prompt, so it is also found in packed rows and before sampled answers. Therefore two rows with the same prompt must
-have the same document.
+the prompt, so a prompt is also found in packed rows and before sampled answers. Therefore two rows with the same prompt
+must have the same document.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class DocumentPrompts:
         num_without: conversations that have none, which the teacher reads as they are.
         num_refused: conversations with a document in which the tokens of the answer differ from those without it.
         longest: tokens of the longest row with its document and answer.
-        longest_id: what messages call that row.
+        longest_id: name of that row in messages to the user.
     """
 
     by_prompt: dict[bytes, np.ndarray] = field(default_factory=dict)
@@ -92,18 +92,18 @@ def document_prompts(data: DataSpec, tokenizer: PreTrainedTokenizerFast) -> Docu
 
     Args:
         data: the text of a stage.
-        tokenizer: of the run, with its chat template.
+        tokenizer: the run's tokenizer, with its chat template.
 
     Raises:
-        InputError: a document is no text, or one prompt stands before several documents.
+        InputError: a document is not text, or one prompt has several documents.
     """
     found = DocumentPrompts()
     if not data.holds_conversations:
         return found
     encoder = ChatEncoder(tokenizer, data.chat or ChatSpec(), ANY_LENGTH)
-    # validation text is learned from at each turn of the assistant, so that other prompts may begin there
+    # in validation text every turn of the assistant counts, so it may have further prompts
     encoders = [encoder] if encoder.learn_from == "assistant" else [encoder, encoder.for_validation()]
-    reader, openings = _Reader(found, encoders), set[bytes]()
+    reader, openings = _PromptCollector(found, encoders), set[bytes]()
     for some in _batches(item for item in _conversations(data) if item.document):
         openings |= {digest(item.opening) for item in some}
         reader.add(some)
@@ -132,20 +132,20 @@ def _batches(items: Iterable[Conversation]) -> Iterator[list[Conversation]]:
         yield some
 
 
-class _Reader:
-    """Fills in the prompts.
+class _PromptCollector:
+    """Collects the prompts.
 
     Args:
-        found: to be filled.
-        encoders: by which rows are made; the first is that of the training text.
+        found: the result, which is filled.
+        encoders: the encoders that make rows; the first is that of the training text.
     """
 
     def __init__(self, found: DocumentPrompts, encoders: Sequence[ChatEncoder]):
         self.found, self.encoders = found, encoders
-        self._whose: dict[bytes, str] = {}  # bytes of a prompt -> the row that it is from
+        self._whose: dict[bytes, str] = {}  # bytes of a prompt -> name of its row
 
     def add(self, items: Sequence[Conversation]) -> None:
-        """Rows with a document."""
+        """Add rows with a document."""
         for number, encoder in enumerate(self.encoders):
             with_documents = [
                 replace(item, messages=tuple(messages_with_document(str(item.document), item.messages)))
@@ -155,7 +155,7 @@ class _Reader:
                 encoder.rows(items, with_bytes=False), encoder.rows(with_documents, with_bytes=False), strict=True
             )
             for item, (student, teacher) in zip(items, pairs, strict=True):
-                if isinstance(student, Encoded):  # else it is no row of the text either
+                if isinstance(student, Encoded):  # otherwise the row is dropped from the training text too
                     self.found.num_rows += number == 0
                     prompts = _prompts(student.rows, teacher.rows) if isinstance(teacher, Encoded) else None
                     if prompts is None:
@@ -164,7 +164,7 @@ class _Reader:
                         self._keep(item.id, prompts)
 
     def check(self, items: Sequence[Conversation]) -> None:
-        """Rows without a document, whose prompts no row with one may have."""
+        """Check that no row without a document has the same prompt as a row with one."""
         for encoder in self.encoders if items else ():
             for item, encoded in zip(items, encoder.rows(items, with_bytes=False), strict=True):
                 for row in encoded.rows if isinstance(encoded, Encoded) else ():
@@ -191,9 +191,9 @@ def _ambiguous(id: str, other: str, how: str) -> InputError:
 
 
 def _prompts(students: Sequence[Row], teachers: Sequence[Row]) -> list[tuple[bytes, np.ndarray, int]] | None:
-    """(bytes of a prompt, the prompt with the document, tokens of its row) of each turn that is learned from.
+    """Return (bytes of the prompt, prompt with the document, tokens of the row with it) per turn that is learned from.
 
-    None where the two rows are not the same from the first learned token on.
+    None if the two rows differ from the first learned token on.
     """
     if len(students) != len(teachers):
         return None
@@ -211,11 +211,11 @@ def _prompts(students: Sequence[Row], teachers: Sequence[Row]) -> list[tuple[byt
 
 
 def _starts(row: Row) -> list[int]:
-    """The first learned token of each turn."""
+    """Index of the first learned token of each turn."""
     assert row.learned is not None
     return [int(at) for at in np.flatnonzero(row.learned & ~np.concatenate([[False], row.learned[:-1]]))]
 
 
 def _key(prompt: Sequence[int] | np.ndarray) -> bytes:
-    """What a prompt is found by. prompt: [tokens]"""
+    """Dictionary key of a prompt. prompt: [tokens]"""
     return np.ascontiguousarray(prompt, np.int64).tobytes()

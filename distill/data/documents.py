@@ -1,7 +1,7 @@
-"""Documents that a model shall know: Markdown, plain text and PDF files, as text in chunks.
+"""Reads documents that a model is to learn (Markdown, plain text and PDF files), and splits their text into chunks.
 
-PDF files are read by pypdf, an extra (``pip install 'distill-lm[pdf]'``). Pages of scanned images have no text, so that
-such files are refused.
+PDF files are read with pypdf, an extra (``pip install 'distill-lm[pdf]'``). A file of scanned pages has no text and is
+refused.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Chunk:
 
     Attributes:
         document: name of the document.
-        number: of the chunk in its document, from 0.
-        text: of the chunk.
+        number: index of the chunk in its document, from 0.
+        text: its text.
     """
 
     document: str
@@ -54,12 +54,12 @@ class Chunk:
 
     @property
     def id(self) -> str:
-        """What messages and rows call it."""
+        """Name of the chunk in messages to the user and in rows."""
         return f"{self.document}#{self.number}"
 
 
 def find_documents(paths: str | Sequence[str]) -> list[File]:
-    """The files of documents behind paths, folders and globs.
+    """Find the files of documents at paths, in folders and by globs.
 
     Raises:
         InputError: there are none, or one is of another format.
@@ -74,7 +74,8 @@ def find_documents(paths: str | Sequence[str]) -> list[File]:
 
 
 def missing_reader(found: Sequence[File]) -> str | None:
-    """What this machine lacks to read these files, with how to install it; None if nothing."""
+    """Message that names the missing package that these files need, with the install command; None if none is
+    missing."""
     pdf = next((file for file in found if files.form(file) == "pdf"), None)
     if pdf is None or find_spec("pypdf") is not None:
         return None
@@ -141,7 +142,7 @@ def tidy(text: str) -> str:
 
 
 def _around_code(text: str, change: Callable[[str], str]) -> str:
-    """The text, changed but for its code: blocks between fences, and spans between backticks."""
+    """Apply ``change`` to a text, except to its code: blocks between fences, and spans between backticks."""
     kept: list[str] = []
 
     def hide(code: str) -> str:
@@ -165,17 +166,17 @@ def _lines(paragraph: str) -> list[str]:
 
 
 def _is_list(paragraph: str) -> bool:
-    """Whether line breaks mean something: headings, lists and tables."""
+    """Whether line breaks are significant, as in headings, lists and tables."""
     return bool(re.search(r"^\s*([#>|*+-]|\d+[.)])\s*\S", paragraph, re.MULTILINE))
 
 
 def chunks_of(document: Text, num_words: int) -> list[Chunk]:
-    """The document in chunks of whole paragraphs; longer paragraphs are cut between sentences, lists and code between
-    lines, and what is longer still between words.
+    """Split a document into chunks of whole paragraphs. Longer paragraphs are cut between sentences, lists and code
+    between lines, and anything still longer between words.
 
     Args:
-        document: to cut.
-        num_words: words of a chunk, at most.
+        document: the document.
+        num_words: maximum number of words per chunk.
     """
     texts: list[list[str]] = [[]]
     size = 0
@@ -214,7 +215,7 @@ def _pieces(text: str, num_words: int) -> Iterator[str]:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """What stands between empty lines, and code between fences as one."""
+    """Yield the paragraphs, which are separated by empty lines; code between fences is one paragraph."""
     end = 0
     for found in _FENCE.finditer(text):
         yield from _not_empty(text[end : found.start()].split("\n\n"))

@@ -1,4 +1,4 @@
-"""A document as token ids, and how many bytes of it each id stands for."""
+"""Encodes documents as token ids, and counts the bytes of text per id."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from distill.data.written_out import WrittenOut
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Tokens that belong together.
+    """Tokens of a document, or of a part of a conversation.
 
     Attributes:
-        ids: at least one.
+        ids: token ids, at least one.
         learned: which of them are learned from, bool [tokens]; None: all.
-        sizes: UTF-8 bytes that each stands for, uint32 [tokens]; None: not counted.
+        sizes: UTF-8 bytes of text per token, uint32 [tokens]; None: not counted.
     """
 
     ids: list[int] | np.ndarray
@@ -34,12 +34,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What became of a document or a conversation.
+    """The encoding of a document or a conversation.
 
     Attributes:
-        rows: at least one; of a document one.
-        noted: what the user is told about it -> how often; see :class:`~distill.data.tally.Tally`.
-        num_bytes: UTF-8 bytes of its text; None: those of the item's.
+        rows: at least one; exactly one for a document.
+        noted: note for the user -> count; see :class:`~distill.data.tally.Tally`.
+        num_bytes: UTF-8 bytes of its text; None: computed from the item's text.
     """
 
     rows: list[Row]
@@ -48,18 +48,19 @@ class Encoded:
 
 
 class TextEncoder:
-    """Text to ids as a document: what the tokenizer puts before a text, the text, the end-of-text token.
+    """Encodes a text as a document: the tokens that the tokenizer puts before a text, the text, and the end-of-text
+    token.
 
     Special tokens written out in a text are plain text: ``"<|endoftext|>"`` in a file ends nothing.
 
     Attributes:
         end: id of the end-of-text token.
         start: ids before each document and each row; empty for many tokenizers.
-        start_tokens: the same as text.
+        start_tokens: the token strings of ``start``.
     """
 
     marks_learned = False
-    """Whether some tokens of its rows are not learned from."""
+    """Whether its rows have a mask of the tokens that are learned from."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self._backend = backend_of(tokenizer)
@@ -71,18 +72,18 @@ class TextEncoder:
         self._written_out = WrittenOut.of(tokenizer)
 
     def identity(self) -> list[Any]:
-        """Everything except the tokenizer on which the tokens of a text depend."""
+        """Settings other than the tokenizer that affect the tokens."""
         return [self.start, *["in front of every row"] * bool(self.start)]
 
     def for_validation(self) -> TextEncoder:
-        """The one for validation text."""
+        """The encoder for validation text."""
         return self
 
     def rows(self, items: Sequence[Document | Conversation], *, with_bytes: bool) -> list[Encoded | Rejected]:
-        """Rows of tokens of each item, or why there are none.
+        """Encode each item as rows of tokens, or say why it is rejected.
 
         Args:
-            items: what a source yields; this encoder takes documents.
+            items: items of a source; this encoder accepts only documents.
             with_bytes: whether to count the bytes of each token.
         """
         assert not any(isinstance(item, Tokenized) for item in items)  # TokenEncoder takes those
@@ -94,7 +95,7 @@ class TextEncoder:
         return [Encoded([Row(row, None, counts)], n) for row, counts, n in zip(ids, sizes, noted, strict=True)]
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text, with its begin and end. uint32 [tokens] each."""
+        """Ids of each text, with start and end tokens. uint32 [tokens] each."""
         words = self._words
         if words is None:
             return [self._framed([found.ids for _, found in pieces]) for pieces in self._encodings(texts, fast=True)]
@@ -105,10 +106,10 @@ class TextEncoder:
         ]
 
     def encode_with_bytes(self, texts: list[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """As :meth:`encode`, and how many UTF-8 bytes of the text each id stands for.
+        """As :meth:`encode`, and the number of UTF-8 bytes of text per id.
 
-        A character's bytes belong to the token that completes it, so the counts of a text sum to its bytes exactly;
-        begin and end stand for none.
+        A character's bytes are counted for the token that completes it, so the counts sum to the bytes of the text
+        exactly; start and end tokens count 0.
         """
         ids, counts = [], []
         for pieces in self._encodings(texts, fast=False):
@@ -116,7 +117,7 @@ class TextEncoder:
             for piece, encoding in pieces:
                 inner.append(encoding.ids)
                 sizes.append(bytes_of(piece, encoding.offsets))
-                left += len(piece.encode("utf-8")) - int(sizes[-1].sum())  # all of a piece without any token
+                left += len(piece.encode("utf-8")) - int(sizes[-1].sum())  # bytes of a piece that produced no token
                 if len(sizes[-1]):
                     sizes[-1][0] += left
                     left = 0
@@ -125,7 +126,8 @@ class TextEncoder:
         return ids, counts
 
     def _encodings(self, texts: list[str], *, fast: bool) -> Iterator[Iterator[tuple[str, Any]]]:
-        """Of each text its pieces, each with what the tokenizer makes of it, a piece in memory at a time."""
+        """Yield, per text, an iterator over its pieces and their encodings; only one piece of a long text is in memory
+        at a time."""
         encode = self._backend.encode_batch_fast if fast else self._backend.encode_batch
         whole = [text for text in texts if len(text) <= PIECE]
         encoded = iter(encode(whole, add_special_tokens=False))
@@ -140,13 +142,14 @@ class TextEncoder:
 
 
 PIECE = 1 << 20
-"""Most characters that a tokenizer gets at once, because it takes hundreds of bytes of memory per character."""
+"""Largest number of characters that a tokenizer gets at once, because it uses hundreds of bytes of memory per
+character."""
 BOUNDARY = re.compile(r"(?<=\w) (?=\w)")
-"""Where byte-level tokenizers always separate words: before the space between two of them."""
+"""Matches where byte-level tokenizers always separate words: before the space between two words."""
 
 
 def pieces_of(text: str) -> Iterator[str]:
-    """A long text in stretches of at most :data:`PIECE` characters, cut between two words where there are any."""
+    """Split a long text into pieces of at most :data:`PIECE` characters, between two words if possible."""
     start = 0
     while len(text) - start > PIECE:
         end = start + PIECE
@@ -158,7 +161,7 @@ def pieces_of(text: str) -> Iterator[str]:
 
 
 def backend_of(tokenizer: PreTrainedTokenizerFast) -> Any:
-    """A copy of what encodes, which neither cuts nor fills up; the caller's keeps its settings."""
+    """A copy of the backend tokenizer without truncation and padding; the original is unchanged."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -173,7 +176,8 @@ def bytes_of(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
     widths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
     bytes_before = np.concatenate([np.zeros(1, np.int64), np.cumsum(widths)])
     spans = np.asarray(offsets, np.int64)
-    # A token whose span reaches into the next token's has only a part of that character: the next one completes it.
+    # If the span of a token overlaps that of the next one, it holds only a part of that character, which the next
+    # completes.
     done = np.minimum(spans[:, 1], np.append(spans[1:, 0], len(codes)))
     done = np.maximum.accumulate(done)
     done[-1] = len(codes)  # what the tokenizer dropped at the very end

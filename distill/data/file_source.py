@@ -1,4 +1,4 @@
-"""Sources that read files: what they say is identified by the bytes, wherever the files lie."""
+"""Sources that read files. Their content is identified by the bytes, regardless of the paths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class FileSource(SourceSpec):
         return files.fingerprint(self._files())
 
     def num_bytes(self) -> int | None:
-        """The size of the files; None where one of them is compressed, so that only reading would tell."""
+        """Size of the files; None if one of them is compressed, because its size is known only after reading."""
         return files.num_bytes(self._files())
 
     def _files(self) -> list[File]:

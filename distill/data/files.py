@@ -20,18 +20,19 @@ from distill.data.remote import Remote, is_remote
 from distill.data.remote import find as find_remote
 
 File = Path | Remote
-"""A file of this machine, or at an address."""
+"""A local file, or one at an address."""
 PACKED = (".gz", ".zst")
-"""Ends of names of files that are decompressed as they are read."""
+"""File name suffixes of compressed files, which are decompressed while they are read."""
 
 
 def find(paths: str | Sequence[str], suffixes: Sequence[str]) -> list[File]:
-    """The files behind paths, addresses, folders (searched to the bottom) and globs; sorted, each once.
+    """Find the files at paths and addresses, in folders (recursively) and by globs; sorted, without duplicates.
 
     Args:
         paths: relative to the current directory; ``~`` and ``**`` are understood. Addresses: see
             :mod:`distill.data.remote`.
-        suffixes: which files of a folder count, such as ``".txt"``; each also with ``.gz`` or ``.zst`` behind it.
+        suffixes: file name suffixes to find in folders, such as ``".txt"``; each also with ``.gz`` or ``.zst``
+            appended.
 
     Raises:
         InputError: a path that leads to no file.
@@ -54,7 +55,7 @@ def find(paths: str | Sequence[str], suffixes: Sequence[str]) -> list[File]:
         else:
             files = [Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file()]
             if not files and os.path.lexists(place):
-                outside.status_of(place)  # says what it is
+                outside.status_of(place)  # raises an error that names the kind of file
             if not files:
                 raise InputError(f"{path}: no such file or folder, seen from {Path.cwd()}")
         found.update(files)
@@ -66,22 +67,22 @@ def _counts(name: str, suffixes: Sequence[str]) -> bool:
 
 
 def unpacked(name: str) -> str:
-    """The name of a file without the end that says how it is compressed."""
+    """The name of a file without its compression suffix."""
     return name.removesuffix(".gz").removesuffix(".zst")
 
 
 def form(file: File) -> str:
-    """The end of its name that says what is in it, such as ``"jsonl"``."""
+    """The suffix of the file name, without its compression suffix and dot, such as ``"jsonl"``."""
     return unpacked(file.name).rpartition(".")[2]
 
 
 @contextmanager
 def raw(file: File, *, seekable: bool = False) -> Iterator[IO[bytes]]:
-    """A file's bytes as they are stored.
+    """Open the bytes of a file as they are stored.
 
     Args:
-        file: where it is.
-        seekable: whether it will not be read from its beginning to its end.
+        file: the file.
+        seekable: whether the reader needs to seek.
 
     Raises:
         InputError: it cannot be read.
@@ -92,7 +93,7 @@ def raw(file: File, *, seekable: bool = False) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def opened(file: File) -> Iterator[IO[bytes]]:
-    """A file's bytes, decompressed when its name ends in ``.gz`` or ``.zst``.
+    """Open the bytes of a file, decompressed if its name ends in ``.gz`` or ``.zst``.
 
     Raises:
         InputError: it cannot be read, or the compressed data is broken.
@@ -116,11 +117,12 @@ def _decompressed(file: File, plain: IO[bytes]) -> Any:
 
 
 LARGEST = 1 << 30
-"""Bytes of a document, which is read as a whole. A packed file of a megabyte can stand for more."""
+"""Largest number of bytes in a document, which is read as a whole. A compressed file of a megabyte can expand to
+more."""
 
 
 def whole(stream: IO[bytes], file: File) -> bytes:
-    """All of an opened file.
+    """Read all bytes of an opened file.
 
     Raises:
         InputError: it is larger than :data:`LARGEST`.
@@ -131,7 +133,7 @@ def whole(stream: IO[bytes], file: File) -> bytes:
 
 
 def lines(stream: IO[bytes], file: File) -> Iterator[bytes]:
-    """The lines of an opened file, which end at ``\\n`` alone.
+    """Yield the lines of an opened file, which end only at ``\\n``.
 
     Raises:
         InputError: one is larger than :data:`LARGEST`.
@@ -149,17 +151,18 @@ def _check_size(data: bytes, place: str) -> None:
 
 
 _FORMS = (".parquet", ".json", ".csv", ".tsv", ".arrow")
-"""Ends of names by which some sources choose how to read a file."""
+"""File name suffixes by which some sources choose how to read a file."""
 
 
 def fingerprint(files: Sequence[File], root: Path | None = None) -> str:
-    """A hash of the bytes of files, in order (64 hex digits). Where they lie, and what they are called, do not matter.
+    """A hash of the bytes of files, in order (64 hex digits). Independent of paths and of names, except the suffixes by
+    which the format is chosen.
 
-    A large file is read once as long as nobody writes to it; see :mod:`distill.core.digest`.
+    A large file is read only once until it is written to; see :mod:`distill.core.digest`.
 
     Args:
-        files: what is read.
-        root: a folder in which names mean something, such as the split of a data set; they count from there on.
+        files: the files.
+        root: if given, paths relative to this folder are included in the hash (they may encode splits).
     """
     total = hashlib.sha256()
     known = (
@@ -177,7 +180,7 @@ def fingerprint(files: Sequence[File], root: Path | None = None) -> str:
 
 
 def content_hash(file: File) -> str:
-    """What stands for the bytes of a file: their SHA-256; of one at an address, the checksum that the service tells."""
+    """SHA-256 of a local file; for a remote file, the checksum reported by the server if there is one."""
     if isinstance(file, Remote):
         return file.checksum() or _remote_sha256(file)
     with outside.opened(file) as stream:
@@ -191,7 +194,7 @@ def _remote_sha256(file: Remote) -> str:
 
 
 def num_bytes(files: Sequence[File]) -> int | None:
-    """How large files are; None when one is compressed and only reading would tell."""
+    """Total size of files; None if it is unknown, because one is compressed or a server does not report it."""
     if any(file.suffix in PACKED for file in files):
         return None
     sizes = [file.num_bytes() if isinstance(file, Remote) else file.stat().st_size for file in files]

@@ -1,4 +1,5 @@
-"""The tokens that a tokenizer puts around every text: a model trained with some in front never saw a row without them.
+"""The tokens that a tokenizer puts around every text. A model that was trained with some in front never saw a row
+without.
 
 The tokenizers of Gemma, Llama 2 and Llama 3 put ``<bos>`` before each text, and their models give it most of their
 attention. A row from the middle of a document lacks it, and the model's loss there is much too high. So each piece of
@@ -23,7 +24,7 @@ def around(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
     """Ids that a tokenizer puts before and after a text.
 
     Args:
-        tokenizer: asked as it is used outside of training, with its special tokens.
+        tokenizer: a tokenizer as it is used in inference, with its special tokens.
     """
     encode = tokenizer.backend_tokenizer.encode
     whole, inner = encode(_PROBE).ids, encode(_PROBE, add_special_tokens=False).ids
@@ -32,10 +33,10 @@ def around(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
 
 
 def room_of(sequence_length: int, start: Sequence[int]) -> int:
-    """Tokens of text in a row that begins in the middle of a document.
+    """Number of tokens of text in a row that begins in the middle of a document.
 
     Raises:
-        InputError: too few to predict one from another.
+        InputError: fewer than 2, so no token could be predicted from another.
     """
     room = sequence_length - len(start)
     if room < 2:
@@ -47,14 +48,14 @@ def room_of(sequence_length: int, start: Sequence[int]) -> int:
 
 
 def written_start(backend: dict[str, Any]) -> list[str] | None:
-    """The tokens before a text by a ``tokenizer.json``; None where it does not tell.
+    """The tokens that a ``tokenizer.json`` puts before a text; None if they cannot be determined.
 
     Args:
         backend: the file's content.
     """
     try:
         return _written_start(backend.get("post_processor") or {})
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError):  # damaged; whoever loads it says so
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError):  # damaged; loading it raises an error
         return None
 
 
@@ -73,7 +74,7 @@ def _written_start(processor: dict[str, Any]) -> list[str] | None:
 
 
 def described(start: Sequence[str]) -> str:
-    """For people: what rows begin with."""
+    """Describe to the user what rows begin with."""
     if not start:
         return "rows begin with no further token, as the tokenizer puts none before a text"
     return (

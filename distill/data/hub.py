@@ -33,11 +33,12 @@ class Hub(ColumnsSpec):
     """Read the rows as they are needed and store nothing; false downloads and tokenizes all of it first."""
 
     def rows(self, columns: frozenset[str] | None) -> Iterator[Numbered]:
-        """Every row, in the data set's order."""
+        """Yield every row, in the data set's order."""
         return numbered(self._where(), self.path, self._loaded(columns))
 
     def open_at(self, state: dict[str, Any] | None) -> tuple[Iterator[Item], Callable[[], dict[str, Any]]]:
-        """See :meth:`~distill.data.base.SourceSpec.open_at`; the library knows the file and the row in it."""
+        """See :meth:`~distill.data.base.SourceSpec.open_at`; the state of the library has the file and the row in
+        it."""
         if not self.streaming:
             raise ValueError("only a stream has positions")
         text_of = TextOf(self.text)
@@ -64,7 +65,7 @@ class Hub(ColumnsSpec):
         return found if columns is None else found.select_columns([name for name in names if name in columns])
 
     def class_names(self, column: str) -> tuple[str, ...] | None:
-        """Those of a ``ClassLabel``, or of a list of them."""
+        """Class names from a ``ClassLabel`` feature or a list of them."""
         self.check_place()
         found, _ = load_rows(
             self._where(), self.path, self.name, self.split, revision=self.revision, streaming=self.streaming
@@ -74,8 +75,8 @@ class Hub(ColumnsSpec):
         return tuple(names) if names else None
 
     def fingerprint(self) -> str:
-        """A hash of Hub id, name, split and revision; of a local folder in place of the id the names in it and all
-        bytes."""
+        """A hash of Hub id, name, split, text and revision; for a local folder, its file names and bytes replace the
+        id."""
         place = self.path
         if is_folder(self.path):
             root = Path(self.path).expanduser()
@@ -83,46 +84,46 @@ class Hub(ColumnsSpec):
         return hash_of(place, self.name, self.split, self.text, self.revision)
 
     def is_at_hand(self) -> bool:
-        """Never, as the Hub may be asked for it."""
+        """False: it may need a download."""
         return False
 
     def is_stream(self) -> bool:
-        """As the recipe says."""
+        """Whether the recipe sets ``streaming``."""
         return self.streaming
 
     def _where(self) -> str:
         return f"{self.path} ({', '.join(filter(None, (self.name, self.split)))})"
 
     def check_place(self) -> None:
-        """Refuse files and folders that other sources read.
+        """Check that the path is not a file or a folder of another kind of source.
 
         Raises:
-            InputError: it is one of them.
+            InputError: it is one.
         """
         kind = OF_FILES.get(files.unpacked(self.path).rpartition(".")[2])
         if kind and Path(self.path).is_file():
             raise InputError(f"{self.path}: is a file and no data set; use kind: {kind}")
-        if kind:  # no name of a data set ends so
+        if kind:  # data set names do not have these suffixes
             raise InputError(f"{self.path}: no such file; correct the path, and use kind: {kind} for a file")
         if any((Path(self.path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
             raise InputError(f"{self.path}: was written by save_to_disk; use kind: saved")
 
 
 OF_FILES = {"parquet": "parquet", "csv": "csv", "tsv": "csv", "jsonl": "jsonl", "txt": "text_files", "md": "text_files"}
-"""End of a file's name -> the kind of source that reads it."""
+"""File name suffix -> the kind of source that reads it."""
 
 
 def numbered(where: str, name: str, rows: Iterable[Any], first: int = 0) -> Iterator[tuple[str, Any]]:
-    """The rows of a data set, each with what a message calls it.
+    """Yield the rows of a data set, each with its name in messages to the user.
 
     Args:
-        where: what a message calls the data set.
+        where: name of the data set in messages to the user.
         name: its Hub id or folder.
-        rows: of it.
-        first: number of the first of them.
+        rows: its rows.
+        first: number of the first row.
 
     Raises:
-        InputError: one cannot be read, as the connection is broken or a file damaged.
+        InputError: a row cannot be read, because the connection is broken or a file is damaged.
     """
     number = first - 1
     try:
@@ -137,7 +138,7 @@ def load_rows(where: str, path: str, name: str | None, split: str, **how: Any) -
     """A data set and the names of its columns.
 
     Args:
-        where: what a message calls it.
+        where: name of the data set in messages to the user.
         path: Hub id or local folder.
         name: the configuration, or None.
         split: the split.

@@ -1,4 +1,5 @@
-"""Token files of several sources, or of the shards of one, end to end in one file: what reads a text reads them too."""
+"""Concatenates the token files of several sources, or of the shards of one; the result can be read like the token file
+of one text."""
 
 from __future__ import annotations
 
@@ -13,16 +14,18 @@ from distill.data.packing import Part, TokenFile, read_tokens, writing
 from distill.data.tally import Tally
 
 STRETCH = 1 << 24
-"""Tokens that are copied at once."""
+"""Number of tokens that are copied at once."""
 SUMS = ("num_tokens", "num_documents", "num_bytes", "num_repeated")
 
 
 def join_tokens(path: Path, parts: Sequence[Part]) -> TokenFile:
-    """The tokens of all parts in one file, written where it is not there yet; whole or not at all.
+    """Concatenate the tokens of all parts in one file, unless it is already there; it is written completely or not at
+    all.
 
     Args:
         path: the ``.bin`` file.
-        parts: at least one; all with the bytes of tokens, or none; all with a mask of what is learned from, or none.
+        parts: at least one; either all files have token byte counts or none, and either all have a mask of learned
+            tokens or none.
 
     Raises:
         MachineError: the disk is full or not writable.
@@ -33,12 +36,13 @@ def join_tokens(path: Path, parts: Sequence[Part]) -> TokenFile:
 
 
 def end_to_end(path: Path, files: Sequence[TokenFile], tally: Tally) -> TokenFile:
-    """Write the tokens of several files into one; whole or not at all.
+    """Write the tokens of several files into one, completely or not at all.
 
     Args:
         path: the ``.bin`` file.
-        files: at least one; all with the bytes of tokens, or none; all with a mask of what is learned from, or none.
-        tally: of the rows of all.
+        files: at least one; either all files have token byte counts or none, and either all have a mask of learned
+            tokens or none.
+        tally: counts of the rows of all files.
 
     Raises:
         MachineError: the disk is full or not writable.
@@ -73,14 +77,14 @@ def end_to_end(path: Path, files: Sequence[TokenFile], tally: Tally) -> TokenFil
 
 
 def _start(files: Sequence[TokenFile]) -> tuple[int, ...]:
-    """What rows begin with; those of conversations begin as the template writes them."""
+    """The start tokens of the rows, which are the same in all files that have some."""
     found = {file.start for file in files if file.start} or {()}
     assert len(found) == 1, "one tokenizer wrote all of them"
     return found.pop()
 
 
 def _bounds(files: Sequence[TokenFile]) -> list[np.ndarray]:
-    """First tokens of all documents, and the end of the last one."""
+    """First token of each document, and the end of the last one."""
     first, found = 0, [np.zeros(1, np.int64)]
     for file in files:
         found.append(np.asarray(file.bounds()[1:]) + first)

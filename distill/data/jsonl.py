@@ -21,7 +21,7 @@ class Jsonl(FileSource, ColumnsSpec):
     """A file, a folder or a glob, or a list of these; `.gz` and `.zst`, `s3://`, `gs://` and `https://` too."""
 
     def rows(self, columns: frozenset[str] | None) -> Iterator[Numbered]:
-        """Every row, in the order of the files and lines; empty lines are skipped."""
+        """Yield every row, in the order of the files and lines; empty lines are skipped."""
         for file in self._files():
             yield from json_rows(file)
 
@@ -30,7 +30,7 @@ class Jsonl(FileSource, ColumnsSpec):
 
 
 def json_rows(file: File) -> Iterator[Numbered]:
-    """The rows of a JSON Lines file, numbered by their lines.
+    """Yield the rows of a JSON Lines file, numbered by their lines.
 
     Raises:
         InputError: it cannot be read.
@@ -43,7 +43,7 @@ def json_rows(file: File) -> Iterator[Numbered]:
 
 
 def json_of(text: bytes) -> Any:
-    """What a line or a file of JSON holds, or why it holds nothing."""
+    """The value of a line or a file of JSON, or an :class:`Unusable` if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # also a line that is not UTF-8

@@ -1,6 +1,6 @@
-"""Rows of a source as a task reads them: a text, maybe a second one, and what is to be predicted.
+"""Reads the rows of a source for a task: a text, possibly a second one, and the label.
 
-A row that lacks a column, or holds something else in it, is rejected with the reason, as for any other source.
+A row that lacks a column, or has a value of the wrong type in it, is rejected with the reason, as in any other source.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from distill.data.message import Unusable
 from distill.data.text_template import TextOf
 
 Label = str | float | tuple[str, ...] | None
-"""The name of a class, a number, the names of the classes of all words, or nothing."""
+"""The name of a class, a number, the class names of all words, or None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Labelled(Document):
-    """A row for a task. Its ``text`` is all that a model reads, by which equal rows are found.
+    """A row for a task. Its ``text`` is everything that a model reads; equal rows are found by it.
 
     Attributes:
         first: the text, or the first text of a pair.
-        second: the second text of a pair; None where there is none.
-        words: the words of the text, where they are given one by one.
-        label: what is to be predicted.
+        second: the second text of a pair; None if there is none.
+        words: the words of the text, if the source stores them as a list.
+        label: the value to predict.
     """
 
     first: str = ""
@@ -40,12 +40,12 @@ class Labelled(Document):
 
 
 def labelled(source: SourceSpec, task: ModelTask, key: str) -> Iterator[Labelled | Rejected]:
-    """Every row of a source, in its order.
+    """Yield every row of a source, in its order.
 
     Args:
-        source: of the recipe.
-        task: of the recipe.
-        key: of the source in the recipe.
+        source: the recipe's source.
+        task: the recipe's task.
+        key: key of the source in the recipe.
 
     Raises:
         InputError: the source has no columns and the task needs some, or it cannot be read.
@@ -80,7 +80,7 @@ def labelled(source: SourceSpec, task: ModelTask, key: str) -> Iterator[Labelled
 
 
 def columns_of(task: ModelTask) -> tuple[str, ...]:
-    """Columns that a task reads beside the text."""
+    """Columns that a task reads in addition to the text."""
     pair = (task.text_pair,) if isinstance(task, OfTexts) and task.text_pair else ()
     if isinstance(task, TokenClassification):
         return (task.words, task.label)
@@ -89,9 +89,9 @@ def columns_of(task: ModelTask) -> tuple[str, ...]:
 
 
 def _names(source: ColumnsSpec, task: Any) -> tuple[str, ...] | None:
-    """Names of the classes that rows have as numbers: those of the source, else those of the recipe.
+    """Class names for integer labels: from the source, otherwise from the recipe.
 
-    In a recipe whose classes are numbers themselves, such as [2, 1, 0], a number is a name.
+    If the recipe's classes are numbers, such as [2, 1, 0], integers are treated as names.
     """
     classes = getattr(task, "classes", None)
     if classes is not None and any(name.removeprefix("-").isdecimal() for name in classes):
@@ -152,7 +152,7 @@ def _classes(row: Any, name: str, names: tuple[str, ...] | None) -> tuple[str, .
 
 
 def _class(value: Any, name: str, names: tuple[str, ...] | None) -> str:
-    """The name of a class; a whole number is one of ``names``, or without these its own name."""
+    """The name of a class; an integer is an index into ``names``, or its own name if there are none."""
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, int) and not isinstance(value, bool) and names is not None:
@@ -175,7 +175,7 @@ def _number(value: Any, name: str) -> float:
 
 
 def sorted_classes(names: set[str]) -> tuple[str, ...]:
-    """Classes in the order of the logits: whole numbers by their size, else names by the alphabet."""
+    """Classes in the order of the logits: integers by value, other names alphabetically."""
     if all(name.removeprefix("-").isdecimal() for name in names):
         return tuple(sorted(names, key=int))
     return tuple(sorted(names))

@@ -37,7 +37,7 @@ def order_of(packed: PackedRows, seed: int, taken: MicroBatches) -> EndlessOrder
 
 
 def rows_of_sources(packed: PackedRows) -> list[SourceRows]:
-    """The rows of each source of a mixture, with the weight that it has."""
+    """The rows of each source of a mixture, with its weight."""
     lengths, source = packed.lengths(), packed.source_of_rows()
     found = (np.flatnonzero(source == number) for number in range(len(packed.tokens.parts)))
     return [
@@ -47,7 +47,8 @@ def rows_of_sources(packed: PackedRows) -> list[SourceRows]:
 
 
 def rows_to_calibrate(packed: PackedRows, seed: int, num_sequences: int) -> np.ndarray:
-    """The first ``num_sequences`` rows of a mixture in an order of their own seed, without repetitions. int64 [rows]"""
+    """The first ``num_sequences`` rows of a mixture in a shuffled order with a separate seed, without repetitions.
+    int64 [rows]"""
     order = MixtureOrder(rows_of_sources(packed), seed, MicroBatches(1), purpose="calibration ")
     return np.array(list(dict.fromkeys(order.row_at(position) for position in range(num_sequences))))
 
@@ -70,15 +71,15 @@ def train_batches(
     num_sorted: int = 0,
     hardness: np.ndarray | None = None,
 ) -> Batches:
-    """Micro-batches of training rows, endlessly; so many rows at first come from easy to hard.
+    """Loader of micro-batches of training rows, endless; the first ``num_sorted`` rows are ordered by difficulty.
 
     Args:
-        packed: to train on.
+        packed: the training rows.
         seed: decides the order.
         taken: the positions that this process takes.
-        num_workers: processes that read ahead.
-        num_sorted: rows, from the first one on, that are sorted.
-        hardness: of each row, needed where some are sorted. [rows]
+        num_workers: number of processes that read ahead.
+        num_sorted: number of initial rows that are sorted.
+        hardness: difficulty of each row; required if ``num_sorted`` is not 0. [rows]
     """
     order = order_of(packed, seed, taken)
     if num_sorted:
@@ -88,19 +89,20 @@ def train_batches(
 
 
 def stream_batches(stream: Stream, taken: MicroBatches) -> Batches:
-    """As :func:`train_batches` for a stream, in its own order; a process of its own reads ahead anyway."""
+    """As :func:`train_batches` for a stream, in the stream's order; a separate process reads ahead anyway."""
     return loader(StreamBatches(stream, taken), None, 0)
 
 
 def validation_batches(packed: PackedRows, batch_size: int, num_sequences: int | None = None) -> Batches:
-    """All rows, or ``num_sequences`` of them evenly spread, once, in a fixed order; the last batch may be smaller."""
+    """Loader of all rows, or of ``num_sequences`` of them evenly spread; once, in a fixed order; the last batch may be
+    smaller."""
     return loader(packed, in_lists(alike(packed, evenly(len(packed), num_sequences)), batch_size), 0)
 
 
 def calibration_batches(packed: PackedRows | Stream, seed: int, num_sequences: int, batch_size: int) -> Batches:
-    """``num_sequences`` training rows, or all when there are fewer, that the seed alone chooses; finite.
+    """Loader of ``num_sequences`` training rows, or of all if there are fewer, chosen by the seed alone; finite.
 
-    Of a stream they are the first ones.
+    For a stream, they are the first rows.
     """
     if isinstance(packed, Stream):
         first = packed.first(num_sequences)
@@ -119,12 +121,12 @@ def evenly(count: int, wanted: int | None = None) -> np.ndarray:
 
 
 def alike(rows: Any, numbers: np.ndarray) -> np.ndarray:
-    """Numbers of rows in their order; by length if rows are padded. int64 [rows]"""
+    """Numbers of rows in their order, or sorted by length if rows are padded. int64 [rows]"""
     return numbers[np.argsort(rows.lengths()[numbers], kind="stable")] if rows.packing == "padded" else numbers
 
 
 def loader(dataset: Any, order: Any, num_workers: int) -> Batches:
-    """A loader whose dataset is asked for a whole batch at once, and which leaves the global random state alone."""
+    """A loader that requests whole batches from its dataset, and does not use the global random state."""
     return DataLoader(
         dataset,
         sampler=order,

@@ -1,4 +1,4 @@
-"""Rows that a stage of the same run has made."""
+"""Rows that were made by a stage of the same run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Made(SourceSpec):
     stage: str
     """Name of the stage that makes them."""
     holds: Literal["conversations", "text"] = "conversations"
-    """What they are; filled in by the recipe."""
+    """Type of the rows; filled in by the recipe."""
     path: str | None = None
     """Folder of the rows; filled in by the run."""
 
     def documents(self) -> Iterator[Item]:
-        """One conversation or document per row, in the order of the files."""
+        """Yield one conversation or document per row, in the order of the files."""
         for file in self._files():
             for id, row in json_rows(file):
                 yield self._read(id, row)
@@ -36,7 +36,7 @@ class Made(SourceSpec):
         return files.fingerprint(self._files())
 
     def num_bytes(self) -> int | None:
-        """The size of the files; None before they are there."""
+        """Size of the files; None before they exist."""
         return files.num_bytes(self._files()) if self.is_there() else None
 
     def is_there(self) -> bool:
@@ -53,7 +53,7 @@ class Made(SourceSpec):
         return self.is_there()
 
     def paths(self) -> list[str]:
-        """None: nobody names any."""
+        """Empty: the recipe names no files."""
         return []
 
     def holds_conversations(self) -> bool:
@@ -61,7 +61,7 @@ class Made(SourceSpec):
         return self.holds == "conversations"
 
     def split_key(self, document: Document | Conversation) -> str:
-        """What is said before the assistant speaks: several answers to one prompt fall on one side."""
+        """The text before the assistant's first message, so that several answers to one prompt are on the same side."""
         return normalised(document.opening if isinstance(document, Conversation) else document.text)
 
     def drops_rows(self) -> bool:

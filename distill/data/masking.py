@@ -2,10 +2,10 @@
 
     chosen = the round(share * n) tokens with the largest log(w_i) + g_i,   w_i = count(token i)**-a,  g_i Gumbel noise
 
-This is a draw without replacement with probabilities in proportion to ``w_i``. With a = 0 all tokens are as likely;
-with a = 0.7 rare tokens are chosen more often, as in DistilBERT. All random numbers follow from the seed, the position
-in the endless list of training rows and the row, so that a run that is resumed, or that is split among other numbers of
-processes, hides the same tokens.
+This is a draw without replacement with probabilities in proportion to ``w_i``. With a = 0 all tokens are equally
+likely; with a = 0.7 rare tokens are chosen more often, as in DistilBERT. All random numbers follow from the seed, the
+position in the endless list of training rows and the row, so that a run that is resumed, or that is split among other
+numbers of processes, hides the same tokens.
 
 Source: Devlin et al. 2018, arXiv 1810.04805 (80/10/10); Sanh et al. 2019, arXiv 1910.01108 (rare words); Kool et al.
 2019, arXiv 1903.06059 (the draw without replacement).
@@ -26,10 +26,10 @@ class Masking:
     """How tokens are hidden.
 
     Attributes:
-        spec: of the recipe.
-        seed: of the recipe.
+        spec: the recipe's mask settings.
+        seed: the recipe's seed.
         mask_id: id of the mask token.
-        ordinary: ids that a random token is drawn from: all but special ones. int64 [ids]
+        ordinary: ids from which a random token is drawn: all except special ones. int64 [ids]
         log_weights: log of the weight with which each id is chosen. float64 [vocabulary]
     """
 
@@ -41,14 +41,14 @@ class Masking:
 
     @classmethod
     def of(cls, spec: MaskSpec, seed: int, mask_id: int, special: list[int], counts: np.ndarray) -> Masking:
-        """From the counts of the ids in the training text.
+        """Make it from the counts of the ids in the training text.
 
         Args:
-            spec: of the recipe.
-            seed: of the recipe.
+            spec: the recipe's mask settings.
+            seed: the recipe's seed.
             mask_id: id of the mask token.
             special: ids of special tokens.
-            counts: int64 [vocabulary].
+            counts: number of occurrences of each id. int64 [vocabulary]
         """
         ordinary = np.setdiff1d(np.arange(len(counts)), special)
         return cls(spec, seed, mask_id, ordinary, -spec.rare_words * np.log(np.maximum(counts, 1)))
@@ -58,10 +58,10 @@ class Masking:
 
         Args:
             ids: int64 [tokens].
-            can: which of them may be hidden, bool [tokens].
-            position: of the row in the endless list of training rows; negative for validation, where a row always
-                hides the same tokens.
-            row: its number.
+            can: which tokens may be hidden, bool [tokens].
+            position: position of the row in the endless list of training rows; negative for validation, in which a row
+                always hides the same tokens.
+            row: number of the row.
 
         Returns:
             What the model sees, int64 [tokens], and which tokens it has to predict, bool [tokens].

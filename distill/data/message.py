@@ -14,7 +14,7 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "function", "ipython", "observation", "tool_response"), "tool"),
 }
-"""Names of roles, and the role that is meant."""
+"""Name of a role in a row -> the role."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _FOLLOWS = {
@@ -43,8 +43,8 @@ def role_of(message: dict[str, Any], number: int) -> str:
     """The role of a message: system, user, assistant or tool.
 
     Args:
-        message: as it is written.
-        number: of the message in its conversation, from 1.
+        message: the message as it is stored.
+        number: number of the message in its conversation, from 1.
 
     Raises:
         Unusable: the role is missing or unknown.
@@ -61,11 +61,11 @@ def message_of(message: Any, number: int) -> Message:
     """A message in the form of :data:`~distill.data.base.Message`.
 
     Args:
-        message: as it is written.
-        number: of the message in its conversation, from 1.
+        message: the message as it is stored.
+        number: number of the message in its conversation, from 1.
 
     Raises:
-        Unusable: something stands where something else must, or the assistant says nothing.
+        Unusable: a field has the wrong type, or the assistant's message is empty.
     """
     if not isinstance(message, dict):
         raise wrong_type(f"message {number}", "a mapping with role and content", message)
@@ -75,7 +75,7 @@ def message_of(message: Any, number: int) -> Message:
     if message.get("from") == "function_call":
         content, calls = "", listed(content, f"message {number}")
     else:
-        one = message.get("function_call")  # the form before tool calls
+        one = message.get("function_call")  # the older form of tool calls
         calls = [one] if one else listed(message.get("tool_calls"), f"message {number}: tool_calls")
     found["content"] = _text(content, f"message {number}: content", is_result=role == "tool")
     if role != "assistant":
@@ -103,7 +103,7 @@ def _text(content: Any, what: str, *, is_result: bool = False) -> str:
         if others and not is_result:
             raise Unusable("not text", f"{what} has a part of type {others[0]!r}; only text can be learned from")
     if is_result and isinstance(content, dict | list):
-        return json.dumps(content, ensure_ascii=False, default=repr)  # what a tool returned, before it was made text
+        return json.dumps(content, ensure_ascii=False, default=repr)  # a tool's result that was not converted to text
     raise wrong_type(what, "text or a list of text parts", content)
 
 
@@ -130,7 +130,7 @@ def tool_of(tool: Any) -> dict[str, Any]:
     """The JSON schema of a function, ``{"type": "function", "function": {...}}``.
 
     Raises:
-        Unusable: it is none.
+        Unusable: it is not a function schema.
     """
     if not isinstance(tool, dict):
         raise wrong_type("tools", "a list of JSON schemas", tool)
@@ -138,7 +138,7 @@ def tool_of(tool: Any) -> dict[str, Any]:
 
 
 def is_learned(message: dict[str, Any], number: int) -> bool:
-    """Whether a message is the assistant's, and to be learned from; see :func:`message_of`."""
+    """Whether a message is the assistant's and is learned from; see :func:`message_of`."""
     weight, train = message.get("weight"), message.get("train", message.get("training"))
     if weight not in (None, 0, 1) or train not in (None, True, False):
         wrong = weight if weight not in (None, 0, 1) else train
@@ -147,10 +147,10 @@ def is_learned(message: dict[str, Any], number: int) -> bool:
 
 
 def check_order(messages: Sequence[Message]) -> None:
-    """Refuse roles in an order that no conversation has.
+    """Check that the roles are in a valid order.
 
     Raises:
-        Unusable: they do, or nobody answers.
+        Unusable: the role order is invalid, or there is no assistant message.
     """
     before: Message = {"role": ""}
     for number, message in enumerate(messages, 1):
@@ -167,10 +167,10 @@ def check_order(messages: Sequence[Message]) -> None:
 
 
 def listed(value: Any, what: str) -> list[Any]:
-    """The items of a list, of the JSON of one, of one item alone, or of nothing.
+    """Return a value as a list: a list, the JSON text of one, a single dict, or None.
 
     Raises:
-        Unusable: it is none of these; ``what`` says where.
+        Unusable: it has another type; ``what`` is the field name in the error.
     """
     if isinstance(value, str) and value.strip():
         try:
@@ -185,7 +185,7 @@ def listed(value: Any, what: str) -> list[Any]:
 
 
 def without_nulls(value: Any) -> Any:
-    """A value without keys that hold null, at every depth: parquet gives every row the keys of all rows."""
+    """A value without keys that hold null, at every depth, because parquet gives every row the keys of all rows."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -12,10 +12,11 @@ class MicroBatches:
     """The positions that one rank takes of a list that all ranks share.
 
     Attributes:
-        size: rows of a micro-batch.
-        consumed_sequences: rows that all ranks together have trained on: the position to go on from.
-        rank: this process.
-        world_size: processes that train together.
+        size: number of rows in a micro-batch.
+        consumed_sequences: number of rows that all ranks together have trained on: the position from which training
+            continues.
+        rank: rank of this process.
+        world_size: number of processes that train together.
     """
 
     size: int
@@ -29,10 +30,10 @@ class MicroBatches:
 
     @property
     def step(self) -> int:
-        """Rows that all ranks together take in a micro-step."""
+        """Number of rows that all ranks together take in a micro-step."""
         return self.size * self.world_size
 
     def __iter__(self) -> Iterator[range]:
-        """The positions of one micro-batch after the other, endlessly."""
+        """Yield the positions of one micro-batch after the other, endlessly."""
         for start in count(self.consumed_sequences + self.rank * self.size, self.step):
             yield range(start, start + self.size)

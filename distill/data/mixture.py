@@ -1,4 +1,4 @@
-"""Several sources as one text: what each adds to the training is said in shares of the tokens."""
+"""Several sources as one text; the weight of each is its fraction of the training tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from distill.data import SOURCES
 from distill.data.base import Item, SourceSpec
 
 MAX_REPEATS = 4.0
-"""Passes after which repeated text is worth much less than new text: Muennighoff et al. 2023, arXiv 2305.16264."""
+"""Number of passes after which repeated text is worth much less than new text: Muennighoff et al. 2023, arXiv
+2305.16264."""
 
 
 class Mixture(SourceSpec):
@@ -24,16 +25,18 @@ class Mixture(SourceSpec):
 
     kind: Literal["mixture"] = "mixture"
     sources: dict[str, Annotated[SourceSpec, SOURCES]] = Field(min_length=1)
-    """Name -> source; of any kind but a mixture or a stream."""
+    """Name -> source of any kind except a mixture or a stream."""
     weights: dict[str, float] | None = None
     """Name -> share of the training tokens, such as {chat: 0.7, books: 0.3}; positive numbers, which are divided by
-    their sum. Null: as each source has tokens."""
+    their sum. Null: proportional to token counts."""
     temperature: float = Field(1.0, gt=0)
-    """In place of weights: shares as tokens ** (1 / temperature). 1: as each has tokens; larger: more of small ones."""
+    """Instead of weights: shares proportional to tokens ** (1 / temperature). 1: proportional to token counts; larger:
+    more of small sources."""
     max_repeats: float = Field(MAX_REPEATS, gt=0)
-    """Passes over a source that a training may make; one that would make more is refused before the run."""
+    """Largest number of passes over a source; a training that would make more is refused before the run."""
     validation: dict[str, Annotated[SourceSpec, SOURCES]] = Field({})
-    """Name -> a validation source of its own; of the others a part is held out (data.held_out)."""
+    """Name -> a validation source of its own; for the other sources, a part of the training text is held out
+    (data.held_out)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -91,19 +94,19 @@ class Mixture(SourceSpec):
         """The share of each source in the training tokens, of 1.
 
         Args:
-            num_tokens: name -> tokens of the source.
+            num_tokens: source name -> number of its tokens.
         """
-        most = max(num_tokens.values(), default=1)  # divided by, as a power of many tokens is more than a float holds
+        most = max(num_tokens.values(), default=1)  # normalise first to avoid float overflow of large powers
         weights = self.weights or {name: (num_tokens[name] / most) ** (1 / self.temperature) for name in self.sources}
         return {name: weights[name] / sum(weights.values()) for name in self.sources}
 
     def documents(self) -> Iterator[Item]:
-        """Those of one source after the other."""
+        """Yield the documents of one source after the other."""
         for source in self.sources.values():
             yield from source.documents()
 
     def fingerprint(self) -> str:
-        """A hash of what the sources say; weights do not matter."""
+        """A hash of the content of the sources; weights do not matter."""
         named = [self.sources, self.validation]
         return hash_of([{name: source.identity() for name, source in some.items()} for some in named])
 
@@ -112,7 +115,7 @@ class Mixture(SourceSpec):
         return hash_of(self.fingerprint(), self.weights, self.temperature)
 
     def num_bytes(self) -> int | None:
-        """Of all sources."""
+        """Total size of all sources; None if one is unknown."""
         sizes = [source.num_bytes() for source in self.sources.values()]
         return None if None in sizes else sum(size or 0 for size in sizes)
 
@@ -121,7 +124,7 @@ class Mixture(SourceSpec):
         return any(source.holds_conversations() for source in [*self.sources.values(), *self.validation.values()])
 
     def drops_rows(self) -> bool:
-        """Whether one of them may."""
+        """Whether one of the sources may yield unusable rows."""
         return any(source.drops_rows() for source in [*self.sources.values(), *self.validation.values()])
 
     def holds_ids(self) -> bool:
@@ -129,7 +132,7 @@ class Mixture(SourceSpec):
         return any(source.holds_ids() for source in [*self.sources.values(), *self.validation.values()])
 
     def paths(self) -> list[str]:
-        """Those of all sources."""
+        """The paths of all sources."""
         return [path for source in [*self.sources.values(), *self.validation.values()] for path in source.paths()]
 
     def texts(self) -> list[str]:
@@ -137,13 +140,13 @@ class Mixture(SourceSpec):
         return [name for name, source in self.sources.items() if not source.holds_conversations()]
 
     def check_repeats(self, repeats: Mapping[str, float]) -> None:
-        """Refuse a training that would read a source too often.
+        """Check that a training does not read a source too often.
 
         Args:
-            repeats: name -> passes over it.
+            repeats: source name -> number of passes over it.
 
         Raises:
-            InputError: with each such source, and what to do.
+            InputError: a source would be read too often; the message names each of them and what to do.
         """
         if many := {name: times for name, times in repeats.items() if times > self.max_repeats}:
             often = ", ".join(f"{name} {times:.1f} times" for name, times in many.items())

@@ -1,4 +1,4 @@
-"""The order of a mixture's rows: which source comes when is decided by the weights, and which of its rows by the seed.
+"""The order of a mixture's rows: the weights decide which source comes next, and the seed which of its rows.
 
 Each source has an endless list of rows; every pass over the source is shuffled anew. Each row of a list gets a time:
 
@@ -30,13 +30,13 @@ from distill.data.micro_batches import MicroBatches
 from distill.data.order import EndlessOrder, bucketed, shuffled
 
 LAP = 1024
-"""Rows, about, that are merged at once."""
+"""Approximate number of rows that are merged at once."""
 UNIT = 1_000_000
-"""What weights sum to as whole numbers, so that no sum of tokens is ever rounded."""
+"""Integer total of the weights, approximately; integers avoid rounding errors in token sums."""
 
 
 def as_whole(weights: Sequence[float]) -> tuple[int, ...]:
-    """Weights as whole numbers of about :data:`UNIT` together, at least 1 each."""
+    """Weights as integers that sum to about :data:`UNIT`, at least 1 each."""
     return tuple(max(1, round(weight / sum(weights) * UNIT)) for weight in weights)
 
 
@@ -45,9 +45,9 @@ class SourceRows:
     """One source of a mixture.
 
     Attributes:
-        weight: its share of the tokens, as a whole number; see :func:`as_whole`.
-        numbers: of its rows. int64 [rows]
-        lengths: tokens in each of them. int64 [rows]
+        weight: its fraction of the tokens, as an integer; see :func:`as_whole`.
+        numbers: numbers of its rows. int64 [rows]
+        lengths: number of tokens in each row. int64 [rows]
     """
 
     weight: int
@@ -56,18 +56,18 @@ class SourceRows:
 
     @property
     def num_tokens(self) -> int:
-        """In a pass."""
+        """Tokens per pass."""
         return int(self.lengths.sum())
 
 
 def tokens_per_row(sources: Sequence[SourceRows]) -> float:
-    """Tokens in a row of the mixture, on average."""
+    """Average number of tokens in a row of the mixture."""
     rows_per_token = (source.weight * len(source.numbers) / source.num_tokens for source in sources)
     return sum(source.weight for source in sources) / sum(rows_per_token)
 
 
 def passes(sources: Sequence[SourceRows], num_rows: float) -> list[float]:
-    """How often each source is read in a number of rows of the mixture."""
+    """Number of passes over each source in ``num_rows`` rows of the mixture."""
     tokens, whole = num_rows * tokens_per_row(sources), sum(source.weight for source in sources)
     return [tokens * source.weight / whole / source.num_tokens for source in sources]
 
@@ -84,11 +84,11 @@ class MixtureOrder(EndlessOrder):
     """Rows of several sources, each pass over a source shuffled anew.
 
     Args:
-        sources: at least one row each.
+        sources: the sources, each with at least one row.
         seed: decides the order within each source.
         taken: the positions that the rank takes.
-        alike: whether rows of like length shall follow each other.
-        purpose: part of what decides the order: another one, another order.
+        alike: whether rows of similar length are to follow each other.
+        purpose: label mixed into the seed.
     """
 
     def __init__(
@@ -135,9 +135,9 @@ class MixtureOrder(EndlessOrder):
         return sum(self._rows_before(number, lap) for number in range(len(self.sources)))
 
     def _rows_before(self, number: int, lap: int) -> int:
-        """Rows of a source whose time is before that of a lap's beginning."""
+        """Number of rows of a source whose time is before the beginning of a lap."""
         source = self.sources[number]
-        # in half tokens, rounded up: a middle is before the time exactly when it is below this
+        # the time in half tokens of the source, rounded up: a row is before it if and only if its middle is smaller
         halves = -(-2 * lap * self._lap_tokens * source.weight // self._whole)
         done, rest = divmod(halves, 2 * source.num_tokens)
         within = int(np.searchsorted(self._pass(number, done).middles, rest)) if rest else 0

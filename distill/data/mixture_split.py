@@ -30,14 +30,15 @@ class OneText:
     others: str | None = None
 
     def key(self, side: str) -> str:
-        """Where in the recipe one side of it stands, below ``data``; the first part of the name of its token file."""
+        """Key of one side of the text in the recipe, below ``data``; also the first part of the name of its token
+        file."""
         if not self.name:
             return side
         return f"train.{'sources' if side == 'train' else 'validation'}.{self.name}"
 
 
 class SplitBeside(Split):
-    """The split of one source of a mixture: training leaves out what another source validates on.
+    """The split of one source of a mixture: training leaves out the validation text of the other sources.
 
     Attributes:
         others: splits of the other sources.
@@ -61,7 +62,7 @@ class SplitBeside(Split):
 
 
 def texts_of(data: DataSpec) -> list[OneText]:
-    """The sources of a recipe's text: those of a mixture, or the one that there is."""
+    """The sources of a recipe's text: those of a mixture, or the single source."""
     if not isinstance(data.train, Mixture):
         return [OneText("", data, Split(data))]
     mixture, found, others = data.train, [], hash_of(data.train.fingerprint())

@@ -1,8 +1,8 @@
-"""The order of samples: one endless list that the seed alone decides, pass after pass over all rows.
+"""The order of rows: one endless list that the seed alone decides, pass after pass over all rows.
 
-Each pass is shuffled anew. (Rows that are filled up to the longest of their batch are sorted into buckets of like
-length first, stretch by stretch of the shuffled list, and the buckets shuffled.) A position in the list is one number,
-and starting there is exact. :mod:`distill.data.mixture_order` is the same for several sources.
+Each pass is shuffled anew. (If rows are padded, each section of the shuffled list is in addition sorted into buckets of
+similar length, and the buckets are shuffled.) A position in the list is one number, and starting there is exact.
+:mod:`distill.data.mixture_order` is the same for several sources.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BUCKET = 32
-"""Rows of like length that follow each other when rows are filled up."""
+"""Number of rows of similar length that follow each other if rows are padded."""
 BUCKETS = 32
-"""Buckets that one stretch of the shuffled list is sorted into."""
+"""Number of buckets into which one section of the shuffled list is sorted."""
 
 
 class EndlessOrder(Sampler[list[int]]):
@@ -41,7 +41,7 @@ class EndlessOrder(Sampler[list[int]]):
             yield [self.row_at(position) for position in positions]
 
     def row_at(self, position: int) -> int:
-        """The row that stands at a position of the endless list."""
+        """The row at a position of the endless list."""
         raise NotImplementedError
 
 
@@ -49,10 +49,11 @@ class GlobalOrder(EndlessOrder):
     """Pass after pass over all rows, each shuffled anew.
 
     Args:
-        num_rows: rows in a pass.
+        num_rows: number of rows in a pass.
         seed: decides the order.
         taken: the positions that the rank takes.
-        lengths: tokens of each row, when rows of like length shall follow each other. int64 [num_rows]
+        lengths: number of tokens in each row, if rows of similar length are to follow each other; else None. int64
+            [num_rows]
     """
 
     def __init__(self, num_rows: int, seed: int, taken: MicroBatches, lengths: np.ndarray | None = None):
@@ -76,21 +77,21 @@ class GlobalOrder(EndlessOrder):
 
 
 def shuffled(count: int, seed: int, purpose: str) -> Tensor:
-    """The numbers below ``count`` in an order that the seed and the purpose decide; global random state is not used."""
+    """The numbers below ``count``, shuffled by ``seed`` and ``purpose``; independent of global random state."""
     return torch.randperm(count, generator=seeded(seed, purpose))
 
 
 def seeded(seed: int, purpose: str) -> torch.Generator:
-    """Random numbers on the CPU that the seed and the purpose decide, and nothing that was drawn before."""
+    """A CPU generator seeded from ``seed`` and ``purpose``; independent of global random state."""
     generator = torch.Generator()
     generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:7], "big"))
     return generator
 
 
 def bucketed(order: Tensor, lengths: np.ndarray, seed: int, purpose: str) -> Tensor:
-    """``order`` with numbers of like length beside each other.
+    """``order``, in which numbers of rows of similar length follow each other.
 
-    Each stretch of :data:`BUCKET` x :data:`BUCKETS` numbers is sorted by length, and its buckets are shuffled.
+    Each section of :data:`BUCKET` x :data:`BUCKETS` numbers is sorted by length, and its buckets are shuffled.
     """
     stretch, done = BUCKET * BUCKETS, []
     for start in range(0, len(order), stretch):

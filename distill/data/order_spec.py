@@ -15,7 +15,7 @@ class OrderSpec(Spec):
     """Easy rows first, then the usual order (a curriculum). The rows of the training stay the same."""
 
     by: Literal["length", "teacher_loss"]
-    """What makes a row hard. length: tokens of the longest document in it; teacher_loss: the mean loss of the stage's
-    teacher on the tokens that are learned from."""
+    """How the difficulty of a row is measured. length: tokens of the longest document in it; teacher_loss: the mean
+    loss of the stage's teacher on the tokens that are learned from."""
     until: float = Field(UNTIL, gt=0, le=1)
-    """Share of each training, from its beginning, whose rows come from easy to hard."""
+    """Share of each training, from its beginning, in which rows are sorted from easy to hard."""

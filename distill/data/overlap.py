@@ -1,8 +1,8 @@
-"""Training rows that hold rows of a test set, found by runs of eight words.
+"""Finds training rows that contain rows of a test set, by common word 8-grams.
 
-A word of a test row is found in a training row when a run of eight words around it stands in both. The test row is
-found when more than half of its words are. A test row of less than eight words is found only where it is all that a
-training row, or a message of a conversation, says.
+A word of a test row is found in a training row if an 8-gram that contains it is in both. The test row is found if more
+than half of its words are. A test row of fewer than eight words is found only if it equals a whole training row, or a
+message of a conversation.
 
 Source: Lambert et al. 2024 (Tulu 3), arXiv 2411.15124, section 3.2.
 """
@@ -25,8 +25,8 @@ class Hit(NamedTuple):
     """A test row that was found.
 
     Attributes:
-        id: what a message calls it.
-        share: of its words that were found, of 1.
+        id: name of the test row in messages to the user.
+        share: fraction of its words that were found.
     """
 
     id: str
@@ -34,13 +34,13 @@ class Hit(NamedTuple):
 
 
 class TestRows:
-    """Rows of test sets, to be found in training rows.
+    """Rows of test sets that are searched for in training rows.
 
     Args:
-        rows: of all test sets.
+        rows: the rows of all test sets.
     """
 
-    __test__ = False  # nothing for pytest
+    __test__ = False  # not a test class of pytest
 
     def __init__(self, rows: Iterable[Document | Conversation]):
         self._ids: list[str] = []
@@ -58,7 +58,7 @@ class TestRows:
         self._build(runs)
 
     def _build(self, runs: list[np.ndarray]) -> None:
-        """Sort all runs, each with the row that it is of and the place where it begins."""
+        """Sort all 8-grams, each with its row and its position in the row."""
         every = np.concatenate(runs) if runs else np.zeros(0, np.uint64)
         order = np.argsort(every, kind="stable")
         self._runs = every[order]
@@ -66,11 +66,11 @@ class TestRows:
         self._places = np.concatenate([np.arange(len(one)) for one in runs] or [np.zeros(0, np.int64)])[order]
 
     def find(self, item: Document | Conversation, words: np.ndarray) -> Hit | None:
-        """The test row of which most is found in a training row.
+        """The test row with the largest fraction of its words in a training row; None if no row is found.
 
         Args:
             item: the training row.
-            words: of its text, hashed. uint64 [words]
+            words: hashes of the words of its text. uint64 [words]
         """
         said = [message["content"] for message in item.messages] if isinstance(item, Conversation) else []
         for text in [item.text, *said] if self._short else ():
@@ -81,11 +81,11 @@ class TestRows:
         counts = last - first
         if not counts.any():
             return None
-        # first[i], first[i] + 1, ... up to last[i] of every run
+        # first[i], first[i] + 1, ... up to last[i] of every 8-gram
         found = np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
         rows, places = self._rows[found], self._places[found]
         best = None
-        # most test rows share too few runs to be found, whatever the places of these are
+        # skip test rows that share too few 8-grams to be found, whatever their positions are
         enough = np.bincount(rows, minlength=len(self._sizes)) * RUN > SHARE * self._sizes
         for row in np.flatnonzero(enough).tolist():
             begins = np.sort(places[rows == row])

@@ -1,4 +1,4 @@
-"""A flat file of tokens seen as rows for a model, and the batch that it gets."""
+"""A flat token file as rows for a model, and the batches that are made of them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class PackedRows(Dataset[dict[str, "Tensor"]]):
-    """Rows of tokens. ``packing`` decides how the file is cut into them, and what each token sees.
+    """Rows of tokens. ``packing`` decides how the file is cut into rows, and what each token sees.
 
-    Where a row is not full, end-of-text tokens that do not count fill it up.
+    A row that is not full is padded with end-of-text tokens that do not count.
 
     Args:
-        tokens: the file.
-        sequence_length: tokens in a row, at most.
-        chosen: numbers of the rows to show, in order; None shows all.
+        tokens: the token file.
+        sequence_length: maximum number of tokens in a row.
+        chosen: numbers of the rows to use, in order; None: all.
         packing: see :mod:`distill.data.rows`.
     """
 
@@ -73,7 +73,7 @@ class PackedRows(Dataset[dict[str, "Tensor"]]):
         return batch_of(ids, pieces_of_rows, learned, apart=self.packing in APART, leads=leads_of_rows)
 
     def pieces(self, number: int) -> list[Span]:
-        """Where in the file the pieces of a row are; a token is predicted from those before it in its piece."""
+        """Spans of the pieces of a row in the file; a token is predicted from the tokens before it in its piece."""
         spans = self.rows.spans(int(self.chosen[number]))
         if self.packing != "documents":
             return spans
@@ -82,32 +82,32 @@ class PackedRows(Dataset[dict[str, "Tensor"]]):
         return [document for span in spans for document in document_spans(self._bounds, *span)]
 
     def leads(self, number: int) -> list[int]:
-        """How many of the tokenizer's first tokens are put in front of each piece of a row."""
+        """Number of start tokens that are inserted before each piece of a row."""
         leads = self.rows.leads_in(int(self.chosen[number]))
         # only the first document of a row can begin in its middle
         return leads + [0] * (len(self.pieces(number)) - 1) if self.packing == "documents" else leads
 
     def columns(self, number: int) -> np.ndarray:
-        """Where in its row each token of a row's pieces stands. int64 [tokens of the file]"""
+        """Column of each token of a row's pieces in the row. int64 [tokens of the file]"""
         sizes, leads = np.array([size for _, size in self.pieces(number)]), np.array(self.leads(number))
         return np.arange(sizes.sum()) + np.repeat(np.cumsum(leads), sizes)
 
     def predicted(self, number: int) -> np.ndarray:
         """Positions in the file of a row's counted targets, in the row's order. int64 [predictions]"""
-        # the first token of a piece has nothing of the text before it that could predict it
+        # the first token of a piece has no text before it from which it could be predicted
         places = np.concatenate([np.arange(start + 1, start + size) for start, size in self.pieces(number)])
         self._file()
         return places[self._counted(places)] if self._learned is not None or self.tokens.start else places
 
     def _counted(self, places: np.ndarray) -> np.ndarray:
-        """Whether each of some tokens of the file counts where it is predicted. bool [places]"""
+        """Whether each of the given tokens of the file counts as a target. bool [places]"""
         assert self._ids is not None
         assert self._bounds is not None
         counted = ~belongs_to_start(self.tokens.start, self._bounds, self._ids, places)
         return counted if self._learned is None else counted & self._learned[places]
 
     def only(self, numbers: np.ndarray) -> PackedRows:
-        """Some of the rows. numbers: int64 [rows]"""
+        """A subset of the rows. numbers: int64 [rows]"""
         some = copy(self)
         some.chosen = self.chosen[numbers]
         return some
@@ -123,16 +123,16 @@ class PackedRows(Dataset[dict[str, "Tensor"]]):
         return self.only(np.flatnonzero(ends <= limits[self.source_of_rows()]))
 
     def lengths(self) -> np.ndarray:
-        """Tokens in each row, without filling. int64 [rows]"""
+        """Number of tokens in each row, without padding. int64 [rows]"""
         return self.rows.lengths()[self.chosen]
 
     def source_of_rows(self) -> np.ndarray:
-        """Which part of the file each row is of; 0 where there is one text. int64 [rows]"""
+        """Number of the part of the file that each row is from; 0 if there is only one text. int64 [rows]"""
         ends = np.cumsum([part.tokens.num_tokens for part in self.tokens.parts] or [self.tokens.num_tokens])
         return np.searchsorted(ends, self.rows.starts[self.rows.bounds[self.chosen]], "right")
 
     def bytes_of_rows(self) -> np.ndarray:
-        """UTF-8 bytes that the counted predictions of each row stand for. int64 [rows]"""
+        """UTF-8 bytes of text that the counted predictions of each row cover. int64 [rows]"""
         sizes = self.tokens.bytes_of_tokens()  # [tokens]
         return np.array([sizes[self.predicted(number)].sum(dtype=np.int64) for number in range(len(self))], np.int64)
 
@@ -141,12 +141,12 @@ class PackedRows(Dataset[dict[str, "Tensor"]]):
         return self.tokens.ids()
 
     def learned(self) -> np.ndarray | None:
-        """Which tokens of the file are learned from, memory-mapped; None when all are. bool [tokens]"""
+        """Which tokens of the file are learned from, memory-mapped; None: all. bool [tokens]"""
         self._file()
         return self._learned
 
     def num_predictions(self) -> int:
-        """Predictions that count in all rows together."""
+        """Number of predictions that count in all rows together."""
         return sum(len(self.predicted(number)) for number in range(len(self)))
 
     def _file(self) -> np.ndarray:
@@ -155,7 +155,7 @@ class PackedRows(Dataset[dict[str, "Tensor"]]):
         return self._ids
 
     def __getstate__(self) -> dict[str, Any]:
-        # a worker maps the files itself, they are not sent to it
+        # each worker maps the files itself
         return self.__dict__ | {"_ids": None, "_bounds": None, "_learned": None}
 
 
@@ -171,24 +171,24 @@ def batch_of(
 
     Args:
         ids: int64 [batch, sequence].
-        pieces: of each row, as they follow each other in it; what comes after them is filling.
+        pieces: per row, the (start, size) spans in order; the rest of the row is padding.
         learned: which tokens are learned from, bool [batch, sequence].
         apart: whether the pieces of a row must not see each other.
-        leads: tokens in the row in front of each piece, which are not among its own; None: nowhere any.
+        leads: number of prefix tokens inserted before each piece; None: none.
 
     Returns:
         See :mod:`distill.core.batch`. The mask is True where the next token belongs to the same piece and is learned
-        from. With ``apart`` there are ``position_ids``, which start anew with each piece: transformers takes that for
-        the sign of a packed row and keeps attention inside each piece.
+        from. With ``apart`` there are ``position_ids``, which restart at each piece: by this, transformers recognises a
+        packed row and restricts attention to each piece.
     """
     leads = leads or [[0] * len(row) for row in pieces]
-    places = np.zeros(ids.shape, np.int64)  # [batch, sequence], of each token in its piece, leads counted
+    places = np.zeros(ids.shape, np.int64)  # [batch, sequence], position in its piece, with the prefix
     predictable = np.zeros(ids.shape, bool)  # [batch, sequence]
     for number, (row, before) in enumerate(zip(pieces, leads, strict=True)):
         # [tokens of the row]
         run = np.concatenate([np.arange(lead + size) for (_, size), lead in zip(row, before, strict=True)])
         places[number, : len(run)] = run
-        # the tokens in front say nothing about the text before the piece, so its first token is not predicted from them
+        # the prefix tokens say nothing about the text before the piece, so its first token is not predicted from them
         first = np.repeat(before, [lead + size for (_, size), lead in zip(row, before, strict=True)])
         predictable[number, : len(run)] = run > first
     mask = np.zeros(ids.shape, bool)

@@ -1,13 +1,13 @@
-"""Documents to token ids, once: a flat file of ids on disk that is memory-mapped ever after.
+"""Tokenizes documents once, into a flat file of ids that is memory-mapped afterwards.
 
-Of ``<name>-<hash>``, each file a flat array:
+The files of ``<name>-<hash>``, each a flat array:
 
     .bin        uint16 or uint32 [tokens]    the ids of all documents, end to end
-    .bounds     int64 [documents + 1]        where each document begins in it, and at last where the last one ends
+    .bounds     int64 [documents + 1]        where each document begins in it, and the end of the last one
     .learned    uint8 [tokens]               1 where a token is learned from; absent when all of them are
-    .bytes      uint32 [tokens]              UTF-8 bytes that each token stands for; validation text only
+        .bytes      uint32 [tokens]              UTF-8 bytes of text per token; validation text only
     .digests    uint8 [16 * texts]           digests of the texts, which training leaves out; validation text only
-    .json                                    written last: it says that the others are whole
+        .json                                    written last: marks the others as complete
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from distill.data.token_workers import chunks
 from distill.data.token_writer import TokenWriter
 
 VERSION = 2
-"""Of the form of token files. Files of another version are written anew."""
+"""Format version of token files. Files of another version are rebuilt."""
 _HEADER: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 500_000
@@ -54,15 +54,16 @@ class TokenFile:
     Attributes:
         path: the ``.bin`` file.
         dtype: ``uint16`` or ``uint32``.
-        num_tokens: ids in it, begins and ends among them.
-        num_documents: documents in it, or rows of conversations.
+        num_tokens: number of ids in it, including start and end tokens.
+        num_documents: number of documents in it, or of rows of conversations.
         num_bytes: UTF-8 bytes of their text.
         largest: the largest id.
-        filling: id that fills rows up; it is the tokenizer's end of text.
-        num_repeated: documents left out as the validation source has them too.
-        num_learned: tokens that are learned from; None when all of them are.
-        tally: of the source's rows: what of conversations is left out, and what was found in those that are used.
-        parts: of a mixture, whose tokens stand end to end in this file; rows are cut from each part for itself.
+        filling: id that pads rows; it is the tokenizer's end-of-text token.
+        num_repeated: number of documents left out because they are in the validation source too.
+        num_learned: number of tokens that are learned from; None: all.
+        tally: counts of the source's rows: those that were left out, and what was found in those that are used.
+        parts: the sources of a mixture, whose tokens are concatenated in this file; rows are cut from each part
+            separately.
         start: ids that the tokenizer puts before a text; each row begins with them.
     """
 
@@ -80,7 +81,7 @@ class TokenFile:
     start: tuple[int, ...] = ()
 
     def end_of_originals(self) -> int:
-        """Number of tokens before the copies that ``data.augment`` added, which stand at the end."""
+        """Number of tokens before the copies that ``data.augment`` added, which are at the end."""
         copies = self.tally.copies.get("num", 0)
         return int(self.bounds()[self.num_documents - copies]) if copies else self.num_tokens
 
@@ -93,17 +94,17 @@ class TokenFile:
         return np.memmap(Path(self.path).with_suffix(".bounds"), np.int64, mode="r", shape=(self.num_documents + 1,))
 
     def learned(self) -> np.ndarray | None:
-        """Whether each token is learned from, memory-mapped; None when all are. bool [num_tokens]"""
+        """Whether each token is learned from, memory-mapped; None: all. bool [num_tokens]"""
         if self.num_learned is None:
             return None
         return np.memmap(Path(self.path).with_suffix(".learned"), np.bool_, mode="r", shape=(self.num_tokens,))
 
     def bytes_of_tokens(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, memory-mapped; validation text only. uint32 [num_tokens]"""
+        """UTF-8 bytes of text per token, memory-mapped; validation text only. uint32 [num_tokens]"""
         return np.memmap(Path(self.path).with_suffix(".bytes"), dtype=np.uint32, mode="r", shape=(self.num_tokens,))
 
     def is_whole(self) -> bool:
-        """Whether every file is there and as long as it must be, and the bounds ascend."""
+        """Whether every file exists and has the right size, and the bounds ascend."""
         width = {"uint16": 2, "uint32": 4}.get(self.dtype, 0)
         sizes = {".bin": self.num_tokens * width, ".bounds": (self.num_documents + 1) * 8}
         if self.num_learned is not None:
@@ -122,9 +123,9 @@ class Part:
     """One source of a mixture.
 
     Attributes:
-        name: of the source.
-        weight: its share of the training tokens, as a whole number; see :func:`distill.data.mixture_order.as_whole`.
-        tokens: of the source alone.
+        name: name of the source.
+        weight: its fraction of the training tokens, as an integer; see :func:`distill.data.mixture_order.as_whole`.
+        tokens: token file of the source alone.
     """
 
     name: str
@@ -133,14 +134,14 @@ class Part:
 
 
 def read_tokens(path: Path, *, quietly: bool = False, just_written: bool = False) -> TokenFile | None:
-    """The finished token file at ``path``, or None where there is none or it must be written again.
+    """The finished token file at ``path``; None if there is none or it must be rebuilt.
 
-    Every byte is read, by one process of a machine: the others find the digests of large files in the user's cache.
+    Every byte is read, by one process per machine: the others find the digests of large files in the user's cache.
 
     Args:
         path: the ``.bin`` file.
-        quietly: whether to say nothing of one that must be written again.
-        just_written: by this process, so that the bytes need not be read again.
+        quietly: suppress the message if the file must be rebuilt.
+        just_written: whether this process has just written it, so that the bytes need not be read again.
     """
     file, out = path.with_suffix(".json"), io.StringIO() if quietly else sys.stderr
     if not file.is_file():
@@ -176,19 +177,19 @@ def write_tokens(
     total_bytes: int | None = None,
     num_repeated: Callable[[], int] = lambda: 0,
 ) -> TokenFile:
-    """Tokenize documents or conversations into ``path``; whole or not at all.
+    """Tokenize documents or conversations into ``path``, completely or not at all.
 
     Args:
         path: the ``.bin`` file to write.
-        documents: in the order in which they shall stand; those that cannot be used are counted.
-        encoder: text to ids.
+        documents: items in the order in which they are stored; unusable ones are counted.
+        encoder: converts text to ids.
         vocabulary_size: every id must be below it.
-        with_bytes: also write the bytes of each token.
-        total_bytes: text to come, for the progress bar; None when unknown.
-        num_repeated: asked at the end how many documents were left out, for the header.
+        with_bytes: whether to write the bytes of text per token too.
+        total_bytes: size of the text, for the progress bar; None if unknown.
+        num_repeated: callable that returns the number of skipped documents; called at the end for the header.
 
     Raises:
-        InputError: an id that the model has no row for, or many rows in a row of which none can be used.
+        InputError: an id outside the model's vocabulary, or many consecutive unusable rows at the start.
         MachineError: the disk is full or not writable.
     """
     dtype = dtype_of(vocabulary_size)
@@ -210,7 +211,7 @@ def write_tokens(
 
 
 def dtype_of(vocabulary_size: int) -> str:
-    """How ids are stored that are all below a number."""
+    """Dtype in which ids below ``vocabulary_size`` are stored."""
     return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
 
 
@@ -221,14 +222,14 @@ def kinds_of(encoder: TextEncoder, *, with_bytes: bool, with_digests: bool = Fal
 
 
 def header_of(writer: TokenWriter, encoder: TextEncoder) -> dict[str, Any]:
-    """What the header says of all that was written."""
+    """The fields of the header for everything that was written."""
     how = {"dtype": writer.dtype, "filling": encoder.end, "start": encoder.start}
     return {**writer.counts, **how, "tally": asdict(writer.tally)}
 
 
 @contextmanager
 def writing(path: Path, kinds: Sequence[str]) -> Iterator[tuple[dict[str, IO[bytes]], dict[str, Any]]]:
-    """Write the files of a token file and their header; whole or not at all.
+    """Write the files of a token file and their header, completely or not at all.
 
     Args:
         path: the ``.bin`` file.
@@ -267,14 +268,14 @@ def store_tokens(
     learned: Sequence[np.ndarray] | None = None,
     start: Sequence[int] = (),
 ) -> TokenFile:
-    """Write token ids that stand in memory.
+    """Write token ids that are in memory.
 
     Args:
         path: the ``.bin`` file to write.
-        documents: ids of each, uint16 or uint32 [tokens], one type for all.
+        documents: ids of each document, uint16 or uint32 [tokens], all of one dtype.
         filling: see :class:`TokenFile`.
-        learned: of each, which tokens are learned from, bool [tokens]; None: all.
-        start: see :class:`TokenFile`; documents hold it themselves.
+        learned: per document, which tokens are learned from, bool [tokens]; None: all.
+        start: see :class:`TokenFile`; the documents already contain them.
     """
     ids = np.concatenate(documents)
     ids.tofile(path)
@@ -287,12 +288,12 @@ def store_tokens(
 
 
 def is_enough(batch: Sequence[Item], num_characters: int) -> bool:
-    """Whether a batch of so much text is worth a call of the tokenizer."""
+    """Whether a batch with ``num_characters`` of text is large enough for one call of the tokenizer."""
     return len(batch) >= _BATCH_DOCUMENTS or num_characters >= _BATCH_CHARACTERS
 
 
 def batches(documents: Iterable[Item]) -> Iterator[list[Item]]:
-    """Documents in groups that are worth a call of the tokenizer and fit in memory."""
+    """Yield documents in groups that are large enough for one call of the tokenizer and fit in memory."""
     batch: list[Item] = []
     size = 0
     for document in stoppable(documents):
@@ -307,11 +308,11 @@ def batches(documents: Iterable[Item]) -> Iterator[list[Item]]:
 
 @contextmanager
 def file_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder against other processes, so that one tokenizes and the others find its work done.
+    """Lock the folder, so that one process tokenizes and the others find the result.
 
     Raises:
         MachineError: the folder cannot be written.
-        InputError: its lock is no regular file.
+        InputError: the lock is not a regular file.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -321,7 +322,7 @@ def file_lock(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise unwritable(folder, error) from error
     with lock:
-        for stale in folder.glob(".*.writing"):  # of a process that was killed: nobody else is here
+        for stale in folder.glob(".*.writing"):  # left by a killed process, because this one holds the lock
             if stale.is_file():
                 stale.unlink()
         yield

@@ -1,4 +1,4 @@
-"""Parquet files: one document per row. The fastest to read of the tables, and only the columns that are named."""
+"""Parquet files: one document per row. The fastest table format; only the needed columns are read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Parquet(FileSource, ColumnsSpec):
     """A file, a folder or a glob, or a list of these; `s3://`, `gs://` and `https://` too."""
 
     def rows(self, columns: frozenset[str] | None) -> Iterator[Numbered]:
-        """Every row, in the order of the files."""
+        """Yield every row, in the order of the files."""
         for file in self._files():
             yield from parquet_rows(file, columns, self)
 

@@ -17,8 +17,8 @@ class Progress:
     """Counts bytes of text towards a total that may be unknown; writes to standard error.
 
     Args:
-        what: what is being done, such as ``"tokenizing train"``.
-        total_bytes: how much there is to do; None where it is not known.
+        what: name of the task, such as ``"tokenizing train"``.
+        total_bytes: size of the text; None if unknown.
     """
 
     def __init__(self, what: str, total_bytes: int | None):
@@ -32,7 +32,7 @@ class Progress:
         return self
 
     def advance(self, num_bytes: int) -> None:
-        """Note that so many more bytes are done."""
+        """Count ``num_bytes`` more bytes as done."""
         self.done_bytes += num_bytes
         now = time.monotonic()
         if now - self._start < _QUIET_S:

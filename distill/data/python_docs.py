@@ -20,14 +20,14 @@ from pydantic import Field
 from distill.core.errors import InputError
 from distill.data.base import Conversation, Document, SourceSpec, digest, normalised
 
-# Not text, not ours to teach, or made on this very machine.
+# Without text, not part of the standard library, or generated on this machine.
 _SKIPPED_FOLDERS = re.compile(
     "__phello__|__pycache__|config-.*|dist-packages|encodings|ensurepip|idle_test|idlelib|lib-dynload|pydoc_data|"
     "site-packages|tests?|turtledemo"
 )
 _SKIPPED_MODULES = re.compile(
     r"(__hello__|_sysconfigdata.*|_sysconfig_vars.*|sitecustomize|usercustomize|stringprep|re\._casefix|"
-    # What some of Python 3.11 to 3.14 lack, so that the documents bear the same names everywhere: gone by 3.14 ...
+    # Modules that some of Python 3.11 to 3.14 lack, so that the names of the documents are the same: gone by 3.14 ...
     r"_bootsubprocess|aifc|asynchat|asyncore|cgi|cgitb|chunk|crypt|distutils|imghdr|imp|importlib\.resources\._legacy|"
     r"lib2to3|mailcap|msilib|nntplib|pipes|smtpd|sndhdr|sunau|telnetlib|tkinter\.tix|uu|xdrlib|"
     # ... and new after 3.11
@@ -45,13 +45,13 @@ class PythonDocs(SourceSpec):
     parts: Literal["all", "topics", "sources"] = "all"
     """`topics`: the reference documentation; `sources`: the library's modules; `all`: both."""
     max_bytes: int | None = Field(None, ge=1)
-    """Use whole documents of about so many bytes, those that are held out among them; null uses all."""
+    """Limit the text to about this many bytes of whole documents, including held-out ones; null uses all."""
 
     def documents(self) -> Iterator[Document]:
-        """One document per help topic and per module, sorted by name, without texts that occurred before.
+        """Yield one document per help topic and per module, sorted by name, without texts that occurred before.
 
-        They are compared after :func:`~distill.data.base.normalised`. Names decide the split, so otherwise equal texts
-        could be on both sides.
+        Texts are compared after :func:`~distill.data.base.normalised`. Because names decide the split, equal texts
+        could otherwise be on both sides.
         """
         seen: set[bytes] = set()
         for document in self._chosen():
@@ -72,7 +72,7 @@ class PythonDocs(SourceSpec):
         return sum(len(document.text.encode("utf-8")) for document in self.documents())
 
     def split_key(self, document: Document | Conversation) -> str:
-        """The name: a module stays on its side of the split when a new Python changes a line of it."""
+        """The name, so that a module stays on its side of the split when a new Python changes a line of it."""
         return document.id
 
     def _chosen(self) -> Iterator[Document]:
@@ -85,15 +85,16 @@ class PythonDocs(SourceSpec):
             if size <= left:
                 left -= size
                 kept.append(document)
-        if left == self.max_bytes:  # at most empty ones were taken
+        if left == self.max_bytes:  # no non-empty document fits
             raise InputError(f"python_docs: max_bytes ({self.max_bytes}) is less than any document; raise it")
         return iter(sorted(kept, key=lambda document: document.id))
 
 
 def _spread(ordered: list[Document]) -> list[Document]:
-    """In an order whose every beginning is spread over the whole: first, middle, quarters, eighths ...
+    """Reorder so that every prefix is spread evenly over the list: first, middle, quarters, eighths ...
 
-    The split holds out the documents of the lowest digests, so the first ones alone would nearly all be validation.
+    The split holds out the documents with the lowest digests, so without this nearly all documents would be validation
+    text.
     """
     ranks = sorted(range(len(ordered)), key=lambda rank: f"{rank:032b}"[::-1])
     return [ordered[rank] for rank in ranks]
@@ -109,7 +110,7 @@ def _all(parts: str) -> Iterator[Document]:
 def _topics(required: bool) -> Iterator[Document]:
     try:
         from pydoc_data.topics import topics  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:  # some systems pack it apart
+    except ImportError:  # some systems package it separately
         if required:
             raise InputError("python_docs: this Python has no pydoc_data.topics; set parts: sources") from None
         return
@@ -142,7 +143,7 @@ def _module(file: Path) -> str:
 
 def _source(file: Path) -> str:
     try:
-        with tokenize.open(file) as stream:  # heeds the coding line
+        with tokenize.open(file) as stream:  # respects the coding declaration
             return stream.read()
     except (SyntaxError, UnicodeDecodeError, OSError):
         return ""  # no text: skipped

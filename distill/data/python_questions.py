@@ -18,7 +18,7 @@ from distill.data.base import Conversation, Document, Message, SourceSpec, diges
 from distill.data.python_docs import PythonDocs
 
 _LENGTHS = range(20, 400)
-"""Characters of an answer: shorter ones say nothing, longer ones are manuals."""
+"""Number of characters of an answer; shorter ones say nothing, longer ones are manuals."""
 Named = ast.FunctionDef | ast.ClassDef
 
 
@@ -28,7 +28,7 @@ class PythonQuestions(SourceSpec):
     kind: Literal["python_questions"] = "python_questions"
 
     def documents(self) -> Iterator[Conversation]:
-        """One conversation a function or class with a docstring, sorted by module."""
+        """Yield one conversation per function or class with a docstring, sorted by module."""
         return iter(_all())
 
     def fingerprint(self) -> str:
@@ -47,7 +47,7 @@ class PythonQuestions(SourceSpec):
         return True
 
     def split_key(self, document: Document | Conversation) -> str:
-        """The name: it stays on its side of the split when a new Python changes a docstring."""
+        """The name, so that a conversation stays on its side of the split when a new Python changes its docstring."""
         return document.id
 
 

@@ -17,54 +17,53 @@ from distill.core.errors import DistillError, InputError, MachineError
 from distill.core.installed import install_command
 
 EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs", "https": None, "http": None, "memory": None}
-"""Schemes that are read -> the extra that brings what reads them; None: it comes with distill. ``memory`` is fsspec's
-own, within the process."""
+"""Supported scheme -> the extra that installs its file system; None: it is always installed. ``memory`` is fsspec's
+file system within the process."""
 BUFFER = 1 << 18
-"""Bytes that are asked for at once."""
+"""Number of bytes per request."""
 CHECKSUMS = ("md5Hash", "crc32c", "Content-MD5", "content_md5", "ETag", "etag")
-"""Keys by which file systems tell a checksum of a file; those of its bytes before those that metadata change too."""
+"""fsspec info keys with a checksum: content hashes first, then ETags, which may change with metadata."""
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is an address, and not of this machine."""
+    """Whether a path is an address and not a local path."""
     return "://" in path
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file at an address; stands where a :class:`~pathlib.Path` stands for a local one.
+    """A file at an address; used like the :class:`~pathlib.Path` of a local file.
 
     Attributes:
-        url: of one file.
+        url: address of one file.
     """
 
     url: str
 
     def __str__(self) -> str:
-        """The address without its query, which may be long and is not for everybody."""
+        """The address without its query, which may be long and secret."""
         return self.url.partition("?")[0] if self.url.startswith("http") else self.url
 
     def as_posix(self) -> str:
-        """As of a path."""
+        """As :meth:`pathlib.PurePath.as_posix`."""
         return str(self)
 
     @property
     def name(self) -> str:
-        """What stands behind the last slash."""
+        """The part after the last slash."""
         return str(self).rpartition("/")[2]
 
     @property
     def suffix(self) -> str:
-        """The end of the name, with its dot."""
+        """The suffix of the name, with its dot."""
         return "." + self.name.rpartition(".")[2] if "." in self.name else ""
 
     @contextmanager
     def opened(self, *, seekable: bool = False) -> Iterator[IO[bytes]]:
-        """Its bytes; parts are fetched as they are read.
+        """Open its bytes; parts are fetched as they are read.
 
         Args:
-            seekable: whether it will not be read from its beginning to its end, for which a web server must be able
-                to send parts of a file.
+            seekable: whether the reader needs to seek, for which a web server must support range requests.
 
         Raises:
             InputError: it is not there or may not be read.
@@ -78,12 +77,13 @@ class Remote:
             yield stream
 
     def num_bytes(self) -> int | None:
-        """Its size; None when the server does not say."""
+        """Its size; None if the server does not report it."""
         size = self._info().get("size")
         return size if isinstance(size, int) else None
 
     def checksum(self) -> str | None:
-        """What the service says of its bytes, so that they need not be read to compare them; None: nothing."""
+        """The checksum that the server reports for its bytes, so that they need not be read to compare them; None if
+        there is none."""
         info = self._info()
         return next((f"{key}:{info[key]}" for key in CHECKSUMS if info.get(key)), None)
 
@@ -95,15 +95,15 @@ class Remote:
 
 
 def find(url: str, counts: Callable[[str], bool], expected: Sequence[str]) -> list[Remote]:
-    """The files behind an address: a file, a folder (searched to the bottom) or a glob.
+    """Find the files at an address: a file, a folder (recursively) or a glob.
 
     Args:
-        url: where.
-        counts: whether a file of a folder counts, by its name.
-        expected: how names of files that count end, for the message.
+        url: the address.
+        counts: function: file name -> whether a file of a folder is wanted.
+        expected: suffixes of the wanted file names, for the error.
 
     Raises:
-        InputError: it leads to no file, the scheme is unknown, or what reads it is not installed.
+        InputError: no file is there, the scheme is unknown, or the package that reads it is not installed.
     """
     system, path = _system(url)
     web = url.startswith("http")
@@ -123,7 +123,7 @@ def find(url: str, counts: Callable[[str], bool], expected: Sequence[str]) -> li
 
 
 def check_reader(paths: Sequence[str]) -> None:
-    """Refuse addresses that nothing here can read; nothing is asked of the network.
+    """Check that addresses can be read here, without a request to the network.
 
     Raises:
         InputError: a scheme is unknown, or its package is not installed.
@@ -155,7 +155,7 @@ def _system(url: str) -> tuple[Any, str]:
 
 @contextmanager
 def _told(url: str) -> Iterator[None]:
-    """Turn what any file system may raise into one line."""
+    """Convert any error of a file system to one with a message of one line."""
     try:
         yield
     except DistillError:
@@ -165,10 +165,10 @@ def _told(url: str) -> Iterator[None]:
 
 
 def unreachable(url: str, error: Exception) -> InputError:
-    """What to raise where a file cannot be opened."""
+    """The error to raise if a file cannot be opened."""
     shown = str(Remote(url))
     while isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # of a web server: why, which may be that nobody answers
+        error = error.__cause__  # the cause may be a connection error
     if isinstance(error, FileNotFoundError) or getattr(error, "status", 0) == 404:
         return InputError(f"{shown}: no such file")
     why = " ".join(str(error).replace(url, shown).split())[:300]
@@ -178,7 +178,7 @@ def unreachable(url: str, error: Exception) -> InputError:
 
 
 def broken(shown: str, error: Exception) -> DistillError:
-    """What to raise where reading ends before the file does."""
+    """The error to raise if reading ends before the end of the file."""
     why = " ".join(str(error).split())[:200]
     if "range requests" in why:
         return InputError(f"{shown}: the server sends whole files only; fetch it, and name the local file")
@@ -186,31 +186,31 @@ def broken(shown: str, error: Exception) -> DistillError:
 
 
 class Reading(io.RawIOBase):
-    """A stream whose errors are the project's own, wherever they are raised: readers above it catch others.
+    """A stream that raises only the project's own errors, because readers on top of it would catch others.
 
     Args:
-        stream: has ``read``, and ``seek`` and ``tell`` where it is ``seekable``.
-        told: from what ``read`` raised to what is to be raised.
+        stream: has ``read``, and ``seek`` and ``tell`` if it is ``seekable``.
+        told: converts an exception of ``read`` to the one to raise.
     """
 
     def __init__(self, stream: Any, told: Callable[[Exception], DistillError]):
         self._stream, self._told = stream, told
 
     def readable(self) -> bool:
-        """It is."""
+        """True."""
         return True
 
     def seekable(self) -> bool:
-        """As the stream is."""
+        """Whether the wrapped stream is seekable."""
         return bool(self._stream.seekable())
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Go to a place; see :meth:`io.IOBase.seek`."""
+        """Go to a position; see :meth:`io.IOBase.seek`."""
         self._stream.seek(offset, whence)
         return int(self._stream.tell())
 
     def tell(self) -> int:
-        """The place."""
+        """The current position."""
         return int(self._stream.tell())
 
     def readinto(self, buffer: Any) -> int:

@@ -1,11 +1,11 @@
-"""Training documents that nearly repeat validation text, counted while they are tokenized.
+"""Counts training documents that nearly repeat validation text, while they are tokenized.
 
-Texts that are equal are never on both sides. A text that differs by a word may be, and then the validation loss says
-less of other text than it seems to. Nothing is left out here: what is found is one line, which names the setting that
-leaves such documents out.
+Equal texts are never on both sides. Near-duplicates may be on both sides; the validation loss is then too optimistic.
+Nothing is left out here: the result is one line, which names the setting that leaves such documents out.
 
-Not all is looked at: of the validation text the first :data:`CHARACTERS`, and of the training text as many at first,
-then of as many again every second document, then every fourth, and so on, so that a large text costs little more.
+Only the first :data:`CHARACTERS` characters of validation text are used. Training text is sampled, so that a large text
+costs little more: every document is compared until :data:`CHARACTERS` characters have been compared, then every second
+one until as many again have been, then every fourth, and so on.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from distill.data.overlap import TestRows
 from distill.data.words import words_of
 
 CHARACTERS = 4_000_000
-"""Of validation text, and of training text in each stretch."""
+"""Number of characters of validation text, and of training text that are compared at each sampling rate."""
 SHARE = 0.8
-"""Part of a validation document's words that a training document must have, in common runs of eight words."""
+"""Fraction of a validation document's words that must be covered by word 8-grams of a training document."""
 FEWEST = 16
-"""Words below which a validation document is not compared: short texts are alike in form."""
+"""Number of words below which a validation document is not compared, because short texts are alike in form."""
 
 
 Trains = Callable[[Item], bool]
@@ -35,9 +35,9 @@ class Found:
     """Training documents of a source that nearly repeat validation text.
 
     Attributes:
-        num_compared: documents that were compared.
-        num_repeated: those among them that were found.
-        first: the first one, in words.
+        num_compared: number of documents that were compared.
+        num_repeated: number of these that nearly repeat validation text.
+        first: description of the first one.
     """
 
     num_compared: int = 0
@@ -45,14 +45,14 @@ class Found:
     first: str = ""
 
     def reset(self) -> None:
-        """Forget what was found, as the source is read from its beginning."""
+        """Forget what was found, because the source is read from its beginning."""
         self.num_compared, self.num_repeated, self.first = 0, 0, ""
 
     def line(self, key: str) -> str | None:
-        """What to say of it; None if nothing was found.
+        """The line for the user; None if nothing was found.
 
         Args:
-            key: of the source in the recipe, below ``data``.
+            key: key of the source in the recipe, below ``data``.
         """
         if not self.num_repeated:
             return None
@@ -63,21 +63,21 @@ class Found:
 
 
 class ValidationRepeats:
-    """Counts documents as they pass.
+    """Counts near-duplicates of validation text among documents.
 
     Args:
-        texts: the sources of the run's text; what any of them validates on is compared.
+        texts: the sources of the run's text; the validation text of all of them is compared.
     """
 
     def __init__(self, texts: Sequence[OneText]):
         self._texts = texts
 
     def watched(self, items: Iterable[Item], found: Found, trains: Trains = lambda item: True) -> Iterator[Item]:
-        """The same items.
+        """Yield the items unchanged and count near-duplicates in ``found``.
 
         Args:
-            items: of one source.
-            found: set to what was found among them.
+            items: items of one source.
+            found: the counts, which are reset first.
             trains: whether an item is on the training side.
         """
         found.reset()
@@ -115,11 +115,11 @@ class ValidationRepeats:
 
 
 def can_repeat(texts: Sequence[OneText], *, is_cleaned: bool) -> bool:
-    """Whether there is something to count.
+    """Whether near-duplicates of validation text are to be counted.
 
     Args:
         texts: the sources of the run's text.
-        is_cleaned: whether ``data.clean`` leaves out what repeats validation text.
+        is_cleaned: whether ``data.clean`` leaves out documents that repeat validation text.
     """
     sources = [source for text in texts for source in (text.data.train, text.data.validation) if source is not None]
     return not is_cleaned and not any(source.is_stream() or source.holds_ids() for source in sources)

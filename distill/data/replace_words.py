@@ -6,8 +6,8 @@ what the teacher predicts there. A loss on the text itself (cross_entropy) would
 had written them, so augmentation suits losses on logits or hidden states.
 
 Which words are replaced depends on the text of the document, the number of the copy and the seed alone, not on the
-documents around it. Copies follow behind all documents of their source, so that a packed row does not hold a document
-beside its own copy, which a model would predict by looking back.
+documents around it. Copies follow after all documents of their source, so that a packed row does not hold a document
+beside its own copy, which a model could predict by copying.
 
 Source: Jiao et al. 2020, TinyBERT, arXiv 1909.10351, section 3.2 and algorithm 1.
 """
@@ -30,32 +30,32 @@ from distill.data.augment_spec import ReplaceWords
 from distill.data.base import Document, Item
 
 WordSpan = tuple[int, int]
-"""First character of a word, and the one behind its last."""
+"""First character of a word, and the one after its last."""
 WORD = re.compile(r"(?<![\w'\u2019])[^\W\d_]{2,}(?![\w'\u2019])")
-"""At least two letters; no part of an identifier, and no half of ``don't``."""
+"""Matches words of at least two letters, but no part of an identifier or of ``don't``."""
 TOGETHER = 64
-"""Documents for whose words candidates are looked for at once."""
+"""Number of documents for whose words candidates are looked up at once."""
 RULE = "1: words of two letters and more; copies behind their source"
-"""How copies are made, for tokens on disk that were made by another rule."""
+"""Version of the rules of copies; token files made with another version are rebuilt."""
 
 
 class Candidates(Protocol):
-    """Where other words come from."""
+    """Source of replacement words."""
 
     def identity(self) -> list[Any]:
-        """Stands for all that decides which words are found."""
+        """Everything that decides which words are found, for hashing."""
         ...
 
     def find(self, texts: Sequence[str], places: Sequence[Sequence[WordSpan]], count: int) -> list[list[list[str]]]:
-        """Words that could stand in place of others.
+        """Find words that could replace others.
 
         Args:
-            texts: of documents.
-            places: of each text, the words to be replaced, in order.
-            count: words to find for each of them, at most.
+            texts: texts of documents.
+            places: per text, the spans of the words to be replaced, in order.
+            count: maximum number of candidates per word.
 
         Returns:
-            Of each text, of each place the candidates, the best first; none where nothing is known of the word.
+            [text][place] -> candidates, best first; empty if the word is unknown.
         """
         ...
 
@@ -65,8 +65,8 @@ class Copy(Document):
     """A document with words replaced.
 
     Attributes:
-        num_words: in it.
-        num_replaced: of them.
+        num_words: number of words in it.
+        num_replaced: number of replaced words.
     """
 
     num_words: int = 0
@@ -77,21 +77,21 @@ class WordReplacer:
     """Adds copies to a sequence of documents.
 
     Args:
-        spec: how many, and how much is replaced.
-        candidates: where other words come from.
-        folder: where the documents wait on disk for their copies to be made; it must exist.
+        spec: how many copies to make, and how many words to replace.
+        candidates: source of replacement words.
+        folder: existing folder, in which the documents are kept in a temporary file until their copies are made.
     """
 
     def __init__(self, spec: ReplaceWords, candidates: Candidates, folder: Path):
         self.spec, self.candidates, self.folder = spec, candidates, folder
 
     def identity(self) -> list[Any]:
-        """Stands for what is added to a text."""
+        """Everything that decides which copies are added to a text, for hashing."""
         keys = self.spec.model_dump(mode="json", exclude={"model"})  # whose content is in the candidates' identity
         return [RULE, keys, *self.candidates.identity()]
 
     def with_copies(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items as they come, then the copies of all documents among them, one pass after the other.
+        """Yield the items as they come, then the copies of all documents among them, one pass after the other.
 
         A copy in which no word could be replaced is left out.
 
@@ -121,7 +121,8 @@ class WordReplacer:
                 yield Copy(f"{document.id} (copy {number})", text, num_words, num_replaced)
 
     def _chosen(self, text: str, number: int) -> tuple[list[tuple[WordSpan, float]], int]:
-        """Places of the words to replace, each with a number in [0, 1) that chooses its candidate; and all words."""
+        """Spans of the words to replace, each with a number in [0, 1) that chooses its candidate; and the number of all
+        words."""
         places = [match.span() for match in WORD.finditer(text)]
         key = hashlib.sha256(f"{self.spec.seed}/{number}/{text}".encode()).digest()
         draws = np.random.default_rng(int.from_bytes(key, "big")).random((len(places), 2))  # [words, 2]
@@ -133,12 +134,12 @@ class WordReplacer:
 
 
 def replaced(text: str, drawn: Sequence[tuple[WordSpan, float]], words: Sequence[Sequence[str]]) -> tuple[str, int]:
-    """A text with words replaced, and how many are.
+    """Return the text with words replaced, and the number of replaced words.
 
     Args:
-        text: of a document.
-        drawn: places of words, in order, each with a number in [0, 1).
-        words: candidates for each place; none leave the word as it is.
+        text: text of a document.
+        drawn: spans of words, in order, each with a number in [0, 1).
+        words: candidates for each span; an empty list leaves the word unchanged.
     """
     pieces, at, count = [], 0, 0
     for ((start, stop), which), some in zip(drawn, words, strict=True):
@@ -149,7 +150,7 @@ def replaced(text: str, drawn: Sequence[tuple[WordSpan, float]], words: Sequence
 
 
 def in_case_of(word: str, other: str) -> str:
-    """``other`` in capitals, with a capital or in small letters, as ``word`` is; as it is where ``word`` is mixed."""
+    """Apply the case of ``word`` (lower, upper, title) to ``other``; mixed case leaves it unchanged."""
     if word.islower():
         return other.lower()
     if word.isupper():

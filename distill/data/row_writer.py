@@ -29,19 +29,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 AT_ONCE = 1024
-"""Rows that the tokenizer is given at once."""
+"""Number of rows that the tokenizer is given at once."""
 
 
 class RowWriter:
-    """Makes rows of ids.
+    """Encodes labelled rows as ids and writes them to disk.
 
     Args:
-        task: of the recipe.
-        tokenizer: text to ids, with its special tokens.
-        sequence_length: tokens in a row, at most.
+        task: the recipe's task.
+        tokenizer: converts text to ids, with its special tokens.
+        sequence_length: maximum number of tokens in a row.
 
     Raises:
-        InputError: a row has no room for text.
+        InputError: ``sequence_length`` leaves no room for text.
     """
 
     def __init__(self, task: ModelTask, tokenizer: PreTrainedTokenizerFast, sequence_length: int):
@@ -68,17 +68,18 @@ class RowWriter:
         what: str,
         repeated: Callable[[], int] = int,
     ) -> RowFile:
-        """Read what is there, or write it.
+        """Read the rows if they are on disk, otherwise write them.
 
         Args:
-            folder: where the rows go.
-            items: the rows, in order; not read where the folder is whole.
-            classes: names in the order of the logits; None takes those of the labels.
+            folder: folder of the rows.
+            items: the rows, in order; not read if the folder is complete.
+            classes: names in the order of the logits; None: those of the labels.
             what: key of the text in the recipe.
-            repeated: called when all items are read: how many were left out as validation has their text.
+            repeated: returns the number of rows skipped because they are in the validation text; called after the last
+                item.
 
         Raises:
-            InputError: no row, or a class that is not among ``classes``.
+            InputError: there is no usable row, or a class is not among ``classes``.
             MachineError: the folder cannot be written.
         """
         if is_sealed(folder):
@@ -132,7 +133,7 @@ class RowWriter:
             yield item
 
     def _rows(self, items: Sequence[Labelled]) -> Iterator[tuple[np.ndarray, int, Any, bool]]:
-        """(ids, tokens before the second text, label, whether the text was cut) of each row."""
+        """Yield (ids, tokens before the second text, label, whether the text was cut) of each row."""
         if isinstance(self.task, MaskedLM):
             for encoding in self._backend.encode_batch_fast([item.text for item in items], add_special_tokens=False):
                 yield from self._pieces(np.array(encoding.ids, np.uint32))
@@ -153,7 +154,8 @@ class RowWriter:
             yield row, second, label, bool(encoding.overflowing)
 
     def _pieces(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, int, None, bool]]:
-        """A text in stretches that fill a row each, with the special tokens around each of them."""
+        """Yield the rows of a text, which is cut into pieces that fill a row each with the special tokens around
+        them."""
         for start in range(0, len(ids), self._room):
             piece = ids[start : start + self._room]
             row = np.concatenate([np.array(self._before, np.uint32), piece, np.array(self._after, np.uint32)])

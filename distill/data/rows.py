@@ -1,12 +1,12 @@
-"""How a flat file of tokens is cut into rows: which pieces of it stand in which row.
+"""Cuts a flat token file into rows: which pieces of it are in which row.
 
     wrapped     documents end to end, cut every ``sequence_length`` tokens; a token sees the documents before its own
     documents   the same rows, but a token sees only its own document
     best_fit    whole documents side by side, as many as fit; only one that is longer than a row is cut
     padded      one document per row (a longer one is cut), in batches of like length, padded to the longest
 
-Where the tokenizer puts tokens before a text, a piece that does not begin with its document gets them in front, and
-holds as many tokens less; see :mod:`distill.data.first_tokens`.
+If the tokenizer puts tokens before a text, a piece that begins in the middle of its document gets them as a prefix, and
+holds that many fewer tokens of text; see :mod:`distill.data.first_tokens`.
 
 ``best_fit`` is best-fit decreasing: the longest piece first, each into the fullest row that still has space for it. It
 cuts fewer documents than ``wrapped``, and wastes much less space than padding. Source: Ding et al. 2024,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from distill.data.spec import Packing
 
 Span = tuple[int, int]
-"""First token of a piece, and how many there are."""
+"""First token of a piece, and its number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RowPieces:
         starts: int64 [pieces], the first token of each in the file.
         sizes: int64 [pieces], at least two tokens.
         bounds: int64 [rows + 1].
-        leads: int64 [pieces], how many of the tokenizer's first tokens are put in front of each.
+        leads: int64 [pieces], number of start tokens inserted before each.
     """
 
     starts: np.ndarray
@@ -59,20 +59,20 @@ class RowPieces:
         return list(zip(self.starts[some].tolist(), self.sizes[some].tolist(), strict=True))
 
     def leads_in(self, row: int) -> list[int]:
-        """First tokens put in front of each piece of a row."""
+        """Number of start tokens inserted before each piece of a row."""
         leads: list[int] = self.leads[self.bounds[row] : self.bounds[row + 1]].tolist()
         return leads
 
     def lengths(self) -> np.ndarray:
-        """Tokens in each row, those that are put in front among them. int64 [rows]"""
+        """Number of tokens in each row, including inserted start tokens. int64 [rows]"""
         return np.add.reduceat(self.sizes + self.leads, self.bounds[:-1]) if len(self) else self.sizes
 
 
 def cut_into_rows(tokens: TokenFile, sequence_length: int, packing: Packing) -> RowPieces:
     """Cut a file into rows of at most ``sequence_length`` tokens.
 
-    A token alone in its piece is left out: there is nothing before it that could predict it. A row of a mixture
-    holds text of one source.
+    A token alone in its piece is left out, because nothing precedes it from which it could be predicted. A row of a
+    mixture holds text of one source only.
 
     Raises:
         InputError: ``sequence_length`` is too short for the tokenizer's first tokens.
@@ -96,7 +96,7 @@ def cut_into_rows(tokens: TokenFile, sequence_length: int, packing: Packing) -> 
 
 
 def _of_parts(parts: list[tuple[TokenFile, RowPieces]]) -> RowPieces:
-    """The rows of all parts of a file; each counts from its own first token."""
+    """The rows of all parts of a file, each of which counts from its own first token."""
     first, starts, bounds = 0, [], [np.zeros(1, np.int64)]
     for tokens, rows in parts:
         starts.append(rows.starts + first)
@@ -107,7 +107,8 @@ def _of_parts(parts: list[tuple[TokenFile, RowPieces]]) -> RowPieces:
 
 
 def _cut(tokens: TokenFile, length: int, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and sizes of all documents, those that are longer than a row in pieces: ``length``, then ``room`` each."""
+    """Starts and sizes of all documents. Those longer than a row are cut into a piece of ``length`` tokens, then
+    ``room`` each."""
     bounds = np.asarray(tokens.bounds())  # [documents + 1]
     firsts, ends = bounds[:-1], bounds[1:]
     pieces = 1 + np.maximum(-(-(ends - firsts - length) // room), 0)
@@ -118,15 +119,15 @@ def _cut(tokens: TokenFile, length: int, room: int) -> tuple[np.ndarray, np.ndar
 
 
 def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
-    """The row of each piece; rows are numbered in the order of their first pieces.
+    """Row of each piece; rows are numbered in the order of their first pieces.
 
     Args:
         sizes: tokens of each piece, at most ``length``. int64 [pieces]
-        length: tokens that a row takes.
+        length: capacity of a row in tokens.
     """
     row_of = np.empty(len(sizes), np.int64)
     with_room: list[list[int]] = [[] for _ in range(length + 1)]
-    rooms: list[int] = []  # for which there are rows, rising
+    rooms: list[int] = []  # free capacities for which rows exist, ascending
     num_rows = 0
     for piece in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[piece])
@@ -147,27 +148,27 @@ def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
 
 
 def document_spans(bounds: np.ndarray, start: int, size: int) -> list[Span]:
-    """The documents, or parts of them, in the ``size`` tokens from ``start`` on.
+    """Spans of the documents, or parts of them, in the ``size`` tokens from ``start`` on.
 
     Args:
-        bounds: first token of each document, rising; what lies outside of the stretch is skipped. int64 [documents]
-        start: first token of the stretch.
-        size: tokens in it, at least one.
+        bounds: first token of each document, ascending; documents outside these tokens are skipped. int64 [documents]
+        start: the first of the tokens.
+        size: number of tokens, at least one.
     """
     first, last = np.searchsorted(bounds, start, "right"), np.searchsorted(bounds, start + size, "left")
     return [(begin, end - begin) for begin, end in pairwise([start, *bounds[first:last].tolist(), start + size])]
 
 
 def leads_of(start: Sequence[int], bounds: np.ndarray, pieces: np.ndarray) -> np.ndarray:
-    """How many tokens are put in front of each piece: those of ``start`` that its document has before it.
+    """Number of ``start`` tokens to insert before each piece: those that precede the piece in its document.
 
     Args:
         start: ids before a text.
-        bounds: first token of each document, rising. int64 [documents + 1]
+        bounds: first token of each document, ascending. int64 [documents + 1]
         pieces: first token of each piece. int64 [pieces]
 
     Returns:
-        int64 [pieces]; none where a document begins, as it has them itself.
+        int64 [pieces]; 0 at the beginning of a document, which already contains them.
     """
     if not start:
         return np.zeros(len(pieces), np.int64)
@@ -175,13 +176,13 @@ def leads_of(start: Sequence[int], bounds: np.ndarray, pieces: np.ndarray) -> np
 
 
 def belongs_to_start(start: Sequence[int], bounds: np.ndarray, ids: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Which tokens of a file stand there because the tokenizer puts them before each document. bool [places]
+    """Which tokens of a file were put before a document by the tokenizer. bool [places]
 
     Args:
         start: ids before a text.
-        bounds: as of :func:`leads_of`.
-        ids: of the whole file. [tokens]
-        places: which tokens are asked for. int64 [places]
+        bounds: see :func:`leads_of`.
+        ids: ids of the whole file. [tokens]
+        places: indices of the tokens to check. int64 [places]
     """
     if not start:
         return np.zeros(len(places), bool)

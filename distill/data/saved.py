@@ -22,16 +22,16 @@ class Saved(FileSource, ColumnsSpec):
     path: str
     """The folder."""
     split: str | None = None
-    """Which of its splits, where it was written from a DatasetDict; null where it was not."""
+    """Name of the split, if the folder was written from a DatasetDict; otherwise null."""
 
     def rows(self, columns: frozenset[str] | None) -> Iterator[Numbered]:
-        """Every row, in the data set's order."""
+        """Yield every row, in the data set's order."""
         from distill.data import saved_rows
 
         return saved_rows.read(self._folder(), columns, self)
 
     def class_names(self, column: str) -> tuple[str, ...] | None:
-        """Those of a ``ClassLabel``, or of a list of them, which ``dataset_info.json`` has."""
+        """Class names from a ``ClassLabel`` feature or a list of them, as ``dataset_info.json`` stores them."""
         file = self._folder() / "dataset_info.json"
         features = read_json(file).get("features") if file.is_file() else None
         feature = features.get(column) if isinstance(features, dict) else None
@@ -41,10 +41,10 @@ class Saved(FileSource, ColumnsSpec):
         return tuple(map(str, names)) if isinstance(names, list) and names else None
 
     def _files(self) -> list[File]:
-        """Those that ``state.json`` names, in its order; ``datasets`` leaves others of its own beside them.
+        """The files that ``state.json`` names, in its order; ``datasets`` leaves other files of its own beside them.
 
         Raises:
-            InputError: it names none, or one that is not in the folder.
+            InputError: it names no file, or one that is not in the folder.
         """
         folder, names = self._folder(), list[str]()
         listed = read_json(folder / "state.json").get("_data_files")
@@ -58,10 +58,10 @@ class Saved(FileSource, ColumnsSpec):
         return [folder / name for name in names]
 
     def _folder(self) -> Path:
-        """Where the rows are.
+        """Folder of the rows.
 
         Raises:
-            InputError: the folder is not there, is another one, or the split must be named.
+            InputError: the folder does not exist, is not of this kind, or the split must be named.
         """
         folder = Path(self.path).expanduser()
         if not is_folder(folder):

@@ -1,4 +1,4 @@
-"""The rows of a folder that ``save_to_disk`` has written, by the library that wrote it."""
+"""Reads the rows of a folder that ``save_to_disk`` has written, with the library that wrote it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from distill.data.columns import ColumnsSpec, Numbered
 
 
 def read(folder: Path, columns: frozenset[str] | None, source: ColumnsSpec) -> Iterator[Numbered]:
-    """The rows of a data set, numbered from 1; its files are mapped into memory.
+    """Yield the rows of a data set, numbered from 1; its files are mapped into memory.
 
     Args:
-        folder: of the data set, or of one of its splits.
-        columns: those that are read; None: all.
-        source: whose text the rows must be able to have.
+        folder: folder of the data set, or of one of its splits.
+        columns: names of the columns to read; None: all.
+        source: source that must be able to build its text from these columns.
 
     Raises:
-        InputError: the folder is damaged, or no row of it can have a text.
+        InputError: the folder is damaged, or lacks a column from which the text is built.
     """
     try:
         found = datasets.load_from_disk(str(folder), keep_in_memory=False)

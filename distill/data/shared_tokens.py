@@ -1,9 +1,9 @@
-"""All processes of a run tokenize a part of a text each; the result equals the file that one process would write.
+"""Tokenizes a text with all processes of a run, a part each; the result equals the file that one process would write.
 
 Each process reads the source from its beginning, which takes a small part of the time. Documents of a shard that it has
-claimed go through the split and the tokenizer, in processes of its own; those of other shards are skipped. Where a
-shard begins depends on the text alone, so the shards are the same whoever makes them. At the end the first process that
-finds all of them puts them end to end, and the others open the whole file.
+claimed go through the split and the tokenizer, in worker processes; those of other shards are skipped. Where a shard
+begins depends on the text alone, so the shards do not depend on the process that makes them. At the end the first
+process that finds all of them concatenates them, and the others open the whole file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from distill.core import stop
 from distill.core.errors import InputError
 from distill.core.stop import stoppable
 from distill.core.world import World
-from distill.data import shards
+from distill.data import token_shards
 from distill.data.base import Item
 from distill.data.encoder import TextEncoder
 from distill.data.joined import end_to_end
@@ -37,18 +37,18 @@ from distill.data.packing import (
     writing,
 )
 from distill.data.progress import Progress
-from distill.data.shards import Shards
 from distill.data.tally import Tally
-from distill.data.token_chunk import Batch, Chunk, Keep, chunk_of
+from distill.data.token_chunk import Batch, Keep, TokenChunk, chunk_of
+from distill.data.token_shards import TokenShards
 from distill.data.token_workers import chunks
 from distill.data.token_writer import TokenWriter
 
 LOOK_S = 0.05
-"""Seconds between two looks at the shards of other processes."""
+"""Seconds between two checks of the shards of other processes."""
 PATIENCE_S = 8.0
-"""Seconds that another process than the first one waits with the line about a mistake in the text."""
+"""Seconds that a rank other than 0 delays its error, so that rank 0 can report it first."""
 SILENT_S = 30.0
-"""Seconds of waiting after which a line says so."""
+"""Seconds of waiting after which a message says so."""
 
 
 @dataclass
@@ -57,14 +57,14 @@ class SharedText:
 
     Attributes:
         path: the ``.bin`` file to write.
-        documents: gives all documents of the source, in order, each time it is called.
-        keep: chooses those of this side; the same for a document wherever it stands.
-        encoder: text to ids.
+        documents: function that returns all documents of the source, in order.
+        keep: selects the documents of this side, independently of the other documents.
+        encoder: converts text to ids.
         vocabulary_size: every id must be below it.
-        with_bytes: also write the bytes of each token, and the digests of the texts.
-        total_bytes: text to come, for the progress bar; None when unknown.
-        prepare: called before anything is read, if there is something to read.
-        world: the processes of the run; of those that do not share the folder each tokenizes all.
+        with_bytes: whether to write the bytes of text per token and the digests of the texts too.
+        total_bytes: size of the text, for the progress bar; None if unknown.
+        prepare: called before the source is read, if it has to be read.
+        world: the processes of the run; processes without a shared folder each tokenize the whole text.
     """
 
     path: Path
@@ -78,14 +78,14 @@ class SharedText:
     world: World
 
     def write(self) -> TokenFile:
-        """Tokenize what no other process does, wait for the rest, and open all.
+        """Tokenize the shards that no other process has claimed, wait for the rest, and open the whole file.
 
         Raises:
-            InputError: an id that the model has no row for, or many rows in a row of which none can be used. Another
-                process than the first one waits a moment for that one to say so.
+            InputError: an id outside the model's vocabulary, or many consecutive unusable rows at the start. A rank
+                other than 0 delays the error, so that rank 0 can report it first.
             MachineError: the disk is full or not writable.
         """
-        parts = Shards(self.path)
+        parts = TokenShards(self.path)
         while (whole := read_tokens(self.path, quietly=True)) is None:
             stop.check()
             self._forget_what_is_damaged()
@@ -112,7 +112,7 @@ class SharedText:
             if read_tokens(self.path, quietly=True) is None:
                 self.path.with_suffix(".json").unlink(missing_ok=True)
 
-    def _tokenize(self, parts: Shards) -> None:
+    def _tokenize(self, parts: TokenShards) -> None:
         """Read the source once, and write the shards that can be claimed."""
         self.prepare()
         name = self.path.name.rpartition("-")[0]
@@ -130,8 +130,8 @@ class SharedText:
                     header |= self._write(writer, some, progress)
                 parts.release(number)
 
-    def _write(self, writer: TokenWriter, made: Iterable[Chunk], progress: Progress) -> dict[str, Any]:
-        """One shard. Returns its header."""
+    def _write(self, writer: TokenWriter, made: Iterable[TokenChunk], progress: Progress) -> dict[str, Any]:
+        """Write one shard. Returns its header."""
         num_repeated = 0
         for chunk in made:
             writer.add(chunk)
@@ -139,11 +139,11 @@ class SharedText:
             progress.advance(chunk.num_bytes)
         return header_of(writer, self.encoder) | {"num_repeated": num_repeated}
 
-    def _claimed(self, parts: Shards, progress: Progress) -> Iterator[Batch]:
-        """Batches of the shards that this process takes; what is of others is read and skipped."""
-        number, read, is_ours, batch, size = -1, shards.CHARACTERS, False, list[Item](), 0
+    def _claimed(self, parts: TokenShards, progress: Progress) -> Iterator[Batch]:
+        """Yield batches of the shards that this process claims; documents of other shards are read and skipped."""
+        number, read, is_ours, batch, size = -1, token_shards.CHARACTERS, False, list[Item](), 0
         for document in stoppable(self.documents()):
-            if read >= shards.CHARACTERS:
+            if read >= token_shards.CHARACTERS:
                 if batch:
                     yield Batch(batch, number)
                 number, read, batch, size = number + 1, 0, [], 0
@@ -164,8 +164,8 @@ class SharedText:
             yield Batch([], 0)  # a text without any document is one shard without tokens
         parts.tell_count(max(number, 0) + 1)
 
-    def _wait(self, parts: Shards) -> None:
-        """Wait until all shards are finished, all are joined, or one is free that this process may take."""
+    def _wait(self, parts: TokenShards) -> None:
+        """Wait until all shards are finished or joined, or one is free for this process to claim."""
         since, is_told = time.monotonic(), False
         while not self.path.with_suffix(".json").is_file():
             missing = [number for number in range(parts.count() or 0) if not parts.is_finished(number)]
@@ -178,9 +178,9 @@ class SharedText:
             time.sleep(LOOK_S)
 
     def _is_made_by_others(self) -> bool:
-        """Whether the whole file appears although this process cannot make its part.
+        """Whether the whole file appears although this process cannot tokenize its part.
 
-        Most likely the first process finds the same mistake meanwhile and ends the run with the line that is read.
+        Meanwhile rank 0 probably finds the same error, reports it and ends the run.
         """
         until = time.monotonic() + PATIENCE_S
         while not self.path.with_suffix(".json").is_file():

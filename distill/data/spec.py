@@ -1,4 +1,4 @@
-"""The `data` section of a recipe: which text, how it is split, in which tokens and rows."""
+"""The `data` section of a recipe: the text, how it is split, and how it becomes tokens and rows."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from distill.data.mixture import Mixture
 from distill.data.order_spec import OrderSpec
 
 TEXTS = Family("source", *(spec for _, spec in SOURCES.items()), Mixture)
-"""What a run can train on: a source, or several of them."""
+"""Sources that a run can train on, and the mixture of several."""
 HELD_OUT = 0.05
 MAX_DROPPED = 0.01
 
 Packing = Literal["wrapped", "documents", "best_fit", "padded"]
 """How documents become rows; see :mod:`distill.data.rows`."""
 APART: tuple[Packing, ...] = ("documents", "best_fit")
-"""Those with documents in a row that must not see each other."""
+"""Packings with documents in a row that must not see each other."""
 FULL: tuple[Packing, ...] = ("wrapped", "documents")
-"""Those whose rows are full, but for the last one."""
+"""Packings whose rows are full, except the last one."""
 
 
 class TrainTokenizer(Spec):
     """Train a new byte-level BPE tokenizer on the training text."""
 
     vocab_size: int = Field(2048, ge=258)
-    """Tokens at most, with the 256 bytes and two special tokens among them; small texts may give fewer."""
+    """Maximum number of tokens, including the 256 bytes and two special tokens; small texts may give fewer."""
 
 
 def _how(value: Any) -> str | None:
-    """Which form of the tokenizer key was written."""
+    """Which form of the key ``tokenizer`` is used."""
     if isinstance(value, str):
         return "name"
     return "train" if isinstance(value, dict | TrainTokenizer) else None
@@ -55,7 +55,7 @@ TokenizerChoice = Annotated[
 
 
 def holds_conversations(source: Any) -> bool:
-    """Whether a source as it is written in a recipe yields conversations; False for what is no source."""
+    """Whether a source, as written in a recipe, yields conversations; False if it is not a valid source."""
     try:
         return _TEXT.validate_python(source).holds_conversations()
     except ValidationError:
@@ -74,46 +74,46 @@ class DataSpec(Spec):
     """The source of the validation text; null: a part of the training text is held out. In a mixture it is set per
     source, in train.validation."""
     held_out: float = Field(HELD_OUT, gt=0, lt=1)
-    """Share of the training source's documents held out for validation; only when there is no validation source."""
+    """Share of the training source's documents held out for validation; only if there is no validation source."""
     sequence_length: int = Field(ge=2)
-    """Tokens in a row, at most."""
+    """Maximum number of tokens in a row."""
     packing: Packing = "wrapped"
-    """How documents share a row. wrapped: end to end, each token sees all before it; documents: the same rows, each
-    token sees its own document alone; best_fit (the default for conversations): whole documents side by side; padded:
-    one per row, filled up."""
+    """How documents share a row. wrapped: concatenated, each token sees all tokens before it; documents: the same rows,
+    each token sees only its own document; best_fit (the default for conversations): whole documents side by side;
+    padded: one document per row, padded to the longest of its batch."""
     chat: ChatSpec | None = None
-    """How conversations become rows; null: by the teacher's chat template. No effect without a source of them."""
+    """How conversations become rows; null: with the teacher's chat template. Only with a source of conversations."""
     max_dropped: float = Field(MAX_DROPPED, ge=0, le=1)
-    """Share of the rows that may be left out as they cannot be used (not JSON, a missing column, ...); above it the run
-    stops. Of sources with columns, of tokens and of conversations."""
+    """Largest share of unusable rows (not JSON, a missing column, ...), which are left out; above it the run stops.
+    Applies to sources with columns, of tokens and of conversations."""
     clean: CleanSpec | None = None
-    """Training rows to leave out although they could be used: those that repeat others, and those that hold rows of a
-    test set; null: none."""
+    """Usable training rows to leave out: those that repeat others, and those that contain rows of a test set; null:
+    none."""
     augment: AugmentSpec | None = None
-    """Training documents to add, made from those that are there; null: none. Validation rows are never changed."""
+    """Training documents to add, derived from the existing ones; null: none. Validation rows are never changed."""
     order: OrderSpec | None = None
-    """Which rows each training reads first; null: every pass is shuffled, from its beginning."""
+    """Which rows each training reads first; null: all passes are shuffled."""
     validation_tokens: int = Field(100_000, ge=1)
-    """Validate on about so many tokens at most, spread over the whole validation text."""
+    """Largest number of validation tokens, approximately; they are spread over the whole validation text."""
     calibration_sequences: int = Field(128, ge=1)
-    """Training rows that calibration and importance scores see; all of them when there are fewer."""
+    """Number of training rows for calibration and importance scores; all of them if there are fewer."""
     tokenizer: TokenizerChoice = "teacher"
     """`teacher`, a folder, a Hub id, or `{vocab_size: 2048}` to train one on the training text."""
     _task: ModelTask = PrivateAttr(default_factory=CausalLM)
 
     @property
     def task(self) -> ModelTask:
-        """What models are trained and measured on: the recipe's ``task``."""
+        """The recipe's ``task``, on which models are trained and measured."""
         return self._task
 
     def for_task(self, task: ModelTask) -> DataSpec:
-        """The same section, read for a task."""
+        """The same section for a task."""
         other = self.model_copy()
         other._task = task
         return other
 
     def refusals(self) -> Iterator[tuple[str, str]]:
-        """Keys that cannot be used with the task, each with the reason."""
+        """Yield the keys that cannot be used with the task, each with the reason."""
         if self.task.is_causal:
             return
         of = f"with task: {self.task.kind}"
@@ -132,16 +132,16 @@ class DataSpec(Spec):
             yield "tokenizer", f"no tokenizer is trained {of}; name that of an encoder"
 
     def split_identity(self) -> Any:
-        """Stands for what is validated on: the validation source, or the share that is held out."""
+        """What determines the validation text, for hashing: the validation source, or the share that is held out."""
         return self.validation.identity() if self.validation else self.held_out
 
     @property
     def holds_conversations(self) -> bool:
-        """Whether some of it is conversations."""
+        """Whether some of the text is conversations."""
         return any(source is not None and source.holds_conversations() for source in (self.train, self.validation))
 
     def sources(self) -> Iterator[tuple[str, SourceSpec]]:
-        """Every source with its key in the recipe; of a mixture those in it."""
+        """Yield every source with its key in the recipe; for a mixture, the sources in it."""
         if isinstance(self.train, Mixture):
             yield from ((f"data.train.sources.{name}", source) for name, source in self.train.sources.items())
             yield from ((f"data.train.validation.{name}", source) for name, source in self.train.validation.items())
@@ -151,20 +151,20 @@ class DataSpec(Spec):
             yield "data.validation", self.validation
 
     def tests(self) -> Iterator[tuple[str, SourceSpec]]:
-        """Sources that no model reads, whose rows are kept out of the training text; each with its key."""
+        """Yield the sources that no model reads, whose rows are kept out of the training text; each with its key."""
         yield from self.clean.tests() if self.clean is not None else ()
 
     @property
     def holds_ids(self) -> bool:
-        """Whether some of it is token ids already."""
+        """Whether some of the text is token ids already."""
         return any(source is not None and source.holds_ids() for source in (self.train, self.validation))
 
     @property
     def needs_order(self) -> bool:
-        """Whether one process tokenizes it, document after document, while others wait.
+        """Whether one process tokenizes the text, document by document, while the others wait.
 
-        Token ids are only copied; a stream's validation text is a few documents; what is left out as a duplicate
-        depends on the rows before it, and copies stand behind all of them.
+        This is so because token ids are only copied, the validation text of a stream is a few documents, which
+        duplicates are left out depends on the rows before them, or copies follow after all documents.
         """
         is_cleaned = self.clean is not None and self.clean.duplicates is not None
         is_stream = any(source.is_stream() for _, source in self.sources())
@@ -172,12 +172,12 @@ class DataSpec(Spec):
 
     @property
     def drops_rows(self) -> bool:
-        """Whether some of it may hold rows that cannot be used."""
+        """Whether some of the text may have unusable rows."""
         return any(source is not None and source.drops_rows() for source in (self.train, self.validation))
 
     @property
     def keeps_whole(self) -> bool:
-        """Whether no document is cut where a row is full."""
+        """Whether no document is cut because its row is full."""
         return self.packing not in FULL
 
     @property
@@ -188,7 +188,7 @@ class DataSpec(Spec):
     @model_validator(mode="after")
     def _conversations_stay_whole(self) -> DataSpec:
         if "packing" not in self.model_fields_set and self.train.holds_conversations():
-            object.__setattr__(self, "packing", "best_fit")  # the default of a frozen model depends on another field
+            object.__setattr__(self, "packing", "best_fit")  # a default that depends on another field of a frozen model
             self.model_fields_set.add("packing")
         return self
 
@@ -244,7 +244,7 @@ class DataSpec(Spec):
                 "validation has no effect beside a mixture, of which each source is measured for itself; name "
                 "validation sources in train.validation: {NAME: {kind: ...}}, or remove it"
             )
-        # A resolved recipe writes defaults out, so the default itself is no mistake.
+        # A resolved recipe contains all defaults, so the default itself is no mistake.
         if self.validation is not None and self.held_out != HELD_OUT:
             raise ValueError("held_out has no effect beside a validation source; remove one of the two")
         return self

@@ -1,4 +1,4 @@
-"""Which documents train and which validate: decided by a hash, so neither order nor seed nor machine matters."""
+"""Splits documents into training and validation text by a hash, independently of order, seed and machine."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from distill.core.stop import stoppable
 from distill.data.base import DIGEST_BYTES, Conversation, Document, Item, Rejected, SourceSpec, digest, normalised
 from distill.data.spec import DataSpec
 
-_STREAM_BYTES_PER_TOKEN = 8  # twice what a token of English is: enough text for the validation tokens asked for
+_STREAM_BYTES_PER_TOKEN = 8  # twice the bytes of an English token, so the text is enough
 
 
 RULE = "texts are equal when their normalised forms are"
-"""The rule of the split; token files that were made by another rule are written again."""
+"""Version of the split rule; token files made with another version are rebuilt."""
 
 
 class Side(Enum):
-    """Where a document of the training source goes."""
+    """The side of the split on which a document of the training source is."""
 
     TRAIN = "train"
     VALIDATION = "validation"
@@ -30,20 +30,20 @@ class Side(Enum):
 class Split:
     """The two sides of a run's text. Texts that are equal as :func:`~distill.data.base.normalised` are never on both.
 
-    Rows that cannot be used are yielded as validation rows if they come from the validation source, else as training
-    rows.
+    Unusable rows are yielded as validation rows if they come from the validation source, otherwise as training rows.
 
     Without a validation source a document is held out when the hash of its key, read as a number in [0, 1), is below
     ``held_out``. With one, training leaves out every document whose text is also in the validation source.
 
     Args:
-        data: of the recipe.
-        key: of the training source in the recipe.
+        data: the recipe's ``data`` section.
+        key: key of the training source in the recipe.
         read: reads a source; None: :meth:`SourceSpec.documents`.
 
     Attributes:
-        num_repeated: training documents that the latest whole reading left out because the validation source has them.
-        digests: file of :attr:`validation_digests`, which are read from it where it is there.
+        num_repeated: number of training documents that the latest complete pass left out because the validation source
+            has them.
+        digests: file of :attr:`validation_digests`, from which they are read if it exists.
     """
 
     digests: Path | None = None
@@ -59,7 +59,7 @@ class Split:
         self._documents = read or (lambda source: source.documents())
 
     def training(self) -> Iterator[Item]:
-        """The documents to train on, in the source's order; each call begins again."""
+        """Yield the documents to train on, in the source's order; each call starts from the beginning."""
         self.prepare()
         repeated = 0
         for document in stoppable(self._documents(self.data.train)):
@@ -79,28 +79,28 @@ class Split:
         return Side.VALIDATION if self.is_held_out(document) else Side.TRAIN
 
     def is_held_out(self, document: Item) -> bool:
-        """Whether a document is validated on, where there is no validation source."""
+        """Whether a document is held out for validation, if there is no validation source."""
         return not isinstance(document, Rejected) and self._place(document) < self._threshold
 
     def to_train(self, documents: Iterable[Item]) -> tuple[list[Item], int]:
-        """Of documents of the training source those of :meth:`training`, and how many are left out as repeated."""
+        """Filter documents of the training source: (training documents, number skipped as repeated)."""
         sides = [(document, self.side_of(document)) for document in documents]
         kept = [document for document, side in sides if side is Side.TRAIN]
         return kept, sum(side is Side.REPEATED for _, side in sides)
 
     def trained_of(self, documents: Iterable[Item]) -> Iterator[Item]:
-        """Of documents of the training source those to train on, as they come."""
+        """Filter documents of the training source: yield the training documents, as they come."""
         return (document for document in stoppable(documents) if self.side_of(document) is Side.TRAIN)
 
     def to_validate(self, documents: Iterable[Item]) -> tuple[list[Item], int]:
-        """Of documents of the training source those that are held out; nothing is left out as repeated."""
+        """Filter documents of the training source: (held-out documents, 0, because none is skipped as repeated)."""
         return [document for document in documents if self.is_held_out(document)], 0
 
     def prepare(self, *, to_train: bool = True) -> None:
-        """Read what :meth:`side_of` needs to know, which is then the same in processes that are forked.
+        """Read what :meth:`side_of` depends on, so that processes that are forked have it too.
 
         Args:
-            to_train: whether the training side is asked for; else :meth:`is_held_out` is known.
+            to_train: False if only :meth:`is_held_out` will be called.
 
         Raises:
             InputError: there is nothing to split, or a source cannot be read.
@@ -111,19 +111,19 @@ class Split:
             self.validation_digests  # noqa: B018
 
     def read(self, source: SourceSpec) -> Iterator[Item]:
-        """All documents of one of the two sources, as this split reads them."""
+        """Yield all documents of one of the two sources, as this split reads them."""
         return self._documents(source)
 
     def texts(self) -> Iterator[str]:
-        """The text of :meth:`training`."""
+        """Yield the texts of :meth:`training`."""
         return (document.text for document in self.training() if not isinstance(document, Rejected))
 
     def validation(self) -> Iterator[Item]:
-        """The documents to validate on. Of a stream, as many as the validation tokens asked for need."""
+        """Yield the documents to validate on; for a stream, as many as the requested validation tokens need."""
         source = self.data.validation or self.data.train
         is_split = self.data.validation is None
         if is_split:
-            self._threshold  # noqa: B018  # an empty source is refused also where nothing of it is read
+            self._threshold  # noqa: B018  # so that an empty source raises an error in any case
         budget = self.data.validation_tokens * _STREAM_BYTES_PER_TOKEN if source.is_stream() else float("inf")
         for document in stoppable(self._documents(source)):
             if is_split and not self.is_held_out(document):
@@ -137,7 +137,7 @@ class Split:
 
     @cached_property
     def validation_digests(self) -> set[bytes]:
-        """Of the normalised texts of :meth:`validation`."""
+        """Digests of the normalised texts of :meth:`validation`."""
         if self.digests is not None and self.digests.is_file():
             content = self.digests.read_bytes()
             return {content[at : at + DIGEST_BYTES] for at in range(0, len(content), DIGEST_BYTES)}
@@ -149,7 +149,7 @@ class Split:
 
     @cached_property
     def _threshold(self) -> float:
-        """``held_out``; where that share of the documents would be empty, just above the lowest hash.
+        """Hash threshold: ``held_out``, or the second-lowest hash if no document would be held out.
 
         Raises:
             InputError: there is nothing to split.

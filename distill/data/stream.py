@@ -1,4 +1,4 @@
-"""Text that is tokenized and packed as it is read, with positions to go on from."""
+"""Tokenizes and packs a streamed text as it is read, with positions from which reading can be resumed."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 TOKEN = np.dtype([("id", np.uint32), ("place", np.uint32)])
 """A token of a stream: its id, and its position in its document."""
 ENOUGH = 200
-"""Number of rows after which a run may stop because too many cannot be used, before the end of the pass."""
+"""Number of rows after which a run may stop because too many are unusable, before the end of the pass."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """A place between two documents of a stream, from which it can be read on.
+    """A position between two documents of a stream, from which reading can be resumed.
 
     Attributes:
         row: number of the next row.
-        number: of the pass over the source, from 0.
-        num_tokens: of the documents of this pass so far.
-        source: where the source is; None: at its beginning.
+        number: number of the pass over the source, from 0.
+        num_tokens: number of tokens in the documents of this pass so far.
+        source: position in the source; None: its start.
         left: tokens that do not fill a row yet. :data:`TOKEN` [tokens]
-        tally: of the rows of this pass.
+        tally: counts of the rows of this pass.
     """
 
     row: int = 0
@@ -54,7 +54,7 @@ class Position:
     tally: Tally = field(default_factory=Tally)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The position as a JSON value."""
         left = [self.left["id"].tolist(), self.left["place"].tolist()]
         return {
             "row": self.row,
@@ -67,7 +67,7 @@ class Position:
 
     @classmethod
     def from_json(cls, written: Mapping[str, Any]) -> Position:
-        """What :meth:`to_json` gave."""
+        """The position from the value that :meth:`to_json` returned."""
         ids, places = written["left"]
         left = np.zeros(len(ids), TOKEN)
         left["id"], left["place"] = ids, places
@@ -78,18 +78,18 @@ class Position:
 class Stream:
     """The training side of a streamed source: an endless list of rows in the source's own order, pass after pass.
 
-    The list depends on nothing but the text and the tokenizer. The end of a pass runs on into the next one, so every
-    row is full. Training reads it from the disk, where a process writes it ahead; see
+    The list depends only on the text and the tokenizer. The last row of a pass continues with the next pass, so every
+    row is full. Training reads the rows from disk, where a writer process stores them ahead of time; see
     :mod:`distill.data.stream_shards`.
 
     Attributes:
-        split: which documents train.
-        encoder: text to ids.
-        sequence_length: tokens in a row.
+        split: decides which documents are trained on.
+        encoder: converts text to ids.
+        sequence_length: number of tokens in a row.
         vocabulary_size: every id must be below it.
-        folder: where rows are kept that are written ahead.
+        folder: folder of the rows on disk.
         apart: whether documents in a row must not see each other.
-        max_dropped: share of the rows of a pass that may be left out as they cannot be used.
+        max_dropped: largest share of unusable rows in a pass, which are left out.
     """
 
     split: Split
@@ -102,20 +102,21 @@ class Stream:
 
     @property
     def room(self) -> int:
-        """Tokens of a row of the list: as many as fit behind those that the tokenizer puts before a text."""
+        """Number of tokens of text in a row of the list: those that fit after the start tokens."""
         return room_of(self.sequence_length, self.encoder.start)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Rows from the first one on, each an array of :data:`TOKEN` [room].
+        """Yield rows from the first one on, each an array of :data:`TOKEN` [room].
 
         Raises:
-            InputError: a pass over the source holds less than one row, or an id that the model has no row for.
+            InputError: a pass over the source has less than one row of text, or a token id outside the model's
+                vocabulary.
         """
         for rows, _ in self.read(Position()):
             yield from rows
 
     def read(self, begin: Position) -> Iterator[tuple[np.ndarray, Position]]:
-        """Rows from a position on, some at a time, each time with the position behind them. :data:`TOKEN` [rows, room]
+        """Yield (rows, position after them) from ``begin`` on. rows: :data:`TOKEN` [rows, room]
 
         Raises:
             InputError: see :meth:`__iter__`.
@@ -140,7 +141,7 @@ class Stream:
             at = Position(at.row, at.number + 1, left=at.left)
 
     def _ids(self, batch: Sequence[Item]) -> Iterator[np.ndarray]:
-        """The tokens of each document of a batch."""
+        """Yield the tokens of each document of a batch."""
         for document, row in zip(batch, self.encoder.encode([each.text for each in batch]), strict=True):
             if (largest := int(row.max())) >= self.vocabulary_size:
                 raise InputError(token_too_large(document.id, largest, self.vocabulary_size))
@@ -149,10 +150,10 @@ class Stream:
             yield tokens
 
     def _usable(self, documents: Iterable[Item], tally: Tally) -> Iterator[Item]:
-        """The documents of a pass. Rows that cannot be used are counted, and the first of each reason is printed.
+        """Yield the usable documents of a pass. Unusable rows are counted, and the first with each reason is printed.
 
         Raises:
-            InputError: more of them than the recipe allows, as soon as that is sure.
+            InputError: more rows are unusable than the recipe allows, checked from row :data:`ENOUGH` on.
         """
         for item in documents:
             if not isinstance(item, Rejected):
@@ -172,8 +173,8 @@ class Stream:
     def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
         """A batch of rows; see :func:`distill.data.packed_rows.batch_of`. rows: :data:`TOKEN` [batch, tokens]
 
-        A row in the middle of a document gets the tokenizer's first tokens in front. A row that begins with a document
-        already contains them, and is padded by as many tokens at its end.
+        A row that begins in the middle of a document gets the tokenizer's start tokens as a prefix. A row that begins
+        with a document already contains them, and is padded by as many tokens at its end.
         """
         size, start = rows.shape[1], self.encoder.start
         ids = np.full((len(rows), size + len(start)), self.encoder.end, np.int64)  # [batch, sequence]

@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LOOK_S = 0.05
-"""Seconds between two looks at what is on disk."""
+"""Seconds between two checks of what is on disk."""
 _ERROR: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str])
 
 
 class StreamReader:
-    """Reads a stream's rows. Of all processes that read one folder, one at a time has a process that writes it.
+    """Reads a stream's rows. At most one of the readers of a folder runs a writer process at a time.
 
     Args:
-        stream: whose rows are read.
+        stream: the stream to read.
 
     Raises:
         MachineError: the folder cannot be written.
@@ -46,7 +46,7 @@ class StreamReader:
         self.shards = StreamShards(stream)
         self.shards.open()
         self._error = stream.folder / "error.json"
-        self._error.unlink(missing_ok=True)  # of an earlier run
+        self._error.unlink(missing_ok=True)  # left by an earlier run
         self._mark = Mark(stream.folder)
         self._writer: Any = None
         self._shard: tuple[int, np.ndarray] = 0, np.zeros((0, 0))
@@ -56,15 +56,15 @@ class StreamReader:
 
         Raises:
             InputError: the text cannot be read or used.
-            MachineError: the disk is full, or the process that writes was killed.
+            MachineError: the disk is full, or the writer process was killed.
         """
         return np.stack([self._row(position) for position in positions])
 
     def close(self) -> None:
-        """End the process that writes, if it is this one's."""
+        """End the writer process, if this reader has started it."""
         self._mark.close()
         if self._writer is not None:
-            self._writer.kill()  # what it has not finished is made again
+            self._writer.kill()  # an unfinished shard is written again
             self._writer.join()
             self._writer = None
 
@@ -77,11 +77,11 @@ class StreamReader:
         return row
 
     def _wait_for(self, position: int) -> tuple[int, np.ndarray]:
-        """First row of the shard that holds a position, and its rows."""
+        """Return (first row of the shard that contains a position, its rows)."""
         while True:
             for first, behind in self.shards.bounds():
                 if first <= position < behind and (rows := self.shards.rows_of(first, behind)) is not None:
-                    self._start()  # it writes what comes next
+                    self._start()  # the writer stores the next shards
                     return first, rows
             if not self._start() and self._error.is_file():
                 raise self._what_was_wrong()
@@ -89,12 +89,12 @@ class StreamReader:
             time.sleep(LOOK_S)
 
     def _start(self) -> bool:
-        """Start a process that writes, unless there is one; whether it was started."""
+        """Start the writer unless one is running. Returns whether it was started."""
         try:
             lock = (self.shards.folder / "writer.lock").open("w")
         except OSError as error:
             raise unwritable(self.shards.folder, error) from error
-        with lock:  # a process that is started has it open too, and the lock ends with that one
+        with lock:  # the started writer inherits the lock and holds it until it ends
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -120,9 +120,9 @@ class StreamReader:
         return True
 
     def _write_ahead(self, parent: int) -> None:
-        """What the process does, until nobody reads."""
+        """Main loop of the writer; ends when no reader is left."""
         stop.in_worker()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when it ends
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when it ends
         try:
             while os.getppid() == parent and (rows := rows_read(self.shards.folder)):
                 if (number := self.shards.wanted(rows)) is None:
@@ -150,7 +150,7 @@ class StreamBatches(IterableDataset[dict[str, "Tensor"]]):
     """Micro-batches of one rank from a stream, endlessly.
 
     Args:
-        stream: the rows.
+        stream: the stream.
         taken: the positions that the rank takes.
     """
 

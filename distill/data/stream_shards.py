@@ -1,17 +1,18 @@
-"""A stream on disk: a process writes its rows a little ahead, and all that train map them into memory.
+"""The rows of a stream on disk: a writer process stores them ahead, and the training processes map them into memory.
 
     stream-<hash>/
-        000000000000-000000016384.json   the position behind these rows and their SHA-256; kept for good, 100 kB at most
+        000000000000-000000016384.json   the position after these rows and their SHA-256; never deleted, 100 kB at most
         000000000000-000000016384.bin    the rows themselves, :data:`~distill.data.stream.TOKEN` [rows, tokens]
-        writer.lock                      locked by the process that writes
+        writer.lock                      locked by the writer process
         <process>.reader                 the row that a process reads; locked while it does
 
-The positions are an index of the stream. So a training that goes on at its billionth token starts with the shard that
-holds it, which is still there or is made anew from the position before it, and reads nothing of what comes before.
+The positions are an index of the stream. Therefore a training that resumes at its billionth token starts with the shard
+that contains it, which is still there or is rebuilt from the position before it, and reads nothing that comes earlier.
 
-Rows are kept while a process is about to read them: those of :data:`~distill.data.stream_bounds.BEHIND` shards before
-its own and of :data:`~distill.data.stream_bounds.AHEAD` shards after it. Shards grow, so that the first rows are there
-at once. Where a shard ends depends on the stream alone.
+Rows are kept while a process is about to read them: for each reader, those of its current shard, of
+:data:`~distill.data.stream_bounds.BEHIND` shards before it and of :data:`~distill.data.stream_bounds.AHEAD` shards
+after it. Shards grow in size, so that the first rows are available soon. Where a shard ends depends on the stream
+alone.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from distill.data.stream import TOKEN, Position, Stream
 from distill.data.stream_bounds import AHEAD, BEHIND, LARGEST, SMALLEST
 
 RULE = f"1: shards of {SMALLEST} to {LARGEST} tokens"
-"""How shards are cut; another rule is another folder."""
+"""Version of the sharding rule; part of what the folder's name hashes."""
 _DIGEST = "sha256"
 _POSITION: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 _numbers = itertools.count()
@@ -46,7 +47,7 @@ class StreamShards:
     """The folder of a stream.
 
     Args:
-        stream: whose rows it holds.
+        stream: the stream whose rows it holds.
     """
 
     def __init__(self, stream: Stream):
@@ -54,10 +55,10 @@ class StreamShards:
         self._reading: tuple[int, Iterator[tuple[np.ndarray, Position]]] | None = None
 
     def open(self) -> None:
-        """Make the folder.
+        """Create the folder.
 
         Raises:
-            MachineError: it cannot be written.
+            MachineError: the folder cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +66,7 @@ class StreamShards:
             raise unwritable(self.folder, error) from error
 
     def bounds(self) -> list[tuple[int, int]]:
-        """First row and the one behind the last, of all shards that follow each other from the first row on."""
+        """(first row, row after the last) of all contiguous shards from the first row of the stream on."""
         found = sorted(tuple(map(int, file.stem.split("-"))) for file in self.folder.glob("*-*.json"))
         chain: list[tuple[int, int]] = []
         for first, stop in found:
@@ -83,20 +84,20 @@ class StreamShards:
                     return rows
         except FileNotFoundError:
             return None
-        except InputError:  # what is known of the rows is damaged, and made again with them
+        except InputError:  # the position file is damaged and is rebuilt together with the rows
             self._file(first, stop, "json").unlink(missing_ok=True)
         file.unlink(missing_ok=True)
         return None
 
     def sweep(self) -> None:
-        """Delete what a process that was killed has left half-written. Only one that holds the lock may do it."""
+        """Delete incomplete files of a killed process. Only the holder of the writer lock may call it."""
         for file in self.folder.glob(".*.bin.*"):
             file.unlink(missing_ok=True)
 
     def wanted(self, rows: list[int]) -> int | None:
-        """The shard that is to be made next, by number; None where all are there that readers of these rows need soon.
+        """Number of the shard to write next; None if all shards exist that readers at these rows need soon.
 
-        Rows of which no reader is near are deleted.
+        Rows that are not near to any reader are deleted.
         """
         chain = self.bounds()
         read = [next((at for at, (_, behind) in enumerate(chain) if row < behind), len(chain)) for row in sorted(rows)]
@@ -113,7 +114,7 @@ class StreamShards:
         return None
 
     def make(self, number: int) -> None:
-        """Write a shard, from the position behind the one before it.
+        """Write a shard, starting at the position after the previous one.
 
         Raises:
             InputError: the text cannot be read or used.
@@ -168,10 +169,10 @@ def _digest(rows: np.ndarray) -> str:
 
 
 class Mark:
-    """Where a process reads, for the one that writes ahead.
+    """Tells the writer process which row a process reads.
 
     Args:
-        folder: of the stream.
+        folder: folder of the stream.
     """
 
     def __init__(self, folder: Path):
@@ -181,21 +182,21 @@ class Mark:
             fcntl.flock(self._open, fcntl.LOCK_EX)
             if self.file.exists():
                 break
-            self._open.close()  # it was taken for one that is left over, before it was locked
+            self._open.close()  # another process deleted the file as stale before it was locked
 
     def move(self, row: int) -> None:
-        """Say that the process reads this row now."""
+        """Record that the process reads this row now."""
         os.pwrite(self._open.fileno(), f"{row:020}".encode(), 0)
 
     def close(self) -> None:
-        """Say that it reads no more."""
+        """Record that the process has stopped reading."""
         self.file.unlink(missing_ok=True)
         fcntl.flock(self._open, fcntl.LOCK_UN)  # forked processes have it open too
         self._open.close()
 
 
 def rows_read(folder: Path) -> list[int]:
-    """The rows that living processes read; marks of others are deleted."""
+    """The rows that running processes read; marks of ended processes are deleted."""
     rows = []
     for file in folder.glob("*.reader"):
         with suppress(FileNotFoundError), file.open("rb") as mark:

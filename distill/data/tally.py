@@ -12,9 +12,9 @@ from distill.data.base import Rejected, Removed
 TOO_LONG = "too long"
 _HINTS = {TOO_LONG: "raise data.sequence_length, or set data.chat.too_long: cut_turns"}
 _HOPELESS = 200
-"""Rows after which reading stops if none of them could be used."""
+"""Number of rows after which reading stops if none of them is usable."""
 _EXAMPLES = 3
-"""Rows that are named of each reason for which ``data.clean`` leaves some out."""
+"""Number of example rows per reason for which ``data.clean`` leaves rows out."""
 
 
 @dataclass
@@ -22,14 +22,14 @@ class Tally:
     """Counts of a text's rows.
 
     Attributes:
-        num_read: conversations that were read, those that were dropped among them.
-        dropped: reason -> how many.
-        first: reason, or what was noted of a document -> the first of them, with file and line.
-        noted: what happened with rows that are used -> how often.
-        removed: why ``data.clean`` left rows out -> how many. They are not among the dropped.
-        examples: the same reasons -> the first few of these rows, with file and line.
-        copies: of documents with words replaced, which ``data.augment`` has added: ``num``, ``words`` in them and
-            ``replaced`` of these. They are not among the rows that were read.
+        num_read: number of rows that were read, including dropped ones.
+        dropped: reason -> number of rows.
+        first: reason, or note on a document -> the first such row, with file and line.
+        noted: note on used rows -> count.
+        removed: reason why ``data.clean`` left rows out -> number of rows. They are not among the dropped.
+        examples: reason of ``removed`` -> the first few of its rows, with file and line.
+        copies: counts of the copies that ``data.augment`` has added: ``num`` copies, ``words`` in them and ``replaced``
+            words. They are not among the rows that were read.
     """
 
     num_read: int = 0
@@ -42,17 +42,17 @@ class Tally:
 
     @property
     def num_dropped(self) -> int:
-        """Rows that cannot be used, for whatever reason."""
+        """Number of unusable rows, for any reason."""
         return sum(self.dropped.values())
 
     @property
     def num_removed(self) -> int:
-        """Usable rows that the recipe excludes."""
+        """Number of usable rows that the recipe excludes."""
         return sum(self.removed.values())
 
     @property
     def num_used(self) -> int:
-        """Rows that were read and used."""
+        """Number of rows that were read and used."""
         return self.num_read - self.num_dropped - self.num_removed
 
     def drop(self, row: Rejected) -> None:
@@ -67,7 +67,7 @@ class Tally:
         self.first.setdefault(row.reason, f"{row.id}: {row.detail}")
 
     def note(self, noted: Mapping[str, int], id: str | None = None) -> None:
-        """Count a row that is used, and remember the first with each note where its ``id`` is given."""
+        """Count a used row; if its ``id`` is given, remember the first row with each note."""
         self.num_read += 1
         self.noted = dict(Counter(self.noted) + Counter(noted))
         if id is not None:
@@ -97,18 +97,18 @@ class Tally:
             known += examples[: _EXAMPLES - len(known)]
 
     def is_hopeless(self) -> bool:
-        """Whether many were read and none can be used."""
+        """Whether many rows were read and none is usable."""
         return self.num_read == self.num_dropped == _HOPELESS
 
     def check(self, what: str, most: float) -> None:
-        """Refuse a text of which too much is dropped.
+        """Check that not too many rows of a text are unusable.
 
         Args:
             what: the text's key in the recipe.
-            most: share of its rows that may be.
+            most: largest fraction of unusable rows.
 
         Raises:
-            InputError: more are; with each reason and its first row.
+            InputError: the fraction is exceeded; names each reason and its first row.
         """
         if self.num_dropped <= most * self.num_read:
             return
@@ -125,7 +125,7 @@ class Tally:
         return "; ".join(f"{count:,} {reason} (first {self.first[reason]})" for reason, count in ordered)
 
     def lines(self, what: str) -> list[str]:
-        """For people: what was dropped, and what else there is to know; empty when there is nothing."""
+        """Lines for the user: what was dropped, and further notes; empty if there are none."""
         lines = [
             f"{what}: {count:,} {note}" + (f" (first {self.first[note]})" if note in self.first else "")
             for note, count in self.noted.items()

@@ -40,7 +40,7 @@ class TaskCorpus(Corpus):
 
     Attributes:
         train, validation: see :class:`~distill.data.text_rows.TextRows`.
-        task: of the recipe.
+        task: the recipe's task.
         questions: hash of the text of the validation rows. It is the same for all tokenizers, so that results of models
             with different tokens can be compared row by row.
     """
@@ -56,20 +56,21 @@ class TaskCorpus(Corpus):
         return self.train.file.classes if self.task.has_classes else ()
 
     def by_source(self) -> dict[str, Corpus]:
-        """Nothing: these rows are of one source."""
+        """Empty: these rows are from one source."""
         return {}
 
     def train_loader(
         self, taken: MicroBatches, num_workers: int = 0, num_sequences: int = 0, losses: np.ndarray | None = None
     ) -> Batches:
-        """Micro-batches for training, endlessly; rows of like length follow each other."""
+        """Loader of micro-batches for training, endless; rows of similar length follow each other."""
         order = GlobalOrder(len(self.train), self.seed, taken, self.train.lengths())
         return loader.loader(self.train, PlacesOf(order), num_workers)
 
     def validation_loader(self, batch_size: int, num_sequences: int | None = None) -> Batches:
-        """Every validation row, or so many evenly spread over them, once, in a fixed order: by length.
+        """Loader of every validation row, or of ``num_sequences`` evenly spread rows; once, in a fixed order: by
+        length.
 
-        :meth:`validation_order` has their numbers.
+        :meth:`validation_order` returns their numbers.
         """
         return loader.loader(self.validation, loader.in_lists(self.validation_order(num_sequences), batch_size), 0)
 
@@ -78,27 +79,27 @@ class TaskCorpus(Corpus):
         return loader.alike(self.validation, loader.evenly(len(self.validation), num_sequences))
 
     def calibration_loader(self, num_sequences: int | None = None, batch_size: int = 8) -> Batches:
-        """Training rows for calibration, the same each time."""
+        """Loader of training rows for calibration, always the same."""
         wanted = num_sequences or self.calibration_sequences
         chosen = shuffled(len(self.train), self.seed, "calibration")[:wanted].numpy()
         return loader.loader(self.train, loader.in_lists(loader.alike(self.train, chosen), batch_size), 0)
 
     @cached_property
     def tokens_per_sequence(self) -> float:
-        """Tokens of a training row, on average."""
+        """Average number of tokens in a training row."""
         return float(self.train.lengths().mean())
 
     def passes(self, num_sequences: float) -> dict[str, float]:
-        """Nothing: these rows are of one source."""
+        """Empty: these rows are from one source."""
         return {}
 
     @cached_property
     def validation_bytes(self) -> int | None:  # type: ignore[override]
-        """None: predictions of a task stand for no bytes of text."""
+        """None: predictions of a task do not correspond to bytes of text."""
         return None
 
     def summary(self) -> str:
-        """For people: how many rows, tokens and classes there are."""
+        """Summary for the user: number of rows, tokens and classes."""
         train, validation = self.train, self.validation
         classes = f", {len(self.classes)} classes ({', '.join(self.classes[:8])}{', ...' * (len(self.classes) > 8)})"
         shown = f"{len(validation):,}"
@@ -113,7 +114,7 @@ class TaskCorpus(Corpus):
         return "\n".join([line, *self.notes()])
 
     def notes(self) -> list[str]:
-        """What was cut, repeated or left out; a line each."""
+        """Notes for the user, one line each: what was cut, repeated or left out."""
         lines = []
         for key, rows in (("data.train", self.train), ("data.validation", self.validation)):
             file = rows.file
@@ -137,13 +138,13 @@ def open_rows(
 
     Args:
         data: the recipe's ``data`` section, with a task other than the next token.
-        tokenizer: text to ids, with its special tokens.
-        folder: where rows are kept, such as ``<run>/data``.
+        tokenizer: converts text to ids, with its special tokens.
+        folder: where rows are stored, such as ``<run>/data``.
         seed: decides the order of training, and which tokens are hidden.
-        vocabulary_size: rows of the smallest embedding table that will see the ids.
+        vocabulary_size: number of rows of the smallest embedding table among the models that use the ids.
 
     Raises:
-        InputError: no text, rows that cannot be used, unknown classes, or a tokenizer without the tokens of the task.
+        InputError: no text, too many unusable rows, unknown classes, or a tokenizer without the tokens of the task.
         MachineError: the folder cannot be written.
     """
     task, place = data.task, Path(folder)
@@ -204,5 +205,5 @@ def _masking(task: ModelTask, tokenizer: PreTrainedTokenizerFast, seed: int, fil
 
 
 def _spread(rows: TextRows, num_tokens: int) -> np.ndarray:
-    """Numbers of the validation rows to use, at most about so many tokens, evenly over all."""
+    """Numbers of the validation rows to use, evenly spaced, with about ``num_tokens`` tokens at most."""
     return loader.evenly(len(rows), max(1, int(num_tokens // rows.lengths().mean())))

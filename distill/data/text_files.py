@@ -1,4 +1,4 @@
-"""Text files of one's own: one document per file."""
+"""Text files, such as Markdown or source code: one document per file."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class TextFiles(FileSource):
     """A file, a folder or a glob such as `notes/**/*.md`, or a list of these; `s3://`, `gs://` and `https://`
     too."""
     suffixes: list[str] = Field([".txt", ".md", ".rst", ".py"], min_length=1)
-    """Which files of a folder count; no effect on files and globs, which name theirs."""
+    """Suffixes of the files to read in a folder; no effect on files and globs that are named themselves."""
 
     def documents(self) -> Iterator[Document]:
-        """One document per file, in the order of the names; files without text are skipped."""
+        """Yield one document per file, in the order of the names; files without text are skipped."""
         for file in self._files():
             with files.opened(file) as stream:
                 data = files.whole(stream, file)

@@ -54,14 +54,14 @@ class RowFile:
     """Rows on disk: a folder with ``ids.bin`` and ``bounds.npy``, and what a task adds.
 
     Attributes:
-        path: of the folder.
-        num_rows: rows in it.
-        num_tokens: tokens in it, with special ones.
-        num_cut: rows whose text was too long for ``data.sequence_length``.
-        num_repeated: rows left out of training because validation has their text.
-        before, after: special tokens at the two ends of a row, which are never hidden.
+        path: path of the folder.
+        num_rows: number of rows in it.
+        num_tokens: number of tokens in it, including special ones.
+        num_cut: number of rows whose text was too long for ``data.sequence_length``.
+        num_repeated: number of rows left out of training because they are in the validation text.
+        before, after: number of special tokens at the two ends of a row, which are never hidden.
         classes: names of the classes, in the order of the logits.
-        tally: rows that could not be used.
+        tally: counts of the rows, with those that could not be used.
     """
 
     path: str
@@ -76,12 +76,12 @@ class RowFile:
 
     @classmethod
     def read(cls, folder: Path) -> RowFile:
-        """What :meth:`write` wrote beside the arrays."""
+        """Read what :meth:`write` has written."""
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         return cls(str(folder), **{**facts, "classes": tuple(facts["classes"]), "tally": Tally(**facts["tally"])})
 
     def write(self, folder: Path) -> None:
-        """Write all but the arrays."""
+        """Write everything except the arrays."""
         facts = {key: value for key, value in asdict(self).items() if key != "path"}
         (folder / FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
@@ -89,7 +89,7 @@ class RowFile:
         """An array of the folder, memory-mapped: ``ids`` uint32 [tokens], ``bounds`` int64 [rows + 1], ``seconds``
         int64 [rows] (tokens before the second text), ``targets`` [rows] or [tokens]."""
         found: np.ndarray
-        if name == "ids":  # which are written as they come, so without a header that says how many there are
+        if name == "ids":  # written as they come, so without a header that has their number
             found = np.memmap(Path(self.path) / IDS, np.uint32, mode="r", shape=(self.num_tokens,))
         else:
             found = np.lib.format.open_memmap(Path(self.path) / f"{name}.npy", mode="r")  # refuses objects
@@ -101,10 +101,10 @@ class TextRows(Dataset[dict[str, "Tensor"]]):
 
     Args:
         file: the rows on disk.
-        task: of the recipe.
+        task: the recipe's task.
         filling: id that pads.
-        masking: how tokens are hidden; needed for masked_lm alone.
-        chosen: numbers of the rows to show, in order; None shows all.
+        masking: how tokens are hidden; required only for masked_lm.
+        chosen: numbers of the rows to use, in order; None: all.
     """
 
     packing = "padded"
@@ -158,7 +158,7 @@ class TextRows(Dataset[dict[str, "Tensor"]]):
         return {**batch, "mask": attended > 0, "text_mask": hidden, "text_weight": weight}
 
     def _text_weight(self) -> float:
-        """Tokens of all rows on disk / tokens that are hidden in them."""
+        """Number of tokens of all rows on disk / number of tokens that are hidden in them."""
         if self._weight is None:
             assert self.masking is not None
             hidden = self._num_hidden(self.masking, np.diff(self._array("bounds")))
@@ -166,7 +166,7 @@ class TextRows(Dataset[dict[str, "Tensor"]]):
         return self._weight
 
     def _num_hidden(self, masking: Masking, lengths: np.ndarray) -> int:
-        """Tokens that are hidden in rows of these lengths, int64 [rows]."""
+        """Number of tokens that are hidden in rows of these lengths. lengths: int64 [rows]"""
         can = np.maximum(lengths - self.file.before - self.file.after, 0)
         return int(np.where(can > 0, np.maximum(1, np.round(masking.spec.share * can)), 0).sum())
 
@@ -185,17 +185,17 @@ class TextRows(Dataset[dict[str, "Tensor"]]):
         return {"targets": targets, "mask": np.ones(shape, bool)}
 
     def only(self, numbers: np.ndarray) -> TextRows:
-        """Some of the rows. numbers: int64 [rows]"""
+        """A subset of the rows. numbers: int64 [rows]"""
         some = copy(self)
         some.chosen = self.chosen[numbers]
         return some
 
     def lengths(self) -> np.ndarray:
-        """Tokens in each row, without padding. int64 [rows]"""
+        """Number of tokens in each row, without padding. int64 [rows]"""
         return np.diff(self._array("bounds"))[self.chosen]
 
     def num_predictions(self) -> int:
-        """Predictions that count in all rows together."""
+        """Number of predictions that count in all rows together."""
         if self.masking is not None:
             return self._num_hidden(self.masking, self.lengths())
         if self.task.head == "token_classification":
@@ -214,7 +214,7 @@ class TextRows(Dataset[dict[str, "Tensor"]]):
         return self._arrays[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        # a worker maps the files itself, they are not sent to it
+        # each worker maps the files itself
         return self.__dict__ | {"_arrays": {}}
 
 
@@ -222,7 +222,7 @@ class PlacesOf(EndlessOrder):
     """An order that yields (position, row number); masking derives the hidden tokens from the position.
 
     Args:
-        order: of the rows.
+        order: the order of the rows.
     """
 
     def __init__(self, order: EndlessOrder):

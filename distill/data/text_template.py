@@ -5,9 +5,9 @@
     text: "{{ title }}{% if tags %} ({{ tags | join(', ') }}){% endif %}\\n\\n{{ row['full text'] }}"
 
 A template comes with a recipe that somebody else may have written, so it runs in Jinja's immutable sandbox, and may use
-only a part of the language: output, ``if``, ``for``, comparisons, ``~``, and the filters below. It can call nothing and
-multiply nothing, and a text that becomes too large ends there. A missing column, a null and a value that is not text
-are errors of the row, never the words "None" or "['a', 'b']" in a text to learn from.
+only a part of the language: output, ``if``, ``for``, comparisons, ``~``, and the filters below. It cannot call or
+multiply anything, and a text that becomes too large is an error of its row. A missing column, a null and a value that
+is not text are errors of the row, never the words "None" or "['a', 'b']" in a text to learn from.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ FORBIDDEN = {
 }
 """Parts of the language that a template over columns does not have, in words."""
 MOST_STEPS = 10_000_000
-"""Of all loops of one text together; they take seconds."""
+"""Limit on loop iterations per text (a few seconds)."""
 COUNTED = "counted, which no recipe can write"
 """Name of the filter that counts the steps of loops."""
 WRITTEN = (str, int, float)
-"""Types that are written as they are; others must be made text first."""
+"""Types that are written unchanged; others must be converted to text first."""
 
 
 class _Environment(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=_written)
-        self.globals.clear()  # a column of that name may be missing
+        self.globals.clear()  # so that a missing column of the same name raises an error
         kept = ("trim", "upper", "lower", "title", "capitalize", "default", "length", "first", "last", "round", "int")
         self.filters = {name: self.filters[name] for name in kept} | {"d": self.filters["default"]}
         self.filters |= {"join": _join, "replace": _replace, "tojson": _as_json, COUNTED: self._counted}
@@ -67,7 +67,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class TextOf:
-    """What makes the text of a row.
+    """Builds the text of a row.
 
     Args:
         text: the name of a column, or a template.
@@ -94,7 +94,7 @@ class TextOf:
             self._template = environment.from_string(tree)
 
     def missing(self, columns: list[str]) -> str | None:
-        """Why no row with these columns can have a text, in words; None when rows can."""
+        """Why the text cannot be built from these columns; None if it can."""
         lacking = sorted(self.needed - {*columns})
         return _lacking(lacking[0], columns) if lacking else None
 
@@ -102,7 +102,7 @@ class TextOf:
         """The text of a row.
 
         Args:
-            row: a mapping of columns to values, if it is right.
+            row: a dict (column -> value) unless it is malformed.
 
         Raises:
             Unusable: not a row of columns, a column is missing or does not hold text, or the text is too large.
@@ -145,7 +145,7 @@ class TextOf:
 
 
 def is_template(text: str) -> bool:
-    """Whether it is a template and not the name of a column."""
+    """Whether a text is a template and not the name of a column."""
     return "{{" in text or "{%" in text
 
 
@@ -192,7 +192,7 @@ def _check(size: int) -> None:
 
 
 def _written(value: Any) -> Any:
-    """A value on its way into the text."""
+    """Check a value before it is written into the text."""
     if value is None:
         raise Unusable("a null", "the template writes a null; write {{ ... or '' }} where there may be one")
     if isinstance(value, WRITTEN) or hasattr(value, "isoformat"):
@@ -204,7 +204,7 @@ def _written(value: Any) -> Any:
 
 
 def _join(values: Any, between: str = "", attribute: str | None = None) -> str:
-    """Jinja's filter, which does not build what is too large."""
+    """Jinja's filter ``join``, which raises an error before it builds a text that is too large."""
     parts = list(_texts(values, attribute))
     _check(sum(map(len, parts)) + len(str(between)) * len(parts))
     return str(between).join(parts)

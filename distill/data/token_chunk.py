@@ -17,8 +17,8 @@ class Used(NamedTuple):
     """An item that is used.
 
     Attributes:
-        id: its name in messages.
-        noted: as in :class:`~distill.data.encoder.Encoded`.
+        id: name of the item in messages to the user.
+        noted: see :class:`~distill.data.encoder.Encoded`.
         num_bytes: UTF-8 bytes of its text.
         num_rows: number of rows made from it.
         is_conversation: whether it is a conversation.
@@ -34,10 +34,10 @@ class Used(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Items that are worth a call of the tokenizer, of one shard of a text.
+    """A group of items large enough for one tokenizer call, all from one shard.
 
     Attributes:
-        items: in the order in which they shall stand.
+        items: the items in order.
         shard: number of the shard.
     """
 
@@ -46,23 +46,23 @@ class Batch(NamedTuple):
 
 
 Keep = Callable[[Sequence[Item]], tuple[list[Item], int]]
-"""Of items of a source, those that are used, and how many are left out as validation has their text."""
+"""Function: items -> (items to keep, number skipped because they are in the validation text)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class TokenChunk:
     """A batch of items, encoded.
 
     Attributes:
-        shard: number of the shard that it is of.
-        items: what became of each.
-        ids: of all rows, end to end. [tokens]
-        lengths: tokens of each row. int64 [rows]
+        shard: number of its shard.
+        items: per item, counts if it is used, otherwise why it is rejected.
+        ids: ids of all rows, concatenated. [tokens]
+        lengths: number of tokens in each row. int64 [rows]
         learned: which tokens are learned from, bool [tokens]; None: all.
-        sizes: UTF-8 bytes that each token stands for, uint32 [tokens]; None: not counted.
-        num_bytes: UTF-8 bytes that were read for it.
-        num_repeated: items that were left out as validation has their text.
-        digests: of the texts of all items that can be used, by which training leaves them out; None: not made.
+        sizes: UTF-8 bytes of text per token, uint32 [tokens]; None: not counted.
+        num_bytes: UTF-8 bytes of all items that were read for it.
+        num_repeated: number of items skipped because they are in the validation text.
+        digests: digests of the texts of all usable items, by which training leaves them out; None: not computed.
     """
 
     shard: int
@@ -78,15 +78,15 @@ class Chunk:
 
 def chunk_of(
     batch: Batch, encoder: TextEncoder, keep: Keep | None, *, with_bytes: bool, with_digests: bool = False
-) -> Chunk:
+) -> TokenChunk:
     """Encode a batch.
 
     Args:
-        batch: as it was read.
-        encoder: text to ids.
-        keep: chooses the items that are used; None: all are.
-        with_bytes: also say what bytes each token stands for.
-        with_digests: also make the digests.
+        batch: the batch.
+        encoder: converts text to ids.
+        keep: selects the items that are used; None: all.
+        with_bytes: whether to count the bytes of text per token.
+        with_digests: whether to compute the digests.
     """
     num_bytes = sum(len(item.text.encode("utf-8")) for item in batch.items)
     kept, num_repeated = (batch.items, 0) if keep is None else keep(batch.items)
@@ -105,7 +105,7 @@ def chunk_of(
         rows += made.rows
     ids = [np.asarray(row.ids, np.uint32) if isinstance(row.ids, list) else row.ids for row in rows]
     learned = [np.ones(len(row.ids), bool) if row.learned is None else row.learned for row in rows]
-    return Chunk(
+    return TokenChunk(
         batch.shard,
         items,
         _joined(ids, np.uint32),

@@ -1,4 +1,4 @@
-"""Reading of token ids: rows of tables, and arrays that are mapped into memory."""
+"""Reads documents of token ids: rows of tables, and arrays that are mapped into memory."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from distill.data.parquet import parquet_rows
 
 ARRAYS = ("bin", "npy")
 LONGEST = 1 << 24
-"""Tokens of a document; more of them without an end are a wrong `document_end`, or a wrong `dtype`."""
+"""Largest number of tokens in a document; a longer one means a wrong `document_end` or a wrong `dtype`."""
 LOOKED_AT = 1 << 20
-"""Tokens of a flat file that are searched for ends of documents at once."""
+"""Number of tokens of a flat file that are searched for ends of documents at once."""
 
 
 def read(
     found: Sequence[File], column: str, dtype: str, document_end: int | None, *, add_end: bool
 ) -> Iterator[Tokenized | Rejected]:
-    """The documents of files; see :class:`~distill.data.tokens.Tokens` for the arguments.
+    """Yield the documents of files; see :class:`~distill.data.tokens.Tokens` for the arguments.
 
     Raises:
         InputError: a file holds no ids, or cannot be read.
@@ -117,7 +117,7 @@ def _mapped(file: Path, dtype: str) -> Any:
 
 
 def _spans(file: Path, ids: Any, end: int) -> Iterator[tuple[int, int]]:
-    """First token of each document, and the one behind its last."""
+    """Yield the first token of each document, and the one after its last."""
     start = 0
     for begin in range(0, len(ids), LOOKED_AT):
         part = ids[begin : begin + LOOKED_AT]

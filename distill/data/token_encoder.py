@@ -1,4 +1,4 @@
-"""Documents that are ids already: checked against the tokenizer, and counted in bytes of their text."""
+"""Checks documents that are token ids already against the tokenizer, and counts the bytes of their text."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from distill.data.base import Conversation, Document, Rejected, Tokenized
 from distill.data.encoder import Encoded, Row, TextEncoder
 
 CHECKED = 20
-"""Documents of the training text that are compared with what the tokenizer makes of their text ..."""
+"""Number of documents of the training text whose ids are compared with the tokenizer's encoding of their text."""
 CHECKED_TOKENS = 512
-"""... and how many ids of each."""
+"""Number of ids compared per document."""
 MARGIN = 8
-"""Last ids of the compared part, which may differ because the text was cut there."""
+"""Number of ids at the end of the compared part that may differ, because the text was cut there."""
 NOT_OURS = "ids of another tokenizer"
 
 
 class TokenEncoder(TextEncoder):
-    """As :class:`TextEncoder`, and takes :class:`~distill.data.base.Tokenized` documents, whose ids stay as they are.
+    """As :class:`TextEncoder`, and accepts :class:`~distill.data.base.Tokenized` documents, whose ids are not changed.
 
-    The tokenizer is the right one when the text of the ids becomes the same ids again. Most of the first training
-    documents must pass. Every validation document must: only then is it known, to the byte, how much text each id
-    stands for. Ids of special tokens stand for none.
+    The tokenizer is the right one if decoding and encoding return the same ids. Most of the first training documents
+    must pass, and every validation document, because otherwise the exact number of bytes per id is unknown. Ids of
+    special tokens count 0 bytes.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
@@ -37,7 +37,7 @@ class TokenEncoder(TextEncoder):
         self._is_checked = False
 
     def rows(self, items: Sequence[Any], *, with_bytes: bool) -> list[Encoded | Rejected]:
-        """Rows of tokens of each item, or why there are none.
+        """Encode each item as rows of tokens, or say why it is rejected.
 
         Raises:
             InputError: the ids belong to another tokenizer.
@@ -63,25 +63,25 @@ class TokenEncoder(TextEncoder):
         return Encoded([Row(ids, None, sizes)], num_bytes=int(sizes.sum()))
 
     def _again(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the tokenizer makes of the text of ids: ids, and the bytes that each stands for. [tokens] each"""
+        """Decode ids, and encode their text again. Return (ids, bytes of text per id), [tokens] each."""
         text = self._backend.decode(ids.tolist(), skip_special_tokens=False)
         (again,), (counts,) = self.encode_with_bytes([text])
         inner = slice(len(self.start), len(again) - 1)
         return again[inner], counts[inner]
 
     def _runs(self, ids: np.ndarray) -> Iterator[tuple[int, int]]:
-        """The stretches without a special token."""
+        """Yield the spans without a special token."""
         edges = np.flatnonzero(np.isin(ids, self._special))
         for start, stop in zip([0, *(edges + 1)], [*edges, len(ids)], strict=True):
             if stop > start:
                 yield int(start), int(stop)
 
     def _check(self, items: Sequence[Tokenized], *, is_enough: bool) -> None:
-        """Refuse ids that the tokenizer does not have, and, once, those whose text becomes others.
+        """Reject out-of-range ids; on the first call, also ids that do not survive decode and encode.
 
         Args:
             items: some documents.
-            is_enough: whether each of them is compared anyway.
+            is_enough: every document is compared later, so skip the sample check.
 
         Raises:
             InputError: an id is out of range, or the ids are those of another tokenizer.

@@ -1,4 +1,4 @@
-"""How many processes tokenize, and what is set while they are started."""
+"""The number of processes that tokenize, and the environment in which they are started."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _NO = ("", "off", "false", "f", "no", "n", "0")
 def num_processes(num_sharing: int = 1) -> int:
     """Processes that encode: one per CPU that this process may use, or as the environment of tokenizers says.
 
-    ``TOKENIZERS_PARALLELISM=false`` means one, and ``RAYON_NUM_THREADS`` a number, as for the library itself. SLURM
-    gives each of its tasks CPUs of its own where it is told how many; they are not divided.
+    ``TOKENIZERS_PARALLELISM=false`` means one, and ``RAYON_NUM_THREADS`` a number, as for the library itself. With
+    SLURM's cpus-per-task, each task has its own CPUs, so they are not divided.
 
     Args:
-        num_sharing: processes of this machine that do the same and share its CPUs.
+        num_sharing: number of processes of this machine that do the same and share its CPUs.
     """
     if not can_fork() or os.environ.get(_PARALLEL, "true").lower() in _NO:
         return 1
@@ -36,7 +36,8 @@ def num_processes(num_sharing: int = 1) -> int:
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Processes that are started within the block use one thread each: a fork has none of its parent's threads."""
+    """Processes that are started within the block use one thread each, because a fork has none of its parent's
+    threads."""
     before = os.environ.get(_PARALLEL)
     os.environ[_PARALLEL] = "false"
     try:

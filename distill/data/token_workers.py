@@ -10,24 +10,25 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack
 
 from distill.core.forked import Forked
-from distill.data.token_chunk import Batch, Chunk
+from distill.data.token_chunk import Batch, TokenChunk
 from distill.data.token_processes import num_processes, one_thread_each
 
 WORKER_BYTES = 2_000_000
-"""Bytes of text that one process encodes, in about a second, before others are started; it fills their caches too."""
+"""Number of bytes of text that one process encodes, in about a second, before others are started; they inherit its
+caches."""
 
 
 def chunks(
-    batches: Iterable[Batch], encode: Callable[[Batch], Chunk], num_sharing: int = 1
-) -> Generator[Chunk, None, None]:
+    batches: Iterable[Batch], encode: Callable[[Batch], TokenChunk], num_sharing: int = 1
+) -> Generator[TokenChunk, None, None]:
     """Encode batches, in their order.
 
-    Close the iterator where it is left early: the other processes end then.
+    Close the iterator if it is left early, so that the other processes end.
 
     Args:
-        batches: taken as they are needed, a few ahead.
-        encode: a batch; see :func:`~distill.data.token_chunk.chunk_of`.
-        num_sharing: processes of this machine that encode at the same time and share its CPUs.
+        batches: the batches, which are read as they are needed, a few ahead.
+        encode: encodes a batch; see :func:`~distill.data.token_chunk.chunk_of`.
+        num_sharing: number of processes of this machine that encode at the same time and share its CPUs.
 
     Raises:
         InputError: what ``encode`` refuses.

@@ -1,4 +1,5 @@
-"""Documents and conversations, batch by batch, into the open files of a token file; what cannot be used is counted."""
+"""Writes encoded documents and conversations, batch by batch, to the open files of a token file; unusable ones are
+counted."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import numpy as np
 from distill.core.errors import InputError
 from distill.data.base import Rejected
 from distill.data.tally import Tally
-from distill.data.token_chunk import Chunk
+from distill.data.token_chunk import TokenChunk
 
 
 class TokenWriter:
@@ -18,10 +19,10 @@ class TokenWriter:
 
     Args:
         name: the text's key in the recipe.
-        streams: suffix -> file.
-        dtype: of the ids.
+        streams: suffix -> open file.
+        dtype: dtype of the ids.
         vocabulary_size: every id must be below it.
-        gives_up: whether many rows at the beginning of which none can be used end it.
+        gives_up: raise an error if many rows at the start are all unusable.
     """
 
     def __init__(
@@ -34,11 +35,11 @@ class TokenWriter:
         self.counts |= {"num_learned": 0} if ".learned" in streams else {}
         streams[".bounds"].write(bytes(8))
 
-    def add(self, chunk: Chunk) -> None:
-        """Append a batch that is encoded.
+    def add(self, chunk: TokenChunk) -> None:
+        """Append an encoded batch.
 
         Raises:
-            InputError: an id that the model has no row for, or many rows in a row of which none can be used.
+            InputError: an id outside the model's vocabulary, or many consecutive unusable rows at the start.
         """
         for item in chunk.items:
             if isinstance(item, Rejected):
@@ -56,7 +57,7 @@ class TokenWriter:
         if len(chunk.ids):
             self._append(chunk)
 
-    def _append(self, chunk: Chunk) -> None:
+    def _append(self, chunk: TokenChunk) -> None:
         ends = np.cumsum(chunk.lengths)  # [rows]
         largest = int(chunk.ids.max())
         if largest >= self.vocabulary_size:
@@ -73,8 +74,8 @@ class TokenWriter:
         self.counts["num_tokens"] += len(chunk.ids)
         self.counts["num_documents"] += len(chunk.lengths)
 
-    def _refuse(self, chunk: Chunk, ends: np.ndarray) -> None:
-        """Name the first item with an id that is too large."""
+    def _refuse(self, chunk: TokenChunk, ends: np.ndarray) -> None:
+        """Raise an error that names the first item with an id that is too large."""
         place = int(np.argmax(chunk.ids >= self.vocabulary_size))
         row = int(np.searchsorted(ends, place, "right"))
         used = [item for item in chunk.items if not isinstance(item, Rejected)]
@@ -84,7 +85,7 @@ class TokenWriter:
 
 
 def token_too_large(where: str, token: int, vocabulary_size: int) -> str:
-    """The line for an id that the model has no row for."""
+    """The message for an id outside the model's vocabulary."""
     return (
         f"{where}: token id {token}, but the model's vocabulary has {vocabulary_size} rows; "
         "the tokenizer belongs to another model"

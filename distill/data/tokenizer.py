@@ -27,13 +27,13 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer (Sennrich et al., 2016, arXiv:1508.07909; bytes as in GPT-2) and save it.
 
-    Any text can be written in it and comes back byte for byte. The same texts give the same tokenizer.
+    It can encode any text, and decoding returns the text byte for byte. The same texts give the same tokenizer.
 
     Args:
-        texts: what to learn the merges from.
-        vocab_size: tokens at most: 256 bytes, ``<|endoftext|>`` (begin and end), ``<|pad|>`` and merges.
-        folder: replaced as a whole.
-        max_bytes: stop reading after so much text; more changes the merges little and costs memory.
+        texts: the texts from which the merges are learned.
+        vocab_size: maximum number of tokens: 256 bytes, ``<|endoftext|>`` (begin and end), ``<|pad|>`` and merges.
+        folder: where it is saved; an existing folder is replaced.
+        max_bytes: amount of text after which reading stops; more changes the merges little and costs memory.
 
     Raises:
         InputError: no text at all, or a vocabulary too small for the bytes.
@@ -83,7 +83,8 @@ _MOST_ENDLESS = 100
 
 
 def _without_endless_words(text: str) -> Iterator[str]:
-    """A text, cut after each thousand characters without a gap, of which only the first hundred thousand are given.
+    """Split after each run of 1,000 characters that are all whitespace or all not; yield only the first 100 of these
+    runs.
 
     The time to learn merges from a word grows with the square of its length, and there is little in it to learn.
     """
@@ -100,7 +101,7 @@ def load_tokenizer(location: str | Path) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a folder or the Hub; code that comes with it is never run.
 
     Raises:
-        InputError: it is not there, has no fast version, or marks no end of text.
+        InputError: it does not exist, has no fast version, or has no end-of-text token.
     """
     tokenizer = tokenizer_from(str(location))
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -108,7 +109,7 @@ def load_tokenizer(location: str | Path) -> PreTrainedTokenizerFast:
             f"{location}: this tokenizer ({type(tokenizer).__name__}) has no fast version (tokenizer.json)"
         )
     if tokenizer.eos_token_id is None and tokenizer.cls_token_id is not None:
-        tokenizer.eos_token = tokenizer.sep_token  # what ends a text for an encoder
+        tokenizer.eos_token = tokenizer.sep_token  # the end of a text of an encoder
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"{location}: this tokenizer has no end-of-text token; set eos_token in its tokenizer_config.json"
@@ -117,14 +118,14 @@ def load_tokenizer(location: str | Path) -> PreTrainedTokenizerFast:
 
 
 def check_same_vocabulary(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast) -> None:
-    """Refuse a student and a teacher that mean different things by the same token id.
+    """Check that token ids mean the same for a student and its teacher.
 
     Args:
         student: the student's tokenizer.
         teacher: the teacher's.
 
     Raises:
-        InputError: the vocabularies or the ways to cut text differ.
+        InputError: the vocabularies or the ways to split text differ.
     """
     ours, theirs = (
         {index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in (student, teacher)
@@ -149,23 +150,23 @@ def check_same_vocabulary(student: PreTrainedTokenizerFast, teacher: PreTrainedT
 
 
 def _around(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The tokens that a tokenizer puts before and after a text, in words."""
+    """The tokens that a tokenizer puts before and after a text, for messages to the user."""
     ends = [tokenizer.convert_ids_to_tokens(ids) for ids in around(tokenizer)]
     return " and ".join(repr(token) for tokens in ends for token in tokens) or "nothing"
 
 
 def check_read_back(tokenizer: PreTrainedTokenizerFast, model_type: str) -> None:
-    """Refuse an architecture for which transformers would load this tokenizer with other rules.
+    """Check that transformers would load this tokenizer unchanged with an architecture.
 
     For some architectures (Qwen2) transformers ignores ``tokenizer_config.json`` and splits text by the architecture's
     own rules, whatever the vocabulary.
 
     Args:
         tokenizer: the one that will be saved with the model.
-        model_type: of the model's config.
+        model_type: key of the model's config.
 
     Raises:
-        InputError: text would get other tokens.
+        InputError: the loaded tokenizer would encode text differently.
     """
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -180,10 +181,10 @@ def check_read_back(tokenizer: PreTrainedTokenizerFast, model_type: str) -> None
 
 
 def check_written(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Compare a tokenizer with what it is read back as from the model folder that it was written to.
+    """Check that a tokenizer is unchanged when it is loaded from the model folder in which it was saved.
 
     Raises:
-        DistillError: it does not load, or cuts a text otherwise.
+        DistillError: it does not load, or differs.
     """
     try:
         again = load_tokenizer(folder)
@@ -197,7 +198,7 @@ def check_written(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def _difference(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> str | None:
-    """In what two tokenizers differ, in words; None for nothing that is seen."""
+    """What differs between two tokenizers, for messages to the user; None if no difference is found."""
     text = (_MERGES_PROBE, f" {_MERGES_PROBE}")
     if one.get_vocab() != other.get_vocab():
         return "vocabulary"
@@ -207,7 +208,7 @@ def _difference(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) ->
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
-    """A hash of all that decides how text becomes ids."""
+    """A hash of everything that decides how text becomes ids."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["truncation"] = backend["padding"] = None  # set by callers, undone before we encode
     return hash_of(backend, tokenizer.eos_token_id)

@@ -1,4 +1,4 @@
-"""Who tokenizes one side of a text, and what of its source goes into it.
+"""Decides which processes tokenize one side of a text, and which items of its source are on that side.
 
 Most texts are tokenized by all processes of a run, a part each. Where the order of documents matters
 (:attr:`~distill.data.spec.DataSpec.needs_order`) one process tokenizes it, while the others wait.
@@ -19,16 +19,16 @@ from distill.data.mixture_split import OneText
 from distill.data.packing import TokenFile, digests_file, read_tokens, write_tokens
 from distill.data.repeats import Found, ValidationRepeats
 from distill.data.replace_words import WordReplacer
-from distill.data.shards import Shards
 from distill.data.shared_tokens import SharedText
+from distill.data.token_shards import TokenShards
 
 
 @dataclass(frozen=True)
 class Tokenizing:
-    """How the sides of a text become tokens.
+    """Tokenizes the sides of a text.
 
     Attributes:
-        encoder: text to ids.
+        encoder: converts text to ids.
         vocabulary_size: every id must be below it.
         cleaner: leaves rows of the training side out; None: all stay.
         replacer: adds copies to the training side; None: there are none.
@@ -44,7 +44,7 @@ class Tokenizing:
     world: World | None = None
 
     def tokens_of(self, path: Path, side: str, text: OneText) -> TokenFile:
-        """One side of a text as tokens. They are read if they are there, else made.
+        """The token file of one side of a text, which is written if it does not exist.
 
         Args:
             path: the ``.bin`` file.
@@ -65,7 +65,7 @@ class Tokenizing:
             if (line := found.line(text.key(side))) is not None:
                 print(line, file=sys.stderr, flush=True)
         elif self.world is not None:
-            Shards(path).remove()  # those of a run that was killed after it had joined them
+            TokenShards(path).remove()  # left by a run that was killed after it had joined them
         if validates:
             text.split.digests = digests_file(path)
         return tokens
@@ -117,12 +117,12 @@ class Tokenizing:
 
 
 class _Kept:
-    """The items of one side among those of a source.
+    """Selects the items of one side among those of a source.
 
     Args:
         text: the source with its split.
-        cleaner: leaves rows of the training side out; what it leaves out depends on the row alone. None: all stay.
-        validates: whether it is the side that is validated on.
+        cleaner: leaves out rows of the training side, each independently of the others; None: all stay.
+        validates: whether it is the validation side.
     """
 
     def __init__(self, text: OneText, cleaner: Cleaner | None, *, validates: bool):
@@ -135,7 +135,7 @@ class _Kept:
             self.cleaner.prepare()
 
     def __call__(self, items: Sequence[Item]) -> tuple[list[Item], int]:
-        """The items that are used, and how many are left out as validation has their text."""
+        """Return (items that are used, number skipped because they are in the validation text)."""
         split = self.text.split
         if self.validates:
             return ([*items], 0) if self.text.data.validation is not None else split.to_validate(items)

@@ -1,4 +1,4 @@
-"""Text that is token ids already: one document per row of a table, or a flat file of ids."""
+"""Text that is already tokenized: one document per row of a table, or a flat file of ids."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from distill.data.files import File
 
 
 class Tokens(FileSource):
-    """Token ids that were made before, by the tokenizer of `data.tokenizer`. They are used as they stand.
+    """Token ids that were made before, by the tokenizer of `data.tokenizer`. They are used unchanged.
 
-    Flat files are those of nanoGPT: the ids of all documents end to end, without a header.
+    Flat files are those of nanoGPT: the concatenated ids of all documents, without a header.
     """
 
     kind: Literal["tokens"] = "tokens"
@@ -32,13 +32,13 @@ class Tokens(FileSource):
     """Put the tokenizer's end-of-text token behind each document that does not end with it."""
 
     def documents(self) -> Iterator[Tokenized | Rejected]:
-        """One document per row, or per end of a document, in the order of the files."""
+        """Yield one document per row, or per end of a document, in the order of the files."""
         from distill.data import token_documents
 
         return token_documents.read(self._files(), self.column, self.dtype, self.document_end, add_end=self.add_end)
 
     def num_bytes(self) -> int | None:
-        """Not known: ids are not text."""
+        """None: ids are not text."""
         self._files()
         return None
 
@@ -47,7 +47,7 @@ class Tokens(FileSource):
         return True
 
     def drops_rows(self) -> bool:
-        """True: rows that cannot be used are yielded as :class:`~distill.data.base.Rejected`."""
+        """True: unusable rows are yielded as :class:`~distill.data.base.Rejected`."""
         return True
 
     def _files(self) -> list[File]:

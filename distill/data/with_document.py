@@ -8,12 +8,12 @@ from distill.data.base import Message
 
 
 def with_document(document: str, question: str) -> str:
-    """What a user says who shows the document that a question is about; the question alone if there is none."""
+    """The user's text: the document, then the question about it; only the question if there is no document."""
     return f"{document.strip()}\n\n{question}" if document else question
 
 
 def messages_with_document(document: str, messages: Sequence[Message]) -> list[Message]:
-    """The same conversation, in which the document stands before the first thing that the user says."""
+    """The same conversation, with the document before the text of the first user message."""
     first = next((number for number, message in enumerate(messages) if message["role"] == "user"), None)
     return [
         {**message, "content": with_document(document, message["content"])} if number == first else message

@@ -38,13 +38,13 @@ _LLAMA3 = (
 _QWEN2 = _LLAMA3.replace("{1,3}", "")
 PATTERNS = frozenset({_GPT2, _LLAMA3, _QWEN2})
 MARKS = '.,;:!?")\u201d'
-"""Punctuation before which a new word is cut; the apostrophe is not among it, as ``'s`` may be a piece."""
+"""Punctuation before which a new word is cut; the apostrophe is not included, because ``'s`` may be a piece."""
 LONGEST = 32
-"""Characters of a word that is kept, at most."""
+"""Maximum number of characters of a word that is kept."""
 MOST = 1 << 18
-"""Words that are kept, about 50 MB; when there are more, all are dropped."""
+"""Maximum number of words that are kept, about 50 MB; if there are more, all are dropped."""
 REST = 15
-"""Calls in which nothing is looked up, after one in which more than half of the text was new."""
+"""Number of calls that bypass the cache after a call with more than 50 % misses, in characters."""
 
 _CUT = re.compile(r"(?<=\S)(?= )")
 _LETTERS = frozenset(
@@ -61,7 +61,7 @@ _LETTERS = frozenset(
         ),
     )
 )
-"""Letters and digits that are such in every version of Unicode."""
+"""Characters that are letters or digits in every version of Unicode."""
 _SPACES = "".join(letter for letter in map(chr, range(0x3001)) if letter.isspace())
 
 
@@ -74,7 +74,7 @@ def words_of(text: str) -> list[str]:
 
 
 def _parts_of(word: str) -> tuple[str, ...]:
-    """A word, or the two parts of one that ends with punctuation behind a letter or a digit."""
+    """The word, or its two parts if it ends with punctuation after a letter or a digit."""
     stem = word.rstrip(MARKS)
     return (stem, word[len(stem) :]) if len(stem) < len(word) and stem[-1:] in _LETTERS else (word,)
 
@@ -87,7 +87,7 @@ class WordCache:
     """Encodes texts as ``backend.encode_batch_fast(texts, add_special_tokens=False)`` does, word by word.
 
     Args:
-        backend: of a tokenizer that can be cut; see :meth:`of`.
+        backend: backend of a tokenizer whose words can be encoded one by one; see :meth:`of`.
     """
 
     def __init__(self, backend: Tokenizer):
@@ -97,7 +97,7 @@ class WordCache:
 
     @classmethod
     def of(cls, backend: Tokenizer) -> WordCache | None:
-        """For a tokenizer that can be cut; None for any other."""
+        """A cache for a tokenizer whose words can be encoded one by one; None for any other."""
         made: dict[str, Any] = json.loads(backend.to_str())
         added = [token for token in made["added_tokens"] if not (token["special"] and backend.encode_special_tokens)]
         whole = not any(token["rstrip"] or token["single_word"] or _holds_a_cut(token["content"]) for token in added)

@@ -1,4 +1,4 @@
-"""Texts as hashed words, and runs of words: what is compared to find texts that share much of what they say."""
+"""Hashes of words and of word n-grams, which are compared to find texts that share much of their content."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from distill.data.base import normalised
 
 _WITHOUT_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-"""Scripts that part words by nothing (Thai, Lao, Burmese, Khmer, kana, Han); a character of them is a word."""
+"""Scripts without word separators (Thai, Lao, Burmese, Khmer, kana, Han); each character of them counts as a word."""
 _WORD = re.compile(rf"[{_WITHOUT_SPACES}]|[^\W{_WITHOUT_SPACES}]+")
 _MULTIPLIER = 0x9E3779B97F4A7C15
 """Odd, so that multiplying by it loses nothing modulo 2**64; Knuth's golden ratio."""
@@ -23,7 +23,8 @@ def words_of(text: str) -> np.ndarray:
 
 
 def runs_of(words: np.ndarray, length: int) -> np.ndarray:
-    """A hash of each run of ``length`` words, by the place where it begins. uint64 [max(words - length + 1, 0)]"""
+    """A hash of each n-gram of ``length`` words, in the order of their first words. uint64 [max(words - length + 1,
+    0)]"""
     count = max(len(words) - length + 1, 0)
     runs = np.zeros(count, np.uint64)
     for offset in range(length):  # a polynomial in the multiplier, modulo 2**64

@@ -1,4 +1,4 @@
-"""Reading of files compressed by zstd, by pyarrow."""
+"""Reads files that are compressed with zstd, with pyarrow."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from distill.data.remote import BUFFER, Reading
 
 
 def decompressed(stream: IO[bytes], name: str) -> IO[bytes]:
-    """The bytes that a compressed stream stands for, one frame after the other.
+    """The decompressed bytes of a stream, one frame after the other.
 
     Memory is bounded: zstd refuses frames that need more than 128 MiB to decompress.
 
     Args:
-        stream: what is compressed.
-        name: of the file, for the message of the ``InputError`` that reading raises where the data is broken.
+        stream: the compressed stream.
+        name: name of the file, for the message of the ``InputError`` that reading raises if the data is broken.
     """
 
     def told(error: Exception) -> InputError:

@@ -8,7 +8,7 @@ from distill.core.artifact import fingerprint
 from distill.core.errors import InputError
 from distill.core.stop import stoppable
 from distill.data.packing import file_lock
-from distill.data.row_losses import RowLosses
+from distill.data.row_loss_file import RowLossFile
 from distill.data.teacher_cache.write_cache import RowProgress
 from distill.models.head import check_head
 from distill.models.load import move
@@ -53,14 +53,14 @@ def losses_of_teacher(
     if packed.packing == "padded":  # rows of like length together
         rows = rows[np.argsort(packed.lengths()[rows], kind="stable")]
     with file_lock(context.session.run.folder / "data"):
-        losses = RowLosses(packed, fingerprint(location))
+        losses = RowLossFile(packed, fingerprint(location))
         if len(missing := losses.missing(rows)):
             context.say(f"data.order: {teacher} reads {len(missing):,} rows, once, to sort them by its loss")
             _compute(context, teacher, losses, missing, batch_size)
         return losses.read()
 
 
-def _compute(context: StageContext, teacher: str, losses: RowLosses, rows: np.ndarray, batch_size: int) -> None:
+def _compute(context: StageContext, teacher: str, losses: RowLossFile, rows: np.ndarray, batch_size: int) -> None:
     session = context.session
     device, _ = resolve_teacher(session.compute)
     model = move(load_frozen(context, teacher), device).eval()

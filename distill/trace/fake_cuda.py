@@ -32,7 +32,7 @@ NUM_GPUS = 8
 MEMORY_BYTES = 141 * 10**9
 
 
-class Stream:
+class FakeStream:
     """A stream of nothing."""
 
     stream_id = 0
@@ -52,7 +52,7 @@ class Stream:
     def query(self) -> bool:
         return True
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> FakeStream:
         return self
 
     def __exit__(self, *_: Any) -> None: ...
@@ -84,7 +84,7 @@ class Mode(FakeTensorMode):
 
 def _cuda(counter: OperationCounter) -> dict[str, Any]:
     """What ``torch.cuda`` answers."""
-    stream = Stream()
+    stream = FakeStream()
     properties = types.SimpleNamespace(
         name="NVIDIA H200", total_memory=MEMORY_BYTES, major=9, minor=0, multi_processor_count=132
     )
@@ -96,7 +96,7 @@ def _cuda(counter: OperationCounter) -> dict[str, Any]:
         "is_available": always(True), "is_initialized": always(True), "device_count": always(NUM_GPUS),
         "current_device": always(0), "get_device_capability": always((9, 0)), "is_bf16_supported": always(True),
         "get_device_name": always(properties.name), "get_device_properties": always(properties),
-        "Stream": Stream, "Event": Event, "current_stream": always(stream), "default_stream": always(stream),
+        "Stream": FakeStream, "Event": Event, "current_stream": always(stream), "default_stream": always(stream),
         "stream": lambda _: nullcontext(), "device": lambda _: nullcontext(), 
         "is_current_stream_capturing": always(False),
         "synchronize": lambda *_: counter.wait("all of it"), "memory_allocated": lambda *_: counter.now,

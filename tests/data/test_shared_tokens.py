@@ -15,15 +15,15 @@ from distill.core.errors import InputError
 from distill.core.forked import can_fork
 from distill.core.stored import CHECK
 from distill.core.world import SINGLE_PROCESS, World
-from distill.data import packing, shards, shared_tokens, token_workers
+from distill.data import packing, shared_tokens, token_shards, token_workers
 from distill.data.base import Document, Rejected, digest, normalised
 from distill.data.corpus import Corpus
 from distill.data.encoder import TextEncoder
 from distill.data.mixture_split import texts_of
-from distill.data.shards import Shards
 from distill.data.shared_tokens import SharedText
 from distill.data.spec import DataSpec
 from distill.data.split import Split
+from distill.data.token_shards import TokenShards
 from tests.data.chats import PLAIN, chat_tokenizer
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="forks are used on Linux alone")
@@ -34,7 +34,7 @@ NUM_DOCUMENTS = 120
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     monkeypatch.setattr(packing, "_BATCH_DOCUMENTS", 3)
-    monkeypatch.setattr(shards, "CHARACTERS", 1500)
+    monkeypatch.setattr(token_shards, "CHARACTERS", 1500)
     monkeypatch.setattr(token_workers, "num_processes", lambda *_: 1)
 
 
@@ -135,7 +135,7 @@ def test_any_number_of_processes_writes_the_same_file_and_tokenizes_nothing_twic
 def test_what_a_killed_process_has_finished_is_not_tokenized_again(tmp_path, tokenizer, text_of, alone):
     items, log, made = documents(text_of), tmp_path / "log", tmp_path / "made"
     assert together(partial(write, made, items, Logged(tokenizer, log, dies_at="d81"))) == [-signal.SIGKILL]
-    before, parts = [id for _, id in seen(log)], Shards(made / "train-0.bin")
+    before, parts = [id for _, id in seen(log)], TokenShards(made / "train-0.bin")
     done = [number for number in range(100) if parts.is_finished(number)]
     assert len(done) > 3
     log.unlink()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import time
 
-from distill.data import packing, shards
-from distill.data.shards import Shards
+from distill.data import packing, token_shards
+from distill.data.token_shards import TokenShards
 
 packing._BATCH_DOCUMENTS = 2
-shards.CHARACTERS = 1000
-_claim = Shards.claim
+token_shards.CHARACTERS = 1000
+_claim = TokenShards.claim
 
 
-def _slow_claim(self: Shards, number: int) -> bool:
+def _slow_claim(self: TokenShards, number: int) -> bool:
     is_ours = _claim(self, number)
     if is_ours:
         with (self.folder.parent / "claims.log").open("a", encoding="utf-8") as out:
@@ -22,4 +22,4 @@ def _slow_claim(self: Shards, number: int) -> bool:
     return is_ours
 
 
-Shards.claim = _slow_claim  # type: ignore[method-assign]
+TokenShards.claim = _slow_claim  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""What a teacher said about a text, on disk: codecs, the cache itself, its writer and its fidelity.
+"""The output of a teacher on a text, stored on disk: codecs, the cache itself, its writer and its fidelity.
 
 A codec is one file, and one line here.
 """

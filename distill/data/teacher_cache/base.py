@@ -1,4 +1,4 @@
-"""The contract of a codec: a teacher's output at some positions to bytes, and back to what a loss reads."""
+"""The interface of a codec, which encodes a teacher's output as bytes and decodes them to what a loss reads."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 HIDDEN = "teacher_hidden"
 IDS, PROBS, TAIL, ENTROPY = "teacher_ids", "teacher_probs", "teacher_tail", "teacher_entropy"
-"""Keys of a batch under which a decoded signal travels."""
+"""Keys of a batch that hold the decoded output of the teacher."""
 _ROUNDING = 1e-2
-"""How far above its bound a figure may lie that was stored in half precision."""
+"""Tolerance for bounds of values stored in half precision."""
 
 
 class CodecSpec(Spec):
-    """How much of a teacher's distribution is kept, and in which bytes.
+    """How much of a teacher's distribution is stored, and how it is encoded.
 
     A row is encoded position by position, so that chunks of it give the same fields as the whole, and the fields of all
     its positions are packed into bytes together.
@@ -28,37 +28,37 @@ class CodecSpec(Spec):
     whole: ClassVar[bool] = False
     """Whether the whole distribution can be reconstructed, so that any loss can be computed."""
     reads: ClassVar[Literal["logits", "hidden"]] = "logits"
-    """What of the teacher is coded."""
+    """Which output of the teacher is encoded."""
 
     kind: str
 
     def encode(self, teacher: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """The fields of some positions.
+        """Encode the output at some positions as fields.
 
         Args:
             teacher: log-probabilities fp32 [positions, vocabulary], or hidden states [positions, hidden].
-            generator: for a codec that draws; on the device of ``teacher``.
+            generator: random numbers for a codec that samples; on the device of ``teacher``.
 
         Returns:
-            Tensors that join along their first dimension.
+            Tensors that can be concatenated along their first dimension.
         """
         raise NotImplementedError
 
     def pack(self, fields: list[Tensor], width: int) -> Tensor:
-        """The bytes of a row, uint8.
+        """Pack the fields of a row into bytes, uint8.
 
         Args:
-            fields: what :meth:`encode` gave for all its positions, on the CPU.
-            width: vocabulary (rows of the teacher's head) or hidden size, whichever is coded.
+            fields: results of :meth:`encode` for all its positions, concatenated, on the CPU.
+            width: vocabulary (rows of the teacher's head) or hidden size, whichever is encoded.
         """
         raise NotImplementedError
 
     def decode(self, data: Tensor, num_positions: int, width: int) -> dict[str, Tensor]:
-        """What :meth:`encode` was given, as far as it was kept, from what :meth:`pack` returned.
+        """Decode the bytes of :meth:`pack` to the stored part of the teacher's output.
 
         Args:
             data: uint8, all bytes of a row.
-            num_positions: in it.
+            num_positions: number of positions in it.
             width: as for :meth:`pack`.
 
         Returns:
@@ -67,16 +67,16 @@ class CodecSpec(Spec):
         raise NotImplementedError
 
     def bytes_per_token(self, vocabulary: int, hidden: int) -> float:
-        """Bytes of a position on disk, about, for the forecast of a run.
+        """Approximate number of bytes per position on disk, for the forecast of a run.
 
         Args:
-            vocabulary: rows of the teacher's head.
-            hidden: its hidden size.
+            vocabulary: number of rows of the teacher's head.
+            hidden: hidden size of the teacher.
         """
         raise NotImplementedError
 
     def refuses(self, vocabulary: int) -> str | None:
-        """Why this vocabulary cannot be coded, as one line; None when it can."""
+        """Why this vocabulary cannot be encoded, as one line; None if it can."""
         if vocabulary > 1 << 24:
             return f"codec {self.kind}: ids have at most 24 bits, the vocabulary has {vocabulary:,} tokens"
         return None
@@ -86,13 +86,13 @@ def decoded(codec: CodecSpec, data: Tensor, num_positions: int, width: int) -> d
     """Decode the bytes of a row and check that the values are possible.
 
     Args:
-        codec: the one that encoded the row.
+        codec: the codec that encoded the row.
         data: uint8, its bytes.
-        num_positions: in it.
-        width: vocabulary or hidden size, whichever the codec codes.
+        num_positions: number of positions in it.
+        width: vocabulary or hidden size, whichever the codec encodes.
 
     Raises:
-        ValueError: these are no bytes of such a row.
+        ValueError: the bytes are not those of such a row.
     """
     try:
         found = codec.decode(data, num_positions, width)
@@ -114,7 +114,7 @@ def decoded(codec: CodecSpec, data: Tensor, num_positions: int, width: int) -> d
 
 
 def _bounds(key: str, width: int) -> tuple[float, float]:
-    """The smallest and the largest value that can stand under a key of a batch."""
+    """The smallest and the largest valid value of a key of a batch."""
     if key == IDS:
         return 0, width - 1
     if key == ENTROPY:
@@ -130,5 +130,5 @@ def as_bytes(values: Tensor) -> Tensor:
 
 
 def from_bytes(data: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
-    """uint8 [bytes] to ``shape`` of ``dtype``; copies, as a slice of a file need not be aligned."""
+    """uint8 [bytes] to ``shape`` of ``dtype``; copies, because a slice of a file need not be aligned."""
     return data.clone().view(dtype).view(*shape)

@@ -1,4 +1,4 @@
-"""A teacher cache: open it, see what it lacks, and train from it as from any text."""
+"""Opens a teacher cache, finds its missing rows, and reads it as the rows of a text."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from distill.data.teacher_cache.shards import Shard, open_shards
 
 @dataclass(frozen=True)
 class CacheLocation:
-    """Where a cache is, or will be, and what it belongs to.
+    """Location and identity of a cache, which need not exist yet.
 
     Attributes:
-        folder: of the cache alone.
-        identity: what it belongs to.
-        codec: how it is coded.
-        width: rows of the teacher's head, or its hidden size, whichever the codec codes.
-        vocabulary: rows of the teacher's head.
+        folder: folder of this cache alone.
+        identity: what the cache depends on.
+        codec: its codec.
+        width: number of rows of the teacher's head, or its hidden size, whichever the codec encodes.
+        vocabulary: number of rows of the teacher's head.
     """
 
     folder: Path
@@ -42,10 +42,10 @@ class CacheLocation:
 
     @classmethod
     def there(cls, folder: Path) -> CacheLocation:
-        """The cache in a folder, whatever it belongs to.
+        """The cache in a folder, whatever its identity.
 
         Raises:
-            InputError: there is none, or one of another version of distill.
+            InputError: there is no cache, or one of another version of distill.
         """
         header = read_header(folder)
         if header is None:
@@ -56,10 +56,10 @@ class CacheLocation:
         return cls(folder, identity, cast("CodecSpec", codec), header["width"], header["vocabulary"])
 
     def header(self) -> dict[str, Any] | None:
-        """Its header when there is a cache.
+        """Its header; None if there is no cache.
 
         Raises:
-            InputError: there is one of another teacher, tokenizer, text or codec.
+            InputError: the cache belongs to another teacher, tokenizer, text or codec.
         """
         header = read_header(self.folder)
         if header is not None:
@@ -74,7 +74,7 @@ class CacheLocation:
         """Ascending numbers of the teacher's rows that contain the predictions of the rows ``numbers`` of ``packed``.
 
         Raises:
-            InputError: the teacher's packing leaves some of it out.
+            InputError: the teacher's packing leaves out some of these predictions.
         """
         places, wanted = Positions(self.rows(packed.tokens)), [predicted(packed, number) for number in numbers]
         rows, _ = places.find(np.concatenate(wanted))
@@ -87,10 +87,10 @@ class CacheLocation:
         return [int(row) for row in np.unique(rows)]
 
     def missing(self, wanted: Iterable[int]) -> list[int]:
-        """Those of the teacher's rows ``wanted`` that are not cached, in rising order.
+        """Those of the teacher's rows ``wanted`` that are not cached, in ascending order.
 
         Raises:
-            InputError: the cache is another's.
+            InputError: the cache belongs to another teacher, tokenizer, text or codec.
         """
         there: set[int] = set()
         if self.header() is not None:
@@ -99,11 +99,11 @@ class CacheLocation:
 
 
 class CachedRows(PackedRows):
-    """Rows of a text whose batches also hold what the teacher said about them.
+    """Rows of a text whose batches also contain the teacher's output.
 
     Args:
-        packed: the student's rows, which need not be the teacher's.
-        place: the cache of their text.
+        packed: the student's rows, which may be cut differently from the teacher's.
+        place: location of the cache of their text.
 
     Raises:
         InputError: there is no cache, or it belongs to another teacher, tokenizer or text.
@@ -129,7 +129,7 @@ class CachedRows(PackedRows):
         batch = super().__getitem__(numbers)
         numbers = [numbers] if isinstance(numbers, int) else numbers
         found = [self._positions.find(predicted(self, number)) for number in numbers]
-        # where nothing is predicted, any row tells the keys and their shapes
+        # if nothing is predicted, any row has the keys and their shapes
         rows = np.unique(np.concatenate([row for row, _ in found])).tolist() or [self._any_row()]
         if not all(self._find(row) for row in rows):
             return batch
@@ -167,11 +167,11 @@ class CachedRows(PackedRows):
         return self._shards
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_shards": None, "_where": {}}  # a worker maps the files itself
+        return super().__getstate__() | {"_shards": None, "_where": {}}  # each worker maps the files itself
 
 
 def _picked(decoded: dict[int, dict[str, Tensor]], key: str, rows: np.ndarray, within: np.ndarray) -> Tensor:
-    """[positions] or [positions, any] of one of the student's rows, from all of the teacher's that it touches."""
+    """Gather the values of one student row from the teacher rows that contain it. [positions] or [positions, any]"""
     parts = [decoded[row][key] for row in np.unique(rows).tolist() or list(decoded)[:1]]
     if len(parts) == 1:
         return parts[0][torch.from_numpy(within)]
@@ -184,7 +184,7 @@ def _picked(decoded: dict[int, dict[str, Tensor]], key: str, rows: np.ndarray, w
 
 
 def _placed(rows: list[Tensor], mask: Tensor) -> Tensor:
-    """[positions] or [positions, any] of each row to where ``mask`` [batch, sequence] has them; else 0."""
+    """Scatter the values of each row to the True positions of ``mask`` [batch, sequence]; 0 elsewhere."""
     most = [max(row.shape[1] for row in rows)] if rows[0].ndim == 2 else []
     out = torch.zeros(*mask.shape, *most, dtype=rows[0].dtype)
     for slot, row, on in zip(out, rows, mask, strict=True):
@@ -196,5 +196,5 @@ def _placed(rows: list[Tensor], mask: Tensor) -> Tensor:
 
 
 def ids_of(read: PackedRows, row: int) -> np.ndarray:
-    """The token ids of a row that stand in the file, as they follow each other. int64 [positions]"""
+    """The token ids of a row that are in the file (without inserted start tokens), in order. int64 [positions]"""
     return PackedRows.__getitem__(read, row)["input_ids"][0].numpy()[read.columns(row)]

@@ -1,4 +1,4 @@
-"""What a codec costs and what it keeps, measured on a sample of the very text before a cache is written."""
+"""Measures the size and the error of a codec on a sample of the text, before a cache is written."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Fidelity:
     """Difference between the teacher's distribution and what a codec stores of it.
 
     Attributes:
-        bytes_per_token: on disk.
+        bytes_per_token: bytes per token on disk.
         kl: mean KL(teacher || decoded) in nats per token, with the rest of the probability spread evenly over the other
             tokens; None if it is infinite, because an unbiased estimate contains zeros.
         gradient_cosine: mean over tokens of the cosine between the gradients of forward KL in the student's logits,
             with the whole and with the decoded distribution. The student is the teacher at temperature 2.
-        summed_cosine: the same of the gradients summed over the sample: what a step sees. Noise averages out in it,
-            bias does not.
-        tokens: in the sample.
+        summed_cosine: the same for the gradients summed over the sample, as in an optimizer step. Noise averages out in
+            it, bias does not.
+        tokens: number of tokens in the sample.
     """
 
     bytes_per_token: float
@@ -43,7 +43,7 @@ class Fidelity:
     tokens: int
 
     def line(self) -> str:
-        """For people."""
+        """One line for the user."""
         kl = "KL to the teacher infinite per token, unbiased" if self.kl is None else f"KL to the teacher {self.kl:.2g}"
         return (
             f"{self.bytes_per_token:.1f} bytes per token, {kl}, gradient cosine {self.gradient_cosine:.4f} per token "
@@ -72,12 +72,12 @@ def measure(
     vocabulary: int,
     logits: Callable[[Tensor], Tensor],
 ) -> Fidelity:
-    """Compare a sample with itself after coding.
+    """Compare a sample with its decoded version.
 
     Args:
-        pairs: of each row the teacher's hidden states [positions, hidden] and its bytes, uint8.
-        codec: that made the bytes.
-        width: what :meth:`CodecSpec.decode` takes.
+        pairs: per row, the teacher's hidden states [positions, hidden] and its bytes, uint8.
+        codec: the codec that made the bytes.
+        width: see :meth:`CodecSpec.decode`.
         vocabulary: rows of the teacher's head.
         logits: the teacher's head.
     """
@@ -90,7 +90,7 @@ def measure(
             rows = slice(start, start + _CHUNK)
             with torch.inference_mode():
                 exact = logits(hidden[rows])
-            # a copy, as autograd takes no inference tensors
+            # a copy, because autograd does not accept inference tensors
             exact = exact.float().clone()
             part = {key: values[rows].to(exact.device) for key, values in decoded.items()}
             if HIDDEN in part:
@@ -131,12 +131,12 @@ def _kl(teacher: Tensor, decoded: Tensor) -> LossTerm:
 
 
 def _gradient(teacher: Tensor, signal: Tensor | Signal | SparseSignal, logits: Tensor | None = None) -> Tensor:
-    """Of forward KL at T = 1 in the logits of a student that is the teacher at temperature 2.
+    """Gradient of forward KL at T = 1 in the logits of a student that is the teacher at temperature 2.
 
     Args:
         teacher: its logits, [tokens, vocabulary].
-        signal: whom the student learns from.
-        logits: of ``signal``, where it is whole.
+        signal: the target of the student.
+        logits: logits of ``signal``, if it is a whole distribution.
     """
     student = (teacher / 2).requires_grad_()
     on = torch.ones(len(teacher), dtype=torch.bool, device=teacher.device)

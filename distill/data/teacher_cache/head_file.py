@@ -1,4 +1,4 @@
-"""The teacher's head beside its caches: one file, and its checksum, without which damage to it would go unseen."""
+"""The teacher's head, stored beside its caches with a checksum, by which damage to it is found."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PIECE = 1 << 24
 
 
 def head_file(folder: Path) -> Path:
-    """Where the head is in the folder that holds the caches of the training and the validation text."""
+    """Path of the head in the folder that holds the caches of the training and the validation text."""
     return folder / "head" / "head.safetensors"
 
 
@@ -21,7 +21,7 @@ def seal(file: Path) -> None:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether the head is there and is what was written."""
+    """Whether the head exists and is undamaged."""
     return file.is_file() and _seal_of(file).is_file() and _seal_of(file).read_bytes() == _checksum(file).encode()
 
 

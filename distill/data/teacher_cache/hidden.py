@@ -1,7 +1,7 @@
 """The teacher's final hidden states in bf16: the whole distribution, through the teacher's own head.
 
-The head is copied beside the cache and is all of the teacher that training loads. Every loss and temperature works.
-Two bytes a hidden channel and token: smaller than top_k for small teachers, 8 kB at a hidden size of 4096.
+The head is copied beside the cache and is all of the teacher that training loads. Every loss and temperature works. Two
+bytes per hidden channel and token: smaller than top_k for small teachers, 8 kB at a hidden size of 4096.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Hidden(CodecSpec):
-    """Final hidden states in bf16, exact to their rounding; 2 bytes a channel, and the teacher's head once."""
+    """Final hidden states in bf16, exact to their rounding; 2 bytes per channel, and the teacher's head once."""
 
     whole: ClassVar[bool] = True
     reads: ClassVar[Literal["logits", "hidden"]] = "hidden"

@@ -1,7 +1,7 @@
-"""What a cache belongs to: a teacher, a tokenizer, a text, how the teacher read it, and a codec. Nothing else.
+"""What a cache depends on: a teacher, a tokenizer, a text, how the teacher read it, and a codec.
 
-No order, batch size, number of ranks or student is among it, nor how the student's rows are cut, so that all of them
-can share a cache.
+It does not depend on order, batch size, number of ranks, the student, or how the student's rows are cut, so all of
+these can share a cache.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _CALLED = {
 }
 
 STRETCH = 1 << 24
-"""Tokens that are looked at together."""
+"""Number of tokens that are scanned at once."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Identity:
     """Hashes of what a cache depends on.
 
     Attributes:
-        teacher: of the model's content.
-        tokenizer: of how text becomes ids.
-        text: of the token ids.
-        window: tokens in a row of the teacher, at most.
-        packing: how its rows are cut and what a token of them sees.
-        codec: its settings.
+        teacher: hash of the model's content.
+        tokenizer: hash of how text becomes ids.
+        text: hash of the token ids.
+        window: maximum number of tokens in a row of the teacher.
+        packing: how its rows are cut, and what each token sees.
+        codec: settings of the codec.
     """
 
     teacher: str
@@ -61,19 +61,19 @@ class Identity:
 
     @classmethod
     def of(cls, teacher: str, tokenizer: str, read: PackedRows, codec: CodecSpec) -> Identity:
-        """Of a teacher and a tokenizer given as hashes, and the rows that the teacher reads."""
+        """Make it from the hashes of a teacher and a tokenizer, and from the rows that the teacher reads."""
         text = hash_of_tokens(read.tokens)
         return cls(teacher, tokenizer, text, read.sequence_length, read.packing, codec.model_dump(mode="json"))
 
     def key(self) -> str:
-        """One short hash of all of it."""
+        """One short hash of all fields."""
         return hash_of(VERSION, asdict(self))
 
     def check(self, folder: Path, header: dict[str, Any]) -> None:
-        """Refuse a cache that belongs to something else.
+        """Check that the cache in a folder has this identity.
 
         Raises:
-            InputError: with the name of what is not the same.
+            InputError: a field differs; the message names it.
         """
         check_version(folder, header)
         for name, ours in asdict(self).items():
@@ -86,7 +86,7 @@ class Identity:
 
 
 def read_header(folder: Path) -> dict[str, Any] | None:
-    """What ``cache.json`` says, or None when there is no cache.
+    """The content of ``cache.json``; None if there is no cache.
 
     Raises:
         InputError: it is not such a file.
@@ -106,12 +106,12 @@ def read_header(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_other(header: dict[str, Any]) -> bool:
-    """Whether another version of distill has written it, in whichever form."""
+    """Whether a header was written by another version of distill, in any form."""
     return header.get("version") != VERSION
 
 
 def _is_whole(header: dict[str, Any]) -> bool:
-    """Whether all is there that a header says, and of its type."""
+    """Whether a header has all fields, each of the right type."""
     try:
         identity = TypeAdapter(Identity).validate_python(header["identity"])
         TypeAdapter(Fidelity).validate_python(header["fidelity"])
@@ -124,10 +124,10 @@ def _is_whole(header: dict[str, Any]) -> bool:
 
 
 def check_version(folder: Path, header: dict[str, Any]) -> None:
-    """Refuse what another version of distill has written.
+    """Check that a cache was not written by another version of distill.
 
     Raises:
-        InputError: it is such a cache.
+        InputError: the version differs.
     """
     if _is_other(header):
         raise InputError(
@@ -137,14 +137,15 @@ def check_version(folder: Path, header: dict[str, Any]) -> None:
 
 
 def hash_of_tokens(tokens: TokenFile) -> str:
-    """Stands for the ids of a token file and of what its rows begin with; where it lies does not matter."""
+    """Hash of the ids of a token file and of its start tokens; its path does not matter."""
     digests, beside = [_digest(Path(tokens.path))], Path(tokens.path).with_suffix
     if tokens.num_learned is not None:
         digests += [_digest(beside(suffix)) for suffix in (".bounds", ".learned")]
     elif not _ids_tell_bounds(tokens):
         digests.append(_digest(beside(".bounds")))
-    digests += [str(part.tokens.num_tokens) for part in tokens.parts]  # which decide how rows are cut
-    # the first tokens of rows decide what the teacher has seen; where there are none, caches of earlier versions stay
+    digests += [str(part.tokens.num_tokens) for part in tokens.parts]  # sizes of parts decide how rows are cut
+    # start tokens change what the teacher has read; without start tokens the hash is unchanged, so older caches stay
+    # valid
     return hash_of(*digests, tokens.dtype, tokens.filling, *tokens.start)
 
 

@@ -1,9 +1,9 @@
-"""From positions in a token file to the rows in which the teacher read them.
+"""Maps positions in a token file to the rows in which the teacher read them.
 
 A cache stores the teacher's output per position of the token file, computed in the teacher's own rows (its window and
 packing). If only some tokens are learned from, it stores only the positions that predict one. The student may use
-another packing. At each position it gets that output, for which the teacher has read the text before the position in
-its own row.
+another packing. At each position it gets the stored output, for which the teacher has read the text before the position
+in its own row.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Positions:
         self._offsets = (before - np.repeat(before[rows.bounds[:-1]], counts))[order]
 
     def find(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The teacher's row of each position, -1 where none has it, and its place among the cached positions there.
+        """The teacher's row of each position (-1 if there is none), and its index among the cached positions of that
+        row.
 
         Args:
             wanted: int64 [positions], in the file; each predicts a token that is learned from.
@@ -60,7 +61,7 @@ class Positions:
 
 
 def kept_of(read: PackedRows, row: int) -> np.ndarray | None:
-    """Which positions of one of the teacher's rows are cached; None where all are. bool [positions]"""
+    """Which positions of one of the teacher's rows are cached; None: all. bool [positions]"""
     learned = read.learned()
     if learned is None:
         return None
@@ -68,11 +69,11 @@ def kept_of(read: PackedRows, row: int) -> np.ndarray | None:
 
 
 def _kept(learned: np.ndarray, start: int, size: int) -> np.ndarray:
-    """Which positions of a stretch of the file predict a token that is learned from. bool [size]"""
+    """Which positions in a section of the file predict a token that is learned from. bool [size]"""
     following = learned[start + 1 : start + size + 1]
-    return np.pad(following, (0, size - len(following)))  # nothing follows the file's last
+    return np.pad(following, (0, size - len(following)))  # nothing follows the file's last token
 
 
 def predicted(packed: PackedRows, number: int) -> np.ndarray:
     """Positions in the file at which the predictions of a row count, in the row's order. int64 [positions]"""
-    return packed.predicted(number) - 1  # the teacher said it at the token before
+    return packed.predicted(number) - 1  # the teacher's prediction is stored at the token before

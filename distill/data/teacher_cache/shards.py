@@ -31,13 +31,13 @@ _ARRAYS = ("rows", "sizes", "offsets", "checks")
 
 @dataclass(frozen=True)
 class Coded:
-    """One row of the teacher.
+    """One encoded row of the teacher.
 
     Attributes:
-        number: of the row.
-        size: tokens in it.
+        number: number of the row.
+        size: number of tokens in it.
         ids: CRC-32 of its token ids.
-        data: uint8, what the codec made of it.
+        data: uint8, its encoded bytes.
     """
 
     number: int
@@ -57,7 +57,7 @@ def shard_file(folder: Path, number: int) -> Path:
 
 
 def write_shard(file: Path, coded: list[Coded]) -> None:
-    """Write rows to ``file``; a kill leaves none of it.
+    """Write rows to ``file``, completely or not at all.
 
     Raises:
         MachineError: the disk is full or not writable.
@@ -87,7 +87,7 @@ class Shard:
     """A finished shard, memory-mapped.
 
     Raises:
-        ValueError: the file is not whole.
+        ValueError: the file is incomplete or damaged.
     """
 
     def __init__(self, file: Path):
@@ -142,18 +142,18 @@ class Shard:
     def decoded(
         self, index: int, ids: np.ndarray, num_positions: int, codec: CodecSpec, width: int
     ) -> dict[str, Tensor]:
-        """What the teacher said at the cached positions of the row at an index of ``rows``.
+        """The teacher's output at the cached positions of the row at an index of ``rows``.
 
         Args:
-            index: of the row.
+            index: index of the row.
             ids: int64, the token ids that it should belong to.
-            num_positions: that are cached of it.
-            codec: of the cache.
-            width: what the codec codes.
+            num_positions: number of its cached positions.
+            codec: codec of the cache.
+            width: width of what the codec encodes.
 
         Raises:
             MachineError: as :meth:`read`.
-            InputError: its bytes are those that were written, and no teacher can have said what they hold.
+            InputError: the checksums are correct, but the decoded values are invalid.
         """
         try:
             return decoded(codec, self.read(index, ids), num_positions, width)
@@ -164,12 +164,12 @@ class Shard:
             ) from None
 
     def nonsense(self, codec: CodecSpec, width: int, window: int) -> list[int]:
-        """Numbers of the rows whose bytes are those that were written, and which no teacher can have said.
+        """Numbers of the rows whose checksums are correct, but whose decoded values are invalid.
 
         Args:
-            codec: of the cache.
-            width: what it codes.
-            window: tokens in a row, at most.
+            codec: codec of the cache.
+            width: width of what the codec encodes.
+            window: maximum number of tokens in a row.
         """
         found = []
         for index, row in enumerate(self.rows):
@@ -184,7 +184,7 @@ class Shard:
         return found
 
     def num_bytes(self) -> int:
-        """Of all rows."""
+        """Number of bytes of all rows."""
         return int(self.offsets[-1])
 
     def _data(self, index: int) -> np.ndarray:
@@ -199,17 +199,17 @@ class Shard:
 
 
 def _check(number: int, size: int, ids: int, data: np.ndarray) -> int:
-    """CRC-32 of all that is known of a row."""
+    """CRC-32 of all fields of a row."""
     return zlib.crc32(data.tobytes(), checksum(np.array([number, size, ids])))
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The shards of a folder, whole or not."""
+    """Files of the shards in a folder, complete or not."""
     return sorted(folder.glob("shard-*.safetensors"))
 
 
 def open_shards(folder: Path) -> list[Shard]:
-    """The whole shards of a folder; those that are not whole count as not there."""
+    """The complete shards of a folder; incomplete and damaged ones are ignored."""
     found = []
     for file in shard_files(folder):
         try:

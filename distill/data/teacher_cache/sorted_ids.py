@@ -1,4 +1,4 @@
-"""Ascending numbers in few bits: the ids that a codec stores, for all positions of a row together.
+"""Encodes ascending numbers in few bits: the ids that a codec stores, for all positions of a row together.
 
 An id at position p becomes the number p * vocabulary + id, so the numbers of a row ascend. Each number is split. The
 lowest ``low`` bits are stored as they are:
@@ -18,7 +18,7 @@ import numpy as np
 
 
 def pack_sorted(values: np.ndarray, universe: int) -> np.ndarray:
-    """Code numbers that rise. Returns uint8 [bytes].
+    """Encode ascending numbers. Returns uint8 [bytes].
 
     Args:
         values: int64 [count], each larger than the one before it and below ``universe``.
@@ -33,15 +33,15 @@ def pack_sorted(values: np.ndarray, universe: int) -> np.ndarray:
 
 
 def unpack_sorted(data: np.ndarray, count: int, universe: int) -> np.ndarray:
-    """The numbers that :func:`pack_sorted` was given. int64 [count]
+    """Decode the numbers that :func:`pack_sorted` was given. int64 [count]
 
     Args:
-        data: uint8, their bytes and whatever stands behind these.
-        count: of the numbers.
-        universe: as it was then.
+        data: uint8, their bytes; trailing bytes are ignored.
+        count: number of values.
+        universe: same value as in :func:`pack_sorted`.
 
     Raises:
-        ValueError: the bytes hold no such numbers.
+        ValueError: the bytes do not encode such numbers.
     """
     low = _low_bits(universe, count)
     length = count + (universe >> low) + 1
@@ -59,7 +59,7 @@ def unpack_sorted(data: np.ndarray, count: int, universe: int) -> np.ndarray:
 
 
 def num_bytes(count: int, universe: int) -> int:
-    """How long :func:`pack_sorted` of so many numbers is."""
+    """Number of bytes of :func:`pack_sorted` for ``count`` numbers."""
     low = _low_bits(universe, count)
     return -(-(count + (universe >> low) + 1) // 8) + -(-count * low // 8)
 

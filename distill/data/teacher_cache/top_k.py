@@ -1,7 +1,7 @@
-"""The k likeliest tokens with their log-probabilities, and the mass of all others as one outcome more.
+"""The k likeliest tokens with their log-probabilities, and the mass of all others as one further outcome.
 
-Small and without chance, but not unbiased: how the tail's mass is spread is lost. Nothing is renormalised, so the
-student learns how much lies in the tail. Loss: KL over the k + 1 outcomes, see :mod:`distill.losses.sparse`.
+Small and deterministic, but biased: how the tail's mass is spread is lost. Nothing is renormalised, so the student
+learns the mass of the tail. Loss: KL over the k + 1 outcomes, see :mod:`distill.losses.sparse`.
 
 Source: arXiv 2503.16870 shows what leaving the tail out does to a student.
 """
@@ -25,15 +25,15 @@ class TopK(CodecSpec):
 
     kind: Literal["top_k"] = "top_k"
     k: int = Field(64, ge=1)
-    """Tokens kept; all of them when the vocabulary is smaller."""
+    """Number of tokens stored per position; all of them if the vocabulary is smaller."""
     value_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Of the stored log-probabilities; float16 has the smaller error, float32 is exact."""
+    """Dtype of the stored log-probabilities; float16 has the smaller error, float32 is exact."""
 
     def encode(self, teacher: Tensor, generator: torch.Generator) -> list[Tensor]:
         import torch
 
         top = teacher.topk(min(self.k, teacher.shape[-1]), dim=-1)  # [positions, k]
-        # not 1 - sum, which has no digits left when the head is sure
+        # not 1 - sum, which has no significant digits if the top k hold nearly all of the mass
         tail = teacher.scatter(-1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
         ids, order = top.indices.sort(-1)
         # [positions, k + 1], the tail last

@@ -1,4 +1,4 @@
-"""What a cache on disk is, and whether it is still what was written; needs neither the teacher nor the text."""
+"""Describes and verifies caches on disk; needs neither the teacher nor the text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distill.data.teacher_cache.shards import Shard, open_shards, shard_files
 
 
 def caches(folder: Path) -> list[CacheLocation]:
-    """The caches in a folder: itself, or those of the training and the validation text in it.
+    """The caches in a folder: the one that it is itself, or those of the training and the validation text in it.
 
     Raises:
         InputError: there is none, or one of another version.
@@ -28,7 +28,7 @@ def caches(folder: Path) -> list[CacheLocation]:
 
 
 def describe(place: CacheLocation) -> str:
-    """A cache for people: whose it is, how it was read and coded, what it holds and how near it is to the teacher."""
+    """Describe a cache to the user: its identity, codec, size and fidelity."""
     header, shards, identity = read_header(place.folder), open_shards(place.folder), place.identity
     assert header is not None
     tokens, size = sum(int(shard.sizes.sum()) for shard in shards), sum(shard.num_bytes() for shard in shards)
@@ -50,7 +50,7 @@ def _shards(count: int) -> str:
 
 
 def damages(place: CacheLocation) -> Iterator[str]:
-    """A line for each shard that is not what was written, or for the whole cache when it has none."""
+    """Yield one line per damaged shard, or one for the whole cache if it has no shards."""
     if not shard_files(place.folder):
         yield f"{place.folder}: holds nothing"
     for file in shard_files(place.folder):
@@ -70,7 +70,7 @@ def _some(rows: list[int]) -> str:
 
 
 def verify(folder: Path) -> str:
-    """One line about a cache of which all that is there is what was written.
+    """Verify all checksums, and that every row can be decoded. Returns a one-line summary.
 
     Raises:
         InputError: there is no cache.

@@ -1,4 +1,5 @@
-"""Write what a cache lacks, shard by shard; a kill loses one shard, and the same call goes on with the same bytes."""
+"""Writes the missing rows of a cache, shard by shard. A kill loses one shard, and the same call continues with the same
+bytes."""
 
 from __future__ import annotations
 
@@ -38,12 +39,12 @@ _LINE_EVERY_S = 10.0
 
 @dataclass(frozen=True)
 class Live:
-    """A teacher in memory.
+    """A loaded teacher.
 
     Attributes:
-        hidden: a batch -> final hidden states [batch, sequence, hidden].
-        logits: [tokens, hidden] -> [tokens, vocabulary].
-        device: where both want their inputs.
+        hidden: function: batch -> final hidden states [batch, sequence, hidden].
+        logits: function: [tokens, hidden] -> [tokens, vocabulary].
+        device: device of the inputs of both.
     """
 
     hidden: Callable[[dict[str, Tensor]], Tensor]
@@ -61,7 +62,7 @@ def fill(
     what: str,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Bring the teacher's rows ``wanted`` into the cache (see :meth:`CacheLocation.needed`), without those that it has.
+    """Add those of the teacher's rows ``wanted`` that are missing to the cache (see :meth:`CacheLocation.needed`).
 
     Processes that fill the same cache at once wait for each other.
 
@@ -71,14 +72,15 @@ def fill(
         wanted: numbers of rows.
         live: loads the teacher; only called when something is missing.
         batch_size: rows per forward pass.
-        what: shown to people, such as ``"train"``.
+        what: name of the text in messages to the user, such as ``"train"``.
         say: prints a line.
 
     Returns:
         The cache's header.
 
     Raises:
-        InputError: the cache there is another's, or the codec cannot code this vocabulary.
+        InputError: the existing cache belongs to another teacher, tokenizer, text or codec, or the codec cannot encode
+            this vocabulary.
         MachineError: the disk is full or not writable.
     """
     with file_lock(place.folder):
@@ -114,7 +116,7 @@ def _begin(place: CacheLocation, read: PackedRows, missing: Sequence[int], live:
 
 
 def _announce(place: CacheLocation, fidelity: Fidelity, tokens: int, what: str, say: Callable[[str], None]) -> None:
-    """Say what the cache will cost and keep; refuse a disk that has no room for it."""
+    """Print the size and fidelity of the cache, and check that the disk has room for it."""
     needed, free = tokens * fidelity.bytes_per_token, shutil.disk_usage(place.folder).free
     say(f"{what}: {tokens:,} tokens as {place.codec.kind}, {fidelity.line()}, {needed / 1e6:,.1f} MB on disk")
     if needed > free:
@@ -151,11 +153,11 @@ def _free_names(folder: Path) -> Iterator[Path]:
 def _encode(
     place: CacheLocation, read: PackedRows, numbers: Sequence[int], live: Live, batch_size: int
 ) -> Iterator[tuple[Tensor, Coded]]:
-    """The teacher's hidden states [positions, hidden] and the coded bytes of each row: at every token of it, or at
-    those that predict one that is learned from.
+    """Yield the teacher's hidden states [positions, hidden] and the encoded bytes of each row: at every token of it, or
+    at those that predict one that is learned from.
 
-    The last position of a row is included, because in another packing the text may continue there. The tokens that the
-    tokenizer puts in front of a piece are not.
+    The last position of a row is included, because in another packing the text may continue there. Start tokens that
+    are inserted before a piece are not included.
     """
     for start in stoppable(range(0, len(numbers), batch_size)):
         some = list(numbers[start : start + batch_size])
@@ -171,14 +173,14 @@ def _encode(
 
 
 def _num_cached(read: PackedRows, rows: Sequence[int]) -> int:
-    """Positions of rows that are cached."""
+    """Number of positions of rows that are cached."""
     if read.tokens.num_learned is None:
         return sum(size for row in rows for _, size in read.rows.spans(row))
     return sum(int(kept.sum()) for row in rows if (kept := kept_of(read, row)) is not None)
 
 
 def encode_row(place: CacheLocation, hidden: Tensor, number: int, live: Live) -> Tensor:
-    """A row's bytes, uint8; they depend on the row and its place alone. hidden: [positions, hidden]"""
+    """Encode a row as bytes, uint8; they depend only on the row and its cache. hidden: [positions, hidden]"""
     generator = torch.Generator(hidden.device)
     generator.manual_seed(int(hash_of(place.identity.key(), number), 16) % 2**63)
     fields: list[list[Tensor]] = []
@@ -189,14 +191,14 @@ def encode_row(place: CacheLocation, hidden: Tensor, number: int, live: Live) ->
 
 
 class RowProgress:
-    """A line to standard error now and then, with the time that is left."""
+    """Prints a line to standard error now and then, with the remaining time."""
 
     def __init__(self, what: str, total: int):
         self.what, self.total, self.done = what, total, 0
         self._start = self._last = time.monotonic()
 
     def advance(self) -> None:
-        """One row more."""
+        """Count one more row."""
         self.done += 1
         now = time.monotonic()
         if now - self._last >= _LINE_EVERY_S:

@@ -16,7 +16,7 @@ from distill.data.mixture_split import texts_of
 from distill.stages.session import StageContext
 from distill.stages.synthesize.asker import Asker
 from distill.stages.synthesize.filters import Dropped, counts, filtered
-from distill.stages.synthesize.makers.base import Made
+from distill.stages.synthesize.makers.base import MakerResult
 from distill.stages.synthesize.replies import Replies
 from distill.stages.synthesize.row_files import ABOUT, DROPPED, EXAM, write_lines, write_rows
 from distill.stages.synthesize.spec import Synthesize
@@ -77,7 +77,7 @@ def _dropped_row(one: Dropped) -> dict[str, Any]:
     return {"filter": one.filter, "why": one.why, **one.row.row()}
 
 
-def _check_yield(stage: Synthesize, made: Made, num_kept: int, dropped: list[Dropped]) -> None:
+def _check_yield(stage: Synthesize, made: MakerResult, num_kept: int, dropped: list[Dropped]) -> None:
     """Stop where so few rows remain that something is wrong with the writer or the prompts.
 
     Raises:

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from distill.data.base import Conversation, Item, Message, Rejected
 from distill.stages.synthesize.candidate import Candidate
-from distill.stages.synthesize.makers.base import Made, MakerSpec
+from distill.stages.synthesize.makers.base import MakerResult, MakerSpec
 from distill.stages.synthesize.requests import STOP, LikelihoodRequest, Request
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Answers(MakerSpec):
             return ["make.temperature is 0, so all num_samples answers are the same; raise it"]
         return []
 
-    def make(self, asker: Asker, texts: Iterable[Item], seed: int) -> Made:
+    def make(self, asker: Asker, texts: Iterable[Item], seed: int) -> MakerResult:
         """See :meth:`MakerSpec.make`."""
         prompts = list(islice(_prompts(texts), self.num_prompts))
         copies = range(self.num_samples)
@@ -68,7 +68,7 @@ class Answers(MakerSpec):
             best = max(finished, key=lambda one: likely[one])
             more = {"log_probability": round(likely[best], 4)} if self.num_samples > 1 else {}
             rows.append(Candidate(prompt, replies[best].text, "", place, finish=replies[best].finish, more=more))
-        return Made(rows, raw=[reply.text for reply in replies[:5]])
+        return MakerResult(rows, raw=[reply.text for reply in replies[:5]])
 
 
 def _prompts(texts: Iterable[Item]) -> Iterator[tuple[tuple[Message, ...], str]]:

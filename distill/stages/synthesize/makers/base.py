@@ -21,7 +21,7 @@ Holds = Literal["conversations", "text"]
 
 
 @dataclass(frozen=True)
-class Made:
+class MakerResult:
     """What a maker has made.
 
     Attributes:
@@ -83,7 +83,7 @@ class MakerSpec(Spec):
         """
         return False
 
-    def make(self, asker: Asker, texts: Iterable[Item], seed: int) -> Made:
+    def make(self, asker: Asker, texts: Iterable[Item], seed: int) -> MakerResult:
         """Have all rows written.
 
         Args:

@@ -28,13 +28,12 @@ from distill.data import files
 from distill.data.base import Item, Message
 from distill.data.documents import Chunk, chunks_of, find_documents, missing_reader, plain, read_documents, tidy
 from distill.data.files import File
-from distill.data.qna import Qna as QnaFile
-from distill.data.qna import Seed, check_contexts, read_qna
+from distill.data.qna_file import QnaFile, Seed, check_contexts, read_qna
 from distill.data.with_document import with_document
 from distill.stages.synthesize.answer_similarity import token_f1
 from distill.stages.synthesize.candidate import Candidate, numbers_of, words_of
 from distill.stages.synthesize.exam_spec import CONTROL, TRAINED, ExamSpec, Question
-from distill.stages.synthesize.makers.base import Made, MakerSpec
+from distill.stages.synthesize.makers.base import MakerResult, MakerSpec
 from distill.stages.synthesize.requests import LENGTH, STOP, Reply, Request, asked
 
 if TYPE_CHECKING:
@@ -135,7 +134,7 @@ class Qna(MakerSpec):
         """Whether one of the files is of knowledge."""
         return any(qna.kind == "knowledge" for qna in self._read())
 
-    def make(self, asker: Asker, texts: Iterable[Item], seed: int) -> Made:
+    def make(self, asker: Asker, texts: Iterable[Item], seed: int) -> MakerResult:
         """See :meth:`MakerSpec.make`."""
         rows, exam, raw = list[Candidate](), list[Question](), list[str]()
         qnas = self._read()
@@ -153,7 +152,7 @@ class Qna(MakerSpec):
             rows += self._of_chunks(qna, seeds, chunks, asker, raw)
         for group, qna in self._exam_files():
             exam += [_question(one, number, group) for one in qna.seeds for number in range(len(one.pairs))]
-        return Made(rows, exam, raw[:8])
+        return MakerResult(rows, exam, raw[:8])
 
     def _asks_any(self, qnas: Sequence[QnaFile], exam: ExamSpec) -> bool:
         has_extra = exam.extra_per_chunk > 0 and any(qna.kind == "knowledge" for qna in qnas)

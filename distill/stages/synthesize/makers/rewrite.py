@@ -16,7 +16,7 @@ from pydantic import Field
 from distill.data.base import Document, Item
 from distill.data.documents import Text, chunks_of
 from distill.stages.synthesize.candidate import Candidate
-from distill.stages.synthesize.makers.base import Holds, Made, MakerSpec
+from distill.stages.synthesize.makers.base import Holds, MakerResult, MakerSpec
 from distill.stages.synthesize.requests import asked
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Rewrite(MakerSpec):
     num_documents: int | None = Field(None, ge=1)
     """Documents to rewrite, the first of the text; unset: all."""
 
-    def make(self, asker: Asker, texts: Iterable[Item], seed: int) -> Made:
+    def make(self, asker: Asker, texts: Iterable[Item], seed: int) -> MakerResult:
         """See :meth:`MakerSpec.make`."""
         documents = [Text(item.id, item.text) for item in texts if isinstance(item, Document)][: self.num_documents]
         chunks = [chunk for document in documents for chunk in chunks_of(document, self.chunk_words)]
@@ -64,4 +64,4 @@ class Rewrite(MakerSpec):
             Candidate((), reply.text, chunk.text, chunk.id, finish=reply.finish, more={"style": number % len(STYLES)})
             for (chunk, number), reply in zip(planned, replies, strict=True)
         ]
-        return Made(rows, raw=[reply.text for reply in replies[:5]])
+        return MakerResult(rows, raw=[reply.text for reply in replies[:5]])

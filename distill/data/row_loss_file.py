@@ -13,19 +13,18 @@ from distill.data.packed_rows import PackedRows
 from distill.data.words import mixed
 
 VERSION = 2
-"""Of what is written; losses of another version are computed anew."""
+"""Format version; losses of another version are recomputed."""
 _ROW = np.dtype([("loss", "<f4"), ("check", "<u4")])
-"""A row's loss, NaN where it is not known, and 32 bits that follow from the number of the row and the loss; 0 where it
-is not known."""
+"""A row's loss (NaN if unknown) and a 32-bit checksum of the row's number and loss (0 if unknown)."""
 
 
-class RowLosses:
+class RowLossFile:
     """The file of losses of one model on the rows of one text. Each is written once; an interrupted computation
     continues with the remaining rows.
 
     Args:
         packed: the rows.
-        model: stands for the model's weights.
+        model: hash of the model's weights.
 
     Raises:
         MachineError: the folder of the tokens cannot be written.
@@ -47,7 +46,7 @@ class RowLosses:
         self._drop_damaged()
 
     def _drop_damaged(self) -> None:
-        """Forget losses that are not what was written."""
+        """Forget losses that do not match their checksums."""
         unknown = np.isnan(self._rows["loss"]) & (self._rows["check"] == 0)  # [rows]
         numbers = np.arange(len(self._rows))
         damaged = ~unknown & (self._rows["check"] != _check(numbers, self._rows["loss"]))  # [rows]
@@ -57,26 +56,26 @@ class RowLosses:
             self._rows[damaged] = (np.nan, 0)
 
     def missing(self, rows: np.ndarray) -> np.ndarray:
-        """Those of some rows whose losses are not known, in their order. int64 [rows]"""
+        """The rows among those given whose losses are unknown, in their order. int64 [rows]"""
         return rows[np.isnan(self._rows["loss"][rows])]
 
     def write(self, rows: np.ndarray, losses: np.ndarray) -> None:
-        """Keep the losses of some rows. fp32 [rows]"""
+        """Store the losses of some rows. fp32 [rows]"""
         found = np.empty(len(rows), _ROW)
         found["loss"], found["check"] = losses, _check(rows, losses)
         self._rows[rows] = found
 
     def read(self) -> np.ndarray:
-        """Of all rows, in nats per token that counts; NaN where not known. fp32 [rows]"""
+        """Losses of all rows, in nats per token that counts; NaN if unknown. fp32 [rows]"""
         self._rows.flush()
         return np.array(self._rows["loss"])
 
 
 def _check(rows: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """What stands beside the losses of some rows. uint32 [rows]
+    """Checksums stored with the losses of some rows. uint32 [rows]
 
     Args:
-        rows: their numbers. int64 [rows]
+        rows: numbers of the rows. int64 [rows]
         losses: fp32 [rows]
     """
     bits = np.ascontiguousarray(losses, np.float32).view(np.uint32).astype(np.uint64)

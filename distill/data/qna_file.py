@@ -50,7 +50,7 @@ class Seed:
     """Questions about one context.
 
     Attributes:
-        context: the text that holds the answers; None where an example has none.
+        context: the text that contains the answers; None if an example has none.
         pairs: at least one.
         place: ``file:line`` of the example.
     """
@@ -76,8 +76,8 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Qna:
-    """What a ``qna.yaml`` says.
+class QnaFile:
+    """The content of a ``qna.yaml``.
 
     Attributes:
         file: its name.
@@ -87,7 +87,7 @@ class Qna:
         created_by: its author.
         domain: subject of the knowledge; empty for a skill.
         outline: what the document is about (knowledge), or what the task is (skill and old knowledge).
-        origin: of the documents; None for a skill.
+        origin: where the documents come from; None for a skill.
     """
 
     file: str
@@ -105,7 +105,7 @@ class Qna:
         return [pair for seed in self.seeds for pair in seed.pairs]
 
 
-def read_qna(file: str | Path) -> Qna:
+def read_qna(file: str | Path) -> QnaFile:
     """Read a ``qna.yaml``.
 
     Raises:
@@ -123,10 +123,10 @@ def read_qna(file: str | Path) -> Qna:
     return parse_qna(text, str(file))
 
 
-def parse_qna(text: str, name: str) -> Qna:
-    """As :func:`read_qna`, for text in memory that messages call ``name``."""
+def parse_qna(text: str, name: str) -> QnaFile:
+    """As :func:`read_qna`, for text in memory; ``name`` is its name in messages to the user."""
     found = source.parse(text, name, what="qna.yaml")
-    reader = _Reader(found, mistakes=list(found.mistakes))
+    reader = _QnaParser(found, mistakes=list(found.mistakes))
     qna = reader.qna()
     if reader.mistakes:
         raise RecipeError(reader.mistakes)
@@ -134,19 +134,19 @@ def parse_qna(text: str, name: str) -> Qna:
 
 
 @dataclass
-class _Reader:
-    """Collects mistakes while it reads.
+class _QnaParser:
+    """Collects mistakes while it parses the file.
 
     Attributes:
-        source: plain data with lines.
-        mistakes: found so far.
+        source: the parsed YAML, with line numbers.
+        mistakes: mistakes found so far.
     """
 
     source: Source
     mistakes: list[str] = field(default_factory=list)
 
-    def qna(self) -> Qna:
-        """The whole file."""
+    def qna(self) -> QnaFile:
+        """Parse the whole file."""
         data = self.source.data
         version = data.get("version", 1)
         if isinstance(version, bool) or version not in VERSIONS:
@@ -164,7 +164,7 @@ class _Reader:
             if key not in data:
                 self._wrong((), f"{key} is missing, which version {version} of {_name(is_knowledge)} needs")
         texts = {key: self._text((key,), data[key]) for key in ("created_by", described, "domain") if key in data}
-        return Qna(
+        return QnaFile(
             file=self.source.name,
             version=version,
             kind="knowledge" if is_knowledge else "skill",
@@ -216,7 +216,7 @@ class _Reader:
         if not isinstance(found, dict):
             self._wrong(path, f"needs question and answer (got {_short(found)})")
             return None
-        if "questions_and_answers" in path:  # of an example itself the caller has looked at the keys
+        if "questions_and_answers" in path:  # for unnested pairs, the caller has checked the keys
             self._unknown(path, found, ["question", "answer"])
         texts = []
         for key in ("question", "answer"):
@@ -283,12 +283,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def check_contexts(qna: Qna, documents: Sequence[str]) -> Iterator[str]:
-    """A line for each context that is in none of the documents. It may be of another revision, so it is no mistake.
+def check_contexts(qna: QnaFile, documents: Sequence[str]) -> Iterator[str]:
+    """Yield a line per context that is in none of the documents. This is not an error, because the context may be of
+    another revision of them.
 
     Args:
-        qna: of knowledge.
-        documents: texts.
+        qna: a file of knowledge.
+        documents: texts of the documents.
     """
     texts = [comparable(text) for text in documents]
     for seed in qna.seeds:
@@ -297,5 +298,5 @@ def check_contexts(qna: Qna, documents: Sequence[str]) -> Iterator[str]:
 
 
 def comparable(text: str) -> str:
-    """A text without what a copy may change: case, and the amount of whitespace."""
+    """Normalise what a copy may change: case and whitespace."""
     return " ".join(text.casefold().split())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from distill.core.errors import InputError, RecipeError
-from distill.data.qna import check_contexts, parse_qna, read_qna
+from distill.data.qna_file import check_contexts, parse_qna, read_qna
 
 CONTEXT = """\
   - context: |

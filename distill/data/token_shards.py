@@ -1,13 +1,13 @@
-"""The shards of a text on disk: stretches of its source that are tokenized one by one, each by the process that claims
-it, and put end to end when all are there.
+"""The shards of a text on disk: sections of its source that are tokenized one by one, each by the process that claims
+it, and concatenated when all are finished.
 
     <name>-<hash>.shards/
         00000.bin .bounds ...   a token file per shard; its ``.json``, written last, says that it is finished
         00000.lock              locked by the process that tokenizes the shard
-        count.json              how many shards there are, by the first process that has read the source to its end
+        count.json              number of shards, written by the first process that has read the source to its end
 
-A claim is a lock of the file system, which ends with its process however that ends. So a shard whose process was
-killed is free for another process, or for the next run, and a finished one is never tokenized again.
+A claim is a lock of the file system, which is released when its process ends for any reason. Therefore a shard whose
+process was killed is free for another process, or for the next run, and a finished one is never tokenized again.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from distill.core.stored import read_checked, write_checked
 from distill.data.packing import TokenFile, read_tokens
 
 CHARACTERS = 1 << 25
-"""Of text in a shard, at least; about 8 million tokens of English."""
+"""Minimum number of characters of text per shard; about 8 million tokens of English."""
 _COUNT: TypeAdapter[dict[str, int]] = TypeAdapter(dict[str, int])
 
 
-class Shards:
-    """The shards of one token file that is to be made.
+class TokenShards:
+    """The shards of one token file that is being made.
 
     Args:
-        path: the ``.bin`` file that they become.
+        path: the ``.bin`` file into which they are joined.
     """
 
     def __init__(self, path: Path):
@@ -42,10 +42,10 @@ class Shards:
         self._held: dict[int, IO[str]] = {}
 
     def open(self) -> None:
-        """Make the folder.
+        """Create the folder.
 
         Raises:
-            MachineError: it cannot be written.
+            MachineError: the folder cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ class Shards:
         """
         if not (lock := self._locked(number)):
             return False
-        # the folder may just have been removed, which is after the whole file was written
+        # another process may have joined the shards and removed the folder
         if self.is_finished(number) or self.whole.with_suffix(".json").is_file():
             lock.close()
             return False
@@ -72,18 +72,18 @@ class Shards:
         return True
 
     def release(self, number: int) -> None:
-        """Give a claimed shard back, finished or not."""
+        """Release a claimed shard, finished or not."""
         lock: Any = self._held.pop(number)
         fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough, as forked processes have the file open too
         lock.close()
 
     def release_all(self) -> None:
-        """Give all claimed shards back."""
+        """Release all claimed shards."""
         for number in [*self._held]:
             self.release(number)
 
     def is_finished(self, number: int) -> bool:
-        """Whether a shard is there as it was written."""
+        """Whether a shard is complete and undamaged."""
         return self.path(number).with_suffix(".json").is_file() and self._read(number) is not None
 
     def is_free(self, number: int) -> bool:
@@ -94,7 +94,7 @@ class Shards:
         return True
 
     def count(self) -> int | None:
-        """How many there are; None while no process has read the text to its end."""
+        """Number of shards; None while no process has read the text to its end."""
         file = self.folder / "count.json"
         try:
             return read_checked(file, _COUNT, "")["num_shards"] if file.is_file() else None
@@ -102,14 +102,14 @@ class Shards:
             return None
 
     def tell_count(self, number: int) -> None:
-        """Write down how many there are.
+        """Store the number of shards.
 
         Raises:
             MachineError: the disk is full.
         """
         try:
             lock: Any = (self.folder / "count.lock").open("w")
-        except FileNotFoundError:  # all are joined and gone
+        except FileNotFoundError:  # all shards are joined and deleted
             return
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -117,7 +117,7 @@ class Shards:
                 write_checked(self.folder / "count.json", {"num_shards": number})
 
     def files(self) -> list[TokenFile] | None:
-        """All shards in their order; None while one is missing."""
+        """Token files of all shards in their order; None while one is missing."""
         count = self.count()
         if count is None or not all(self.path(number).with_suffix(".json").is_file() for number in range(count)):
             return None
@@ -125,17 +125,17 @@ class Shards:
         return [file for file in found if file is not None] if None not in found else None
 
     def remove(self) -> None:
-        """Delete the folder; all shards are in the whole file."""
+        """Delete the folder, after all shards have been joined."""
         aside = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
         with suppress(OSError):  # another process removes it
-            self.folder.rename(aside)  # at once, so that nobody finds some of them missing
+            self.folder.rename(aside)  # atomic, so that no process finds some of them missing
         shutil.rmtree(aside, ignore_errors=True)
 
     def _read(self, number: int) -> TokenFile | None:
         return read_tokens(self.path(number), quietly=True)
 
     def _locked(self, number: int) -> Any:
-        """The open lock file of a shard; None where another process has it, or all shards are joined and gone."""
+        """The open lock file of a shard; None if another process holds it, or all shards are joined and deleted."""
         try:
             lock = self.path(number).with_suffix(".lock").open("w")
         except FileNotFoundError:
