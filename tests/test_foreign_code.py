@@ -20,6 +20,7 @@ import yaml
 
 import distill
 from distill.core.errors import InputError
+from tests.verbs import VERBS
 
 ROOT = Path(__file__).parents[1]
 DOOR = ROOT / "distill" / "pretrained.py"
@@ -210,13 +211,16 @@ def terminal(
     record_property("commands", terminal.num_commands)  # which `benchmarks.faults` adds up for its page
 
 
-def recipe_file(stages: dict[str, Any], teacher: Path | None = None, tokenizer: Path | None = None) -> Path:
+def recipe_file(
+    stages: dict[str, Any], teacher: Path | None = None, tokenizer: Path | None = None, words: Path | None = None
+) -> Path:
     Path("text.jsonl").write_text("".join(json.dumps({"text": f"row {i} of the text"}) + "\n" for i in range(40)))
     question = {"question": "a?", "answer": "b", "document": "", "group": "trained", "place": "p"}
     Path("exam.jsonl").write_text(json.dumps(question))
     data: dict[str, Any] = {"train": {"kind": "jsonl", "path": "text.jsonl"}, "sequence_length": 16}
     data |= {"validation_tokens": 60, "calibration_sequences": 2}
     data |= {"tokenizer": str(tokenizer)} if tokenizer is not None else {}
+    data |= {"augment": {"replace_words": {"model": str(words)}}} if words is not None else {}
     recipe = {"name": "foreign", **({"teacher": str(teacher)} if teacher is not None else {}), "data": data}
     recipe |= {"stages": stages, "compute": {"accelerator": "cpu"}, "logging": {"wandb": "disabled"}}
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
@@ -246,10 +250,18 @@ KEYS: dict[str, dict[str, Any]] = {
 
 
 def test_these_are_all_keys_that_can_name_a_model() -> None:
+    from distill.recipe import Recipe
     from distill.stages import STAGES
 
-    here = {name.partition(".")[0] for name in KEYS} | {"report"}
-    assert here == set(STAGES)
+    assert {name.partition(".")[0] for name in KEYS} | {"report"} == set(STAGES)
+    for kind in set(STAGES) - {"report"}:
+        named = {key.partition(".")[2]: rest for key, rest in KEYS.items() if key.startswith(f"{kind}.")}
+        stage = {key: value for rest in named.values() for key, value in rest.items()}
+        stage |= {key: ["org/x"] if key in ("models", "controls") else "org/x" for key in named}
+        data = {"train": "python_docs", "sequence_length": 16}
+        recipe = Recipe.model_validate({"name": "a", "teacher": "org/t", "data": data, "stages": {kind: stage}})
+        keys = {str(path[0]) for path, _ in recipe.stages[kind].references()}
+        assert keys == set(named), f"{kind}: add the keys that are missing to KEYS"
 
 
 @pytest.mark.parametrize("kind", ["unknown", "tokenizer"])
@@ -268,13 +280,14 @@ def test_no_key_of_a_recipe_leads_to_code(kind: str, plain: Path, tmp_path: Path
 
     attempt({"distill": {"student": str(plain), **STEP}}, teacher=evil)
     attempt({"distill": {"student": str(plain), **STEP}}, teacher=plain, tokenizer=evil)
+    attempt({"distill": {"student": str(plain), **STEP}}, teacher=plain, words=evil)
     for key, rest in KEYS.items():
         stage, _, name = key.partition(".")
         rest = json.loads(json.dumps(rest).replace("PLAIN", str(plain)))
         attempt({stage: {name: [str(evil)] if name in ("models", "controls") else str(evil), **rest}}, teacher=plain)
     measured = {"evaluate": {"models": ["teacher"], "speed": None}}
     attempt(measured | {"report": {"models": [str(evil)], "prompts": ["row"]}}, teacher=plain)
-    assert refused == len(KEYS) + 3
+    assert refused == len(KEYS) + 4
 
 
 @pytest.fixture
@@ -318,6 +331,15 @@ def test_no_verb_runs_code(finished: Path, terminal: Terminal) -> None:
         terminal("cache", command, next(finished.glob("data/teacher-*")), code=0)
     for command in ("list", "doctor", "schema"):
         terminal(command, code=0)
+
+
+@pytest.mark.parametrize("kind", ["unknown", "tokenizer"])
+def test_no_verb_that_takes_a_folder_runs_its_code(kind: str, plain: Path, tmp_path: Path, terminal: Terminal) -> None:
+    evil = with_code(Path(shutil.copytree(plain, tmp_path / "evil")), terminal.ran, kind=kind)
+    shutil.copy(recipe_file({"evaluate": {"speed": None}}, teacher=evil), evil)  # for those that want a run's folder
+    for verb in VERBS:
+        if "--run-dir" not in verb:  # a run goes there, and reads no model in it
+            terminal(*(str(evil) if word == "PATH" else word for word in verb))
 
 
 def test_the_python_api_runs_no_code(plain: Path, tmp_path: Path, terminal: Terminal) -> None:

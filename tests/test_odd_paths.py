@@ -11,28 +11,7 @@ import pytest
 
 from distill.cli import app, main
 from distill.core.errors import InputError
-
-VERBS = [
-    ["run", "PATH"],
-    ["run", "quickstart", "--run-dir", "PATH"],
-    ["check", "PATH"],
-    ["resume", "PATH"],
-    ["report", "PATH"],
-    ["compare", "PATH", "--prompt", "x"],
-    ["compare", "x", "--prompts", "PATH"],
-    ["watch", "PATH", "--once"],
-    ["cache", "info", "PATH"],
-    ["cache", "verify", "PATH"],
-    ["data", "PATH"],
-    ["schema", "PATH"],
-    ["init", "PATH"],
-    ["init", "--out", "PATH"],
-    ["prune", "PATH", "--keep", "layers=1"],
-    ["quantize", "PATH"],
-    ["export", "PATH", "--target", "gguf"],
-    ["evaluate", "PATH"],
-]
-WITHOUT_A_PATH = {"doctor", "list"}
+from tests.verbs import VERBS, WITHOUT_A_PATH
 
 
 def outcome(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:

@@ -160,7 +160,7 @@ def test_all_processes_use_the_work_of_one(stream, log, tmp_path):
     tokenized = [line.split()[1] for line in file.read_text().splitlines()]
     needed = next(at for _, at in stream.read(Position()) if at.row >= 360).source["num_rows"]
     for number in range(needed // 2):
-        assert tokenized.count(f"d{number}") <= 2
+        assert tokenized.count(f"d{number}") <= 3  # by each process once, if one starts when the others are far
     assert len(tokenized) < 2.5 * needed + 240
 
 
