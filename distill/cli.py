@@ -200,8 +200,8 @@ def report(
 def compare(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A text to continue; may be given more than once.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="File with a text a line.")] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 48,
+    prompts: Annotated[Path | None, typer.Option(help="File with one text per line.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of an answer.")] = 48,
 ) -> None:
     """Let every model of a run continue the same texts, or answer them where it learned from conversations."""
     from distill.compare import answer_prompts
@@ -256,7 +256,7 @@ CacheFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a
 
 @cache.command("info")
 def cache_info(folder: CacheFolder) -> None:
-    """Say whose a teacher cache is, how it is coded, how large and how near to the teacher."""
+    """Print a teacher cache's teacher, codec, size and fidelity."""
     from distill.data.teacher_cache.verify import caches, describe
 
     for place in caches(folder):

@@ -19,11 +19,11 @@ class ReplaceWords(Spec):
     model: str = "teacher"
     """Whose embeddings, or the encoder of masked_lm: `teacher`, a folder or a Hub id. It may have another tokenizer."""
     probability: float = Field(0.4, gt=0, le=1)
-    """With which each word is replaced, if the model has candidates for it."""
+    """Probability that a word is replaced, if the model has candidates for it."""
     num_candidates: int = Field(15, ge=1, le=1000)
     """Words of which one is drawn, the best ones."""
     copies: int = Field(1, ge=1, le=100)
-    """Of each document, beside itself."""
+    """Number of copies added per document."""
     seed: int = 0
     """Decides which words are replaced, and by which; another one is another text."""
 
