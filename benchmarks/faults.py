@@ -400,24 +400,24 @@ def render(data: dict[str, Any]) -> str:
         f"`{data['command']}` on {' to '.join(dict.fromkeys((days[0], days[-1])))}: {data['hardware']['cpu']}, no GPU; "
         "several processes communicated through gloo.",
         "",
-        "*Times* is the number of injected faults. A killed run is started again until it finishes, so a completed run may "
-        "have been killed several times, or not at all if it finished before the next kill. In brackets are the moments "
-        "of the kills: any time, or a step of writing a file.",
+        "*Times* is the number of injected faults. A killed run is started again until it finishes, so a completed run "
+        "may have been killed several times, or not at all if it finished before the next kill. In brackets are the "
+        "moments of the kills: any time, or a step of writing a file.",
         "",
         *_table(["fault", "run", "times", "what happened", "lost"], faults),
         "",
-        "*Identical* and *same* weights are bitwise equal to those of an undisturbed run. Runs on two machines, and runs "
-        "that were resumed with other processes or another strategy, are compared by their losses: on two machines "
-        "within 0.1 %, because the order of sums differs.",
+        "*Identical* and *same* weights are bitwise equal to those of an undisturbed run. Runs on two machines, and "
+        "runs that were resumed with other processes or another strategy, are compared by their losses: on two "
+        "machines within 0.1 %, because the order of sums differs.",
         "",
         *fault_signals.page([row for row in data["rows"] if row["part"] == "signalled"], _table),
         *([damage.section(), ""] if damage.RESULT.is_file() else []),
         "## Exact resuming",
         "",
         f"{exact} of {len(cells)} trainings, with dropout, have bitwise the same weights and metrics as an undisturbed "
-        "training. Every pair of entries of two columns occurs in a row, except for unsupported combinations (on-policy "
-        "samples with fsdp, a cache of a stream). A training is killed once in the middle of an epoch, once at its "
-        "end, or after each of the first five steps, always directly after a checkpoint.",
+        "training. Every pair of entries of two columns occurs in a row, except for unsupported combinations "
+        "(on-policy samples with fsdp, a cache of a stream). A training is killed once in the middle of an epoch, once "
+        "at its end, or after each of the first five steps, always directly after a checkpoint.",
         "",
         *_table(["trained", "data", "run", "killed", "micro_batches", "num_workers", "compile", "lost"], cells),
         "",
