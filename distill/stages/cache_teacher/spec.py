@@ -33,8 +33,7 @@ NO_STREAM = (
 
 
 class CacheTeacher(ReadsText):
-    """Store the teacher's output on the training text, so that students can be trained without the teacher in
-    memory."""
+    """Store the teacher's output on the training text, to train students without the teacher in memory."""
 
     makes_signal: ClassVar[bool] = True
 
