@@ -154,7 +154,7 @@ class DistillationModule(pl.LightningModule):
             self.states = StateLosses(inner, student, self.teacher.model, origin)
         if on_policy is not None and (self.teacher is None or self.teacher.model is None):
             raise InputError(
-                "on_policy needs a teacher that runs, as no cache holds what it says of sequences that do not exist "
+                "on_policy needs a teacher in memory, because a cache has no output for sequences that do not exist "
                 "yet; name the model itself as teacher, or remove on_policy"
             )
         if on_policy is not None and all(loss.needs_text for loss in specs if isinstance(loss, LossSpec)):
@@ -197,7 +197,7 @@ class DistillationModule(pl.LightningModule):
             self._held = True
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log the losses since the last time, if it is due."""
+        """Log the losses since the last log, if a log is due."""
         step, every = self.trainer.global_step, getattr(self.trainer, "log_every_n_steps", 50)
         if not self._logs or step == self._logged_step or step % max(1, every):
             return

@@ -31,7 +31,7 @@ class SearchSpec(Spec):
     budget: SizeBudget
     """Largest cost of the pruned model, such as {non_embedding_parameters: 50%}."""
     axes: tuple[SizeKey, ...] = Field(("hidden_size", "intermediate_size", "num_hidden_layers"), min_length=1)
-    """Sizes that may be reduced; the others are not pruned."""
+    """Sizes that may be reduced. Other sizes are kept."""
     multiple_of: dict[SizeKey, PositiveInt] = Field({})
     """Step of each size. Default: 64 for hidden_size and intermediate_size, the number of KV groups for
     num_attention_heads (if groups are not pruned), else 1. The unpruned size is always allowed."""
