@@ -174,8 +174,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     templates = len({row["template"].partition(",")[0] for row in rows})
     alike = sum(row["as_by_hand"] for row in rows)
     said = (
-        f"{templates} templates, {len(rows)} conversations: {resolved} resolved, {len(rows) - resolved} refused by "
-        f"name; {alike} of {len(rows)} as written down by hand."
+        f"{templates} templates, {len(rows)} conversations: {resolved} converted to rows, {len(rows) - resolved} "
+        f"rejected with a reason; {alike} of {len(rows)} match the hand-written expectations."
     )
     return "\n".join([said, "", *lines])
 

@@ -34,7 +34,7 @@ WORDS = f"""\
   A process that has not ended {listener.LEAVE_S:.0f} seconds later is ended, with the same exit code, and so are its
   child processes. W&B's offline file may then lack its last rows; the run folder has them.
 - A second signal ends the process immediately. A signal within {listener.DEBOUNCE_S:.0f} second of the first is the
-  same one, sent to a process and to its group.
+  same signal, sent to a process and to its group.
 - If there are several processes, it is sufficient that one of them gets the signal.
 - A signal after the last stage only shortens the remaining work, such as W&B's upload, and the exit code is 0.
 - In the first tenth of a second, while Python itself starts, a signal ends the command like any other program.

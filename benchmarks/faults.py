@@ -149,7 +149,7 @@ def _killed(bench: Bench, options: argparse.Namespace, *more: str, where: str = 
             "fault": f"SIGKILL of a process ({points})",
             "run": name,
             "times": toll.kills.total(),
-            "what happened": f"{toll.exact} of {toll.finished} finished runs have the same weights",
+            "what happened": _identical(toll.exact, toll.finished, "weights"),
             "lost": "nothing" if not toll.lost and toll.exact == toll.finished else "; ".join(toll.lost) or "bits",
             "seconds": round(toll.seconds),
         }
@@ -183,7 +183,7 @@ def _killed_every_stage(bench: Bench, options: argparse.Namespace) -> Rows:
             f"{', '.join(f'{count} {stage}' for stage, count in sorted(during.items()))})",
             "run": f"{world}, every kind of stage",
             "times": during.total(),
-            "what happened": f"in {exact} of {finished} finished runs every file of weights is the same",
+            "what happened": _identical(exact, finished, "files of weights"),
             "lost": "; ".join(wrong) or "nothing",
             "seconds": round(time.monotonic() - began),
         }
@@ -308,16 +308,18 @@ def _moved(bench: Bench, options: argparse.Namespace) -> Rows:
     resumes = Resumes(bench.workers, Text(bench.folder / "text").make(bench.workers), bench.folder, LIMIT_S)
     one, *several = WORLDS
     ways = [*((one, other) for other in several), *((other, one) for other in several), tuple(several)]
-    for trained, worlds in product(("text alone", "distilled", "inner states"), [*ways, (several[1], one, several[0])]):
+    for trained, worlds in product(
+        ("text only", "distilled", "hidden-state losses"), [*ways, (several[1], one, several[0])]
+    ):
         began = time.monotonic()
         moved = resumes.moved([Cell(trained, world=world, dropout=False) for world in worlds])
         print(trained, worlds, moved, flush=True)
         yield {
-            "fault": f"killed and resumed by other processes, {trained}",
+            "fault": f"killed and resumed with other processes or another strategy, {trained}",
             "run": " -> ".join(worlds),
             "times": len(worlds) - 1,
-            "what happened": f"{moved.other_rows} steps of other rows of text, "
-            f"losses within {moved.loss_difference:.0e} of those undisturbed",
+            "what happened": ("every step" if not moved.other_rows else f"all but {moved.other_rows} steps")
+            + f" read the same rows, losses within {moved.loss_difference:.0e} of the undisturbed run",
             "lost": "nothing" if not moved.other_rows and moved.loss_difference <= 1e-5 else "exactness",
             "seconds": round(time.monotonic() - began),
         }
@@ -367,6 +369,12 @@ def _hostile(bench: Bench, options: argparse.Namespace) -> Rows:
     }
 
 
+def _identical(exact: int, finished: int, what: str) -> str:
+    if exact == finished:
+        return f"{finished} completed runs, all with identical {what}"
+    return f"{finished} completed runs, {exact} of them with identical {what}"
+
+
 def _row(fault: str, size: int, repeats: int, attempt: Callable[[], bool], did: str) -> dict[str, Any]:
     began = time.monotonic()
     held = sum(attempt() for _ in range(repeats))
@@ -411,20 +419,24 @@ def render(data: dict[str, Any]) -> str:
         f"`{data['command']}` on {' to '.join(dict.fromkeys((days[0], days[-1])))}: {data['hardware']['cpu']}, no GPU; "
         "several processes communicated through gloo.",
         "",
+        "*Times* is the number of injected faults. A killed run is started again until it finishes, so a completed run "
+        "may have been killed several times, or not at all if it finished before the next kill. In brackets are the "
+        "moments of the kills: any time, or a step of writing a file.",
+        "",
         *_table(["fault", "run", "times", "what happened", "lost"], faults),
         "",
-        "Where a row says weights, they are compared byte by byte with those of an undisturbed run. Runs on two "
-        "machines, and those that other processes resumed, are compared by their losses: on two machines within "
-        "0.1 %, because the order of sums differs.",
+        "*Identical* and *same* weights are bitwise equal to those of an undisturbed run. Runs on two machines, and "
+        "runs that were resumed with other processes or another strategy, are compared by their losses: on two "
+        "machines within 0.1 %, because the order of sums differs.",
         "",
         *fault_signals.page([row for row in data["rows"] if row["part"] == "signalled"], _table),
         *([damage.section(), ""] if damage.RESULT.is_file() else []),
         "## Exact resuming",
         "",
         f"{exact} of {len(cells)} trainings, with dropout, have bitwise the same weights and metrics as an undisturbed "
-        "training. Every pair of entries of two columns occurs in a row, except for unsupported combinations (own "
-        "sequences under fsdp, a cache of a stream). A training is killed once in the middle of an epoch, once at its "
-        "end, or after each of the first five steps, always directly after a checkpoint.",
+        "training. Every pair of entries of two columns occurs in a row, except for unsupported combinations "
+        "(on-policy samples with fsdp, a cache of a stream). A training is killed once in the middle of an epoch, once "
+        "at its end, or after each of the first five steps, always directly after a checkpoint.",
         "",
         *_table(["trained", "data", "run", "killed", "micro_batches", "num_workers", "compile", "lost"], cells),
         "",

@@ -1,4 +1,4 @@
-"""Memory, traffic and least times of distilling 8B to 4.5B on GPUs, traced without one: writes docs/gpus.md.
+"""Memory, traffic and minimum times of distilling 8B to 4.5B on GPUs, traced without a GPU: writes docs/gpus.md.
 
 The cases are traced by :mod:`distill.trace`, each for two optimizer steps; ``make trace`` runs it.
 """
@@ -29,24 +29,24 @@ RESULTS = Path(__file__).with_name("trace.json")
 
 
 HEAD = """\
-# On GPUs, before one is rented
+# Memory and time on GPUs, traced without a GPU
 
 <!-- made by `make trace` (benchmarks/trace.py); change the text there -->
 
-`distill check recipe.yaml --trace` runs the real training step of each training stage on tensors that have shapes and
-no numbers, as if GPUs were there, and prints the peak of memory by phase, kernels, places where the CPU waits for the
-GPU, traffic, collectives, and the least time of a step on a named GPU:
+`distill check recipe.yaml --trace` runs the real training step of each training stage on tensors that have shapes but
+no values, as if GPUs were there, and prints the peak memory by phase, kernels, places where the CPU waits for the GPU,
+traffic, collectives, and the minimum time of a step on a named GPU:
 
     distill check recipes/llama-3.1-8b-to-4b-width.yaml --trace --gpu H100 --devices 8 --nodes 2
 
 It needs no GPU, downloads nothing and writes nothing into the run folder. The config of each model must be on the
-machine, or be one that comes with distill. A C++ compiler is needed once; what it makes is kept in
+machine, or be one that comes with distill. A C++ compiler is needed once; the compiled file is kept in
 `$XDG_CACHE_HOME/distill`. A stage takes seconds for a small model and a minute or two for 8B.
 
 ## Llama 3.1 8B to 4.5B, 8192 tokens
 
-A step of two micro-batches of one sequence on each GPU, bf16-mixed, forward KL. Peak: bytes of tensors, without the
-CUDA context, workspaces and fragments (about 2 GB). Nothing here was measured on a GPU.
+A step has two micro-batches of one sequence on each GPU, in bf16-mixed, with forward KL. The peak counts the bytes of
+tensors, without the CUDA context, workspaces and fragmentation (about 2 GB). Nothing here was measured on a GPU.
 """
 
 
@@ -85,7 +85,7 @@ def job_of(
     precision: Any = "bf16-mixed",
     has_documents: bool = False,
 ) -> Job:
-    """A training, with all that is not said as a stage would have it on a GPU."""
+    """A training; settings that are not given are those of a stage on a GPU."""
     on_logits = [loss for loss in losses if isinstance(loss, LossSpec)]
     memory = MemoryModel(
         student=student,
@@ -126,7 +126,7 @@ CASES = {
 
 
 def row(name: str, job: Job, figures: Figures) -> dict[str, Any]:
-    """What the page says of a case."""
+    """The row of a case on the page."""
     works = list(repeated(figures, job.num_micro_batches))
     gpu = GPUS["H200"]
     whole, time = part(works, gpu), step_time(figures, gpu, job.world, job.num_micro_batches)
@@ -166,11 +166,12 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     names = [name for name, gpu in GPUS.items() if gpu.memory_bytes > 50e9]
     lines += [
         "",
-        "## Least time of a micro-batch, and the MFU that no run exceeds",
+        "## Minimum time of a micro-batch, and the largest possible MFU",
         "",
-        f"Each kernel at {REACHED_FLOPS:.0%} of the GPU's FLOP/s or {REACHED_BANDWIDTH:.0%} of its bandwidth, "
-        "whichever is slower, without gaps, and",
-        "collectives are assumed to overlap fully with kernels. Figures of GPUs: distill/trace/gpus.py, with sources.",
+        f"Each kernel is assumed to run at {REACHED_FLOPS:.0%} of the GPU's FLOP/s or {REACHED_BANDWIDTH:.0%} of its "
+        "bandwidth, whichever is",
+        "slower, without gaps; collectives are assumed to overlap fully with kernels. The figures of the GPUs, with",
+        "sources, are in distill/trace/gpus.py.",
         "",
         "| case | " + " | ".join(f"{name} ms | MFU" for name in names) + " |",
         "|---|" + "---:|---:|" * len(names),
@@ -184,17 +185,18 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(f"| {one['case']} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "## What a trace does not say",
+        "## What a trace does not show",
         "",
-        "How kernels overlap and how long the CPU takes to launch them; what NCCL and the allocator add; anything that",
-        "depends on numbers: checkpoints, generation (`on_policy`), loss scales. `compute.compile` is not traced.",
+        "How kernels overlap, and how long the CPU takes to launch them; the memory of NCCL and the allocator;",
+        "anything that depends on tensor values (generation with `on_policy`, loss scaling), and writing checkpoints.",
+        "`compute.compile` is not traced.",
         "",
     ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Trace the cases that are asked for, keep the results of the others, and write the page."""
+    """Trace the requested cases, keep the results of the others, and write the page."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", action="append", help="trace these cases alone", choices=[*CASES])
     parser.add_argument("--page", action="store_true", help="write the page from the results that are there")

@@ -41,18 +41,18 @@ Set = Annotated[
 def run(
     recipe: RecipeFile,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As --set; for the agents of sweeps.")
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Like --set; for the agents of sweeps.")
     ] = None,
     set: Set = None,
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; unset: runs/<name of the recipe>.")] = None,
     only: Annotated[
-        str | None, typer.Option(metavar="STAGE", help="Run this stage alone, again if it is finished.")
+        str | None, typer.Option(metavar="STAGE", help="Run only this stage, again if it is finished.")
     ] = None,
     from_: Annotated[
-        str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and those after it again.")
+        str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and all later stages again.")
     ] = None,
 ) -> None:
-    """Run a recipe. The same command again goes on where it was left."""
+    """Run a recipe. Running the same command again resumes it."""
     with unattended():
         from distill.forecast import describe
         from distill.recipe import Recipe
@@ -75,7 +75,7 @@ def resume(
         list[str] | None, typer.Option("--set", metavar="compute.KEY=VALUE", help="Only compute may change.")
     ] = None,
 ) -> None:
-    """Go on with a run; only its compute settings may change."""
+    """Resume a run; only its compute settings may change."""
     with unattended():
         from distill.api.open_run import load_run
         from distill.core.run_folder import RECIPE
@@ -99,7 +99,7 @@ def check(
     recipe: RecipeFile,
     set: Set = None,
     memory: Annotated[
-        float | None, typer.Option(metavar="GB", min=0.001, help="Memory of one GPU; unset: what this machine has.")
+        float | None, typer.Option(metavar="GB", min=0.001, help="Memory of one GPU; unset: that of this machine.")
     ] = None,
     trace: Annotated[
         bool, typer.Option("--trace", help="Trace a step of each training stage on fake GPUs; takes minutes.")
@@ -108,9 +108,11 @@ def check(
         str | None, typer.Option(help="With --trace: H100, H200, B200, L4 or RTX 4090; unset: all of them.")
     ] = None,
     devices: Annotated[
-        int | None, typer.Option(min=1, help="With --trace: GPUs of a machine; unset: compute.devices.")
+        int | None, typer.Option(min=1, help="With --trace: number of GPUs per machine; unset: compute.devices.")
     ] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="With --trace: machines; unset: compute.num_nodes.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="With --trace: number of machines; unset: compute.num_nodes.")
+    ] = None,
 ) -> None:
     """Validate a recipe and print its plan; needs no GPU, no download and, without --trace, no torch."""
     from distill.forecast import describe
@@ -132,7 +134,10 @@ def check(
 @app.command(short_help="Write a recipe to start from.")
 def init(
     name: Annotated[
-        str, typer.Argument(metavar="[NAME]", help="A recipe that comes with distill; unset: one to start from.")
+        str,
+        typer.Argument(
+            metavar="[NAME]", help="Name of a recipe that comes with distill; unset: a recipe to start from."
+        ),
     ] = "start",
     out: Annotated[Path | None, typer.Option(help="File to write; unset: NAME.yaml, or recipe.yaml.")] = None,
 ) -> None:
@@ -144,7 +149,7 @@ def init(
     print(f"{file}: written. Edit it, then: distill check {file}, distill run {file}")
 
 
-@app.command(short_help="Print rows as they will be trained.")
+@app.command(short_help="Print training rows.")
 def data(
     recipe: Annotated[
         str,
@@ -155,14 +160,14 @@ def data(
         ),
     ],
     set: Set = None,
-    rows: Annotated[int, typer.Option(min=0, help="Rows to print, the first ones of the training.")] = 3,
-    start: Annotated[int, typer.Option(min=0, help="Rows to skip first; RUN_DIR/STAGE only.")] = 0,
+    rows: Annotated[int, typer.Option(min=0, help="Number of rows to print, from the start of the training.")] = 3,
+    start: Annotated[int, typer.Option(min=0, help="Number of rows to skip; only for RUN_DIR/STAGE.")] = 0,
     run_dir: Annotated[
         Path | None, typer.Option(help="Folder of the run, where tokens are kept; unset: runs/<name of the recipe>.")
     ] = None,
     stage: Annotated[str | None, typer.Option(help="Show the text of this stage; unset: the recipe's.")] = None,
 ) -> None:
-    """Print the rows of a recipe as they will be trained, and which of their tokens are learned from."""
+    """Print the training rows of a recipe, and which of their tokens are trained on."""
     from distill.show_data import show_named
 
     show_named(recipe, set or [], run_dir, rows, start, stage)
@@ -201,10 +206,10 @@ def report(
 def compare(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A text to continue; may be given more than once.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="File with a text a line.")] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 48,
+    prompts: Annotated[Path | None, typer.Option(help="File with one text per line.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of an answer.")] = 48,
 ) -> None:
-    """Let every model of a run continue the same texts, or answer them where it learned from conversations."""
+    """Let every model of a run continue the same texts; chat models answer them as user messages."""
     from distill.compare import answer_prompts
 
     try:
@@ -222,10 +227,10 @@ def compare(
 
 @app.command(short_help="Show a run while it works.")
 def watch(
-    run_dir: Annotated[Path, typer.Argument(help="Folder of a run, of this machine or a mounted one.")],
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run, on this machine or mounted.")],
     once: Annotated[bool, typer.Option("--once", help="Print it once and end.")] = False,
 ) -> None:
-    """Show a run while it works: stages, losses, time left, processors and GPUs; Ctrl-C ends the view alone."""
+    """Show a run while it works: stages, losses, remaining time, processors and GPUs; Ctrl-C ends only this view."""
     from distill.watch import watch as show
 
     show(run_dir, once=once)
@@ -233,9 +238,9 @@ def watch(
 
 @app.command(short_help="Write the JSON schema of recipes for editors.")
 def schema(
-    file: Annotated[Path | None, typer.Argument(help="Where to write it; unset: print it.")] = None,
+    file: Annotated[Path | None, typer.Argument(help="File to write; unset: print it.")] = None,
 ) -> None:
-    """Write the JSON schema of a recipe, with which editors complete and check."""
+    """Write the JSON schema of a recipe, for completion and checks in editors."""
     from distill.listing import schema_text
 
     if file is None:
@@ -250,14 +255,14 @@ for verb in cli_stages.VERBS:
     first, _, _ = str(verb.__doc__).partition(", as")  # click cuts a whole docstring in the middle of a sentence
     app.command(short_help=f"{first}.")(verb)
 
-cache = typer.Typer(help="Look at a teacher cache on disk.", no_args_is_help=True, rich_markup_mode=None)
+cache = typer.Typer(help="Inspect a teacher cache on disk.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache, name="cache")
-CacheFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a cache, as its stage prints it.")]
+CacheFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a cache, which its stage prints.")]
 
 
 @cache.command("info")
 def cache_info(folder: CacheFolder) -> None:
-    """Say whose a teacher cache is, how it is coded, how large and how near to the teacher."""
+    """Print a teacher cache's teacher, codec, size and fidelity."""
     from distill.data.teacher_cache.verify import caches, describe
 
     for place in caches(folder):
@@ -274,7 +279,7 @@ def cache_verify(folder: CacheFolder) -> None:
 
 @app.command(short_help="Show versions, devices and settings of this machine.")
 def doctor() -> None:
-    """Show versions, devices and what can be reached; paste it into a bug report."""
+    """Print versions, devices, CPU threads and whether the Hugging Face Hub can be reached, for a bug report."""
     from distill.doctor import examine
 
     print(examine())

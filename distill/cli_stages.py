@@ -41,7 +41,7 @@ def prune(
     set: Set = None,
     out: Out = None,
 ) -> None:
-    """Cut a smaller model out of a model, as the stage prune does; text is for calibration."""
+    """Prune a model to a smaller model, as the stage prune does; the text is for calibration."""
     sizes = {}
     for one in keep:
         key, equals, size = one.partition("=")
@@ -89,7 +89,7 @@ def export(
     set: Set = None,
     out: Out = None,
 ) -> None:
-    """Write a model for an engine and verify the file in it, as the stage export does."""
+    """Export a model for an engine and verify the file in this engine, as the stage export does."""
     title = re.sub(r"[^A-Za-z0-9._-]+", "-", re.split(r"[/:]", model.rstrip("/"))[-1]).strip("-._") or "model"
     stage = {"model": "teacher", "target": {"kind": target}, "title": f"{title[:80]}-{target}"}
     _run("export", model, stage, set, text, out)

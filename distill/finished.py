@@ -176,13 +176,13 @@ def refuse_to_begin_anew(session: Session, found: Standing) -> None:
         if name in found.lost and left is not None:
             raise InputError(
                 f"{found.lost[name][0].line(the_run.stage(name), name)}, and {left}, which was left in the middle of a "
-                f"training, would begin anew; put it back, or give up what is saved by --from {name}"
+                f"training, would start again; restore it, or discard the saved progress with --from {name}"
             )
         if not the_run.has_begun(name, input_hash) and left is not None:
             raise InputError(
                 f"stages.{name}: what it reads (its keys, the text or a model) has changed, and {left}, which was "
-                "left in the middle of a training, would begin anew; put it back, choose another --run-dir, or "
-                f"give up what is saved by --from {name}"
+                "left in the middle of a training, would start again; restore it, choose another --run-dir, or "
+                f"discard the saved progress with --from {name}"
             )
         if name in found.lost or done is None or done.input_hash != input_hash:
             return

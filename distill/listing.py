@@ -176,8 +176,13 @@ def _shown(field: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(str(getattr(item, "kind", item)) for item in value) + "]"
-    return "unset" if value is None else str(value).replace("True", "true").replace("False", "false")
+        return "[" + ", ".join(_text(str(getattr(item, "kind", item))) for item in value) + "]"
+    return "unset" if value is None else _text(str(value).replace("True", "true").replace("False", "false"))
+
+
+def _text(value: str) -> str:
+    """A text as it is, or in quotes if it would not be seen as it is: empty, with spaces at an end or line breaks."""
+    return value if value and value == value.strip() and value.isprintable() else json.dumps(value)
 
 
 def schema_text() -> str:

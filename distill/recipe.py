@@ -65,29 +65,29 @@ WHAT_IS_SAID = ("train", "validation", "held_out", "chat", "clean", "augment")
 
 
 class Recipe(Spec):
-    """A whole run: from which teacher, on which text, by which stages, on which machine."""
+    """A whole run: its teacher, its text, its stages and its machine."""
 
     name: str = Field(pattern=NAME)
-    """Name of the run; its folder is runs/<name> unless --run-dir says otherwise."""
+    """Name of the run. Its folder is runs/<name>, unless --run-dir is given."""
     teacher: str | None = None
-    """The big model: a Hub id, a folder, or builtin:NAME. Unset when no stage needs one."""
+    """The large model: a Hub id, a folder, or builtin:NAME. Unset if no stage needs one."""
     task: Annotated[ModelTask, MODEL_TASKS] = CausalLM()
-    """What models are trained and measured on: causal_lm (the next token), masked_lm, classification, regression,
+    """Task on which models are trained and measured: causal_lm (the next token), masked_lm, classification, regression,
     token_classification or embedding, such as {kind: classification, label: label}."""
     data: DataSpec
-    """The text."""
+    """Text for training and validation."""
     seed: int = 0
-    """Decides the order of samples and every random weight."""
+    """Seed of the order of samples and of all random weights."""
     compute: ComputeSpec = ComputeSpec()
-    """The machine; nothing here changes what a run means."""
+    """Settings of the machine. They do not change what a run computes."""
     logging: LoggingSpec = LoggingSpec()
-    """Where the figures go besides the run folder."""
+    """Logging in addition to the run folder."""
     require: dict[str, str] = Field({})
-    """What the run must reach, else it ends with exit code 3 when all is saved: a figure of the report or a task, and
-    its bound, such as arc_easy: ">= 0.97 of teacher"; of the last student, or of the model before a slash
-    (int4/perplexity)."""
+    """Bounds that the run must meet; otherwise it ends with exit code 3 after everything is saved. A key is a figure of
+    the report or a task, such as arc_easy: ">= 0.97 of teacher". It refers to the last student, or to the model before
+    a slash (int4/perplexity)."""
     stages: dict[str, Annotated[StageSpec, STAGES]] = Field(min_length=1)
-    """The steps, in order; a stage's name is its address and its kind defaults to the name."""
+    """The stages, in order. Other stages refer to a stage by its name; its kind defaults to the name."""
 
     @field_validator("require")
     @classmethod

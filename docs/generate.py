@@ -1,7 +1,7 @@
-"""Writes what the pages of the documentation take from the code: `python docs/generate.py` (`make pages`).
+"""Writes the parts of the documentation that are made from the code: `python docs/generate.py` (`make pages`).
 
 Each page of ``docs/stages/`` ends in a table of the stage's keys, made from its Spec. The text above is hand-written.
-``docs/data.md`` has a table of the sources. ``docs/reference/`` is made of the code alone, but for ``python.md``: the
+``docs/data.md`` has a table of the sources. ``docs/reference/`` is made from the code, except ``python.md``: the
 families, the sections of a recipe, and the command line.
 """
 
@@ -45,12 +45,12 @@ def keys(spec: type[Spec], without: frozenset[str] = frozenset({"kind"})) -> lis
 def table(kind: str, spec: type[Spec]) -> str:
     """The keys of a stage as a section of its page."""
     rows = [f"## Keys of `{kind}`", "", MARK, "", *keys(spec)]
-    more = "`distill list` shows the keys of what can stand in a key, such as the losses or the optimizer."
+    more = "`distill list` shows the keys of nested settings, such as those of a loss or of the optimizer."
     return "\n".join([*rows, "", more, ""])
 
 
 def page(kind: str, spec: type[Spec]) -> tuple[Path, str]:
-    """The file of a stage's page, and what it must hold."""
+    """The file of a stage's page, and its text."""
     file = DOCS / "stages" / f"{kind}.md"
     prose = (
         file.read_text(encoding="utf-8").split(f"## Keys of `{kind}`")[0].rstrip() if file.is_file() else f"# {kind}"
@@ -59,7 +59,7 @@ def page(kind: str, spec: type[Spec]) -> tuple[Path, str]:
 
 
 def sources() -> tuple[Path, str]:
-    """The file of the page on data, and what it must hold."""
+    """The file of the page on data, and its text."""
     file = DOCS / "data.md"
     rows = ["", "| kind | what it reads | keys |", "|---|---|---|"]
     for kind, spec in SOURCES.items():
@@ -70,9 +70,10 @@ def sources() -> tuple[Path, str]:
 
 
 def family(plural: str, members: Family) -> tuple[Path, str]:
-    """The file of the reference of a family, and what it must hold: of each member its module's docstring and keys."""
-    lines = [f"# {plural.capitalize()}", "", MADE, ""]
-    lines += [f"In a recipe, a {members.noun} is its name, or its settings with `kind:`.", ""]
+    """The file of the reference of a family, and its text: each member's module docstring and keys."""
+    lines = [f"# {plural.replace('_', ' ').capitalize()}", "", MADE, ""]
+    article = "an" if members.noun[0] in "aeiou" else "a"
+    lines += [f"In a recipe, {article} {members.noun} is its name, or its settings with `kind:`.", ""]
     for kind, spec in members.items():
         beside = spec.__module__.rpartition(".")[2] == kind  # a file of its own says more than its spec
         text = (inspect.getdoc(sys.modules[spec.__module__]) if beside else inspect.getdoc(spec)) or ""
@@ -81,7 +82,7 @@ def family(plural: str, members: Family) -> tuple[Path, str]:
 
 
 def recipe() -> tuple[Path, str]:
-    """The file of the reference of a recipe, and what it must hold."""
+    """The file of the reference of a recipe, and its text."""
     lines = ["# Keys of a recipe", "", MADE, "", plain(inspect.getdoc(Recipe) or ""), "", *keys(Recipe), ""]
     lines += [
         "The keys of each stage are on its page: " + ", ".join(f"[{k}](../stages/{k}.md)" for k in STAGES) + ".",
@@ -93,7 +94,7 @@ def recipe() -> tuple[Path, str]:
 
 
 def command_line() -> tuple[Path, str]:
-    """The file of the reference of the command line, and what it must hold."""
+    """The file of the reference of the command line, and its text."""
     lines = ["# Command line", "", MADE, "", "`distill --install-completion` adds completion to the shell.", ""]
     for name, command in sorted(_commands(typer.main.get_command(app), "distill")):
         lines += [f"## `{name}`", "", " ".join((command.help or "").split()), "", "| argument | meaning |", "|---|---|"]
@@ -105,8 +106,9 @@ def command_line() -> tuple[Path, str]:
                 continue
             lines.append(f"| `{shown}` | {_cell(' '.join(parameter.help.split()))} |")
         lines.append("")
-    codes = "0 done, 1 failed, 2 the recipe or the arguments are wrong, 3 a required result was not reached, "
-    codes += "75 stopped by SIGTERM, SIGUSR1 or SIGHUP and saved, 130 stopped by Ctrl-C and saved, 141 nobody reads."
+    codes = "0 done, 1 failed, 2 the recipe or the arguments are wrong, 3 done, but a bound of `require` was not met, "
+    codes += "75 stopped by SIGTERM, SIGUSR1 or SIGHUP and saved, 130 stopped by Ctrl-C and saved, 141 a reader such "
+    codes += "as `head` closed standard output (commands other than a run stop; a run continues)."
     return DOCS / "reference" / "command-line.md", "\n".join([*lines, "## Exit codes", "", codes, ""])
 
 
@@ -119,7 +121,7 @@ def _commands(group: typer.core.TyperGroup, path: str) -> Iterator[tuple[str, ty
 
 
 def plain(text: str) -> str:
-    """A docstring as Markdown: roles become code, and so does what is in double backquotes."""
+    """A docstring as Markdown: roles and text in double backquotes become code."""
     text = re.sub(r":(?:func|class|meth|mod|data|attr):`([^`<]+?)\s*<[^`>]+>`", r"`\1`", text)
     text = re.sub(r":(?:func|class|meth|mod|data|attr):`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
     return re.sub(r"``([^`]+)``", r"`\1`", text)
@@ -130,7 +132,7 @@ def _cell(text: str) -> str:
 
 
 def pages() -> Iterator[tuple[Path, str]]:
-    """Every file that is made of the code, or has a part of it, and what it must hold."""
+    """Every file that is made from the code, or has a part that is, and its text."""
     yield sources()
     for kind, spec in STAGES.items():
         yield page(kind, spec)

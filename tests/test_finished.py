@@ -251,7 +251,7 @@ def test_a_training_that_was_left_is_not_begun_anew_over_damage(recipe: Recipe, 
     (folder / "student" / "checkpoints").mkdir()
     (folder / "student" / "checkpoints" / "step=00000001.ckpt").write_bytes(b"worth hours")
     flip(folder / "base" / "model" / "model.safetensors")
-    with pytest.raises(InputError, match=r"and student, which was left in the middle of a training, would begin anew"):
+    with pytest.raises(InputError, match=r"and student, which was left in the middle of a training, would start again"):
         run(recipe, folder)
     assert (folder / "student" / "checkpoints" / "step=00000001.ckpt").read_bytes() == b"worth hours"
     assert (folder / "base" / "model" / "model.safetensors").exists()

@@ -157,7 +157,7 @@ def test_another_recipe_is_not_gone_on_with(recipe: Path, tmp_path: Path, stoppe
     said: list[str] = []
     before = (folder / "recipe.yaml").read_text()
     changes = ["stages.second.optimizer.lr=0.5", "compute.num_workers=1"]
-    with pytest.raises(InputError, match=r"would begin anew; .* or give up what is saved by --from second"):
+    with pytest.raises(InputError, match=r"would start again; .* or discard the saved progress with --from second"):
         run(Recipe.load(recipe, changes), folder, say=said.append)
     with pytest.raises(InputError, match=r"stages.first: .*, and second, which was left .* --from first"):
         run(Recipe.load(recipe, ["stages.first.num_steps=3"]), folder, say=said.append)

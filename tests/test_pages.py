@@ -91,11 +91,11 @@ def test_the_readme_shows_a_recipe_and_what_its_mistakes_say() -> None:
 
 def test_the_bounds_of_a_stop_are_those_of_the_code() -> None:
     runs, reliability = (" ".join((ROOT / "docs" / name).read_text().split()) for name in ("runs.md", "reliability.md"))
-    assert f"within {PATIENCE_S + LEAVE_S:.0f} seconds whatever a library is doing" in runs
+    assert f"within {PATIENCE_S + LEAVE_S:.0f} seconds even if a library does not react" in runs
     assert f"is interrupted after {PATIENCE_S:.0f} seconds." in reliability
     assert f"has not ended {LEAVE_S:.0f} seconds later is ended" in reliability
     assert f"Each of the two may take {STEP_S / 60:.0f} minutes." in reliability
-    assert f"within {DEBOUNCE_S:.0f} second of the first is the same one" in reliability
+    assert f"within {DEBOUNCE_S:.0f} second of the first is the same signal" in reliability
 
 
 def headings(file: Path) -> set[str]:

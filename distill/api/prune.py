@@ -51,7 +51,7 @@ def prune(
     mlp_criterion: CriterionSpec | Mapping[str, Any] | str | None = None,
     depth_criterion: CriterionSpec | Mapping[str, Any] | str | None = None,
 ) -> Model:
-    """Cut a smaller model out of a model, by the importance of its units on some text.
+    """Prune a model to a smaller model, by the importance of its units on some text.
 
     It does what the stage ``prune`` does, except for ``reconstruct``, ``search`` and cutting the vocabulary, which need
     a recipe. :func:`prune_with_plan` also returns the plan and the scores.

@@ -21,11 +21,11 @@ class ReplaceWords(Spec):
     """The model whose embeddings are used, or the encoder of masked_lm: `teacher`, a folder or a Hub id. It may have
     another tokenizer."""
     probability: float = Field(0.4, gt=0, le=1)
-    """Probability with which each word is replaced, if the model has candidates for it."""
+    """Probability that a word is replaced, if the model has candidates for it."""
     num_candidates: int = Field(15, ge=1, le=1000)
     """Number of best candidates from which the replacement is drawn."""
     copies: int = Field(1, ge=1, le=100)
-    """Number of copies per document, in addition to the document itself."""
+    """Number of copies added per document."""
     seed: int = 0
     """Decides which words are replaced, and by which. Changing it changes the text."""
 

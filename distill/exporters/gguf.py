@@ -3,8 +3,9 @@
 Use it for CPUs, laptops and phones: llama.cpp computes fast with low-bit weights without a GPU. A model that was
 trained with one of llama.cpp's formats (q8_0, q6_k, q4_0, tq2_0), or with symmetric integer codes in groups of a
 multiple of 32 (int_group), is written from its codes without a second rounding. A full-precision model is written as
-F16, or rounded by the exporter to ``round_to``. Embeddings and output head are written from their codes as well, and
-where they have none and the layers have 4 bits or fewer, rounded to Q8_0: in a small model they are most of the bytes.
+F16, or rounded by the exporter to ``round_to``. Embeddings and output head are written from their codes as well. If
+they have no codes and the layers have 4 bits or fewer, they are rounded to Q8_0, because in a small model they are most
+of the bytes.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the format.
 """
@@ -53,8 +54,8 @@ class Gguf(ExporterSpec):
     round_to: Literal["q8_0", "q4_0"] | None = None
     """Format to which the layers of a full-precision model are rounded; null: as trained (codes, or F16)."""
     embeddings: Literal["f16", "f32", "q8_0", "q6_k"] | None = None
-    """Format of embeddings and output head that were not trained with a quantizer; null: q8_0 where the layers have 4
-    bits or fewer and 32 divides the rows, else f16."""
+    """Format of embeddings and output head that were not trained with a quantizer; null: q8_0 if the layers have 4 bits
+    or fewer and 32 divides the length of the rows, else f16."""
 
     def writers(self) -> tuple[str, ...]:
         return ("gguf",)

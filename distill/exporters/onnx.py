@@ -2,7 +2,7 @@
 
     int8:  w_oi ~ scale_o * code_oi, code in int8;  activations in uint8, with a scale computed at run time
 
-Embeddings and output head are int8 as well, with activations in float32: their codes as trained, or one scale per row.
+Embeddings and output head are int8 as well, with activations in float32: the trained codes, or rounded per row.
 
 Use it for services and languages without Python, and for encoders such as BERT, with a masked-language-modelling or
 classification head. By default the graph maps whole texts (``input_ids`` and ``attention_mask``, and ``token_type_ids``
@@ -75,8 +75,8 @@ class Onnx(ExporterSpec):
     weights: Literal["int8", "float32"] = "int8"
     """int8: ONNX Runtime's dynamic quantization rounds weights and activations; float32: no rounding."""
     embeddings: Literal["int8", "float32"] | None = None
-    """int8: the trained codes of embeddings and output head, or one scale per row where they have none; float32: no
-    rounding; null: as weights. Tied ones are stored once, or twice in float32."""
+    """int8: the trained codes of embeddings and output head, or rounded with one scale per row if they have no codes;
+    float32: no rounding; null: as weights. Tied embeddings are stored once, or twice in float32."""
     keys_and_values: Literal["recomputed", "cached"] = "recomputed"
     """recomputed: the graph reads whole texts, for scoring and classification; cached: the KV cache
     (``past_key_values.N.key`` and ``.value``) is an input and output, for generation token by token (decoders only)."""

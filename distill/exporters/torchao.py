@@ -46,7 +46,7 @@ class Torchao(ExporterSpec):
     null: write the codes of a quantized model."""
     embeddings: Literal["int8"] | None = None
     """int8: round embeddings and output head that were not trained with a quantizer, one scale per row (and set max_kl
-    to an acceptable value); null: as they are: codes if they have any, else float32."""
+    to an acceptable value); null: their codes if they have any, else float32."""
 
     def writers(self) -> tuple[str, ...]:
         return ("torchao",)

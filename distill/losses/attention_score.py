@@ -6,8 +6,8 @@
 per token i, over the tokens j to which the model attends. Both models must have the same number of heads, which may
 differ in channels. With grouped queries, each query head is compared with the key that it reads.
 :mod:`attention_relation <distill.losses.attention_relation>` has no such condition, and reads values too; prefer it
-unless the student was cut in depth alone. The scores are computed from the outputs of the linear projections, before
-rotary position embeddings, so that the loss does not depend on how attention is computed.
+unless only layers of the student were removed. The scores are computed from the outputs of the linear projections,
+before rotary position embeddings, so that the loss does not depend on how attention is computed.
 
 Source: Jiao et al. 2019, arXiv 1909.10351 (equation 7). Their code sets scores of padding to 0; here padding is left
 out.

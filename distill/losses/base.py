@@ -87,15 +87,16 @@ class LossSpec(AnyLossSpec):
 
     @property
     def has_in_place(self) -> bool:
-        """Whether :meth:`in_place` exists for these settings. It needs only one tile of memory."""
+        """Whether :meth:`in_place` exists for these settings. ``in_place`` needs memory for one tile only."""
         return False
 
     def in_place(self, tile: LogitTile) -> InPlace:
         """Compute the same loss, and overwrite the student's logits with its gradient.
 
-        This is called if the step has only one loss and :attr:`has_in_place` is True, because it is faster. It
-        overwrites both logits of the tile: the student's, over the vocabulary that both models have, with the gradient.
-        So the tile cannot be read afterwards.
+        This is called instead of :meth:`value_and_gradient`, because it is faster, if :attr:`has_in_place` is True, the
+        step has only one loss, and the teacher's logits are dense (``tile.teacher`` is not None). It overwrites both
+        logits of the tile: the student's, over the vocabulary that both models have, with the gradient. So the tile
+        cannot be read afterwards.
         """
         raise NotImplementedError(f"{self.kind} has no form that overwrites the logits")
 

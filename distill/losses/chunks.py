@@ -19,5 +19,6 @@ def tokens_at_once(vocabulary: int, num_tokens: int, *, on_cpu: bool) -> int:
 
 
 def numbers_at_once(num_threads: int, *, on_cpu: bool) -> int:
-    """Number of logits per tile: on a CPU several such tensors fit in a core's cache; a GPU is kept busy by one."""
+    """Number of logits per tile. CPU: so small that several tiles fit in the cache of a core. GPU: so large that one
+    tile occupies the device."""
     return 2**16 * num_threads if on_cpu else 2**25

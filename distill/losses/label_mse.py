@@ -1,4 +1,4 @@
-"""Squared error of a predicted number: the loss of ordinary training for task: regression, and its control.
+"""Squared error of a predicted number: the standard loss for task: regression; also the control for distillation.
 
     loss = (s - y)^2
 

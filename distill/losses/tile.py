@@ -24,9 +24,11 @@ CPU, the page faults of newly allocated memory alone cost more than the arithmet
 every gradient is written as code in addition to the formula; the contract tests compare it with autograd in float64.
 
 Where to add a fused kernel (CUDA, Triton). A kernel for a loss is called from ``value_and_gradient`` of that loss, or
-from ``in_place`` (with ``has_in_place``) if it overwrites the logits; the logged KL, which ``in_place`` returns too, is
-otherwise computed in addition. It gets ``tile.student`` and ``tile.teacher``, which are contiguous fp32 tensors, and
-keeps the formula in PyTorch for other devices. ``tests/contracts/test_every_loss.py`` checks its values and gradients.
+from ``in_place`` (with ``has_in_place``) if it overwrites the logits. ``in_place`` must also return the KL for logging;
+with ``value_and_gradient`` the KL is computed separately. The inputs are ``tile.student`` and ``tile.teacher``,
+contiguous fp32. Keep the PyTorch formula as the fallback for other devices. No compiled extension is built today: a
+Triton kernel, or one that ``torch.utils.cpp_extension`` builds, goes into the file of its loss.
+``tests/contracts/test_every_loss.py`` checks its values and gradients.
 """
 
 from __future__ import annotations

@@ -32,21 +32,22 @@ LONGEST = 100
 
 
 class Export(StageSpec):
-    """Write a model for others: weights, tokenizer, model card with the measured table; then verify it."""
+    """Export a model: weights, tokenizer and a model card with the table of measurements; then verify it."""
 
     kind: Literal["export"] = "export"
     model: str
-    """What to export: an earlier stage, a folder or a Hub id."""
+    """Model to export: an earlier stage, a folder or a Hub id."""
     target: Annotated[ExporterSpec, EXPORTERS] = HuggingFace()
-    """The format."""
+    """Format of the export."""
     title: str | None = Field(None, pattern=NAME)
-    """What the model and its folder are called: letters, digits, . _ -; unset: <recipe>-<model>."""
+    """Name of the model and of its folder: letters, digits, . _ -; unset: <recipe>-<model>."""
     push_to_hub: str | None = Field(None, pattern=HUB_REPOSITORY)
-    """Repository on the Hub, as ORG/NAME, for the verified export; what would be uploaded is printed. Unset is off."""
+    """Repository on the Hub (ORG/NAME) for the verified export. Without `upload`, the list of files is only printed.
+    Unset is off."""
     upload: bool = False
-    """Upload to push_to_hub, as a private repository, with the token of the environment (HF_TOKEN)."""
+    """Whether to upload to push_to_hub, as a private repository, with the token of the environment (HF_TOKEN)."""
     verify_sequences: int = Field(8, ge=1)
-    """Sequences of validation text on which the export is compared with the trained model."""
+    """Number of sequences of validation text on which the export is compared with the trained model."""
 
     makes_file: ClassVar[bool] = True
 

@@ -16,18 +16,18 @@ from distill.data.spec import DataSpec, Packing, holds_conversations
 from distill.stages.base import StageSpec
 
 INHERITED = ("sequence_length", "tokenizer", "validation_tokens", "calibration_sequences", "held_out")
-"""Keys that a stage's own section takes from the recipe's where it does not say them."""
+"""Keys that a stage's own section inherits from the recipe's `data` if it omits them."""
 
 
 class StageMixture(Spec):
-    """Rows that stages make, mixed with the recipe's training text; the recipe writes it out as a section of data."""
+    """Rows that stages make, mixed with the recipe's training text. The recipe expands it to a section of data."""
 
     mixture: dict[str, float] = Field(min_length=1)
-    """Name of a stage that makes rows, or `train` for the recipe's training text -> share of the training tokens."""
+    """Name of a stage that makes rows, or `train` for the recipe's training text -> fraction of the training tokens."""
     max_repeats: float | None = Field(None, gt=0)
-    """Passes over a source that a training may make; unset: 4."""
+    """Largest number of passes over a source; unset: 4."""
     sequence_length: int | None = Field(None, ge=2)
-    """Tokens in a row, at most; unset: the recipe's."""
+    """Largest number of tokens per row; unset: the recipe's."""
     packing: Packing | None = None
     """How documents share a row; unset: best_fit."""
 
@@ -59,10 +59,10 @@ class ReadsText(StageSpec):
     """A stage that trains, calibrates or measures on text."""
 
     data: TextChoice | None = None
-    """Its own text: a section as the recipe's `data`; the name of an earlier stage whose text it reads, or which makes
-    rows; or {mixture: {STAGE: 0.9, train: 0.1}}, shares of rows that stages make and of the recipe's training text;
-    null: the recipe's. What a section does not say of sequence_length, tokenizer, validation_tokens,
-    calibration_sequences, held_out and chat is the recipe's."""
+    """Text of this stage: a section like the recipe's `data`; the name of an earlier stage, for its text or the rows
+    that it makes; or {mixture: {STAGE: 0.9, train: 0.1}}, fractions of the tokens from stages that make rows and from
+    the recipe's training text. Null: the recipe's text. Keys that a section omits (sequence_length, tokenizer,
+    validation_tokens, calibration_sequences, held_out and chat) are inherited from the recipe's `data`."""
 
 
 def data_of(stages: Mapping[str, StageSpec], data: DataSpec, name: str) -> DataSpec:

@@ -10,14 +10,14 @@ from distill.core.spec import Spec
 
 
 class Price(Spec):
-    """What a machine costs; distill knows no prices of its own."""
+    """Price of the machine, for the costs in the report."""
 
     per_hour: float = Field(gt=0)
-    """Of one device, or of the machine."""
+    """Price per hour of one device or of the machine."""
     currency: str = Field(min_length=1, max_length=8)
-    """Such as EUR."""
+    """Currency, such as EUR."""
     per: Literal["device", "machine"] = "device"
-    """device: for each GPU; machine: for all of them together."""
+    """What the price is for. device: each GPU; machine: all of them together."""
 
 
 class LoggingSpec(Spec):
@@ -34,4 +34,4 @@ class LoggingSpec(Spec):
     hardware: bool = True
     """Record the use of processors, memory and GPUs every second in hardware.jsonl of the run folder."""
     price: Price | None = None
-    """For the cost of each stage in the report; null: no cost is shown."""
+    """Price of the machine, for the cost of each stage in the report; null: no cost is shown."""

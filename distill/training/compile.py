@@ -53,7 +53,7 @@ def compiled_bodies(*models: PreTrainedModel) -> Iterator[None]:
 
 
 def _layers(model: PreTrainedModel) -> list[Any]:
-    """The decoder layers of a model; its whole body where it does not name their class."""
+    """The decoder layers of a model; its whole body if it does not name their class."""
     body: Any = model.base_model
     blocks = set(model._no_split_modules or ())
     return [part for part in body.modules() if type(part).__name__ in blocks] or [body]

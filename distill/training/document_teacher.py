@@ -34,18 +34,18 @@ if TYPE_CHECKING:
     from distill.losses.base import LossSpec
 
 KEPT_BYTES = 2 << 30
-"""Memory for hidden states of answers; those that do not fit are computed each time."""
+"""Bytes for cached hidden states of answers; states that do not fit are recomputed."""
 
 
 class DocumentTeacher(Teacher):
-    """Another teacher, which is given the documents.
+    """Wraps a teacher so that it also reads the documents.
 
     Args:
         inner: a teacher with a model in memory.
         prompts: prompts with their documents.
 
     Raises:
-        InputError: a row is longer than the teacher can read, or none has a document.
+        InputError: a row is longer than the teacher's context, or no row has a document.
     """
 
     def __init__(self, inner: Teacher, prompts: DocumentPrompts):
@@ -68,7 +68,7 @@ class DocumentTeacher(Teacher):
         self._head = None
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """Refuse: ranks would read different numbers of conversations, and wait for each other."""
+        """Raise an error: ranks would read different numbers of conversations, and wait for each other."""
         raise InputError("teacher_reads: document cannot be used with compute.strategy: fsdp; use ddp")
 
     def signal(self, batch: dict[str, Tensor]) -> Signal:
@@ -84,7 +84,8 @@ class DocumentTeacher(Teacher):
                     states.append(self._read(ids[row, start:end], counted, device, keeps=SAMPLED not in batch))
                     rows.append(np.full(len(counted), row))
                     columns.append(counted + start)
-        if not states or self._head is None:  # nothing counts, or all is kept; the head is needed all the same
+        # no counted positions, or all states cached: run one token only to get the head
+        if not states or self._head is None:
             some = self.inner.signal({"input_ids": batch["input_ids"][:1, :1]})
             assert isinstance(some, Signal)
             states.append(some.hidden[:, :0].flatten(0, 1).to(device))
@@ -97,13 +98,13 @@ class DocumentTeacher(Teacher):
         return Signal(aligned, self._head)
 
     def _read(self, piece: np.ndarray, counted: np.ndarray, device: torch.device, *, keeps: bool) -> Tensor:
-        """Hidden states of the teacher for the counted positions of a piece. [counted, hidden]
+        """Hidden states of the teacher at the counted positions of a piece, [counted, hidden].
 
         Args:
-            piece: ids of a conversation as the student reads it. int64 [tokens]
-            counted: positions whose next token counts, rising. int64 [counted]
-            device: of the student.
-            keeps: whether to keep them for a later pass over the text.
+            piece: ids of a conversation as the student reads it, int64 [tokens].
+            counted: positions whose next token counts, ascending, int64 [counted].
+            device: device of the student.
+            keeps: whether to cache them for a later pass over the text.
         """
         first, last = int(counted[0]), int(counted[-1])
         shown = self.prompts.find(piece[: first + 1])
@@ -124,7 +125,7 @@ class DocumentTeacher(Teacher):
 
 
 def _pieces(places: np.ndarray | None, length: int) -> list[tuple[int, int]]:
-    """Begin and end of each conversation of a row, by its position ids; filling is a piece without counted tokens."""
+    """Start and end of each conversation of a row, from its position ids; padding is a piece without counted tokens."""
     if places is None:
         return [(0, length)]
     starts = [int(start) for start in np.flatnonzero(places == 0)] or [0]

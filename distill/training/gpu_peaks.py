@@ -9,16 +9,16 @@ PEAKS = {
     "L40": 181e12, "L4": 121e12, "A40": 150e12, "A10": 125e12, "T4": 65e12, "V100": 125e12, "4090": 165e12,
     "3090": 71e12, "A6000": 155e12,
 }  # fmt: skip
-"""By a part of the name, as NVIDIA's data sheets state them (SXM boards where there are several)."""
+"""Part of the name -> FLOP/s from NVIDIA's data sheets (of the SXM board, if there are several boards)."""
 
 
 def peak_of(name: str) -> float | None:
-    """FLOP/s of a GPU whose name contains a key of :data:`PEAKS`, the longest one; None where none is known.
+    """FLOP/s of a GPU whose name contains a key of :data:`PEAKS` (the longest such key); None if it contains none.
 
     Args:
-        name: as the driver says it, such as ``NVIDIA H200``.
+        name: as the driver reports it, such as ``NVIDIA H200``.
     """
-    # a whole word, so that an A1000 is no A100 and a T400 no T4; GB200 and GH200 have the GPU's name behind a letter
+    # match whole words (A1000 is not A100, T400 is not T4); for GB200 and GH200, strip the leading G
     words = set(re.findall(r"[A-Z0-9]+", name.upper()))
     words |= {word[1:] for word in words if re.fullmatch(r"GB\d+|GH\d+", word)}
     known = max((part for part in PEAKS if part in words), key=len, default=None)

@@ -154,7 +154,7 @@ class DistillationModule(pl.LightningModule):
             self.states = StateLosses(inner, student, self.teacher.model, origin)
         if on_policy is not None and (self.teacher is None or self.teacher.model is None):
             raise InputError(
-                "on_policy needs a teacher that runs, as no cache holds what it says of sequences that do not exist "
+                "on_policy needs a teacher in memory, because a cache has no output for sequences that do not exist "
                 "yet; name the model itself as teacher, or remove on_policy"
             )
         if on_policy is not None and all(loss.needs_text for loss in specs if isinstance(loss, LossSpec)):
@@ -197,7 +197,7 @@ class DistillationModule(pl.LightningModule):
             self._held = True
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log the losses since the last time, if it is due."""
+        """Log the losses since the last log, if a log is due."""
         step, every = self.trainer.global_step, getattr(self.trainer, "log_every_n_steps", 50)
         if not self._logs or step == self._logged_step or step % max(1, every):
             return
@@ -213,7 +213,7 @@ class DistillationModule(pl.LightningModule):
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Compute the counted positions on the CPU, because computing them on a GPU would make the CPU wait for it.
 
-        Drop position ids that never restart, because models count the same by themselves.
+        Drop position ids that equal arange, because models create these by default.
         """
         if "mask" not in batch:
             if not {"input_ids", "labels"} <= batch.keys():
@@ -222,11 +222,11 @@ class DistillationModule(pl.LightningModule):
                     "them), or input_ids and labels"
                 )
             batch = batch_of_labels(batch)
-        if self.on_policy is not None:  # which replaces the batch
+        if self.on_policy is not None:  # on-policy samples replace the batch later
             return batch
         kept = batch["mask"].flatten().nonzero().squeeze(1)  # [tokens]
         if self.device.type == "cuda" and kept.device.type == "cpu":
-            kept = kept.pin_memory()  # else its copy to the GPU would be waited for
+            kept = kept.pin_memory()  # otherwise the CPU would wait for its copy to the GPU
         places = batch.get("position_ids")
         if places is not None and torch.equal(
             places, torch.arange(places.shape[-1], device=places.device).expand_as(places)
@@ -262,7 +262,7 @@ class DistillationModule(pl.LightningModule):
         head, kept = output_head(self.student), batch.get(KEPT)
         if (hidden_tokens := batch.get("text_mask")) is None:
             total, terms = head_losses(hidden, head, signal, targets, mask, outer, kept=kept)
-        else:  # losses on the text count only some of the positions, and have a factor of their own
+        else:  # masked LM with positions: all: text losses use the hidden tokens and are scaled by text_weight
             on_text = [pair for pair in outer if pair[1].needs_text]
             others = [pair for pair in outer if not pair[1].needs_text]
             total, terms = hidden.new_zeros(()), dict[str, LossTerm]()

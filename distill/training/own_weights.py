@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class OwnWeights(Teacher):
-    """The student itself, with everything switched off that is trained.
+    """The student itself, with adapters and fake quantization switched off.
 
     Args:
         student: student that was wrapped by :func:`distill.training.assemble.assemble`, with LoRA.
@@ -56,14 +56,15 @@ class OwnWeights(Teacher):
     def signal(self, batch: dict[str, Tensor]) -> Signal:
         """The final hidden states and the head of the student before its training."""
         module = self.model.get_output_embeddings()
-        with _start_of(self.model), torch.no_grad():  # a fake-quantized head has its weight from here on
+        # read the head while fake quantization is off, so that it returns the original weight
+        with _start_of(self.model), torch.no_grad():
             head = output_head(self.model)
 
         def logits(rows: Tensor) -> Tensor:
             with _start_of(module):
                 return head.logits(rows)
 
-        with _start_of(self.model), torch.no_grad():  # in inference_mode, sharded weights could not be gathered
+        with _start_of(self.model), torch.no_grad():  # not inference_mode, in which sharded weights cannot be gathered
             return Signal(hidden_states(self.model, **model_inputs(batch)), Head(logits))
 
 

@@ -137,7 +137,7 @@ class Ranks:
                 self._beats.set(f"beat/{self.world.rank}", str(self._rounds))
                 _share_stop(self._beats)
                 silent = self._silent(heard)
-                if silent:  # not all processes watch that one
+                if silent:  # publish it, because not every process watches that rank
                     self._beats.set("silent", silent)
                 elif self._beats.check(["silent"]):
                     silent = self._beats.get("silent").decode()
@@ -147,9 +147,10 @@ class Ranks:
                 return self._give_up(f"{silent} has sent no heartbeat for {self.silence_s:.0f} s")
 
     def _watch_store(self) -> None:
-        """End this process if the heartbeats wait for the store: a network that is cut closes no connection."""
+        """End this process if the heartbeats get no answer from the store: a network failure closes no connection."""
         last, num_waits = 0, 0
-        while not self._closed.wait(BEAT_S):  # counted, so that a process that was suspended does not blame the store
+        # count intervals instead of elapsed time, so that a process resumed after SIGSTOP does not report a timeout
+        while not self._closed.wait(BEAT_S):
             num_waits = num_waits + 1 if self._rounds == last else 0
             last = self._rounds
             if num_waits * BEAT_S > self.silence_s:

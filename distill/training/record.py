@@ -157,7 +157,7 @@ class Record(StepEnd):
 
 
 def _peak_flops(device: torch.device, trainer: pl.Trainer) -> float | None:
-    """FLOP/s that a GPU reaches at most in the arithmetic of the training; None where it is not known."""
+    """Peak FLOP/s of a GPU in the precision of the training; None if unknown."""
     if device.type != "cuda":
         return None
     if "bf16" in str(trainer.precision):

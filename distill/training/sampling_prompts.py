@@ -46,7 +46,7 @@ def of_text(batch: Batch, start: int, new: int, filling: int) -> Prompts:
     # a row that ends within its prompt has nothing to continue, [rows]; tokens before a text are never counted
     mask = functional.pad(batch["mask"], lacking)
     are_there = mask[:, start - 2] | mask[:, start - 1] if start > 1 else mask.any(1)
-    if places is not None:  # neither has a document that begins or ends with the prompt's last token
+    if places is not None:  # nor can a prompt be continued whose last token starts or ends a document
         are_there = are_there & (places[:, start] > 0) & (places[:, start - 1] > 0 if start > 1 else True)
     lengths = torch.full((len(ids),), start, device=ids.device)
     seen = None if places is None else places[:, :start]

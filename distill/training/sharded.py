@@ -1,7 +1,7 @@
 """Student and teacher sharded over the ranks: FSDP2, through Lightning's ``ModelParallelStrategy``.
 
-Each block of a body is a unit whose weights are gathered when it runs. The head is called outside of the body, a chunk
-of tokens at a time, so it is no unit: its weights are shards (``DTensor``), and
+Each block of a body is a unit whose weights are gathered when it runs. The head is called outside of the body, chunk by
+chunk, so it is not a unit: its weights are shards (``DTensor``), and
 :func:`distill.models.head.output_head` gathers them for one micro-batch, with a gradient back to the shards.
 
 A checkpoint is the same file as that of one process, so any number of ranks can load it, sharded or not.
@@ -36,15 +36,15 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, gathered from all ranks where it is sharded."""
+    """The whole tensor, gathered from all ranks if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Sharded(ModelParallelStrategy):
-    """FSDP2 over all ranks, with checkpoints in one file that knows nothing of shards.
+    """FSDP2 over all ranks, with unsharded checkpoints in one file.
 
     Args:
-        num_ranks: of the run.
+        num_ranks: number of processes of the run.
     """
 
     def __init__(self, num_ranks: int, **arguments: Any):
@@ -69,14 +69,14 @@ class Sharded(ModelParallelStrategy):
             bf16: whether the student computes in bf16.
 
         Raises:
-            InputError: the student's weights are masked.
+            InputError: the student has a mask of zeros.
         """
         if isinstance(student.base_model, FSDPModule):
             return
         if any(p._backward_hooks for p in student.parameters()):
             raise InputError("compute.strategy: fsdp cannot hold a mask of zeros; use ddp")
         mesh = self.device_mesh["data_parallel"]
-        # a grid is computed of the fp32 weights that are shipped, so these must not be gathered in another dtype
+        # fake quantization computes its grid from the fp32 weights that are exported, so do not gather them in bf16
         half = bf16 and not fake_quant_layers(student)
         shard(student, mesh, torch.bfloat16 if half else None)
         for linear in maps:
@@ -95,7 +95,7 @@ class Sharded(ModelParallelStrategy):
         return {name: value if name in frozen else self._gathered(value) for name, value in state.items()}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """On rank 0 the state of an optimizer of whole parameters."""
+        """On rank 0 the gathered state of the optimizer, with unsharded parameters."""
         state = getattr(optimizer, "_optimizer", optimizer).state_dict()
         moments = {
             number: {name: self._gathered(value) for name, value in of_parameter.items()}
@@ -104,7 +104,7 @@ class Sharded(ModelParallelStrategy):
         return {"state": moments, "param_groups": state["param_groups"]}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Rank 0 writes what was gathered, which is a copy already."""
+        """Rank 0 writes the gathered state, which is already a copy."""
         if self.is_global_zero:
             assert isinstance(self.checkpoint_io, AtomicCheckpointIO)
             self.checkpoint_io.write(checkpoint, filepath)
@@ -122,7 +122,8 @@ class Sharded(ModelParallelStrategy):
             raise InputError(f"the checkpoint is of another model: {sorted(ours.keys() ^ saved.keys())[:3]} differ")
         with torch.no_grad():
             for name, value in ours.items():
-                if not isinstance(saved[name], DTensor):  # a frozen one is the parameter itself
+                # frozen weights are DTensors: they were put in by on_load_checkpoint and need no copy
+                if not isinstance(saved[name], DTensor):
                     _shard_of(saved[name], value, into=value)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -159,9 +160,9 @@ def shard(model: PreTrainedModel, mesh: Any, compute_dtype: torch.dtype | None =
     """Shard a causal model over a mesh, in place.
 
     Args:
-        model: whole on every rank; or on rank 0 alone, and of the same architecture on the device "meta" on the others.
-        mesh: of one dimension.
-        compute_dtype: in which weights are gathered; None is their own.
+        model: with weights on every rank; or with weights on rank 0, and on the meta device on the other ranks.
+        mesh: device mesh of one dimension.
+        compute_dtype: dtype in which weights are gathered; None is that of the weights.
     """
     body: Any = model.base_model
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32 if compute_dtype else None)
@@ -175,8 +176,9 @@ def shard(model: PreTrainedModel, mesh: Any, compute_dtype: torch.dtype | None =
         send(model, device)
     names = {id(p): name for name, p in body.named_parameters()}
     head = model.get_output_embeddings()
-    tied = {name: names.get(id(p)) for name, p in head.named_parameters()}  # before the body's parameters are replaced
-    # the root is freed after a forward too: it holds the embeddings, often a tenth of the model
+    # read before the body's parameters are replaced
+    tied = {name: names.get(id(p)) for name, p in head.named_parameters()}
+    # the root is freed after a forward pass too: it holds the embeddings, often a tenth of the model
     fully_shard(body, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for name, in_body in tied.items():
         owner, _, leaf = name.rpartition(".")
@@ -203,10 +205,10 @@ def unshard(model: PreTrainedModel, *, keep: bool) -> None:
             state = part._get_fsdp_state()
             for handle in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
                 handle.remove()
-            # Private API of torch: ``fully_shard`` makes the module an instance of a new class, FSDP<name>, whose
-            # bases are FSDPModule and the module's own class, and offers no way back. Otherwise the model would keep
-            # that class and its hooks: merging adapters, converting and saving look at classes and call forward, which
-            # would gather weights from ranks that have left already.
+            # Private API of torch: ``fully_shard`` makes the module an instance of a new class, FSDP<name>, whose bases
+            # are FSDPModule and the module's own class, and offers no way back. Otherwise the model would keep that
+            # class and its hooks: merging adapters, converting and saving check classes and call forward, which would
+            # gather weights from ranks that have already ended.
             part.__class__ = type(part).__bases__[1]
     for part in model.modules():
         for name, p in part._parameters.items():

@@ -81,7 +81,9 @@ class BudgetSpec(Spec):
         return bool(self.num_tokens or self.num_steps or self.num_epochs)
 
     def steps(self, tokens_per_sequence: float) -> int:
-        """Number of optimizer steps of the budget. With ``num_epochs``, that of one row until ``for_rows`` is called.
+        """Number of optimizer steps of the budget.
+
+        With ``num_epochs``, call :meth:`for_rows` first; otherwise one row is assumed.
 
         Args:
             tokens_per_sequence: mean number of tokens of text per sequence.
@@ -94,10 +96,10 @@ class BudgetSpec(Spec):
         return math.ceil(self.num_tokens / (self.batch_size * tokens_per_sequence))
 
     def for_rows(self, num_rows: int | None) -> Self:
-        """The same budget, in steps if it was in epochs.
+        """The same budget, converted to steps if it was in epochs.
 
         Args:
-            num_rows: training rows; None where a stream does not tell.
+            num_rows: number of training rows; None for a stream, which has no known number.
 
         Raises:
             InputError: it is in epochs, and the rows cannot be counted.
@@ -110,7 +112,7 @@ class BudgetSpec(Spec):
         return self.model_copy(update={"num_epochs": None, "num_steps": steps})
 
     def in_words(self, sequence_length: int, packing: Packing) -> list[str]:
-        """What the stage trains, as phrases for the plan."""
+        """The training of the stage, as phrases for the plan."""
         return [self.budget_in_words(sequence_length, packing)]
 
     def budget_in_words(self, sequence_length: int, packing: Packing) -> str:
@@ -214,8 +216,9 @@ class DistillSpec(BudgetSpec):
     """Train on samples of the student too: {share: 0.5, prompt_tokens: 32, max_new_tokens: 128}; unset is off. It needs
     a live teacher (not a cache) with the same end-of-text tokens as the student."""
     teacher_reads: Literal["text", "document"] = "text"
-    """What the teacher reads. text: the same as the student; document: before the conversation also what its row has in
-    the column document, so that the student learns to answer as if it had read it (prompt distillation)."""
+    """What the teacher reads. text: the same as the student; document: the teacher also reads the row's `document`
+    column before the conversation, so that the student learns to answer as if it had read the document (prompt
+    distillation)."""
 
     @model_validator(mode="after")
     def _each_loss_once(self) -> DistillSpec:

@@ -42,7 +42,7 @@ Loader = Iterable[Any]
 
 
 def resolve_precision(compute: ComputeSpec) -> Any:
-    """The arithmetic of training: as asked, or by the device."""
+    """Lightning precision: as configured, or the default of the device."""
     if compute.precision != "auto":
         return compute.precision
     return "bf16-mixed" if resolve_device(compute) == "cuda" else "32-true"
@@ -52,7 +52,7 @@ def resolve_device(compute: ComputeSpec) -> str:
     """``"cuda"`` or ``"cpu"``.
 
     Raises:
-        MachineError: a GPU is asked for and there is none.
+        MachineError: a GPU is requested and there is none.
     """
     if compute.accelerator == "gpu" and not torch.cuda.is_available():
         raise MachineError("compute.accelerator: gpu: this machine shows no GPU to PyTorch; use auto or cpu")
@@ -60,16 +60,16 @@ def resolve_device(compute: ComputeSpec) -> str:
 
 
 def dtype_on(device: str) -> str:
-    """The precision in which a model is loaded that is not trained: that of its file on a GPU; fp32 on a CPU, which is
-    slow in bf16."""
+    """Dtype for loading a frozen model: ``auto`` (that of its file) on a GPU, float32 on a CPU, which is slow in
+    bf16."""
     return "auto" if device == "cuda" else "float32"
 
 
 def resolve_teacher(compute: ComputeSpec) -> tuple[torch.device, str]:
-    """Where a teacher runs, and the precision to load it in (fp32 on a CPU, which is slow in bf16).
+    """Device of a teacher, and the dtype to load it in (see :func:`dtype_on`).
 
     Raises:
-        MachineError: a GPU is asked for that is not there.
+        MachineError: the requested GPU does not exist.
     """
     wanted = compute.teacher_device
     device = torch.device(resolve_device(compute) if wanted == "auto" else wanted)
@@ -101,24 +101,24 @@ def fit(
 
     Args:
         module: the module to train.
-        budget: how long to train, with which batch.
-        compute: the machine.
+        budget: how long to train, and the batch size.
+        compute: settings of the machine.
         name: name of the stage, for messages.
         folder: folder of the stage; checkpoints are written to ``checkpoints/``, metrics beside them.
-        tokens_per_sequence: tokens of text in a sequence, on average.
-        train_loader: (micro-batch size, sequences consumed already) -> this rank's batches without end.
+        tokens_per_sequence: mean number of tokens of text per sequence.
+        train_loader: (micro-batch size, number of sequences already consumed) -> this rank's endless batches.
         validation_loader: the validation split in a fixed order, the same on every rank.
         logger: Lightning's logger, for W&B.
         say: prints a line.
         world: the processes that train together; see :func:`distill.training.ranks.together`.
-        provenance: what the training reads -> its hash; a checkpoint of anything else is refused.
-        ask: questions for the model between two steps; None: there are none.
+        provenance: name of each input of the training -> its hash; a checkpoint with other hashes is rejected.
+        ask: tasks to evaluate between two steps; None: none.
 
     Returns:
         Seconds of training, with those of earlier processes up to their last checkpoint.
 
     Raises:
-        InputError: the batch cannot be split, the checkpoint is of another training, or all of several are damaged.
+        InputError: the batch cannot be split, the checkpoint is of another training, or every checkpoint is damaged.
         MachineError: no memory or no disk is left.
         Interrupted: Ctrl-C; the steps so far are saved.
         Preempted: the same by SIGTERM, SIGUSR1 or SIGHUP.
@@ -132,7 +132,7 @@ def fit(
     checkpoint, complaints = from_first(found)
     if complaints and checkpoint is None:
         raise InputError(
-            f"{complaints[0]}, and there is no other that is whole; put one back, or give up what is saved by "
+            f"{complaints[0]}, and there is no other valid checkpoint; restore one, or discard the saved progress with "
             f"--from {name.partition('/')[0]}"
         )
     for line in complaints:
@@ -166,7 +166,7 @@ def fit(
         provenance=provenance,
     )
     precision = resolve_precision(compute)
-    halved = precision == "bf16-true"  # HalfWeights sets it; Lightning takes a plugin or the argument
+    halved = precision == "bf16-true"  # HalfWeights sets it; Lightning accepts either a plugin or the argument
     trainer = pl.Trainer(
         accelerator="gpu" if resolve_device(compute) == "cuda" else "cpu",
         devices=world.local_size,
@@ -182,7 +182,8 @@ def fit(
         num_sanity_val_steps=0,
         log_every_n_steps=compute.log_every_steps,
         logger=logger or False,
-        # in this order after each step; the guard before the saver, so that a step that ends the run is not saved
+        # called in this order after each step: the guard before the saver, so that a step that ends the run is not
+        # saved
         callbacks=[
             threads,
             record,
@@ -199,11 +200,11 @@ def fit(
         use_distributed_sampler=False,
         default_root_dir=folder,
     )
-    # Private API of Lightning: it would handle SIGTERM itself. Otherwise its handler would broadcast to the other ranks
-    # within the signal, where they may be in another collective and all would wait for ever; and nothing is saved.
+    # Private API of Lightning: disable its SIGTERM handler. It broadcasts inside the signal handler, where other ranks
+    # may be in another collective (deadlock), and saves nothing.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    # Private API of Lightning: before each batch of several ranks it broadcasts whether one has got a signal, and reads
-    # the answer. Otherwise the CPU would wait for the device at every micro-batch; Checkpoints asks after each step.
+    # Private API of Lightning: disable its broadcast of signals before each batch, which synchronises CPU and device;
+    # Checkpoints checks once per step.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     module.student.train()
     teacher = module.teacher.model if module.teacher is not None else None
@@ -222,7 +223,7 @@ def fit(
                 ckpt_path=checkpoint,
                 weights_only=True,
             )
-            if pending_validation and step == num_steps:  # with no step left Lightning does not enter its loop
+            if pending_validation and step == num_steps:  # if no step is left, Lightning does not enter its loop
                 trainer.validate(module, RankBatches(validation_loader, world), verbose=False)
             if isinstance(trainer.strategy, Sharded):
                 unshard(module.student, keep=world.rank == 0)
@@ -242,7 +243,7 @@ def fit(
 
 
 def _strategy(compute: ComputeSpec, world: World) -> Any:
-    """Lightning's strategy for the ranks: none, DDP or FSDP."""
+    """Lightning's strategy: that of one process, DDP or FSDP."""
     if world.size == 1:
         return "auto"
     if compute.strategy == "fsdp":
@@ -251,7 +252,7 @@ def _strategy(compute: ComputeSpec, world: World) -> Any:
 
 
 def _quiet_lightning() -> None:
-    """Silence Lightning's adverts, and its advice about things that are done here on purpose."""
+    """Silence Lightning's adverts, and its advice about things that are intended here."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for advice in (

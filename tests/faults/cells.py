@@ -22,7 +22,7 @@ _LEARN = {"student": "{student}", "teacher": "{teacher}", "losses": ["cross_entr
 _LEARNED = {"kind": "int_group", "bits": 3, "group_size": 8, "scale": "learned"}
 _OWN = {"share": 0.5, "prompt_tokens": 4, "max_new_tokens": 8}
 TRAINED: dict[str, dict[str, Any]] = {
-    "text alone": {"kind": "finetune", "model": "{student}"},
+    "text only": {"kind": "finetune", "model": "{student}"},
     "distilled": {"kind": "distill"} | _LEARN,
     "LoRA": {"kind": "distill", "lora": _LORA} | _LEARN,
     "LoRA, its own teacher": {"kind": "distill", "lora": _LORA} | _LEARN | {"teacher": "self"},
@@ -31,8 +31,8 @@ TRAINED: dict[str, dict[str, Any]] = {
     "QAT, LoRA": {"kind": "quantize", "quantizer": _LEARNED | {"scale": "absmax"}, "lora": {"r": 2}} | _LEARN,
     "QAT, static inputs": {"kind": "quantize", "quantizer": {"kind": "int8_channel"}, "activations": "static_int8"}
     | _LEARN,
-    "inner states": {"kind": "distill"} | _LEARN | {"losses": ["forward_kl", "hidden_mse"]},
-    "own sequences": {"kind": "distill", "on_policy": _OWN} | _LEARN | {"losses": ["forward_kl"]},
+    "hidden-state losses": {"kind": "distill"} | _LEARN | {"losses": ["forward_kl", "hidden_mse"]},
+    "on-policy samples": {"kind": "distill", "on_policy": _OWN} | _LEARN | {"losses": ["forward_kl"]},
     "cached teacher": {"kind": "distill"} | _LEARN | {"teacher": "cache"},
 }
 _TEMPLATE = "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
@@ -42,12 +42,12 @@ DATA = (
     *("by length", "by loss", "augmented"),
 )
 REFUSED = {
-    *[("own sequences", "2, fsdp"), ("cached teacher", "stream"), ("own sequences", "mixture")],
-    ("text alone", "by loss"),  # which has no teacher
+    *[("on-policy samples", "2, fsdp"), ("cached teacher", "stream"), ("on-policy samples", "mixture")],
+    ("text only", "by loss"),  # which has no teacher
 }
 """Choices that distill refuses together."""
 WORLDS = ("1 process", "2, ddp", "2, fsdp")
-KILLED = ("mid-epoch", "epoch's edge", "five times")
+KILLED = ("mid-epoch", "end of epoch", "five times")
 BATCH, STEPS, EDGE = 4, 8, 3
 """Sequences in a step, steps, and the step that ends a pass over the text (but for rows that are filled up)."""
 
@@ -88,7 +88,7 @@ class Cell:
     def steps(self) -> list[int]:
         """After which steps the run is killed, each right after their checkpoint."""
         edge = 2 * EDGE if self.data == "padded" else EDGE
-        return {"mid-epoch": [edge + 1], "epoch's edge": [edge], "five times": [1, 2, 3, 4, 5]}[self.killed]
+        return {"mid-epoch": [edge + 1], "end of epoch": [edge], "five times": [1, 2, 3, 4, 5]}[self.killed]
 
     def recipe(self, text: Text) -> str:
         """As YAML."""

@@ -190,7 +190,9 @@ class SignalCampaign:
             self._send(attempt, number, ranks)
         elif how < TWICE + GROUP:
             self._send(attempt, number, ranks)
-        told = number.name + (", and again" if how < TWICE else ", doubled" if how < TWICE + GROUP else "")
+        told = number.name + (
+            " sent a second time later" if how < TWICE else " sent twice within 1 s" if how < TWICE + GROUP else ""
+        )
         try:
             codes = attempt.wait(self.limit_s)
         except TimeoutError as error:

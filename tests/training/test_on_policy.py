@@ -547,7 +547,7 @@ def test_a_teacher_that_does_not_run_is_refused(llama: Any, tmp_path: Path) -> N
     cached = CachedTeacher(VOCABULARY, tmp_path / "head.safetensors", whole=True)
     for teacher in (cached, None):
         losses: list[LossSpec] = [CrossEntropy()] if teacher is None else [ForwardKL()]
-        with pytest.raises(InputError, match="on_policy needs a teacher that runs"):
+        with pytest.raises(InputError, match="on_policy needs a teacher in memory"):
             DistillationModule(llama(), losses, teacher, on_policy=policy())
 
 

@@ -354,7 +354,7 @@ def test_a_training_does_not_begin_anew_because_all_its_checkpoints_are_damaged(
     held = checkpoints(tmp_path / "stage" / "checkpoints")
     for file in held:
         file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"damaged .* no other that is whole; put one back, or .* --from ") as raised:
+    with pytest.raises(InputError, match=r"damaged .* no other valid checkpoint; restore one, or .* --from ") as raised:
         train(module())
     assert str(raised.value).count("\n") == 0
     assert checkpoints(tmp_path / "stage" / "checkpoints") == held

@@ -5,7 +5,7 @@
 
 The first score prefers short choices, and the second compensates for it; lm-evaluation-harness calls them acc and
 acc_norm (Gao et al. 2021). If the question lists the choices and the answer is a letter, both scores are equal and a
-question needs one forward pass. But small models choose by the letter and not by the choice that it stands for.
+question needs one forward pass. But small models choose by the letter and not by the content of the choice.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The teacher asked once: its output on the training text, on disk, for any number of students.
+"""The teacher's output on the training text, computed once and stored on disk for any number of students.
 
-A cache belongs to a teacher and a text. The stages that name it may differ in student, order, batch size, packing and
-devices, and pay for no teacher: neither its time nor its memory. The validation text is cached too, always as hidden
+A cache belongs to a teacher and a text. The stages that use it may differ in student, order, batch size, packing and
+devices, and need neither the time nor the memory of a teacher. The validation text is cached too, always as hidden
 states, so that the validation's KL is the exact one whatever the codec.
 """
 
@@ -33,23 +33,25 @@ NO_STREAM = (
 
 
 class CacheTeacher(ReadsText):
-    """Write down what the teacher says about the training text, so that students learn without it in memory."""
+    """Store the teacher's output on the training text, to train students without the teacher in memory."""
 
     makes_signal: ClassVar[bool] = True
 
     kind: Literal["cache_teacher"] = "cache_teacher"
     teacher: str = "teacher"
-    """Whom to ask: "teacher", an earlier stage (a corrected teacher), a folder or a Hub id."""
+    """Teacher: "teacher", an earlier stage (a corrected teacher), a folder or a Hub id."""
     codec: Annotated[CodecSpec, CODECS] = TopK()
-    """How much of each distribution is kept."""
+    """Codec: how much of each distribution is stored."""
     num_sequences: int | None = Field(None, ge=1)
-    """Training rows to cache, the first in the order of training; unset: all that the stages of this recipe use."""
+    """Number of training rows to cache, from the start of the training order; unset: all that the stages of this recipe
+    use."""
     window: int | None = Field(None, ge=2)
-    """Tokens that the teacher reads at once; unset: as in the cache that is in `folder`, else data.sequence_length."""
+    """Number of tokens that the teacher reads at once; unset: that of the cache in `folder`, if there is one, else
+    data.sequence_length."""
     batch_size: int = Field(8, ge=1)
-    """Sequences a forward pass of the teacher."""
+    """Number of sequences per forward pass of the teacher."""
     folder: str | None = None
-    """Where the cache is, to share it between runs; unset: in the run's data folder, under its hash."""
+    """Folder of the cache, to share it between runs; unset: the run's data folder, under a name with its hash."""
 
     def references(self) -> list[tuple[tuple[str | int, ...], str]]:
         """The teacher."""

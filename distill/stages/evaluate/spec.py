@@ -30,21 +30,22 @@ class SpeedSpec(Spec):
     """How speed is measured; the same for every model."""
 
     prompt_tokens: int = Field(128, ge=1)
-    """Tokens of the prompt (prefill)."""
+    """Number of tokens of the prompt (prefill)."""
     contexts: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Further lengths of the prompt at which the same is measured, with each batch size; the report shows the grid."""
+    """More prompt lengths to measure, with each batch size; the report shows the grid."""
     new_tokens: int = Field(64, ge=1)
-    """Tokens made one by one (decode)."""
+    """Number of tokens to generate (decode)."""
     repeats: int = Field(5, ge=1)
-    """Measurements in a round, after a warm-up."""
+    """Number of measurements per round, after a warm-up."""
     rounds: int = Field(3, ge=1)
-    """Times that all models are measured in turn, each in a new process; the least disturbed round of each counts."""
+    """Number of rounds. In each round all models are measured in turn, each in a new process; each model's least
+    disturbed round counts."""
     batch_size: int = Field(1, ge=1)
-    """Sequences answered at once."""
+    """Number of sequences per batch."""
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Further batch sizes, with each length of the prompt."""
+    """More batch sizes to measure, with each prompt length."""
     timeout_s: float = Field(600, gt=0)
-    """Seconds after which a measurement of one model is stopped."""
+    """Largest number of seconds for the measurement of one model."""
 
     def grid(self) -> tuple[tuple[int, int], ...]:
         """Every (batch size, length of the prompt)."""
@@ -58,19 +59,19 @@ class Evaluate(ReadsText):
 
     kind: Literal["evaluate"] = "evaluate"
     models: tuple[str, ...] = ()
-    """Models to measure, by reference, and exports, each in its engine beside the teacher's own file in the same
-    precision; empty: the teacher and every model and export of the stages before."""
+    """Models and exports to measure. An export is measured in its engine, beside the teacher's own file in the same
+    precision. Empty: the teacher, and every model and export of the earlier stages."""
     controls: tuple[str, ...] = ()
-    """Those that were trained only to be compared with; measured also where `models` names others."""
+    """Models that serve only as controls. They are measured in addition to `models`."""
     teacher: str = "teacher"
-    """The model that the others are compared with; not read in a recipe without a teacher."""
+    """Model that the others are compared with; not read in a recipe without a teacher."""
     batch_size: int = Field(8, ge=1)
-    """Validation sequences per forward pass."""
+    """Number of validation sequences per forward pass."""
     speed: SpeedSpec | None = SpeedSpec()
-    """null: measure no speed."""
+    """How speed is measured; null: not measured."""
     tasks: dict[Annotated[str, Field(pattern=NAME)], Annotated[TaskSpec, TASKS]] = Field({})
-    """Questions with right answers that every model is asked, by names of your own, such as
-    arc_easy: {kind: multiple_choice, path: arc_easy.jsonl, limit: 500}."""
+    """Tasks by name: questions with right answers that every model is asked, such as arc_easy: {kind: multiple_choice,
+    path: arc_easy.jsonl, limit: 500}."""
 
     @model_validator(mode="after")
     def _tasks_are_no_columns(self) -> Evaluate:

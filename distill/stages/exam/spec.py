@@ -28,26 +28,26 @@ class Exam(ReadsText):
 
     kind: Literal["exam"] = "exam"
     questions: str
-    """The synthesize stage that has made the questions, or a file of them, such as runs/NAME/STAGE/exam.jsonl."""
+    """The synthesize stage that made the questions, or a file of questions, such as runs/NAME/STAGE/exam.jsonl."""
     models: tuple[str, ...] = ()
-    """Models to ask; empty: the baseline and every model of the stages before."""
+    """Models to ask; empty: the baseline and every model of the earlier stages."""
     baseline: str = "teacher"
-    """The model that the others are compared with: the student before its training."""
+    """Model that the others are compared with: the student before its training."""
     open_book: Literal["baseline", "all", "none"] = "baseline"
-    """Which models are also asked with the document before the question: the baseline, whose answers are the ceiling;
+    """Models that are also asked with the document before the question: the baseline, whose answers are the ceiling;
     all; or none."""
     num_choices: int = Field(4, ge=0, le=26)
-    """Choices of the multiple-choice form of each question: the reference answer, and answers to other questions of its
-    group, in random order; 0 is off."""
+    """Number of choices in the multiple-choice form of each question: the reference answer, and answers to other
+    questions of its group, in random order; 0 is off."""
     max_new_tokens: int = Field(64, ge=0)
     """Largest number of tokens of a written answer; 0 writes none, which is much faster and leaves nats and choices."""
     batch_size: int = Field(8, ge=1)
-    """Rows of data.sequence_length tokens that are read at once."""
+    """Number of rows of data.sequence_length tokens per batch."""
     judge: WriterChoice | None = None
-    """Who grades the written answers from 1 to 5 against the reference: a model with a chat template, or a server, as
-    the writer of synthesize; unset: nobody."""
+    """Judge that grades the written answers from 1 to 5 against the reference: a model with a chat template, or a
+    server, like the writer of synthesize; unset: no grades."""
     forgetting: bool = True
-    """Also measure bits per byte on the validation text of this stage's data, which shows what is forgotten."""
+    """Whether to measure bits per byte on the validation text of this stage's data too, which shows forgetting."""
 
     def references(self) -> list[tuple[tuple[str | int, ...], str]]:
         """The models that are named, and the baseline."""

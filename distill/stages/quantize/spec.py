@@ -1,4 +1,4 @@
-"""Low-bit weights: trained through fake-quant layers, or just rounded, then packed for real."""
+"""Low-bit weights: trained through fake-quant layers, or only rounded, and then stored packed."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ if TYPE_CHECKING:
 
 
 class LayerGrid(Spec):
-    """Another grid for some layers."""
+    """A different grid for some layers."""
 
     match: str
-    """Pattern for a layer's dotted name or its last part, such as "*.down_proj"; the first that fits decides."""
+    """Pattern for a layer's dotted name or its last part, such as "*.down_proj"; the first pattern that matches is
+    used."""
     quantizer: Annotated[QuantizerSpec, QUANTIZERS]
     """The grid of these layers."""
 
@@ -51,14 +52,14 @@ class LayerGrid(Spec):
 
 
 class MixedSpec(Spec):
-    """Grids beside the stage's quantizer, one of which each layer gets."""
+    """Grids in addition to the stage's quantizer; each layer gets one of them."""
 
     also: tuple[Annotated[QuantizerSpec, QUANTIZERS], ...] = Field(min_length=1)
     """Other grids that a layer may get, such as [{kind: int_group, bits: 2}, int8_channel]."""
     bits: float = Field(gt=1, le=16)
-    """Largest mean of stored bits per weight, scales included, over the quantized linear layers."""
+    """Largest mean number of stored bits per weight, including scales, over the quantized linear layers."""
     num_sequences: int = Field(8, ge=1)
-    """Calibration sequences on which each layer is quantized alone, once a grid."""
+    """Number of calibration sequences for the scan, in which one layer at a time is quantized, once per grid."""
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> MixedSpec:
@@ -68,7 +69,7 @@ class MixedSpec(Spec):
 
 
 class Quantize(DistillSpec, ReadsText):
-    """Train a student with fake-quant layers on the teacher's logits, then store real low-bit weights.
+    """Train a student with fake-quant layers on the teacher's logits, then store low-bit weights.
 
     ``num_tokens: 0`` is post-training rounding to nearest: the baseline of quantization-aware training.
     ``losses: [cross_entropy]`` trains on the text alone, without a teacher.
@@ -79,36 +80,41 @@ class Quantize(DistillSpec, ReadsText):
 
     kind: Literal["quantize"] = "quantize"
     student: str
-    """What to quantize: an earlier stage, "teacher", a folder or a Hub id."""
+    """Model to quantize: an earlier stage, "teacher", a folder or a Hub id."""
     teacher: str = "teacher"
-    """Whom to learn from: a model, a cache of one, or "self": the student before quantization, at no memory (needs
-    lora). Without effect (and not read) when nothing is trained, or on the text alone."""
+    """Teacher: a model, a cache, or "self": the student before quantization, without additional memory (requires lora).
+    Not read if nothing is trained, or if no loss needs a teacher."""
     quantizer: Annotated[QuantizerSpec, QUANTIZERS] = IntGroup()
-    """The grid of the weights."""
+    """Grid of the weights."""
     layers: tuple[LayerGrid, ...] = ()
-    """Other grids for some layers, as [{match: "*.down_proj", quantizer: int8_channel}]; [] is off."""
+    """Different grids for some layers, such as [{match: "*.down_proj", quantizer: int8_channel}]; [] is off."""
     embeddings: EmbeddingsKind | None = None
     """Grid of embeddings and output head, tied or not: blocks of 32, blocks of 256, one scale per row, or 16 bits;
     unset: int8 in blocks of 32 (q8_0 beside grids of GGUF) if the quantizer has at most 4 bits, else keep."""
     mixed: MixedSpec | None = None
-    """Choose each linear layer's grid within a budget of bits, by a scan of what each layer costs; unset is off."""
+    """Choose each linear layer's grid within a budget of bits, by a scan that measures the loss from quantizing each
+    layer; unset is off."""
     activations: Annotated[ActivationSpec, ACTIVATIONS] | None = None
-    """The grid of the quantized layers' inputs; unset is off. A static one is calibrated before anything is trained."""
+    """Grid of the quantized layers' inputs; unset is off. A static grid is calibrated before the training."""
     kv_cache: CacheType | None = None
-    """Round keys and values as llama.cpp's cache of this type does (8.5 or 4.5 bits each, not 16); unset is off."""
+    """Round keys and values like llama.cpp's cache of this type (8.5 or 4.5 bits per value instead of 16); unset is
+    off."""
     from_step: int = Field(0, ge=0)
-    """Optimizer step from which the weights are fake-quantized; before it training is in full precision; 0: all."""
+    """Optimizer step from which the weights are fake-quantized. Training before this step is in full precision; 0:
+    fake-quantized from the start."""
     freeze_scales: float | None = Field(None, gt=0, lt=1)
-    """Share of the steps after which the scales of the weights stand still, such as 0.9, so that the codes settle;
-    weights that grow beyond their range clip from then on. Unset: scales follow the weights to the end."""
+    """Fraction of the steps after which the scales of the weights are frozen, such as 0.9, so that the codes settle;
+    from then on, weights beyond their range are clipped. Unset: scales follow the weights until the end."""
     rounding: Literal["nearest", "gptq"] = "nearest"
-    """How codes are chosen: the nearest, or so that a column's error is made up for by the next ones (needs the
-    calibration set). A training begins at what gptq has found, and then chooses the nearest (needs scale: learned)."""
+    """How codes are chosen. nearest: each weight is rounded to the nearest code; gptq: later columns correct the errors
+    of earlier ones (needs the calibration set). With gptq, training starts from the gptq result and then rounds to
+    nearest (needs scale: learned)."""
     equalize: Literal["awq", "smooth_quant"] | None = None
-    """Fold scales of the input channels into the norms first, so that less is lost: awq for weights of 4 bits and
-    fewer, smooth_quant for int8 activations (needs the calibration set). Unset is off."""
+    """Fold scales of the input channels into the norms before quantization, to reduce its error: awq for weights of 4
+    bits or fewer, smooth_quant for int8 activations (needs the calibration set). Unset is off."""
     lora: LoraSpec | None = None
-    """Train adapters on the fake-quantized weights instead of the weights; folded in before rounding. Unset is off."""
+    """Train LoRA adapters on the fake-quantized weights instead of the weights. They are merged before rounding. Unset
+    is off."""
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> Quantize:

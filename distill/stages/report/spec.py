@@ -1,4 +1,4 @@
-"""The report of a run: what was won and what it cost, on one page that opens in any browser."""
+"""The report of a run: gains and losses, on one page that opens in any browser."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ ASKED = ("What is the capital of France?", "Name three colours.", "Write a Pytho
 
 
 class Report(StageSpec):
-    """Write index.html, report.md and table.csv from what the run has measured, and send them to W&B."""
+    """Write index.html, report.md and table.csv from the run's measurements, and send them to W&B."""
 
     reads_files: ClassVar[bool] = True
 
     kind: Literal["report"] = "report"
     prompts: tuple[str, ...] = Field(PROMPTS)
-    """Texts that the models continue greedily, side by side; empty: none. Where they learn from conversations, what a
-    user says."""
+    """Texts that the models continue greedily, side by side; empty: none. For chat models, each prompt is sent as a
+    user message."""
     models: tuple[str, ...] = ()
-    """Models that answer, by reference, and exports, each in its engine; empty: the teacher and every measured student
-    that was trained."""
+    """Models that answer, and exports, each in its engine; empty: the teacher and every measured student that was
+    trained."""
     new_tokens: int = Field(48, ge=1)
-    """Tokens of an answer at most."""
+    """Largest number of tokens of an answer."""
 
     def references(self) -> list[tuple[tuple[str | int, ...], str]]:
         """The models that are named."""

@@ -15,15 +15,15 @@ class ExamSpec(Spec):
     """Questions that are made before anything is trained, and are never shown to the writer of the training rows."""
 
     pairs_per_seed: int = Field(1, ge=0)
-    """Pairs of each context of the qna.yaml that are kept out for the exam; each context keeps one pair or more for
-    the training."""
+    """Number of pairs of each context of the qna.yaml that are reserved for the exam; each context keeps at least one
+    pair for the training."""
     extra_per_chunk: int = Field(0, ge=0)
-    """Further questions on each chunk, made by a prompt of their own and kept where two independent answers with the
-    document agree."""
+    """Number of additional questions per chunk. They have their own prompt, and are kept if two independent answers
+    with the document agree."""
     files: list[str] = Field([])
-    """Further qna.yaml files on the same documents; all their pairs are asked, and none is trained on."""
+    """More qna.yaml files on the same documents; all their pairs are asked, and none is trained on."""
     controls: list[str] = Field([])
-    """qna.yaml files of knowledge that is not trained; all their pairs are asked, to show what is forgotten."""
+    """qna.yaml files with knowledge that is not trained; all their pairs are asked, to measure forgetting."""
 
 
 @dataclass(frozen=True)

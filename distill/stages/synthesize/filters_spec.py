@@ -15,21 +15,21 @@ class FiltersSpec(Spec):
     answer_words: tuple[int, int] = (1, 400)
     """Fewest and most words of an answer, or of a text."""
     refers_to_text: bool = True
-    """Drop rows with a document that speak of "the passage" or "Figure 2"."""
+    """Drop rows with a document whose question or answer mentions "the passage" or "Figure 2"."""
     duplicates: bool = True
-    """Drop rows whose question (or text) an earlier row has."""
+    """Drop rows whose question (or text) equals that of an earlier row."""
     grounded: bool = True
     """Drop answers with numbers or names that are neither in the document nor in the question."""
     min_likelihood_gain: float | None = None
-    """Smallest mean log-probability per token of the answer with the document minus without it, by the writer; unset is
-    off. A server does not tell it."""
+    """Smallest gain in the writer's mean log-probability per token of the answer: with the document minus without it;
+    unset is off. Not available from a server."""
     judge: bool = False
-    """Ask the writer about each remaining row with a document whether the answer is faithful to it, the question clear
-    without it, and the answer one to the question."""
+    """Ask the writer about each remaining row with a document: is the answer faithful to the document, is the question
+    clear without it, and does the answer fit the question?"""
     max_per_chunk: int | None = Field(None, ge=1)
-    """Rows of one chunk, or of one source, at most; unset: any number."""
+    """Largest number of rows per chunk, or per source; unset: no limit."""
     min_yield: float = Field(0.1, ge=0, le=1)
-    """Share of the rows that must remain; below it the stage stops and shows what was written; 0 is off."""
+    """Smallest fraction of the rows that must remain; below it the stage stops and shows the replies. 0 is off."""
 
     @model_validator(mode="after")
     def _limits_rise(self) -> FiltersSpec:

@@ -1,4 +1,4 @@
-"""A data set that a writer makes: answers to prompts, questions about documents, or texts in other words."""
+"""A data set that a writer makes: answers to prompts, questions about documents, or paraphrases."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Synthesize(StageSpec):
 
     kind: Literal["synthesize"] = "synthesize"
     make: Annotated[MakerSpec, MAKERS]
-    """What is made: answers, qna or rewrite."""
+    """What is made: answers, qna (questions and answers) or rewrite (paraphrases)."""
     writer: WriterChoice = "teacher"
-    """Who writes: "teacher", an earlier stage, a folder or a Hub id with a chat template; or {server: http://...}."""
+    """Writer: "teacher", an earlier stage, a folder or a Hub id with a chat template; or {server: http://...}."""
     batch_size: int = Field(8, ge=1)
-    """Requests that a model answers at once."""
+    """Number of requests per batch, if the writer is a model."""
     filters: FiltersSpec = FiltersSpec()
     """Which rows are dropped."""
     rows_per_file: int = Field(10_000, ge=1)
-    """Rows of one file of the data set."""
+    """Number of rows per file of the data set."""
 
     @model_validator(mode="after")
     def _the_writer_can(self) -> Synthesize:

@@ -1,4 +1,4 @@
-"""Who writes the rows: a model of the run, or a server."""
+"""The writer of the rows: a model of the run, or a server."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from distill.core.spec import VARIABLE, Spec
 
 
 class ServerSpec(Spec):
-    """A server with OpenAI's chat endpoint, such as vLLM, llama.cpp's or a hosted one."""
+    """A server with OpenAI's chat endpoint, such as vLLM, llama.cpp or a hosted one."""
 
     server: str
-    """Address up to and with its version, such as http://localhost:8000/v1."""
+    """Address including the version, such as http://localhost:8000/v1."""
     model: str | None = None
-    """Name of the model as the server lists it; unset: the only one there."""
+    """Name of the model as the server lists it; unset: its only model."""
     key_variable: str | None = Field(None, pattern=VARIABLE)
     """Environment variable with the key, such as OPENAI_API_KEY; unset: no key. Keys are never in a recipe."""
     parallel: int = Field(4, ge=1, le=256)
-    """Requests at once."""
+    """Number of parallel requests."""
     timeout_s: float = Field(300, gt=0)
-    """Seconds that one request may take."""
+    """Largest number of seconds for one request."""
     max_wait_s: float = Field(600, ge=0)
-    """Seconds that a server may be away before the run stops; what was written is kept."""
+    """Largest number of seconds without an answer from the server before the run stops; finished replies are kept."""
 
     def key(self) -> str | None:
         """The key; None where none is needed.

@@ -1,4 +1,4 @@
-"""What a search is told: the budget, which sizes it may cut, and how closely it looks."""
+"""Settings of a search: the budget, which sizes may be reduced, and how many candidates are measured."""
 
 from __future__ import annotations
 
@@ -22,29 +22,31 @@ class ShortTraining(BudgetSpec):
     """How the best candidates are trained before one of them is chosen: on the uncut model's logits, by forward KL."""
 
     num_candidates: int = Field(3, ge=2)
-    """Candidates to train, the best by measurement."""
+    """Number of candidates to train, the best by measurement."""
 
 
 class SearchSpec(Spec):
-    """Which architectures to look at for a budget, and how closely."""
+    """Which architectures to search for a budget, and how many of them to measure."""
 
     budget: SizeBudget
-    """The most that the pruned model may cost, such as {non_embedding_parameters: 50%}."""
+    """Largest cost of the pruned model, such as {non_embedding_parameters: 50%}."""
     axes: tuple[SizeKey, ...] = Field(("hidden_size", "intermediate_size", "num_hidden_layers"), min_length=1)
-    """Sizes that may be cut; the others stay whole."""
+    """Sizes that may be reduced. Other sizes are kept."""
     multiple_of: dict[SizeKey, PositiveInt] = Field({})
-    """What a size is a multiple of; where unset 64 for hidden_size and intermediate_size, the number of KV groups for
-    num_attention_heads while groups stay, else 1. The whole size is always allowed."""
+    """Step of each size. Default: 64 for hidden_size and intermediate_size, the number of KV groups for
+    num_attention_heads (if groups are not pruned), else 1. The unpruned size is always allowed."""
     smallest_share: float = Field(0.5, gt=0, le=1)
-    """No size falls below this share of the model's."""
+    """Smallest value of each size, as a fraction of the model's."""
     layer_choice: Literal["lowest", "contiguous"] = "lowest"
-    """Which layers are dropped: those of lowest score, or the block of neighbours with the lowest sum."""
+    """Which layers are dropped. lowest: the layers with the lowest scores; contiguous: the block of neighbouring layers
+    with the lowest sum."""
     num_sequences: int = Field(32, ge=1)
-    """Calibration sequences that a candidate is measured on, at most data.calibration_sequences."""
+    """Number of calibration sequences on which each candidate is measured, at most data.calibration_sequences."""
     num_measured: int = Field(16, ge=1)
-    """Candidates that are cut and measured, the best by estimate."""
+    """Number of candidates that are pruned and measured, the best by estimate."""
     train: ShortTraining | None = None
-    """Training of the best before one is chosen, such as {num_tokens: 1e6}; null chooses right after the cut."""
+    """Training of the best candidates before one is chosen, such as {num_tokens: 1e6}; null: choose directly after
+    pruning."""
 
     @model_validator(mode="after")
     def _each_round_is_narrower(self) -> SearchSpec:

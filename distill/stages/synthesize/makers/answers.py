@@ -2,8 +2,8 @@
 
     answer = argmax over n samples of  1/|a| sum_t log p(a_t | prompt, a_<t)        (best of n by the writer)
 
-Prefer it where prompts have no answers, where the writer is far better than the answers in the data, or where its
-tokens are not the student's. On data that has good answers it is not better than training on them (MiniLLM, table 1).
+Prefer it if prompts have no answers, if the writer is much better than the answers in the data, or if its tokenizer is
+not the student's. If the data has good answers, it is not better than training on them (MiniLLM, table 1).
 
 Source: Kim & Rush 2016, arXiv 1606.07947.
 """
@@ -30,11 +30,11 @@ class Answers(MakerSpec):
 
     kind: Literal["answers"] = "answers"
     num_samples: int = Field(1, ge=1, le=64)
-    """Answers to each prompt, of which the one that is likeliest per token by the writer is kept; 1: one."""
+    """Number of answers to each prompt; the most likely one per token is kept."""
     temperature: float = Field(0.0, ge=0)
-    """Of the sampling; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     num_prompts: int | None = Field(None, ge=1)
-    """Prompts to answer, the first of the text; unset: all."""
+    """Number of prompts to answer, from the start of the text; unset: all."""
 
     def why_no_server(self) -> str | None:
         """Best of n needs probabilities."""

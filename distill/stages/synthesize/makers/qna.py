@@ -5,9 +5,9 @@
                 chunk, question -> answer            the writer reads the chunk, not the view, so that a wrong view
                                                      makes a wrong question at most, and no wrong answer
 
-Many views with few questions each teach more than many questions of one view (sdg-hub, pull requests 57 and 62). A
-question is written so that it stands alone, since the model that is asked later has no text before it. The seed pairs
-themselves are rows too, but for those that the exam keeps.
+Many views with few questions each teach more than many questions about one view (sdg-hub, pull requests 57 and 62). A
+question must be clear without the document, because the model that is asked later does not see it. The seed pairs are
+rows too, except those that are reserved for the exam.
 
 A file of a skill has no documents: the writer makes further questions like the examples, and answers them with the
 examples before it.
@@ -72,24 +72,26 @@ class Qna(MakerSpec):
     path: str | list[str]
     """qna.yaml files, folders of them or globs; knowledge and skills, versions 1 to 3. builtin:qna is a sample."""
     documents: str | list[str] | None = None
-    """Documents (Markdown, text, PDF), folders or globs; unset: the patterns of a file, searched beside it. Of several
-    files of knowledge each has those that match its patterns. Repositories are not fetched."""
+    """Documents (Markdown, text, PDF), folders or globs; unset: files beside the qna.yaml that match its patterns. If
+    there are several files of knowledge, each gets the documents that match its patterns. Repositories are not
+    fetched."""
     views: list[View] = Field(["text", "facts"], min_length=1)
-    """What questions are made from: the text of a chunk, its facts, a summary, extracts."""
+    """Views of a chunk from which questions are made: its text, a list of its facts, a summary, or extracts."""
     questions_per_view: int = Field(5, ge=1, le=50)
-    """Questions that are asked for at once."""
+    """Number of questions per request."""
     rounds: int = Field(1, ge=1, le=100)
-    """Times that each view is asked for questions, with other examples and random numbers."""
+    """Number of requests per view, each with other examples and random numbers."""
     chunk_words: int = Field(300, ge=20)
-    """Words of a chunk, at most."""
+    """Largest number of words per chunk."""
     answer_tokens: int = Field(128, ge=1)
-    """Largest number of tokens of an answer; max_new_tokens is that of views and questions."""
+    """Largest number of tokens of an answer; max_new_tokens limits views and questions."""
     answer_style: str = "Answer in one or two full sentences."
-    """What the writer is told about answers, behind the question; empty: nothing. It is not part of the rows."""
+    """Instruction about the answer, which the writer reads after the question; empty: none. It is not part of the
+    rows."""
     temperature: float = Field(0.7, ge=0)
-    """Of the sampling of questions; answers and views are greedy."""
+    """Sampling temperature of questions; answers and views are greedy."""
     exam: ExamSpec | None = None
-    """Questions to keep out of the training, for an exam stage; unset: none."""
+    """Questions that are reserved for an exam stage and not trained on; unset: none."""
 
     def files(self) -> list[File]:
         """The qna.yaml files and the documents."""

@@ -1,4 +1,4 @@
-"""The recipe's text in other words, so that a fact is read in several forms.
+"""Paraphrases of the recipe's text, so that the student reads a fact in several forms.
 
 Rewritten text teaches more than repeated text, and less than questions and answers do (Active Reading, arXiv
 2508.09494: SimpleWikiQA 15.9 repeated, 25.7 paraphrased, 47.9 as questions).
@@ -31,19 +31,20 @@ STYLES = (
 
 
 class Rewrite(MakerSpec):
-    """Paraphrases of the recipe's text, a chunk at a time."""
+    """Paraphrases of the recipe's text, chunk by chunk."""
 
     holds: ClassVar[Holds] = "text"
 
     kind: Literal["rewrite"] = "rewrite"
     num_versions: int = Field(2, ge=1, le=64)
-    """Versions of each chunk, in turn in other words, in simple sentences, as an encyclopedia and as a list."""
+    """Number of versions of each chunk: in other words, in simple sentences, as an encyclopedia and as a list, in
+    turn."""
     chunk_words: int = Field(200, ge=20)
-    """Words of a chunk, at most."""
+    """Largest number of words per chunk."""
     temperature: float = Field(0.7, ge=0)
-    """Of the sampling; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     num_documents: int | None = Field(None, ge=1)
-    """Documents to rewrite, the first of the text; unset: all."""
+    """Number of documents to rewrite, from the start of the text; unset: all."""
 
     def make(self, asker: Asker, texts: Iterable[Item], seed: int) -> MakerResult:
         """See :meth:`MakerSpec.make`."""
