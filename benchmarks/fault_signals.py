@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.core import listener
+from distill.stages import STAGES
 from distill.training.saver import STEP_S
-from tests.faults.signals import SignalCampaign
+from tests.faults.signals import SignalCampaign, kinds_of_stages
 from tests.faults.workers import Workers
 
 TYPED = ", by the command line"
@@ -54,7 +55,7 @@ def measure(
 
     Args:
         workers: processes that start runs.
-        recipe: path of a recipe with every kind of stage.
+        recipe: path of :func:`~tests.faults.signals.many_stages_recipe`.
         fresh: function that returns a new folder.
         two: options for two processes.
         earlier: rows of earlier calls, whose signals are counted.
@@ -115,8 +116,9 @@ def page(rows: Sequence[dict[str, Any]], table: Callable[[list[str], list[dict[s
         )
     return [
         *WORDS.split("\n"),
-        f"{sum(row['times'] for row in rows)} signals were sent at random moments of a run with every kind of stage, "
-        "with W&B offline; after each, the same command was started again. They were sent to one process, to both, or "
+        f"{sum(row['times'] for row in rows)} signals were sent at random moments of a run with all kinds of "
+        f"stage except {' and '.join(sorted(set(STAGES) - kinds_of_stages()))}, with W&B offline; "
+        "after each, the same command was started again. They were sent to one process, to both, or "
         f"to the process group: {_counts(rows, 'signals')}. They arrived during: {_counts(rows, 'stages')}.",
         "",
         *table(list(shown[0]), shown),

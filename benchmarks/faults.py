@@ -32,7 +32,7 @@ from tests.faults.cells import WORLDS, Cell, Text, pairs
 from tests.faults.chaos import chaos_recipe
 from tests.faults.kills import KillCampaign
 from tests.faults.resumes import Resumes
-from tests.faults.signals import IMPORTS, Tally, every_stage_recipe
+from tests.faults.signals import IMPORTS, Tally, many_stages_recipe
 from tests.faults.workers import Workers, World
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run; others are kept")
     parser.add_argument("--kills", type=int, default=300, help="number of kills of runs with one process")
     parser.add_argument("--kills-of-two", type=int, default=100, help="kills of two processes, for ddp and fsdp each")
-    parser.add_argument("--stage-kills", type=int, default=60, help="number of kills of runs with every kind of stage")
+    parser.add_argument("--stage-kills", type=int, default=60, help="number of kills of runs with nine kinds of stage")
     parser.add_argument("--repeats", type=int, default=5, help="number of times for each other fault")
     parser.add_argument("--restarts", type=int, default=20, help="number of restarts by torchrun")
     parser.add_argument("--signals", type=int, default=300, help="signals at random moments, including earlier calls")
@@ -160,9 +160,9 @@ def _killed_behind(bench: Bench, options: argparse.Namespace) -> Rows:
 
 
 def _killed_every_stage(bench: Bench, options: argparse.Namespace) -> Rows:
-    """Kills at random moments of a run with every kind of stage; every file of weights is compared."""
-    recipe = bench.folder / "every-stage.yaml"
-    recipe.write_text(every_stage_recipe(bench.folder / "text.jsonl"))
+    """Kills at random moments of a run with nine kinds of stage; every file of weights is compared."""
+    recipe = bench.folder / "many-stages.yaml"
+    recipe.write_text(many_stages_recipe(bench.folder / "text.jsonl"))
     cases = [("1 process", 1, ()), ("2 processes, ddp", 2, TWO)]
     for (world, size, arguments), share in zip(cases, (0.6, 0.4), strict=True):
         place, began, left = bench.fresh(), time.monotonic(), round(share * options.stage_kills)
@@ -179,9 +179,9 @@ def _killed_every_stage(bench: Bench, options: argparse.Namespace) -> Rows:
         wrong = [line for tally in tallies for line in tally.wrong]
         finished, exact = sum(tally.finished for tally in tallies), sum(tally.exact for tally in tallies)
         yield {
-            "fault": "SIGKILL of a process at random moments of a run with every kind of stage ("
+            "fault": "SIGKILL of a process at random moments of a run with nine kinds of stage ("
             f"{', '.join(f'{count} {stage}' for stage, count in sorted(during.items()))})",
-            "run": f"{world}, every kind of stage",
+            "run": f"{world}, nine kinds of stage",
             "times": during.total(),
             "what happened": _identical(exact, finished, "files of weights"),
             "lost": "; ".join(wrong) or "nothing",
@@ -328,8 +328,8 @@ def _moved(bench: Bench, options: argparse.Namespace) -> Rows:
 def _signalled(bench: Bench, options: argparse.Namespace) -> Rows:
     """Random signals. Two processes that are started as a command are connected by the command itself."""
     earlier = [row for row in _rows() if row["part"] == "signalled"]
-    recipe = bench.folder / "every-stage.yaml"
-    recipe.write_text(every_stage_recipe(bench.folder / "text.jsonl"))
+    recipe = bench.folder / "many-stages.yaml"
+    recipe.write_text(many_stages_recipe(bench.folder / "text.jsonl"))
     return fault_signals.measure(bench.workers, recipe, bench.fresh, TWO, earlier, options.signals, LIMIT_S)
 
 
@@ -423,14 +423,15 @@ def render(data: dict[str, Any]) -> str:
         "may have been killed several times, or not at all if it finished before the next kill. In brackets are the "
         "moments of the kills: any time, or a step of writing a file.",
         "",
-        *_table(["fault", "run", "times", "what happened", "lost"], faults),
+        *_table(["fault", "run", "times", "what happened", "lost", "date"], faults),
         "",
         "*Identical* and *same* weights are bitwise equal to those of an undisturbed run. Runs on two machines, and "
         "runs that were resumed with other processes or another strategy, are compared by their losses: on two "
         "machines within 0.1 %, because the order of sums differs.",
         "",
         *fault_signals.page([row for row in data["rows"] if row["part"] == "signalled"], _table),
-        *([damage.section(), ""] if damage.RESULT.is_file() else []),
+        damage.section(),
+        "",
         "## Exact resuming",
         "",
         f"{exact} of {len(cells)} trainings, with dropout, have bitwise the same weights and metrics as an undisturbed "

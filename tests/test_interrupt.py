@@ -190,7 +190,10 @@ def test_the_same_text_elsewhere_is_gone_on_with_and_another_one_is_not(
 
 @pytest.mark.parametrize(
     ("moment", "number", "code"),
-    [("first/INPUT", signal.SIGINT, 130), ("wandb-id", signal.SIGTERM, 75)],
+    [
+        ("first/INPUT", signal.SIGINT, 130),
+        pytest.param("wandb-id", signal.SIGTERM, 75, marks=pytest.mark.exhaustive),  # as test_stops.py does in process
+    ],
     ids=["the heavy imports come next", "wandb is imported and opened next"],
 )
 def test_a_signal_outside_of_training_is_no_success(

@@ -27,9 +27,11 @@ def arguments(recipe: Path, folder: Path) -> list[str]:
     ("rank", "where"),
     [
         (1, "distill.training.ranks:Ranks.hear"),  # the first has not begun a stage yet
-        (1, "distill.training.module:DistillationModule.__init__"),  # both are on their way to the training
+        # both are on their way to the training
+        pytest.param(1, "distill.training.module:DistillationModule.__init__", marks=pytest.mark.exhaustive),
         (0, "distill.training.trainer:newest_valid"),  # the first looks for all, which wait for its answer
-        (0, "distill.runner:standing"),  # the others wait for the first
+        # the others wait for the first
+        pytest.param(0, "distill.runner:standing", marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_signal_to_one_stops_both(rank: int, where: str, workers: Workers, chaos: Path, tmp_path: Path) -> None:

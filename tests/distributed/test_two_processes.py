@@ -246,6 +246,7 @@ def test_the_command_starts_its_own_processes(chaos: Path, tmp_path: Path) -> No
     assert {path.name for path in (tmp_path / "run" / "logs").iterdir()} == {"rank-1.log"}
 
 
+@pytest.mark.exhaustive
 def test_questions_of_a_student_that_learns_from_its_own_sequences(
     workers: Workers, quickstart: Path, tmp_path: Path
 ) -> None:

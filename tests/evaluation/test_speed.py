@@ -75,6 +75,7 @@ def test_settings_without_sense(setting: str, value: object) -> None:
         measure_speed("x", **{**QUICK, setting: value})
 
 
+@pytest.mark.exhaustive
 def test_an_unguarded_script_is_not_run_twice(tiny_folders: list[Path], tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

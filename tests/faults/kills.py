@@ -1,4 +1,4 @@
-"""Kills a run of every kind of stage at random moments until it has been killed often enough, and compares every file
+"""Kills a run of nine kinds of stage at random moments until it has been killed often enough, and compares every file
 of weights in the end with that of a run that nothing happened to."""
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from tests.faults.workers import Workers
 
 WEIGHTS = ("*/model/*.safetensors", "*/*/model.safetensors", "*/*/*.gguf", "*/*/*.onnx", "data/**/shard-*.safetensors")
 IMPORTS = ("torch.onnx", "torch.export", "onnxscript", "onnxruntime", "matplotlib.figure", "gguf")
-"""What :func:`every_stage_recipe` needs besides the usual; for :class:`~tests.faults.workers.Workers`."""
+"""What :func:`many_stages_recipe` needs besides the usual; for :class:`~tests.faults.workers.Workers`."""
 PYTHON_S = 1.0
 """Within these seconds a command may still be Python that starts, which any signal ends as it ends any program."""
 OFTEN = 12
@@ -250,8 +250,8 @@ class SignalCampaign:
         return str([*yaml.safe_load(self.recipe.read_text())["stages"]][-1])
 
 
-def every_stage_recipe(text: Path) -> str:
-    """A recipe of every kind of stage, a minute long, with dropout and W&B offline.
+def many_stages_recipe(text: Path) -> str:
+    """A recipe of nine kinds of stage, a minute long, with dropout and W&B offline.
 
     Args:
         text: a JSONL file.
@@ -271,7 +271,7 @@ def every_stage_recipe(text: Path) -> str:
     own = {"share": 0.5, "prompt_tokens": 4, "max_new_tokens": 8}
     taught = {"student": "prune", "kind": "distill"} | train
     recipe = {
-        "name": "every-stage",
+        "name": "many-stages",
         "data": {
             "train": {"kind": "jsonl", "path": str(text)},
             "sequence_length": 16,
@@ -301,3 +301,9 @@ def every_stage_recipe(text: Path) -> str:
         "logging": {"wandb": "offline"},
     }
     return yaml.safe_dump(recipe, sort_keys=False)
+
+
+def kinds_of_stages() -> set[str]:
+    """The kinds of stage of :func:`many_stages_recipe`."""
+    stages = yaml.safe_load(many_stages_recipe(Path("text.jsonl")))["stages"]
+    return {stage.get("kind", name) for name, stage in stages.items()}

@@ -20,13 +20,20 @@ FILES = sorted(FOLDER.rglob("*.yaml"))
 HEAVY = ("torch", "transformers", "datasets", "lightning", "pytorch_lightning", "peft", "wandb")
 
 VARIANTS = {file.stem for file in FILES if file.stem.endswith("-control")} | {
+    "add-knowledge",
     "cached-teacher",
+    "chat",
     "csv-columns",
     "distilbert-style",
     "iterative",
     "llama-3.1-8b-to-4b-depth",
+    "minilm-embeddings",
     "mistral-nemo-12b-to-8b",
+    "quickstart-on-policy",
+    "sequence-distillation",
+    "smollm2-1.7b-to-1b",
     "sst2-minilm-3-layers",
+    "tasks",
     "trec-minilm-3-layers",
 }
 """Recipes that differ from another one in few keys, or whose stages others run too; ``make test-all`` runs them."""

@@ -171,7 +171,13 @@ CASES: dict[str, tuple[str, str, Any, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+ALIKE = {"masked_lm, all positions", "regression"}
+"""Tasks whose stages differ from those of another task in losses or metrics only."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name in ALIKE else name for name in CASES]
+)
 def test_a_task_goes_through_all_stages(name: str, encoder: Path, rows: Path, tmp_path: Path) -> None:
     task, losses, loader, figures = CASES[name]
     recipe = write(task, TAUGHT.format(losses=losses), encoder, rows)
