@@ -11,7 +11,7 @@ import pytest
 
 from distill.core.errors import RecipeError
 from distill.forecast import costs, describe, machine
-from distill.forecast.text import FEW_PREDICTIONS
+from distill.forecast.text import FEW_PREDICTIONS, TextForecast
 from distill.models.configs import config_of, count, size
 from distill.recipe import Recipe
 from distill.training.spec import BudgetSpec
@@ -139,6 +139,15 @@ def test_time_and_disk(check: Callable[..., str], monkeypatch: pytest.MonkeyPatc
     assert ": too little" not in said
     monkeypatch.setattr(costs, "free_bytes", lambda folder: (1000, folder))
     assert "; 0.0 MB are free in runs: too little; free some, or name a folder on another disk" in check(ROWS)
+
+
+def test_tokens_are_on_disk_twice_while_shards_are_joined() -> None:
+    text = TextForecast(train=1e9, validation=0.0, bytes_per_id=2)
+    (line,) = costs.closing_lines([], None, 1, [text])
+    assert line.startswith("disk: about 4.0 GB at its fullest, 2.0 GB in the end")
+    mixture = TextForecast(train=1e9, validation=0.0, bytes_per_id=2, sources={"a": 1e9})
+    (line,) = costs.closing_lines([], None, 1, [mixture])
+    assert line.startswith("disk: about 4.0 GB at its fullest, 4.0 GB in the end")
 
 
 def test_operations_of_a_known_model() -> None:

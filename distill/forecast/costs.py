@@ -160,7 +160,9 @@ def closing_lines(
     if speed is not None and flops:
         partly = " that are known" if any(cost.flops is None for cost in costs) else ""
         yield f"time: {time_words(flops, processes, speed)} for the trainings{partly}, by {speed.words}"
-    kept, peak = sum(text.disk_bytes for text in texts), 0.0
+    kept = sum(text.disk_bytes for text in texts)
+    # shards are there twice while they are joined; those of a mixture's source, while the joined file is not yet
+    peak = kept + max((text.disk_bytes for text in texts if not text.sources), default=0.0)
     for cost in costs:
         peak = max(peak, kept + cost.checkpoint_bytes + cost.kept_bytes)
         kept += cost.kept_bytes
