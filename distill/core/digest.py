@@ -54,7 +54,7 @@ def sha256_of(file: Path, stop: Event | None = None, *, lasting: bool = False) -
         64 hex digits.
 
     Raises:
-        InputError: it cannot be read, or is no regular file.
+        InputError: it cannot be read, is no regular file, or was removed meanwhile.
         MachineError: it was written to meanwhile.
     """
     with opened(file) as stream:
@@ -67,7 +67,10 @@ def sha256_of(file: Path, stop: Event | None = None, *, lasting: bool = False) -
             if stop is not None and stop.is_set():
                 return ""
             digest.update(piece)
-        if _stamp(os.fstat(stream.fileno())) != _stamp(before):
+        after = os.fstat(stream.fileno())
+        if not after.st_nlink:
+            raise InputError(f"{file}: was removed while it was read")
+        if _stamp(after) != _stamp(before):
             raise MachineError(f"{file}: was written to while it was read; wait until it is whole, then run again")
     age_ns = started - max(before.st_mtime_ns, before.st_ctime_ns)
     if age_ns > TICK_NS:

@@ -114,7 +114,9 @@ class LlamaCpp:
             DistillError: they produce different ids.
         """
         for row in rows:
-            text = str(tokenizer.decode(list(row)))
+            ids = list(row)
+            # both tokenizers put the first token before a text themselves; llama.cpp prints a warning for a second one
+            text = str(tokenizer.decode(ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids))
             ours = tokenizer(text)["input_ids"]
             theirs = self._llama.tokenize(text.encode(), add_bos=True, special=True)
             if ours != theirs:

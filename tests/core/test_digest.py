@@ -139,6 +139,19 @@ def test_a_file_that_grows_while_it_is_read_has_no_digest(tmp_path: Path, monkey
         digests([file])
 
 
+def test_a_file_that_is_removed_while_it_is_read_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"a" * 3000)
+
+    class Removing:
+        def update(self, piece: bytes) -> None:
+            file.unlink()
+
+    monkeypatch.setattr(digest.hashlib, "sha256", Removing)
+    with pytest.raises(InputError, match="weights: was removed while it was read"):
+        digests([file])
+
+
 def test_an_error_does_not_wait_for_the_rest(tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """One file cannot be read: of a large one beside it no more is read than is in hand."""
     monkeypatch.setattr(digest, "_PIECE", 10)

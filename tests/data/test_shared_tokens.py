@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from distill.core import digest as core_digest
 from distill.core.errors import InputError
 from distill.core.forked import can_fork
 from distill.core.stored import CHECK
@@ -169,6 +170,28 @@ def test_a_damaged_shard_is_made_again(tmp_path, tokenizer, text_of, alone):
         file.truncate(8)
     write(made, items, TextEncoder(tokenizer))
     assert contents(made) == alone
+
+
+def test_a_shard_that_is_removed_while_it_is_read_is_missing(tmp_path, tokenizer, text_of, alone, monkeypatch):
+    """Another process has joined all shards and removes them."""
+    write(tmp_path, documents(text_of), TextEncoder(tokenizer))
+    file = tmp_path / "train-0.bin"
+    assert packing.read_tokens(file) is not None
+    monkeypatch.setattr(core_digest, "_KNOWN", {})
+
+    sha256 = core_digest.hashlib.sha256
+
+    class Removing:
+        def __init__(self, data=b""):
+            self.hash = sha256(data)
+            self.hexdigest, self.digest = self.hash.hexdigest, self.hash.digest
+
+        def update(self, piece):
+            file.unlink(missing_ok=True)
+            self.hash.update(piece)
+
+    monkeypatch.setattr(core_digest.hashlib, "sha256", Removing)
+    assert packing.read_tokens(file, quietly=True) is None
 
 
 def test_a_damaged_file_is_made_again(tmp_path, tokenizer, text_of, alone, capsys):
