@@ -292,16 +292,18 @@ stop.leave(0)
     assert process.returncode == 0
 
 
-def test_nohup_is_respected() -> None:
-    process = program("""
-signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["nohup", "background"])
+def test_nohup_is_respected(number: signal.Signals) -> None:
+    """As the shell does for ``nohup``, and for what a script starts in the background."""
+    process = program(f"""
+signal.signal({int(number)}, signal.SIG_IGN)
 stop.listen()
 print("ready", flush=True)
 time.sleep(0.5)
 stop.check()
 sys.exit(7)
 """)
-    process.send_signal(signal.SIGHUP)
+    process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == 7
 

@@ -138,6 +138,10 @@ def test_the_log_of_this_machine(tmp_path: Path) -> None:
     assert train.memory_bytes > 10**7
 
 
+def test_a_line_is_written_every_second(tmp_path: Path) -> None:
+    assert HardwareLog(tmp_path / SAMPLES)._every_s == 1.0
+
+
 def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     log = HardwareLog(tmp_path / "no-folder" / SAMPLES, every_s=0.01)
     log.start()
@@ -188,6 +192,13 @@ def test_a_counter_that_fails_now_and_then_and_a_clock_that_is_set_back() -> Non
     assert (train.joules, train.seconds, train.device_seconds) == ({"gpu": 40.0}, 4, 6)
     assert train.cpu == 35  # two seconds at 50 % and two at 20 %
     assert train.cost(Price(per_hour=3600, currency="EUR", per="device")) == "6.00 EUR"
+
+
+@pytest.mark.parametrize(("per", "cost"), [("machine", "2.00 EUR"), ("device", "4.00 EUR")])
+def test_a_price_is_of_the_machine_or_of_each_of_its_gpus(per: Any, cost: str) -> None:
+    gpus = [{"index": 0}, {"index": 1}]
+    (train,) = usages([sample(float(at), "train", gpus=gpus) for at in range(3)])
+    assert train.cost(Price(per_hour=3600, currency="EUR", per=per)) == cost
 
 
 def test_a_short_stage_has_its_own_samples(tmp_path: Path) -> None:
