@@ -308,6 +308,19 @@ sys.exit(7)
     assert process.returncode == 7
 
 
+def test_nothing_is_sent_once_the_signals_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread may still be looking at its bounds then, and its own SIGTERM would end the process."""
+    sent: list[Any] = []
+    monkeypatch.setattr(signal, "pthread_kill", lambda *given: sent.append(given))
+    heard = listener.Listener(ends_process=False)
+    heard.open()
+    heard._nudge()
+    assert len(sent) == 1
+    heard.close()
+    heard._nudge()
+    assert len(sent) == 1
+
+
 def test_what_is_left_after_the_end_is_bounded_too() -> None:
     """As W&B's last upload is."""
     process = program(f'stop.listen(); stop.finish(); print("ready", flush=True); {BUSY}')
