@@ -16,6 +16,16 @@ on fewer elements (``at::internal::GRAIN_SIZE``). It splits matrix products, but
 thread needs to wake up (``benchmarks/threads.py``)."""
 
 
+def rule() -> str:
+    """One line: when a training runs on one thread; for ``distill doctor``."""
+    if set_by_user := threads.users(threads.NUMBER):
+        return f"small models train on as many threads as others ({', '.join(set_by_user)}, set by you)"
+    return (
+        f"small models train on 1 thread: those whose layers have fewer than {SMALL:,} outputs per micro-batch "
+        "(tokens x hidden size)"
+    )
+
+
 class Threads(pl.Callback):
     """Trains on one thread if a layer's output is small, unless the user has set a number (``OMP_NUM_THREADS``).
 
