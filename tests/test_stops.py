@@ -225,11 +225,14 @@ def of_exported_tensors(ask: Callable[[], None], folder: Path) -> list[object]:
     """The tensors that every exporter reads."""
     from distill.exporters.stored_weights import stored_weights
 
-    begun: list[object] = []
-    with pytest.raises(Stopped):
+    def read() -> None:
         for name, _ in stored_weights(folder):
             begun.append(name)
             ask()
+
+    begun: list[object] = []
+    with pytest.raises(Stopped):
+        read()
     return begun
 
 
