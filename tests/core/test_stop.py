@@ -292,6 +292,18 @@ stop.leave(0)
     assert process.returncode == 0
 
 
+def test_the_command_listens_before_any_library_is_loaded_and_until_then_is_any_program() -> None:
+    code = """
+import os, signal, sys
+import distill.__main__
+print({"torch", "transformers", "typer", "pydantic", "yaml", "numpy"} & {*sys.modules}, flush=True)
+distill.__main__.stop.listen = lambda: os.kill(os.getpid(), signal.SIGTERM)
+distill.__main__.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "set()\n", "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["nohup", "background"])
 def test_nohup_is_respected(number: signal.Signals) -> None:
     """As the shell does for ``nohup``, and for what a script starts in the background."""

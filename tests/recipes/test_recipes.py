@@ -122,7 +122,9 @@ def test_the_real_student_is_as_large_as_the_recipe_says(name: str, real_config:
     [pytest.param(file, marks=pytest.mark.exhaustive) if file.stem in VARIANTS else file for file in FILES],
     ids=lambda file: file.stem,
 )
-def test_runs_from_end_to_end(file: Path, shrink: Callable[[Path], list[str]], tmp_path: Path) -> None:
+def test_runs_from_end_to_end(
+    file: Path, shrink: Callable[[Path], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     from distill.models.head_names import loader_of
@@ -133,8 +135,11 @@ def test_runs_from_end_to_end(file: Path, shrink: Callable[[Path], list[str]], t
         pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'distill-lm[test]'")
     if "onnx" in targets.values():
         pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'distill-lm[test]'")
+    hosts: list[str] = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda host, *given, **named: hosts.append(host) or [])
     said: list[str] = []
     the_run = run(recipe, tmp_path / "run", say=said.append)
+    assert hosts == []
     assert [name for name in recipe.stages if the_run.done(name) is None] == []
     for name, stage in recipe.stages.items():
         if stage.kind == "export":
