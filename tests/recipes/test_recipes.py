@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,6 +33,17 @@ VARIANTS = {file.stem for file in FILES if file.stem.endswith("-control")} | {
 """Recipes that differ from another one in few keys, or whose stages others run too; ``make test-all`` runs them."""
 
 each = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+
+
+TRAINED = {"finetune", "distill", "quantize"}
+"""Kinds of stages whose plan has memory and tokens."""
+
+
+MEMORY = r" memory of a \w+.*: [\d.]+ [MG]B = |its config is not on this machine"
+
+
+def kinds_of(file: Path) -> list[str]:
+    return [stage.kind for stage in Recipe.load(file).stages.values()]
 
 
 def test_there_are_recipes_and_the_readme_lists_each() -> None:
@@ -65,6 +77,7 @@ def test_check_passes_and_imports_nothing_heavy() -> None:
         "from distill.cli import main\n"
         "codes = {}\n"
         "for file in sys.argv[1:]:\n"
+        "    print('recipe', file, flush=True)\n"
         "    sys.argv = ['distill', 'check', file]\n"
         "    try:\n"
         "        main()\n"
@@ -76,6 +89,12 @@ def test_check_passes_and_imports_nothing_heavy() -> None:
     codes, imported = json.loads(done.stdout.splitlines()[-1])
     assert codes == {str(file): 0 for file in FILES}
     assert imported == []
+    plans = re.split(r"^recipe .*\n", done.stdout, flags=re.M)[1:]
+    assert len(plans) == len(FILES)
+    trained = [plan for plan, file in zip(plans, FILES, strict=True) if TRAINED & {*kinds_of(file)}]
+    assert len(trained) > len(FILES) - 3
+    assert [plan for plan in trained if not re.search(MEMORY, plan)] == []
+    assert [plan for plan in trained if not re.search(r" steps? of [\d,]+|[\d,]+ tokens", plan)] == []
 
 
 PUBLISHED = {

@@ -323,7 +323,8 @@ def test_the_view_of_a_run_that_works(run_folder: Path) -> None:
     assert "70.0 of 80.0 GB, 650 W, 61 °C" in text
 
 
-def test_one_view_of_a_run_that_goes_on(run_folder: Path) -> None:
+def test_one_view_of_a_run_that_goes_on(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.watch.time.sleep", lambda seconds: pytest.fail("waits for a second view"))
     (run_folder / SAMPLES).write_text(json.dumps(sample(time.time(), "student")) + "\n")
     with Run(run_folder).lock(), open("/dev/null", "w") as nowhere:
         console = Console(width=100, record=True, file=nowhere)
