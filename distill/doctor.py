@@ -18,7 +18,6 @@ def examine() -> str:
     import torch
 
     from distill import __version__
-    from distill.training.threads import rule
 
     lines = [f"distill {__version__}  python {platform.python_version()}  {platform.platform()}"]
     lines.append("  ".join(f"{name} {number}" for name, number in versions().items()))
@@ -29,7 +28,7 @@ def examine() -> str:
             lines.append(f"GPU {index}: {properties.name}, {properties.total_memory / 1e9:.0f} GB")
     else:
         lines.append("no GPU: fine for the quickstart")
-    lines += [threads.described(torch.get_num_threads()), rule()]
+    lines += [threads.described(torch.get_num_threads()), threads.rule()]
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(os.getcwd())
     lines.append(
         f"{threads.available()} of {os.cpu_count()} CPUs usable, "
