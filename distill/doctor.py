@@ -28,7 +28,7 @@ def examine() -> str:
             lines.append(f"GPU {index}: {properties.name}, {properties.total_memory / 1e9:.0f} GB")
     else:
         lines.append("no GPU: fine for the quickstart")
-    lines.append(threads.described(torch.get_num_threads()))
+    lines += [threads.described(torch.get_num_threads()), threads.rule()]
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(os.getcwd())
     lines.append(
         f"{threads.available()} of {os.cpu_count()} CPUs usable, "

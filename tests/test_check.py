@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,3 +175,34 @@ def test_sizes_of_the_models_that_recipes_name_need_no_network() -> None:
 )
 def test_durations(seconds: float, words: str) -> None:
     assert machine.duration(seconds) == words
+
+
+def test_a_recipe_of_many_stages_takes_work_in_proportion() -> None:
+    """Calls of functions and not seconds: a stage that looked at all others would take the square of it."""
+    config = "model_type: llama, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1, num_attention_heads: 2"
+
+    def num_calls(num_stages: int) -> int:
+        models = [f"{{config: {{{config}}}}}", *(f"stage{i}" for i in range(num_stages - 1))]
+        lines = [
+            f"  stage{i}: {{kind: finetune, model: {model}, num_steps: 1, batch_size: 1}}"
+            for i, model in enumerate(models)
+        ]
+        data = "{train: python_docs, sequence_length: 16, tokenizer: {vocab_size: 300}}"
+        text = "\n".join([f"name: many\ndata: {data}\nstages:", *lines])
+        counted, before = 0, sys.getprofile()
+
+        def count_call(frame: object, event: str, argument: object) -> None:
+            nonlocal counted
+            counted += event == "call"
+
+        sys.setprofile(count_call)
+        try:
+            described = describe(Recipe.from_text(text))
+        finally:
+            sys.setprofile(before)
+        assert f"stage{num_stages - 1}" in described
+        return counted
+
+    num_calls(2)  # what is made once
+    few, more, many = (num_calls(count) for count in (40, 80, 160))
+    assert many - more < 2.03 * (more - few)

@@ -221,6 +221,14 @@ def test_check_prints_the_plan(distill: Distill, recipe: Path) -> None:
     assert "5% held out, at most 100 tokens of it to validate on" in result.out
 
 
+def test_check_compares_the_memory_with_that_of_another_machine(distill: Distill) -> None:
+    for gigabytes, is_enough in (("0.01", False), ("80", True)):
+        result = distill("check", "quickstart", "--memory", gigabytes)
+        assert result.code == 0
+        assert "memory of a GPU: " in result.out
+        assert ("does not fit into 10.0 MB: " in result.out) is not is_enough
+
+
 def test_check_downloads_nothing(distill: Distill, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise AssertionError("a connection was opened")

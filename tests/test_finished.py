@@ -140,6 +140,16 @@ def test_a_file_that_was_added_to_a_model_is_refused(recipe: Recipe, folder: Pat
     assert [line for line in said if "changed since: model/adapter_config.json" in line]
 
 
+def test_an_edited_copy_that_the_recipe_names_is_gone_on_with(recipe: Recipe, folder: Path, tmp_path: Path) -> None:
+    mine = Path(shutil.copytree(folder / "base" / "model", tmp_path / "mine"))
+    edit(mine / "config.json", rope)
+    student = recipe.stages["student"].model_copy(update={"student": str(mine)})
+    other = recipe.model_copy(update={"stages": {"student": student}})
+    run(other, tmp_path / "other", say=lambda line: None)
+    config = json.loads((tmp_path / "other" / "student" / "model" / "config.json").read_text())
+    assert config["rope_parameters"]["rope_theta"] == 90000.0
+
+
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_a_damaged_model_of_another_run_is_refused(recipe: Recipe, folder: Path, tmp_path: Path, when: str) -> None:
     file = folder / "base" / "model" / "model.safetensors"

@@ -47,6 +47,8 @@ def wrong_calls(source: str, name: str, *, is_door: bool = False) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and node.value in LOADERS:
             found.append(f"{name}:{node.lineno}: names {node.value} as text")
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code" and ast.unparse(node.value) != "False":
+            found.append(f"{name}:{node.value.lineno}: trust_remote_code={ast.unparse(node.value)}")
         used = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
         if isinstance(node, ast.ImportFrom) and (named := LOADERS & {alias.name for alias in node.names}):
             found.append(f"{name}:{node.lineno}: imports {named.pop()}")
@@ -73,11 +75,11 @@ def _lacking(call: ast.Call, called: str) -> set[str]:
 
 
 def test_one_module_loads_what_comes_from_outside_and_with_every_safe_argument() -> None:
-    files = [*sorted((ROOT / "distill").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
-    assert DOOR in files
+    files = [file for name in ("distill", "benchmarks", "docs", "notebooks") for file in (ROOT / name).rglob("*.py")]
+    assert {DOOR, ROOT / "docs" / "generate.py", ROOT / "notebooks" / "execute.py"} <= {*files}
     wrong = [
         line
-        for file in files
+        for file in sorted(files)
         for line in wrong_calls(file.read_text("utf-8"), str(file.relative_to(ROOT)), is_door=file == DOOR)
     ]
     assert wrong == []
@@ -98,6 +100,7 @@ def test_one_module_loads_what_comes_from_outside_and_with_every_safe_argument()
         ("AutoConfig.from_pretrained(location, trust_remote_code=False)", True),
         ("loader.from_pretrained(l, trust_remote_code=False, local_files_only=is_folder(location))", True),
         ("loader.from_config(config)", True),
+        ("anything_else(place, trust_remote_code=trusted)", False),
     ],
 )
 def test_the_rule_finds_a_loader_that_is_not_safe(source: str, is_door: bool) -> None:

@@ -109,7 +109,8 @@ def test_every_sentence_stands_in_its_page(page: Path) -> None:
     ("page", "begin", "end"),
     [
         ("SECURITY.md", "## What is never executed", "## Supported versions"),
-        ("docs/runs.md", "## Models and texts from other sources", "## "),
+        ("docs/runs.md", "## The files of a run", "no heading: to the end of the page"),
+        ("docs/reliability.md", "## Signals at any moment", "## "),
     ],
 )
 def test_every_bullet_has_a_row(page: str, begin: str, end: str) -> None:

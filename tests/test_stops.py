@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 import transformers
 import wandb
 
-from distill.core import listener
+from distill.core import listener, stop
 from distill.core.errors import Interrupted, Preempted, Stopped
 from distill.core.run_folder import Run
 from distill.recipe import Recipe
@@ -185,3 +186,80 @@ def test_between_two_stages(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.
         go_on(recipe, tmp_path / "run")
     assert (tmp_path / "run" / "first" / "DONE").exists()
     assert not (tmp_path / "run" / "export").exists()
+
+
+def of_quality(ask: Callable[[], None]) -> list[object]:
+    """The batches of a measurement of quality."""
+    from distill.evaluation.quality import compare_predictions
+
+    def predict(batch: dict[str, torch.Tensor]) -> Callable[[slice], torch.Tensor]:
+        begun.append(batch)
+        ask()
+        return lambda piece: torch.zeros(piece.stop - piece.start, 4)
+
+    begun: list[object] = []
+    batch = {"targets": torch.zeros(1, 2, dtype=torch.long), "mask": torch.ones(1, 2, dtype=torch.bool)}
+    with pytest.raises(Stopped):
+        compare_predictions(predict, None, [batch] * 3)
+    return begun
+
+
+def of_documents(ask: Callable[[], None]) -> list[object]:
+    """The documents that are tokenized."""
+    from distill.data.packing import batches
+
+    class Read:
+        @property
+        def text(self) -> str:
+            begun.append(self)
+            ask()
+            return "text"
+
+    begun: list[object] = []
+    with pytest.raises(Stopped):
+        list(batches([Read() for _ in range(3)]))  # type: ignore[type-var]
+    return begun
+
+
+def of_exported_tensors(ask: Callable[[], None], folder: Path) -> list[object]:
+    """The tensors that every exporter reads."""
+    from distill.exporters.stored_weights import stored_weights
+
+    def read() -> None:
+        for name, _ in stored_weights(folder):
+            begun.append(name)
+            ask()
+
+    begun: list[object] = []
+    with pytest.raises(Stopped):
+        read()
+    return begun
+
+
+def of_trained_candidates(ask: Callable[[], None]) -> list[object]:
+    """The candidates that a search trains."""
+    from distill.pruning.search import Candidate
+    from distill.stages.prune.search.budget_search import Search
+
+    def trained(candidate: Candidate) -> dict[str, float]:
+        begun.append(candidate.name)
+        ask()
+        return {"kl": 1.0}
+
+    begun: list[object] = []
+    search = Search.__new__(Search)
+    search.spec = SimpleNamespace(train=SimpleNamespace(num_candidates=3))  # type: ignore[assignment]
+    search.context = SimpleNamespace(say=lambda line: None)  # type: ignore[assignment]
+    ranked = [SimpleNamespace(name=f"candidate {i}") for i in range(3)]
+    with pytest.raises(Stopped):
+        search._train(SimpleNamespace(trained=trained), ranked, ranked[0])  # type: ignore[arg-type]
+    return begun
+
+
+@pytest.mark.parametrize("units", [of_quality, of_documents, of_exported_tensors, of_trained_candidates])
+def test_no_further_unit_is_begun(units: Callable[..., list[object]], tiny_folders: list[Path]) -> None:
+    """The stop is asked for within the first one."""
+    given = [tiny_folders[1]] if units is of_exported_tensors else []
+    with pytest.raises(Stopped), stop.listening(), stop.patient(600):
+        begun = units(lambda: stop.ask(signal.SIGTERM), *given)
+    assert len(begun) == 1

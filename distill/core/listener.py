@@ -60,6 +60,7 @@ class Listener:
         self._nudges, self._nudged_at = 0, 0.0
         self.before: dict[int, Any] = {}
         self._main, self.pipe, self._wakeup = threading.main_thread(), (-1, -1), -1
+        self._is_closed, self._closing = False, threading.Lock()
 
     def open(self) -> None:
         """Take over the signals. The kernel wakes the thread by a pipe even while the main thread is in a library."""
@@ -73,7 +74,9 @@ class Listener:
         threading.Thread(target=self._watch, args=(self.pipe[0],), daemon=True, name="signals").start()
 
     def close(self) -> None:
-        """Give the signals back."""
+        """Give the signals back. The thread sends none from here on, which would end a process without our handler."""
+        with self._closing:
+            self._is_closed = True
         for number, handler in self.before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
@@ -148,8 +151,10 @@ class Listener:
 
     def _nudge(self) -> None:
         """Let the main thread run :meth:`_on_signal`; a real signal also ends what it waits for."""
-        self._nudges, self._nudged_at = self._nudges + 1, time.monotonic()
-        signal.pthread_kill(self._main.ident or 0, signal.SIGTERM)
+        with self._closing:
+            if not self._is_closed:
+                self._nudges, self._nudged_at = self._nudges + 1, time.monotonic()
+                signal.pthread_kill(self._main.ident or 0, signal.SIGTERM)
 
     def _end(self, how: str) -> None:
         done = f"{name_of(self.number)}: everything is done; what was left to end has been left"

@@ -23,6 +23,10 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables that set how an idle thread waits."""
 OURS = "DISTILL_CHOSE"
 """Variable that tells child processes which of the others distill has set."""
+SMALL = 2**15
+"""Number of elements of a layer's output below which one thread is used. PyTorch does not split elementwise operations
+on fewer elements (``at::internal::GRAIN_SIZE``). It splits matrix products, but these take less time than a second
+thread needs to wake up (``benchmarks/threads.py``)."""
 
 
 def choose() -> None:
@@ -74,6 +78,16 @@ def described(num_threads: int) -> str:
     return (
         f"CPU threads: {num_threads} ({number}); how an idle one waits: "
         f"{waiting or 'by default, as PyTorch was loaded before distill could choose'}"
+    )
+
+
+def rule() -> str:
+    """One line: when a training runs on one thread; for ``distill doctor``."""
+    if set_by_user := users(NUMBER):
+        return f"small models train on as many threads as others ({', '.join(set_by_user)}, set by you)"
+    return (
+        f"small models train on 1 thread: those whose layers have fewer than {SMALL:,} outputs per micro-batch "
+        "(tokens x hidden size)"
     )
 
 

@@ -10,11 +10,6 @@ import torch
 
 from distill.core import threads
 
-SMALL = 2**15
-"""Number of elements of a layer's output below which one thread is used. PyTorch does not split elementwise operations
-on fewer elements (``at::internal::GRAIN_SIZE``). It splits matrix products, but these take less time than a second
-thread needs to wake up (``benchmarks/threads.py``)."""
-
 
 class Threads(pl.Callback):
     """Trains on one thread if a layer's output is small, unless the user has set a number (``OMP_NUM_THREADS``).
@@ -28,7 +23,7 @@ class Threads(pl.Callback):
     """
 
     def __init__(self, numbers: float, say: Callable[[str], None]):
-        self.is_small, self.say = numbers < SMALL, say
+        self.is_small, self.say = numbers < threads.SMALL, say
         self._before = torch.get_num_threads()
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:

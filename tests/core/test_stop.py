@@ -292,18 +292,45 @@ stop.leave(0)
     assert process.returncode == 0
 
 
-def test_nohup_is_respected() -> None:
-    process = program("""
-signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def test_the_command_listens_before_any_library_is_loaded_and_until_then_is_any_program() -> None:
+    code = """
+import os, signal, sys
+import distill.__main__
+print({"torch", "transformers", "typer", "pydantic", "yaml", "numpy"} & {*sys.modules}, flush=True)
+distill.__main__.stop.listen = lambda: os.kill(os.getpid(), signal.SIGTERM)
+distill.__main__.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "set()\n", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["nohup", "background"])
+def test_nohup_is_respected(number: signal.Signals) -> None:
+    """As the shell does for ``nohup``, and for what a script starts in the background."""
+    process = program(f"""
+signal.signal({int(number)}, signal.SIG_IGN)
 stop.listen()
 print("ready", flush=True)
 time.sleep(0.5)
 stop.check()
 sys.exit(7)
 """)
-    process.send_signal(signal.SIGHUP)
+    process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == 7
+
+
+def test_nothing_is_sent_once_the_signals_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread may still be looking at its bounds then, and its own SIGTERM would end the process."""
+    sent: list[Any] = []
+    monkeypatch.setattr(signal, "pthread_kill", lambda *given: sent.append(given))
+    heard = listener.Listener(ends_process=False)
+    heard.open()
+    heard._nudge()
+    assert len(sent) == 1
+    heard.close()
+    heard._nudge()
+    assert len(sent) == 1
 
 
 def test_what_is_left_after_the_end_is_bounded_too() -> None:

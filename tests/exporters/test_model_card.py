@@ -3,7 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from markdown_it import MarkdownIt
 from pydantic import ValidationError
 
@@ -87,6 +87,18 @@ def test_an_upload_is_planned_without_a_network(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DistillError, match="push_to_hub: org/name: "):
         upload(tmp_path, "org/name")
+
+
+def test_a_new_repository_is_private_and_all_files_are_one_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **named: asked.append((name, named)))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **named: asked.append(named) or "https://the-commit")
+    assert upload(tmp_path, "org/name") == "https://the-commit"
+    created, sent = asked
+    assert created == ("org/name", {"private": True, "exist_ok": True})
+    assert (sent["repo_id"], sent["folder_path"]) == ("org/name", tmp_path)
 
 
 def test_quantized_models_say_so(tmp_path: Path) -> None:

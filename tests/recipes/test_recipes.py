@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,6 +42,17 @@ VARIANTS = {file.stem for file in FILES if file.stem.endswith("-control")} | {
 each = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 
+TRAINED = {"finetune", "distill", "quantize"}
+"""Kinds of stages whose plan has memory and tokens."""
+
+
+MEMORY = r" memory of a \w+.*: [\d.]+ [MG]B = |its config is not on this machine"
+
+
+def kinds_of(file: Path) -> list[str]:
+    return [stage.kind for stage in Recipe.load(file).stages.values()]
+
+
 def test_there_are_recipes_and_the_readme_lists_each() -> None:
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert len(FILES) >= 8
@@ -72,6 +84,7 @@ def test_check_passes_and_imports_nothing_heavy() -> None:
         "from distill.cli import main\n"
         "codes = {}\n"
         "for file in sys.argv[1:]:\n"
+        "    print('recipe', file, flush=True)\n"
         "    sys.argv = ['distill', 'check', file]\n"
         "    try:\n"
         "        main()\n"
@@ -83,6 +96,12 @@ def test_check_passes_and_imports_nothing_heavy() -> None:
     codes, imported = json.loads(done.stdout.splitlines()[-1])
     assert codes == {str(file): 0 for file in FILES}
     assert imported == []
+    plans = re.split(r"^recipe .*\n", done.stdout, flags=re.M)[1:]
+    assert len(plans) == len(FILES)
+    trained = [plan for plan, file in zip(plans, FILES, strict=True) if TRAINED & {*kinds_of(file)}]
+    assert len(trained) > len(FILES) - 3
+    assert [plan for plan in trained if not re.search(MEMORY, plan)] == []
+    assert [plan for plan in trained if not re.search(r" steps? of [\d,]+|[\d,]+ tokens", plan)] == []
 
 
 PUBLISHED = {
@@ -129,7 +148,9 @@ def test_the_real_student_is_as_large_as_the_recipe_says(name: str, real_config:
     [pytest.param(file, marks=pytest.mark.exhaustive) if file.stem in VARIANTS else file for file in FILES],
     ids=lambda file: file.stem,
 )
-def test_runs_from_end_to_end(file: Path, shrink: Callable[[Path], list[str]], tmp_path: Path) -> None:
+def test_runs_from_end_to_end(
+    file: Path, shrink: Callable[[Path], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     from distill.models.head_names import loader_of
@@ -140,8 +161,11 @@ def test_runs_from_end_to_end(file: Path, shrink: Callable[[Path], list[str]], t
         pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'distill-lm[test]'")
     if "onnx" in targets.values():
         pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'distill-lm[test]'")
+    hosts: list[str] = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda host, *given, **named: hosts.append(host) or [])
     said: list[str] = []
     the_run = run(recipe, tmp_path / "run", say=said.append)
+    assert hosts == []
     assert [name for name in recipe.stages if the_run.done(name) is None] == []
     for name, stage in recipe.stages.items():
         if stage.kind == "export":

@@ -6,17 +6,20 @@ import importlib.util
 import json
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
 
+from distill.core.artifact import Artifact
 from distill.core.errors import InputError, RecipeError
+from distill.exporters.huggingface import HuggingFace
 from distill.forecast import describe
 from distill.recipe import Recipe
 from distill.reporting.tradeoff import Row, read_rows
 from distill.runner import run
-from distill.stages.evaluate.measured_exports import FOLDER
+from distill.stages.evaluate.measured_exports import FOLDER, ModelFile, _of_teacher
 
 RECIPE = """\
 name: tiny
@@ -84,6 +87,41 @@ def test_what_is_measured_in_an_engine_is_what_the_model_is(recipe_of: Any, tmp_
     for one, other in (("prune", "export"), ("teacher", "teacher as safetensors")):
         assert rows[one].perplexity == pytest.approx(rows[other].perplexity, rel=1e-5)
         assert rows[one].kl_to_teacher == pytest.approx(rows[other].kl_to_teacher, abs=1e-6)
+
+
+def test_a_teacher_s_file_that_is_not_whole_is_made_again(teacher: Path, tmp_path: Path) -> None:
+    """As an evaluate stage may find it that was interrupted after it had written the file."""
+
+    class Target(HuggingFace):
+        def post_training(self, folder: Path) -> Target:
+            return self
+
+        def export(self, source: Path, folder: Path, *, title: str) -> list[str]:
+            exported.append(title)
+            (folder / "weights").write_bytes(b"12345678")
+            return []
+
+        def label(self, folder: Path) -> str:
+            return "F16"
+
+    exported: list[str] = []
+    session = SimpleNamespace(artifact=lambda name: Artifact(name, str(teacher)))
+    context: Any = SimpleNamespace(folder=tmp_path, session=session, say=lambda line: None)
+
+    def made() -> Path:
+        one = ModelFile("export", "prune", Target(), tmp_path, "F16", "student")
+        found = _of_teacher(context, one, "teacher", "")
+        assert found is not None
+        return found.folder / "weights"
+
+    file = made()
+    assert made() == file
+    assert len(exported) == 1, "what is whole is left as it is"
+    file.write_bytes(b"1234")
+    assert made().read_bytes() == b"12345678"
+    file.unlink()
+    assert made().read_bytes() == b"12345678"
+    assert len(exported) == 3
 
 
 def test_a_missing_engine_is_a_command_in_the_cell_and_measured_once_it_is_there(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from distill.core.errors import InputError, RecipeError
-from distill.exporters.base import require_engine
+from distill.core.errors import DistillError, InputError, RecipeError
+from distill.exporters.base import EngineMissing, require_engine
 from distill.exporters.huggingface import HuggingFace
 from distill.forecast import describe
 from distill.recipe import Recipe
@@ -135,6 +136,28 @@ def test_the_stage_prints_what_the_comparison_found(recipe_of: Callable[[str], R
         rf"{number} in the mean; KL {number}, {number} at worst; same first token 100.0%"
     )
     assert [line for line in said if re.fullmatch(expected, line)], said
+
+
+@pytest.mark.parametrize("outcome", [None, EngineMissing("not verified"), DistillError("KL 0.5 is above max_kl")])
+def test_only_a_verified_export_is_uploaded(
+    recipe_of: Callable[[str], Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: Exception | None
+) -> None:
+    uploaded: list[tuple[Path, str]] = []
+    monkeypatch.setattr("distill.exporters.upload.check_token", lambda repository: None)
+    monkeypatch.setattr("distill.exporters.upload.upload", lambda *given: uploaded.append(given))
+    if outcome is not None:
+
+        def verify(*given: object) -> None:
+            raise outcome
+
+        monkeypatch.setattr(HuggingFace, "verify", verify)
+    text = recipe_of("huggingface").dump()
+    stages = "stages: {export: {model: teacher, title: small, push_to_hub: org/name, upload: true}}\n"
+    recipe = Recipe.from_text(text[: text.index("stages:")] + stages)
+    is_wrong = outcome is not None and not isinstance(outcome, EngineMissing)
+    with pytest.raises(DistillError, match="max_kl") if is_wrong else nullcontext():
+        run(recipe, tmp_path / "run", say=lambda line: None)
+    assert uploaded == ([(tmp_path / "run" / "export" / "small", "org/name")] if outcome is None else [])
 
 
 def test_an_encoder_is_exported_and_else_refused(text: Path, tmp_path: Path) -> None:

@@ -21,6 +21,17 @@ compute: {{micro_batch_size: 1, precision: bf16-mixed}}
 """
 
 
+OFFLINE = """\
+import pathlib, socket
+pathlib.Path({folder!r}, "loaded").touch()
+def refuse(*given):
+    pathlib.Path({folder!r}, "connected").touch()
+    raise OSError("a connection was opened")
+socket.getaddrinfo = refuse
+"""
+"""For the process that traces: no name of a host is looked up."""
+
+
 def check(*arguments: str) -> int:
     with pytest.raises(SystemExit) as left:
         exit_with(lambda: app(["check", *arguments], standalone_mode=False))
@@ -39,7 +50,17 @@ def recipe(tiny_folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="tracing needs a C++ compiler")
-def test_each_training_stage_is_traced(recipe: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_each_training_stage_is_traced(
+    recipe: str,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    site = tmp_path_factory.mktemp("site")
+    (site / "sitecustomize.py").write_text(OFFLINE.format(folder=str(site)))
+    monkeypatch.syspath_prepend(site)  # the process that traces has the same path
+    monkeypatch.setattr("socket.getaddrinfo", lambda *given: pytest.fail("a connection was opened"))
     there = {*tmp_path.rglob("*")}
     assert check(recipe, "--trace", "--gpu", "h100", "--devices", "2", "--nodes", "2") == 0
     said = capfd.readouterr().out
@@ -50,6 +71,8 @@ def test_each_training_stage_is_traced(recipe: str, tmp_path: Path, capfd: pytes
     assert said.count("H100: at least ") == 2
     assert said.count("MFU at most 0.") == 2
     assert {*tmp_path.rglob("*")} == there
+    assert (site / "loaded").exists()
+    assert not (site / "connected").exists()
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from distill.tracking.hardware import SAMPLES, HardwareLog, Samples, read_sample
 from distill.tracking.spec import Price
 from distill.tracking.usage import usages
 from distill.watch import is_live, sparkline, stage_views, view, watch
+from tests.faults.damage import damage_material
 
 
 class Nvml:
@@ -138,6 +139,37 @@ def test_the_log_of_this_machine(tmp_path: Path) -> None:
     assert train.memory_bytes > 10**7
 
 
+def test_the_load_is_of_all_processors_and_the_memory_of_this_process_and_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter([(100.0, 10.0), (140.0, 40.0)])  # of all processors: in all, and at work
+    monkeypatch.setattr("distill.tracking.counters._cpu_seconds", lambda: next(seconds))
+    process = lambda memory: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=memory))  # noqa: E731
+    own = SimpleNamespace(memory_info=process(5).memory_info, children=lambda recursive: [process(20), process(300)])
+    monkeypatch.setattr("distill.tracking.counters.psutil.Process", lambda: own)
+    found = Counters(Nvml(driver=True), tmp_path).sample()
+    assert (found["cpu"], found["memory"]) == (75.0, 325)
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_a_recipe_may_switch_it_off(is_on: bool, tmp_path: Path) -> None:
+    from distill.recipe import Recipe
+    from distill.runner import run
+
+    teacher, text = damage_material(tmp_path)
+    data = {"train": {"kind": "jsonl", "path": str(text)}, "sequence_length": 16, "validation_tokens": 60}
+    logging = {"wandb": "disabled", "hardware": is_on, "price": {"per_hour": 3, "currency": "EUR"}}
+    stages = {"prune": {"keep": {"intermediate_size": "50%"}}, "evaluate": {"speed": None}, "report": {"prompts": []}}
+    content = {"name": "quiet", "teacher": str(teacher), "data": data, "stages": stages, "logging": logging}
+    folder = run(Recipe.model_validate(content), tmp_path / "run", say=lambda line: None).folder
+    assert (folder / SAMPLES).exists() is is_on
+    assert ("memory (rank 0)" in (folder / "report" / "report.md").read_text()) is is_on
+
+
+def test_a_line_is_written_every_second(tmp_path: Path) -> None:
+    assert HardwareLog(tmp_path / SAMPLES)._every_s == 1.0
+
+
 def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     log = HardwareLog(tmp_path / "no-folder" / SAMPLES, every_s=0.01)
     log.start()
@@ -188,6 +220,13 @@ def test_a_counter_that_fails_now_and_then_and_a_clock_that_is_set_back() -> Non
     assert (train.joules, train.seconds, train.device_seconds) == ({"gpu": 40.0}, 4, 6)
     assert train.cpu == 35  # two seconds at 50 % and two at 20 %
     assert train.cost(Price(per_hour=3600, currency="EUR", per="device")) == "6.00 EUR"
+
+
+@pytest.mark.parametrize(("per", "cost"), [("machine", "2.00 EUR"), ("device", "4.00 EUR")])
+def test_a_price_is_of_the_machine_or_of_each_of_its_gpus(per: Any, cost: str) -> None:
+    gpus = [{"index": 0}, {"index": 1}]
+    (train,) = usages([sample(float(at), "train", gpus=gpus) for at in range(3)])
+    assert train.cost(Price(per_hour=3600, currency="EUR", per=per)) == cost
 
 
 def test_a_short_stage_has_its_own_samples(tmp_path: Path) -> None:
@@ -282,6 +321,15 @@ def test_the_view_of_a_run_that_works(run_folder: Path) -> None:
     assert "0.25" in text
     assert "97 %" in text
     assert "70.0 of 80.0 GB, 650 W, 61 °C" in text
+
+
+def test_one_view_of_a_run_that_goes_on(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.watch.time.sleep", lambda seconds: pytest.fail("waits for a second view"))
+    (run_folder / SAMPLES).write_text(json.dumps(sample(time.time(), "student")) + "\n")
+    with Run(run_folder).lock(), open("/dev/null", "w") as nowhere:
+        console = Console(width=100, record=True, file=nowhere)
+        watch(run_folder, once=True, console=console)
+    assert console.export_text().count("step 20 of 40") == 1
 
 
 def test_ctrl_c_ends_the_view_and_nothing_else(run_folder: Path, as_on_a_terminal: None) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from distill.core import listener
+from distill.core import listener, stop
 from distill.core.errors import DistillError, InputError, Interrupted, MachineError, Preempted
 from distill.quantization import Int8Channel, IntGroup
 from distill.training.checkpoint import AtomicCheckpointIO, checkpoint_path, checkpoints
 from distill.training.metrics import read_rows
 from distill.training.module import DistillationModule
+from distill.training.saver import STEP_S
 
 BATCH = 4
 pytestmark = pytest.mark.usefixtures("as_on_a_terminal")
@@ -252,6 +253,35 @@ def test_ctrl_c_saves_the_step_and_gives_the_handler_back(module: Any, train: An
     assert [p.name for p in checkpoints(tmp_path / "resumed" / "checkpoints")] == ["step=00000002.ckpt"]
     train(module(), "resumed")
     assert_same(left_by(tmp_path / "resumed"), left_by(tmp_path / "straight"))
+
+
+def test_a_step_and_its_checkpoint_may_each_take_longer_than_anything_else(
+    module: Any, train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere the exception would be raised at the end of PATIENCE_S, in the middle of the step or of the save."""
+    monkeypatch.setattr(listener, "PATIENCE_S", 0.0)
+    heard: list[tuple[float, bool]] = []
+
+    def long_step() -> None:
+        ctrl_c()
+        for _ in range(20):  # longer than the signal's thread takes to look at the bounds
+            time.sleep(0.05)
+        heard.append(bounds())
+
+    def bounds() -> tuple[float, bool]:
+        """How long this may take, and whether it is counted anew after the signal."""
+        assert stop._listener is not None
+        return stop._listener.patience_s, stop._listener.since > stop._listener.asked_at
+
+    def write(checkpoint: Any, target: Path) -> None:
+        heard.append(bounds())
+        save(checkpoint, target)
+
+    save = torch.save
+    monkeypatch.setattr(torch, "save", write)
+    with pytest.raises(Interrupted, match=r"stopped at step 2 of 6, which is saved"), stop.listening(), stop.patient():
+        train(module(), at={2 * BATCH - 2: long_step})
+    assert heard == [(STEP_S, False), (STEP_S, True)]
 
 
 @pytest.mark.parametrize(("position", "step"), [(500, 4), (502, 4), (502, 6)])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from distill.core.threads import NUMBER
+from distill.doctor import examine
 from distill.training.checkpoint import checkpoint_path
 
 WIDE = {"hidden_size": 2560, "head_dim": 8}
@@ -36,6 +37,17 @@ def test_a_small_step_runs_on_one_thread(
     train(module(**settings), at={4: lambda: seen.append(torch.get_num_threads())})
     assert seen == [number]
     assert torch.get_num_threads() == 2, "other stages have theirs back"
+
+
+def test_doctor_says_when_a_training_runs_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.doctor._reachable", lambda host: False)
+    monkeypatch.setattr("distill.tracking.wandb.resolve_mode", lambda logging: "offline")
+    assert (
+        "small models train on 1 thread: those whose layers have fewer than 32,768 outputs per micro-batch "
+        "(tokens x hidden size)"
+    ) in examine().splitlines()
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert "small models train on as many threads as others (OMP_NUM_THREADS=2, set by you)" in examine().splitlines()
 
 
 def test_an_error_gives_the_threads_back(module: Any, train: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distill.core.artifact import hash_of, replacing
 from distill.core.errors import InputError
+from distill.core.seal import is_sealed, seal
 from distill.core.tasks import Embedding
 from distill.evaluation.engine import TRANSFORMERS, Opening
 from distill.exporters.base import ExporterSpec
@@ -122,9 +123,10 @@ def _of_teacher(context: StageContext, one: ModelFile, teacher: str, number: str
     name = f"{teacher} as {one.label}{number}"
     folder = context.folder / FOLDER / f"{one.label.replace(' ', '-')}-{hash_of(_format(one))[:8]}"
     try:
-        if not folder.is_dir():
+        if not is_sealed(folder):  # not there, or damaged since it was written
             with replacing(folder) as place:
                 target.export(Path(local_folder(context.session.artifact(teacher))), place, title="teacher")
+                seal(place)
     except InputError as error:
         context.say(f"{one.name}: the teacher cannot be written as {one.label}, to stand beside it: {error}")
         return None
