@@ -15,7 +15,7 @@ from distill.core.tasks.base import Head, ModelTask
 
 
 class MaskSpec(Spec):
-    """Which tokens are hidden from a masked language model."""
+    """Which tokens of a masked language model are masked."""
 
     share: float = Field(0.15, gt=0, lt=1)
     """Fraction of the tokens of a row that is predicted, at least one; special tokens never."""
@@ -41,7 +41,7 @@ class MaskedLM(ModelTask):
 
     kind: Literal["masked_lm"] = "masked_lm"
     mask: MaskSpec = MaskSpec()
-    """Which tokens are hidden; drawn anew in every pass, from the seed and the position of the row in the training."""
+    """Which tokens are masked; drawn anew in every pass, from the seed and the position of the row in the training."""
     positions: Literal["masked", "all"] = "masked"
     """Where losses on a teacher's distribution are computed: at the masked tokens, or at all tokens (as in DistilBERT).
     Losses on the text are always computed at the masked tokens."""
