@@ -156,7 +156,8 @@ def _killed(bench: Bench, options: argparse.Namespace, *more: str, where: str = 
 
 
 def _killed_behind(bench: Bench, options: argparse.Namespace) -> Rows:
-    return _killed(bench, options, *BEHIND, where=", checkpoints written behind")
+    where = ", checkpoints written in a thread (`compute.write_checkpoints: behind`)"
+    return _killed(bench, options, *BEHIND, where=where)
 
 
 def _killed_every_stage(bench: Bench, options: argparse.Namespace) -> Rows:
@@ -435,9 +436,10 @@ def render(data: dict[str, Any]) -> str:
         "## Exact resuming",
         "",
         f"{exact} of {len(cells)} trainings, with dropout, have bitwise the same weights and metrics as an undisturbed "
-        "training. Every pair of entries of two columns occurs in a row, except for unsupported combinations "
-        "(on-policy samples with fsdp, a cache of a stream). A training is killed once in the middle of an epoch, once "
-        "at its end, or after each of the first five steps, always directly after a checkpoint.",
+        "training. For any two columns, every combination of their values occurs in at least one row (pairwise "
+        "testing), except for unsupported combinations (on-policy samples with fsdp, a cache of a stream). A training "
+        "is killed once in the middle of an epoch, once at its end, or after each of the first five steps, "
+        "always directly after a checkpoint.",
         "",
         *_table(["trained", "data", "run", "killed", "micro_batches", "num_workers", "compile", "lost"], cells),
         "",

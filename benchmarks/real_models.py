@@ -124,7 +124,7 @@ def _write(options: argparse.Namespace, rows: list[dict[str, Any]], folder: Path
             "The training text holds no item of the tasks and no validation text (`data.clean.decontaminate`).",
             f"Tasks: {options.limit} questions each, drawn with seed 0, the same for all models."
             if any(row["table"] == "tasks" for row in rows)
-            else "The tasks are not asked yet.",
+            else "The models have not been evaluated on the tasks yet.",
             *real_model_rows.missing(rows, options.cuts, options.contenders),
         ],
         folder=folder,

@@ -152,8 +152,8 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     """docs/gpus.md."""
     lines = [
         HEAD,
-        "| case | forecast GB | traced peak GB | forecast / traced | in | kernels | moved GB | TFLOP "
-        "| waits per micro-batch | collectives, GB |",
+        "| case | forecast GB | traced peak GB | forecast / traced | phase of the peak | kernels | moved GB | TFLOP "
+        "| CPU-GPU synchronisations per micro-batch | collectives, GB |",
         "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|",
     ]
     for one in rows:

@@ -233,7 +233,7 @@ def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
     base = taken["loop with distill's head"]
     return [
         {
-            "table": "overhead, a model of next to no size in 8 layers",
+            "table": "overhead, measured with a very small model of 8 layers",
             "contender": name,
             "ms_per_step": 1e3 * min(seconds),
             "ms_beside_the_bare_loop": 1e3 * (min(seconds) - min(base)),
