@@ -5,7 +5,7 @@
     token_type_ids   int64  [batch, sequence]   only for pairs: 1 in the second text
 
     task                     targets                                 mask: which of them count
-    masked_lm                [batch, sequence]  the hidden tokens    the hidden tokens, or all tokens (positions: all)
+    masked_lm                [batch, sequence]  the masked tokens    the masked tokens, or all tokens (positions: all)
     classification           [batch, 1]         class                all
     regression               [batch, 1]         number, float32      all
     token_classification     [batch, sequence]  class                first token of each word
@@ -13,11 +13,11 @@
 
 With ``positions: all`` a batch has in addition
 
-    text_mask        bool   [batch, sequence]   the hidden tokens: where losses on the text are computed
-    text_weight      float  []                  factor of the losses on the text: tokens / hidden tokens, of all rows
+    text_mask        bool   [batch, sequence]   the masked tokens: where losses on the text are computed
+    text_weight      float  []                  factor of the losses on the text: tokens / masked tokens, of all rows
 
 A step divides all its losses by the number of its tokens (see :mod:`distill.training.module`). With this factor, the
-loss on the text becomes a mean over the hidden tokens. The factor is that of all training rows and not of a batch, so
+loss on the text becomes a mean over the masked tokens. The factor is that of all training rows and not of a batch, so
 that the gradient does not depend on the size of the micro-batches. It is less than 1 / share in short rows, because
 each row hides at least one token, and more in long ones, because special tokens are never hidden.
 """
@@ -143,7 +143,7 @@ class TextRows(Dataset[dict[str, "Tensor"]]):
     def _masked(
         self, masking: Masking, ids: np.ndarray, attended: np.ndarray, rows: Sequence[RowPosition]
     ) -> dict[str, np.ndarray]:
-        """Inputs with hidden tokens, and what is predicted."""
+        """Inputs with masked tokens, and what is predicted."""
         seen, hidden = ids.copy(), np.zeros(ids.shape, bool)
         for at, (position, row) in enumerate(rows):
             size = int(attended[at].sum())
@@ -219,7 +219,7 @@ class TextRows(Dataset[dict[str, "Tensor"]]):
 
 
 class PlacesOf(EndlessOrder):
-    """An order that yields (position, row number); masking derives the hidden tokens from the position.
+    """An order that yields (position, row number); masking derives the masked tokens from the position.
 
     Args:
         order: the order of the rows.

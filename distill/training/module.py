@@ -262,7 +262,7 @@ class DistillationModule(pl.LightningModule):
         head, kept = output_head(self.student), batch.get(KEPT)
         if (hidden_tokens := batch.get("text_mask")) is None:
             total, terms = head_losses(hidden, head, signal, targets, mask, outer, kept=kept)
-        else:  # masked LM with positions: all: text losses use the hidden tokens and are scaled by text_weight
+        else:  # masked LM with positions: all: text losses use the masked tokens and are scaled by text_weight
             on_text = [pair for pair in outer if pair[1].needs_text]
             others = [pair for pair in outer if not pair[1].needs_text]
             total, terms = hidden.new_zeros(()), dict[str, LossTerm]()
