@@ -10,7 +10,7 @@ A batch is a dict of tensors [batch, sequence], made once, by :func:`distill.dat
 
     attention_mask int64  only in padded rows of other tasks than the next token: 0 for padding
     token_type_ids int64  only for pairs of texts: 1 in the second text
-    text_mask      bool   only with ``masked_lm``: positions that losses on the text count, the hidden tokens; ``mask``
+    text_mask      bool   only with ``masked_lm``: positions that losses on the text count, the masked tokens; ``mask``
                           then says which ones all other losses count
     text_weight    float  [] with ``text_mask``: factor of the losses on the text
 

@@ -3,7 +3,7 @@
     classification         accuracy, macro F1, Matthews correlation
     token_classification   accuracy, macro F1, F1 of whole spans
     regression             Pearson and Spearman correlation
-    masked_lm              accuracy at the hidden tokens
+    masked_lm              accuracy at the masked tokens
     embedding              cosine with the teacher's vectors, shared neighbours, accuracy of a neighbour classifier
 
 The metrics are those of torchmetrics. Their standard errors are by a bootstrap over rows (the error of an accuracy of

@@ -1,4 +1,4 @@
-"""Tokens that are hidden in a text: what an encoder such as BERT predicts while it is pretrained.
+"""Masked tokens of a text: what an encoder such as BERT predicts while it is pretrained.
 
 Source: Devlin et al. 2018, arXiv 1810.04805 (the shares of the mask); Sanh et al. 2019, arXiv 1910.01108 (rare words,
 and a teacher's distribution at all positions).
@@ -15,7 +15,7 @@ from distill.core.tasks.base import Head, ModelTask
 
 
 class MaskSpec(Spec):
-    """Which tokens are hidden from a masked language model."""
+    """Which tokens are masked for a masked language model."""
 
     share: float = Field(0.15, gt=0, lt=1)
     """Fraction of the tokens of a row that is predicted, at least one; special tokens never."""
@@ -35,13 +35,13 @@ class MaskSpec(Spec):
 
 
 class MaskedLM(ModelTask):
-    """Predict tokens that are hidden in a text (BERT)."""
+    """Predict the masked tokens of a text (BERT)."""
 
     head: ClassVar[Head] = "masked_lm"
 
     kind: Literal["masked_lm"] = "masked_lm"
     mask: MaskSpec = MaskSpec()
-    """Which tokens are hidden; drawn anew in every pass, from the seed and the position of the row in the training."""
+    """Which tokens are masked; drawn anew in every pass, from the seed and the position of the row in the training."""
     positions: Literal["masked", "all"] = "masked"
     """Where losses on a teacher's distribution are computed: at the masked tokens, or at all tokens (as in DistilBERT).
     Losses on the text are always computed at the masked tokens."""
