@@ -1,6 +1,6 @@
 """Text or conversations in, batches of token ids out: sources, the split, tokens, rows and the resumable loader.
 
-A source is one file, and one line here.
+To add a source, write one file and add one line below.
 """
 
 from distill.core.spec import Family

@@ -61,7 +61,7 @@ class Conversation:
         tools: JSON schemas of the functions that the assistant may call.
         arguments: arguments of the chat template, for this conversation only.
         document: text that only the teacher reads before the conversation (with ``teacher_reads: document``); empty if
-            there is none. Only that setting checks its type.
+            there is none. Its type is checked only if that is set.
     """
 
     id: str

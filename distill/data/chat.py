@@ -25,8 +25,8 @@ class Chat(SourceSpec):
 
     kind: Literal["chat"] = "chat"
     path: str | list[str] | None = None
-    """Files, folders or globs: `.jsonl`, `.parquet`, and `.json` files that are named themselves and hold a list of
-    rows; `.gz`, `.zst` and `s3://`, `gs://` and `https://` too."""
+    """Files, folders or globs: `.jsonl` and `.parquet` files, and `.json` files that hold a list of rows and that
+    `path` names directly or by a glob, not through a folder; `.gz`, `.zst` and `s3://`, `gs://` and `https://` too."""
     hub: str | None = None
     """Instead of path: a Hub id such as `org/name`."""
     name: str | None = None

@@ -392,8 +392,10 @@ def _check(tokens: dict[str, TokenFile], text: OneText, vocabulary_size: int) ->
 
 
 def _check_split(tokens: dict[str, TokenFile], text: OneText) -> None:
-    """Check that the held-out part of conversations is not far too large: those that begin alike are all on the same
-    side, so that no prompt is on both.
+    """Check that the held-out part of conversations is not far too large.
+
+    Conversations with the same text before the first answer stay on one side, so a common prompt can move far more of
+    them than requested.
 
     Raises:
         InputError: far more conversations than requested are held out.

@@ -64,7 +64,7 @@ class Csv(FileSource, ColumnsSpec):
             raise InputError(f"{file}: has no header; the first row of a CSV file names its columns")
 
     def _check(self, error: csv.Error, file: File, line: int, header: list[str] | None) -> None:
-        """Raise an error that affects more than its row."""
+        """Raise an InputError if a CSV error affects more than one row."""
         if header is None:
             raise InputError(f"{file}:{line}: the header is no row of CSV ({error})")
         if "unexpected end" in str(error) or "field limit" in str(error):

@@ -176,8 +176,8 @@ def bytes_of(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
     widths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
     bytes_before = np.concatenate([np.zeros(1, np.int64), np.cumsum(widths)])
     spans = np.asarray(offsets, np.int64)
-    # If the span of a token overlaps that of the next one, it holds only a part of that character, which the next
-    # completes.
+    # If the spans of two tokens overlap, both hold bytes of one character; its bytes are counted for the later token,
+    # which completes it.
     done = np.minimum(spans[:, 1], np.append(spans[1:, 0], len(codes)))
     done = np.maximum.accumulate(done)
     done[-1] = len(codes)  # what the tokenizer dropped at the very end

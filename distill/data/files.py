@@ -158,7 +158,7 @@ def fingerprint(files: Sequence[File], root: Path | None = None) -> str:
     """A hash of the bytes of files, in order (64 hex digits). Independent of paths and of names, except the suffixes by
     which the format is chosen.
 
-    A large file is read only once until it is written to; see :mod:`distill.core.digest`.
+    A large file is read again only after it has been modified; see :mod:`distill.core.digest`.
 
     Args:
         files: the files.

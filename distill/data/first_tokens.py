@@ -1,5 +1,5 @@
-"""The tokens that a tokenizer puts around every text. A model that was trained with some in front never saw a row
-without.
+"""The tokens that a tokenizer puts around every text. A model that was trained with start tokens such as ``<bos>`` has
+never seen a row without them.
 
 The tokenizers of Gemma, Llama 2 and Llama 3 put ``<bos>`` before each text, and their models give it most of their
 attention. A row from the middle of a document lacks it, and the model's loss there is much too high. So each piece of

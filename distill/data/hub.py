@@ -37,8 +37,8 @@ class Hub(ColumnsSpec):
         return numbered(self._where(), self.path, self._loaded(columns))
 
     def open_at(self, state: dict[str, Any] | None) -> tuple[Iterator[Item], Callable[[], dict[str, Any]]]:
-        """See :meth:`~distill.data.base.SourceSpec.open_at`; the state of the library has the file and the row in
-        it."""
+        """See :meth:`~distill.data.base.SourceSpec.open_at`; the state that ``datasets`` returns contains the file and
+        the row."""
         if not self.streaming:
             raise ValueError("only a stream has positions")
         text_of = TextOf(self.text)

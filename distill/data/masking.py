@@ -1,11 +1,11 @@
-"""Which tokens of a row are hidden from a masked language model, and what it sees in their place.
+"""Which tokens of a row are masked for a masked language model, and what it sees in their place.
 
     chosen = the round(share * n) tokens with the largest log(w_i) + g_i,   w_i = count(token i)**-a,  g_i Gumbel noise
 
 This is a draw without replacement with probabilities in proportion to ``w_i``. With a = 0 all tokens are equally
 likely; with a = 0.7 rare tokens are chosen more often, as in DistilBERT. All random numbers follow from the seed, the
 position in the endless list of training rows and the row, so that a run that is resumed, or that is split among other
-numbers of processes, hides the same tokens.
+numbers of processes, masks the same tokens.
 
 Source: Devlin et al. 2018, arXiv 1810.04805 (80/10/10); Sanh et al. 2019, arXiv 1910.01108 (rare words); Kool et al.
 2019, arXiv 1903.06059 (the draw without replacement).
@@ -23,7 +23,7 @@ from distill.core.tasks import MaskSpec
 
 @dataclass(frozen=True)
 class Masking:
-    """How tokens are hidden.
+    """How tokens are masked.
 
     Attributes:
         spec: the recipe's mask settings.
@@ -54,13 +54,13 @@ class Masking:
         return cls(spec, seed, mask_id, ordinary, -spec.rare_words * np.log(np.maximum(counts, 1)))
 
     def hide(self, ids: np.ndarray, can: np.ndarray, position: int, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Hide tokens of one row.
+        """Mask tokens of one row.
 
         Args:
             ids: int64 [tokens].
-            can: which tokens may be hidden, bool [tokens].
+            can: which tokens may be masked, bool [tokens].
             position: position of the row in the endless list of training rows; negative for validation, in which a row
-                always hides the same tokens.
+                always masks the same tokens.
             row: number of the row.
 
         Returns:

@@ -120,7 +120,7 @@ class Mixture(SourceSpec):
         return None if None in sizes else sum(size or 0 for size in sizes)
 
     def holds_conversations(self) -> bool:
-        """Whether one of them does."""
+        """Whether one of the sources yields conversations."""
         return any(source.holds_conversations() for source in [*self.sources.values(), *self.validation.values()])
 
     def drops_rows(self) -> bool:
@@ -128,7 +128,7 @@ class Mixture(SourceSpec):
         return any(source.drops_rows() for source in [*self.sources.values(), *self.validation.values()])
 
     def holds_ids(self) -> bool:
-        """Whether one of them does."""
+        """Whether one of the sources yields token ids."""
         return any(source.holds_ids() for source in [*self.sources.values(), *self.validation.values()])
 
     def paths(self) -> list[str]:

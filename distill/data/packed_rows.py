@@ -84,7 +84,7 @@ class PackedRows(Dataset[dict[str, "Tensor"]]):
     def leads(self, number: int) -> list[int]:
         """Number of start tokens that are inserted before each piece of a row."""
         leads = self.rows.leads_in(int(self.chosen[number]))
-        # only the first document of a row can begin in its middle
+        # only the first piece of a row can start inside its document; the others start at the beginning of theirs
         return leads + [0] * (len(self.pieces(number)) - 1) if self.packing == "documents" else leads
 
     def columns(self, number: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Conversations that every machine has: questions about the running Python's library, answered by its docstrings.
 
 Use it to try a recipe for conversations without a download. Less than two thousand short conversations of one kind
-teach a small model the form of a conversation, and to stop; they make no assistant.
+teach a small model the form of a conversation, and to stop; they are too few to train an assistant.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _all() -> tuple[Conversation, ...]:
 
 def _of_module(module: str, source: str) -> Iterator[Conversation]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the compiler thinks of the library's escapes
+        warnings.simplefilter("ignore")  # the compiler's warnings about invalid escape sequences in the library
         try:
             body = ast.parse(source).body
         except (SyntaxError, ValueError):

@@ -6,7 +6,8 @@
     skill, versions 1 to 3      seed_examples: [{question, answer, context?}], created_by, task_description
 
 Version 1 has no key ``version``. A file is read by the version that it states. From version 2 on it needs five
-examples and may not leave a description out. Each mistake is reported with its line.
+examples, and ``document_outline`` (knowledge, version 3) or ``task_description`` (otherwise) is required. Each mistake
+is reported with its line.
 
 Source: the JSON Schemas of the package instructlab-schema 0.4.2, which this file replaces.
 """
@@ -247,7 +248,8 @@ class _QnaParser:
         return Origin(texts[0], texts[1], tuple(globs))
 
     def _text(self, path: KeyPath, found: Any) -> str:
-        """A text that is not empty; line breaks that only fold a paragraph are kept."""
+        """Return the text without surrounding whitespace, and record a mistake if it is empty. Line breaks inside it
+        are kept."""
         if not isinstance(found, str):
             hint = "; put it in quotes" if isinstance(found, int | float) else ""
             self._wrong(path, f"needs a text (got {_short(found)}){hint}")

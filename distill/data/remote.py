@@ -1,7 +1,8 @@
 """Files at ``s3://``, ``gs://`` and ``https://`` addresses, read through fsspec as they are needed and never stored.
 
 Credentials come from the environment, as each service's own tools take them: ``AWS_ACCESS_KEY_ID`` or ``AWS_PROFILE``,
-``GOOGLE_APPLICATION_CREDENTIALS``, ``~/.netrc`` for https. An address that holds one is refused with the recipe.
+``GOOGLE_APPLICATION_CREDENTIALS``, ``~/.netrc`` for https. An address that contains credentials is an error when the
+recipe is read.
 """
 
 from __future__ import annotations

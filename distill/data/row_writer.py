@@ -47,7 +47,7 @@ class RowWriter:
     def __init__(self, task: ModelTask, tokenizer: PreTrainedTokenizerFast, sequence_length: int):
         self.task, self.sequence_length = task, sequence_length
         self._backend: Any = backend_of(tokenizer)
-        self._backend.encode_special_tokens = True  # a text that names a special token does not contain it
+        self._backend.encode_special_tokens = True  # special tokens written out in a text are encoded as plain text
         self._gap = " " if _reads_spaces(self._backend) else ""
         self._before, self._after = around(tokenizer)
         self._room = sequence_length - len(self._before) - len(self._after)

@@ -163,8 +163,9 @@ class DataSpec(Spec):
     def needs_order(self) -> bool:
         """Whether one process tokenizes the text, document by document, while the others wait.
 
-        This is so because token ids are only copied, the validation text of a stream is a few documents, which
-        duplicates are left out depends on the rows before them, or copies follow after all documents.
+        One process is used: for token ids, which are only copied; for the validation text of a stream, which is short;
+        with ``clean.duplicates``, because each decision depends on the rows before; with ``augment``, because copies
+        follow all documents.
         """
         is_cleaned = self.clean is not None and self.clean.duplicates is not None
         is_stream = any(source.is_stream() for _, source in self.sources())
@@ -177,7 +178,7 @@ class DataSpec(Spec):
 
     @property
     def keeps_whole(self) -> bool:
-        """Whether no document is cut because its row is full."""
+        """Whether a document that fits in a row is always kept whole."""
         return self.packing not in FULL
 
     @property

@@ -140,7 +140,7 @@ def open_rows(
         data: the recipe's ``data`` section, with a task other than the next token.
         tokenizer: converts text to ids, with its special tokens.
         folder: where rows are stored, such as ``<run>/data``.
-        seed: decides the order of training, and which tokens are hidden.
+        seed: decides the order of training, and which tokens are masked.
         vocabulary_size: number of rows of the smallest embedding table among the models that use the ids.
 
     Raises:

@@ -22,7 +22,7 @@ class TextFiles(FileSource):
     """A file, a folder or a glob such as `notes/**/*.md`, or a list of these; `s3://`, `gs://` and `https://`
     too."""
     suffixes: list[str] = Field([".txt", ".md", ".rst", ".py"], min_length=1)
-    """Suffixes of the files to read in a folder; no effect on files and globs that are named themselves."""
+    """Suffixes of the files to read in a folder; no effect on files that `path` names directly or by a glob."""
 
     def documents(self) -> Iterator[Document]:
         """Yield one document per file, in the order of the names; files without text are skipped."""

@@ -17,9 +17,10 @@ With ``positions: all`` a batch has in addition
     text_weight      float  []                  factor of the losses on the text: tokens / masked tokens, of all rows
 
 A step divides all its losses by the number of its tokens (see :mod:`distill.training.module`). With this factor, the
-loss on the text becomes a mean over the masked tokens. The factor is that of all training rows and not of a batch, so
-that the gradient does not depend on the size of the micro-batches. It is less than 1 / share in short rows, because
-each row hides at least one token, and more in long ones, because special tokens are never hidden.
+loss on the text becomes a mean over the masked tokens. The factor is computed once from all training rows, and not from
+a batch, so that the gradient does not depend on the size of the micro-batches. It is below 1 / share if most rows are
+short, because each row masks at least one token, and above it if most are long, because special tokens are never
+masked.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class RowFile:
         num_tokens: number of tokens in it, including special ones.
         num_cut: number of rows whose text was too long for ``data.sequence_length``.
         num_repeated: number of rows left out of training because they are in the validation text.
-        before, after: number of special tokens at the two ends of a row, which are never hidden.
+        before, after: number of special tokens at the two ends of a row, which are never masked.
         classes: names of the classes, in the order of the logits.
         tally: counts of the rows, with those that could not be used.
     """
@@ -103,7 +104,7 @@ class TextRows(Dataset[dict[str, "Tensor"]]):
         file: the rows on disk.
         task: the recipe's task.
         filling: id that pads.
-        masking: how tokens are hidden; required only for masked_lm.
+        masking: how tokens are masked; required only for masked_lm.
         chosen: numbers of the rows to use, in order; None: all.
     """
 
@@ -158,7 +159,7 @@ class TextRows(Dataset[dict[str, "Tensor"]]):
         return {**batch, "mask": attended > 0, "text_mask": hidden, "text_weight": weight}
 
     def _text_weight(self) -> float:
-        """Number of tokens of all rows on disk / number of tokens that are hidden in them."""
+        """Number of tokens of all rows on disk / number of tokens that are masked in them."""
         if self._weight is None:
             assert self.masking is not None
             hidden = self._num_hidden(self.masking, np.diff(self._array("bounds")))
@@ -166,7 +167,7 @@ class TextRows(Dataset[dict[str, "Tensor"]]):
         return self._weight
 
     def _num_hidden(self, masking: Masking, lengths: np.ndarray) -> int:
-        """Number of tokens that are hidden in rows of these lengths. lengths: int64 [rows]"""
+        """Number of tokens that are masked in rows of these lengths. lengths: int64 [rows]"""
         can = np.maximum(lengths - self.file.before - self.file.after, 0)
         return int(np.where(can > 0, np.maximum(1, np.round(masking.spec.share * can)), 0).sum())
 

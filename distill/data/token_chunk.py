@@ -62,7 +62,8 @@ class TokenChunk:
         sizes: UTF-8 bytes of text per token, uint32 [tokens]; None: not counted.
         num_bytes: UTF-8 bytes of all items that were read for it.
         num_repeated: number of items skipped because they are in the validation text.
-        digests: digests of the texts of all usable items, by which training leaves them out; None: not computed.
+        digests: digests of all usable items if they are validation texts; training documents with these digests are
+            left out. None: not computed.
     """
 
     shard: int

@@ -81,7 +81,7 @@ class TokenEncoder(TextEncoder):
 
         Args:
             items: some documents.
-            is_enough: every document is compared later, so skip the sample check.
+            is_enough: whether to check only the range of the ids, because every document is compared later.
 
         Raises:
             InputError: an id is out of range, or the ids are those of another tokenizer.

@@ -1,4 +1,4 @@
-"""How a document is put before a question. Writers, teachers and exams with the open document all use this form."""
+"""How a document is put before a question. The writer, the teacher and open-book exams all use this format."""
 
 from __future__ import annotations
 

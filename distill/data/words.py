@@ -33,7 +33,8 @@ def runs_of(words: np.ndarray, length: int) -> np.ndarray:
 
 
 def mixed(numbers: np.ndarray) -> np.ndarray:
-    """Each number as another one, every bit of which depends on all bits of it (the finalizer of splitmix64). uint64"""
+    """Mix the bits of each number, so that every output bit depends on all input bits (the splitmix64 finalizer).
+    uint64"""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return numbers ^ (numbers >> np.uint64(31))

@@ -40,7 +40,8 @@ class AdaptiveKL(LossSpec):
 
     kind: Literal["adaptive_kl"] = "adaptive_kl"
     mu: Fraction = 0.5
-    """Total probability of the teacher's head, between 0 and 1 (both excluded)."""
+    """Total probability of the head (the most likely tokens) of the teacher's distribution, between 0 and 1 (both
+    excluded)."""
     temperature: Positive = 1.0
     """Softmax temperature of both models; 1 is off. The loss is multiplied by its square."""
 
@@ -74,7 +75,7 @@ def adaptive_kl(
         student_logits: [..., student vocabulary].
         teacher_logits: [..., teacher vocabulary]; the models are compared over the vocabulary that both have.
         mask: [...], True for the positions that are counted.
-        mu: total probability of the teacher's head, 0 < mu < 1.
+        mu: total probability of the head (the most likely tokens) of the teacher's distribution, 0 < mu < 1.
         temperature: divisor of both logits; 1 is off.
     """
     log_q, log_p = shared_log_probs(student_logits, teacher_logits, temperature)
@@ -84,7 +85,7 @@ def adaptive_kl(
 
 
 def head_share(p: Tensor, gap: Tensor, mu: float) -> Tensor:
-    """Fraction of the total difference that is in the teacher's head.
+    """Fraction of the total difference that is in the head (the most likely tokens) of the teacher's distribution.
 
     Args:
         p: the teacher's probabilities, [..., vocabulary].
@@ -112,5 +113,6 @@ def _least_of_head(p: Tensor, mu: float) -> Tensor:
     else:
         ascending = p.sort(-1).values
     below = ascending.cumsum(-1)  # probability of a token and of all less likely tokens, [..., vocabulary]
-    num_tail = (below <= below[..., -1:] - mu).sum(-1, keepdim=True)  # the head without them still has at least mu
+    # tokens of the tail: the remaining tokens still have a total probability of at least mu
+    num_tail = (below <= below[..., -1:] - mu).sum(-1, keepdim=True)
     return ascending.gather(-1, num_tail.clamp(max=p.shape[-1] - 1))

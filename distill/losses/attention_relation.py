@@ -92,8 +92,8 @@ def attention_relation(
     Args:
         student: concatenated vectors of all heads, [batch, sequence, student width].
         teacher: concatenated vectors of all heads, [batch, sequence, teacher width].
-        mask: [batch, sequence], False for tokens that are excluded from all relations; or weights of the tokens, 0 for
-            those.
+        mask: [batch, sequence], False for tokens that are excluded from all relations; or a weight per token, where 0
+            excludes the token.
         documents: [batch, sequence], index of each token's document, to which its relations are limited; None if each
             row is one document.
         num_relation_heads: number of vectors into which a width is split; it must divide both widths.
@@ -111,7 +111,7 @@ def attention_relation(
     (batch, length), counted = mask.shape, mask.bool()
     tokens = max(1, chunk_entries // (batch * num_relation_heads * length))
     ours, theirs = split(student), split(teacher)
-    with torch.autocast(student.device.type, enabled=False):  # half precision is too coarse for exponents
+    with torch.autocast(student.device.type, enabled=False):  # bf16 and fp16 are too coarse for the inputs of a softmax
         values = [  # [batch, tokens of a chunk] each
             checkpoint(
                 _relation_kl,

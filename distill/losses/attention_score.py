@@ -89,7 +89,7 @@ def attention_score(
     Args:
         student: queries and then keys of all heads, [batch, sequence, width of queries + width of keys].
         teacher: the same of the teacher.
-        mask: [batch, sequence], False for tokens that are excluded; or weights of the tokens, 0 for those.
+        mask: [batch, sequence], False for tokens that are excluded; or a weight per token, where 0 excludes the token.
         documents: [batch, sequence], index of each token's document, to which attention is limited; None if each row is
             one document.
         num_heads: query heads of both models.
@@ -102,7 +102,7 @@ def attention_score(
         """[batch, heads, sequence, sequence]."""
         heads = states.float().unflatten(-1, (-1, channels)).transpose(1, 2)
         queries, keys = heads[:, :num_heads], heads[:, num_heads:]  # [batch, heads, sequence, channels]
-        keys = keys.repeat_interleave(num_heads // keys.shape[1], dim=1)  # query heads in a row share a key
+        keys = keys.repeat_interleave(num_heads // keys.shape[1], dim=1)  # consecutive query heads share a key head
         return queries @ keys.transpose(2, 3) / sqrt(channels)
 
     ours, theirs = channels_per_head or (states.shape[-1] // (2 * num_heads) for states in (student, teacher))

@@ -129,7 +129,8 @@ def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
 def masked_sum(values: Tensor, mask: Tensor) -> LossTerm:
     """Sum ``values`` [...] where ``mask`` [...] is True; the sum has a graph even if no element is True.
 
-    A mask of numbers is one of weights: an element counts as often as its weight says, and not at all at 0.
+    A floating-point mask contains weights: each value is multiplied by its weight, and the count is the sum of the
+    weights. Values with weight 0 are ignored even if they are not finite.
     """
     if mask.is_floating_point():
         return LossTerm((values.masked_fill(mask == 0, 0.0) * mask).sum(), mask.sum())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 def tokens_at_once(vocabulary: int, num_tokens: int, *, on_cpu: bool) -> int:
-    """Number of tokens per chunk: large enough for efficient matrix products, small enough for two buffers of logits.
+    """Number of tokens per chunk: large enough for efficient matrix products, small enough that two buffers of logits
+    (student and teacher) take little memory.
 
     On a CPU, matrix products of fewer than 128 rows lose a third of their speed, and more than 256 rows gain little.
     All chunks of a batch have about the same size, so that no small chunk remains at the end.

@@ -1,11 +1,11 @@
-"""Cosine distance between hidden states: the student's state gets the direction of the teacher's, at any length.
+"""Cosine distance: the student's hidden state learns the direction of the teacher's; its norm is free.
 
     loss = 1 - h . t / (|h| |t|)
 
 per token, where h is the student's hidden state after a layer (projected if the widths differ) and t the teacher's. It
-is between 0 (the same direction) and 2. Prefer it if the student's states cannot have the same length as the teacher's,
+is between 0 (the same direction) and 2. Prefer it if the student's states cannot have the same norm as the teacher's,
 because it is less strict than :mod:`hidden_mse <distill.losses.hidden_mse>`. But the effect of what a layer adds to the
-residual stream depends on the length of the state. So a student that was pruned from its teacher learns more from
+residual stream depends on the norm of the state. So a student that was pruned from its teacher learns more from
 hidden_mse.
 
 Source: Sanh et al. 2019, arXiv 1910.01108 (DistilBERT).

@@ -1,7 +1,8 @@
 """The order in which a student is wrapped for training, and unwrapped afterwards. No other file does this.
 
-    weights -> fake-quant layers and KV cache -> LoRA adapters on them -> adapters moved into the fake-quant  (assemble)
-    adapters merged into the weights -> fake-quant layers, ready for conversion                            (disassemble)
+    assemble       weights -> fake-quantized layers, KV cache -> gradient checkpointing -> LoRA adapters -> adapters
+                   moved into the fake-quantized layers
+    disassemble    adapters merged into the weights -> fake-quantized layers, ready for conversion
 
 With fake quantization and LoRA together, the *merged* weight is quantized, because the exported model has that weight.
 """

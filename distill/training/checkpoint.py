@@ -50,7 +50,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.write(copied(checkpoint) if self.behind else checkpoint, path)
 
     def write(self, checkpoint: dict[str, Any], path: Any) -> None:
-        """:meth:`save_checkpoint` for a state whose tensors do not change any more, so that no copy is needed."""
+        """Like :meth:`save_checkpoint`, but without a copy: the state's tensors must not change until the write has
+        finished."""
         self.settle()
         if self.behind:
             self._in_flight = self._thread.submit(self._write, checkpoint, Path(path))

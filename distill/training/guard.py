@@ -19,7 +19,8 @@ KEPT = 3
 
 
 class Guard(StepEnd):
-    """Checks which steps were skipped (hook 5 of :mod:`distill.training.module`) whenever a row of metrics is due.
+    """Whenever a row of metrics is due, checks which steps were skipped (step 5 in the list at the top of
+    :mod:`distill.training.module`).
 
     A late check is harmless, because skipped steps change no weight. A check after each step would synchronise with the
     device.

@@ -12,9 +12,9 @@ FREQUENCIES = "inv_freq"
 class HalfWeights(HalfPrecision):
     """Lightning's ``bf16-true``, but rotary frequencies stay in fp32.
 
-    Lightning also rounds buffers to bf16. A frequency of 8 bits times a position is wrong by many radians in long rows:
-    the cosine at position 1024 has an error of 0.9. A model that is loaded in bf16 has its frequencies in fp32, and so
-    has the exported model.
+    Lightning also rounds buffers to bf16. bf16 has 8 bits of precision, so frequency times position is wrong by many
+    radians in long rows: the cosine at position 1024 has an error of 0.9. A model that is loaded in bf16 has its
+    frequencies in fp32, and so has the exported model.
     """
 
     def __init__(self) -> None:

@@ -16,7 +16,8 @@ One optimizer step, in the order of Lightning's calls. Hooks are methods of this
         7. Lightning: learning rate scheduler     set the learning rate of the next step
     then, by Lightning's on_train_batch_end
         8. callback Record                        write a row of metrics, if due
-        9. callback Guard                         after skipped steps: warn, save the batches, end the run
+        9. callback Guard                         after skipped steps: warn and save the batches; after too many in a
+                                                  row, end the run
        10. callback ShowProgress                  progress bar or line, on rank 0
        11. callback AskQuestions                  score the student on tasks, if due, on rank 0
        12. callback Checkpoints                   save if due and after the last step; save and stop after a signal
@@ -290,7 +291,10 @@ class DistillationModule(pl.LightningModule):
     def _text_or_samples(
         self, policy: OnPolicy, batch: Batch, losses: Losses
     ) -> tuple[Batch, Tensor, dict[str, LossTerm]]:
-        """Losses of a micro-batch of text or of on-policy samples: the batch that was used, the sum, and the terms."""
+        """Compute the losses on a micro-batch, or on on-policy samples in its place.
+
+        Returns the batch that was used, the weighted sum, and the unweighted terms by name.
+        """
         # index of the micro-batch's first sequence within the step, over all ranks; it determines the random numbers
         first = self._step.sequences * self.trainer.world_size + self.trainer.global_rank * len(batch["input_ids"])
         self._step.sequences += len(batch["input_ids"])

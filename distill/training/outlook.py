@@ -30,7 +30,7 @@ class Outlook(pl.Callback):
         num_steps: number of optimizer steps of the training.
         schedule: schedule of the learning rate.
         say: function that prints a line.
-        record: callback whose training clock must not include the time of the fit.
+        record: callback whose training clock excludes the time that fitting the curve takes.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The student before its training as its own teacher, without a second copy of its weights in memory.
+"""A teacher that computes with the student's initial weights, without a second copy of them in memory.
 
 With LoRA, the weights below the adapters are frozen. So with the adapters and fake-quant layers switched off, the
 student computes exactly what it computed before its training. In quantization-aware training this is the unquantized

@@ -43,10 +43,11 @@ def of_text(batch: Batch, start: int, new: int, filling: int) -> Prompts:
     lacking = (0, max(0, start + new - batch["mask"].shape[1]))  # rows may be shorter if the documents are short
     ids = functional.pad(batch["input_ids"], lacking, value=filling)
     places = functional.pad(batch["position_ids"], lacking) if "position_ids" in batch else None
-    # a row that ends within its prompt has nothing to continue, [rows]; tokens before a text are never counted
+    # False if a row ends within its prompt, [rows]; two positions are read, because a start token (BOS) is never a
+    # target
     mask = functional.pad(batch["mask"], lacking)
     are_there = mask[:, start - 2] | mask[:, start - 1] if start > 1 else mask.any(1)
-    if places is not None:  # nor can a prompt be continued whose last token starts or ends a document
+    if places is not None:  # a prompt whose last token starts or ends a document cannot be continued either
         are_there = are_there & (places[:, start] > 0) & (places[:, start - 1] > 0 if start > 1 else True)
     lengths = torch.full((len(ids),), start, device=ids.device)
     seen = None if places is None else places[:, :start]

@@ -18,7 +18,8 @@ from distill.training.sharded import Sharded, local
 from distill.training.step_end import StepEnd
 
 STEP_S = 600.0
-"""Largest number of seconds that a step may take after a signal, and then its checkpoint, before the process exits."""
+"""After a stop signal, time limit in seconds for the current step, and again for its checkpoint. If it is exceeded, the
+process exits."""
 
 
 class Checkpoints(StepEnd):

@@ -69,12 +69,12 @@ class Sharded(ModelParallelStrategy):
             bf16: whether the student computes in bf16.
 
         Raises:
-            InputError: the student has a mask of zeros.
+            InputError: the student is sparse: gradient hooks keep its zero weights at zero.
         """
         if isinstance(student.base_model, FSDPModule):
             return
         if any(p._backward_hooks for p in student.parameters()):
-            raise InputError("compute.strategy: fsdp cannot hold a mask of zeros; use ddp")
+            raise InputError("compute.strategy: fsdp cannot keep the zero weights of a sparse student at zero; use ddp")
         mesh = self.device_mesh["data_parallel"]
         # fake quantization computes its grid from the fp32 weights that are exported, so do not gather them in bf16
         half = bf16 and not fake_quant_layers(student)
@@ -85,7 +85,8 @@ class Sharded(ModelParallelStrategy):
             teacher.shard(mesh)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """On rank 0 the trained weights gathered, the frozen weights as shards, and copies of all other state."""
+        """The state dict to save. On rank 0, trained weights are gathered on the CPU and all other state is copied;
+        frozen weights stay shards and are removed later."""
         assert self.lightning_module is not None
         trained = {
             name for name, p in self.lightning_module.named_parameters(remove_duplicate=False) if p.requires_grad
@@ -195,7 +196,7 @@ def unshard(model: PreTrainedModel, *, keep: bool) -> None:
     """Turn a sharded model into a plain one again, in place, on the CPU; all ranks must call it.
 
     Args:
-        model: of :func:`shard`.
+        model: a model that :func:`shard` has sharded.
         keep: whether this rank needs the weights; otherwise they are dropped.
     """
     gathered: dict[int, nn.Parameter] = {}

@@ -160,8 +160,8 @@ class AlarmSpec(Spec):
 
     at_limit: float | None = Field(0.5, gt=0, le=1)
     """Largest difference between the fraction of samples that reach max_new_tokens without an end-of-text token and the
-    same fraction of the text's continuations (0.5: 80 % of the samples, where 30 % of the continuations do). Null is
-    off."""
+    same fraction of the text's continuations. With 0.5, the limit is reached if, for example, 80 % of the samples but
+    only 30 % of the continuations have no end-of-text token. Null is off."""
     repetition: float | None = Field(0.3, gt=0, le=1)
     """Largest difference between the fraction of 4-grams that already occurred in the same sample and the same fraction
     of the text's continuations. Null is off."""

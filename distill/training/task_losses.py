@@ -1,4 +1,4 @@
-"""Which losses fit a task, and which are its losses on the text alone."""
+"""Which losses can be used with a task, and which train it without a teacher."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def fit(
     num_steps = budget.steps(tokens_per_sequence)
     micro, accumulate = split_batch(budget, compute, world.size)
     validate_every = min(budget.validate_every_steps or max(1, num_steps // 4), num_steps)
-    # rank 0 looks for all ranks: they must resume from the same step
+    # only rank 0 searches for a checkpoint and broadcasts the result, because all ranks must resume from the same step
     found = newest_valid(folder / CHECKPOINTS) if world.rank == 0 else (None, [])
     checkpoint, complaints = from_first(found)
     if complaints and checkpoint is None:

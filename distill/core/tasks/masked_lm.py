@@ -1,4 +1,4 @@
-"""Tokens that are hidden in a text: what an encoder such as BERT predicts while it is pretrained.
+"""Masked tokens of a text: what an encoder such as BERT predicts while it is pretrained.
 
 Source: Devlin et al. 2018, arXiv 1810.04805 (the shares of the mask); Sanh et al. 2019, arXiv 1910.01108 (rare words,
 and a teacher's distribution at all positions).
@@ -15,7 +15,7 @@ from distill.core.tasks.base import Head, ModelTask
 
 
 class MaskSpec(Spec):
-    """Which tokens of a masked language model are masked."""
+    """Which tokens are masked for a masked language model."""
 
     share: float = Field(0.15, gt=0, lt=1)
     """Fraction of the tokens of a row that is predicted, at least one; special tokens never."""
@@ -35,7 +35,7 @@ class MaskSpec(Spec):
 
 
 class MaskedLM(ModelTask):
-    """Predict tokens that are hidden in a text (BERT)."""
+    """Predict the masked tokens of a text (BERT)."""
 
     head: ClassVar[Head] = "masked_lm"
 

@@ -1,6 +1,6 @@
 """The output of a teacher on a text, stored on disk: codecs, the cache itself, its writer and its fidelity.
 
-A codec is one file, and one line here.
+To add a codec, write one file and add one line below.
 """
 
 from distill.core.spec import Family

@@ -21,8 +21,8 @@ _ROUNDING = 1e-2
 class CodecSpec(Spec):
     """How much of a teacher's distribution is stored, and how it is encoded.
 
-    A row is encoded position by position, so that chunks of it give the same fields as the whole, and the fields of all
-    its positions are packed into bytes together.
+    :meth:`encode` treats each position separately, so a row can be encoded in chunks. :meth:`pack` then writes the
+    fields of all positions of the row to bytes at once.
     """
 
     whole: ClassVar[bool] = False

@@ -153,9 +153,9 @@ def _free_names(folder: Path) -> Iterator[Path]:
 def _encode(
     place: CacheLocation, read: PackedRows, numbers: Sequence[int], live: Live, batch_size: int
 ) -> Iterator[tuple[Tensor, Coded]]:
-    """Yield the teacher's hidden states [positions, hidden] and the encoded bytes of each row: at every token of it, or
-    at those that predict one that is learned from.
+    """Yield per row the teacher's hidden states [positions, hidden] and their encoded bytes.
 
+    The positions are all tokens of the row, or, with a mask of learned tokens, those whose next token is learned from.
     The last position of a row is included, because in another packing the text may continue there. Start tokens that
     are inserted before a piece are not included.
     """
