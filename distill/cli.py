@@ -15,7 +15,7 @@ import typer
 from distill import __version__, cli_stages
 from distill.core import output, stop, threads
 from distill.core.errors import DistillError, InputError, Interrupted, RankEnded, Stopped
-from distill.core.outside import read
+from distill.core.outside import check_appendable, read
 from distill.core.quiet import quiet_torchao
 from distill.core.sweep import trial_of_sweep
 from distill.core.unattended import unattended
@@ -248,6 +248,7 @@ def schema(
     else:
         from distill.core.artifact import write_text
 
+        check_appendable(file)  # a device would be replaced by a file
         write_text(file, schema_text())
 
 

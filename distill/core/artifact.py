@@ -18,7 +18,7 @@ from distill.core import stop
 from distill.core.digest import digests
 from distill.core.errors import InputError, MachineError
 from distill.core.model_folder import check_folder
-from distill.core.outside import check_appendable, is_folder, read
+from distill.core.outside import is_folder, read
 
 LINEAGE = "distill.json"
 
@@ -152,7 +152,6 @@ def write_bytes(file: Path, content: bytes) -> None:
     """
     if is_folder(file):
         raise InputError(f"{file}: is a folder, expected the name of a file")
-    check_appendable(file)  # a device would be replaced by a file
     temporary = file.with_name(f".{file.name}.writing")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -27,12 +27,14 @@ def resumes(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Resum
             Cell("QAT, learned scales", "stream", killed="end of epoch", micro_batches=1, num_workers=2),
             marks=EXHAUSTIVE,
         ),
-        pytest.param(Cell("LoRA, its own teacher", "by length", killed="mid-epoch"), marks=EXHAUSTIVE),
+        Cell("LoRA, its own teacher", "by length", killed="mid-epoch"),
         pytest.param(Cell("cached teacher", "padded", killed="end of epoch", num_workers=2), marks=EXHAUSTIVE),
         pytest.param(Cell("on-policy samples", "documents", killed="mid-epoch", micro_batches=1), marks=EXHAUSTIVE),
         pytest.param(Cell("hidden-state losses", "by loss", "2, ddp", killed="mid-epoch"), marks=EXHAUSTIVE),
         pytest.param(Cell("on-policy samples", "chat", killed="mid-epoch", num_workers=2), marks=EXHAUSTIVE),
-        Cell("cached teacher", "mixture", "2, ddp", killed="end of epoch", num_workers=2),
+        pytest.param(
+            Cell("cached teacher", "mixture", "2, ddp", killed="end of epoch", num_workers=2), marks=EXHAUSTIVE
+        ),
     ],
     ids=lambda cell: f"{cell.trained} {cell.data}",
 )

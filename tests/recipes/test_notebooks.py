@@ -87,6 +87,7 @@ def test_notebooks_are_kept_with_small_outputs() -> None:
         assert sum("image/png" in output.get("data", {}) for output in outputs) >= 1, file.name
 
 
+@pytest.mark.exhaustive  # it runs the first notebook
 def test_a_run_is_read_without_an_import_from_inside(first: tuple[list[Any], Path]) -> None:
     _, finished = first
     opened = distill.open_run(finished)
