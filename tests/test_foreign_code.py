@@ -343,6 +343,8 @@ def test_no_verb_that_takes_a_folder_runs_its_code(kind: str, plain: Path, tmp_p
     for verb in VERBS:
         if "--run-dir" not in verb:  # a run goes there, and reads no model in it
             terminal(*(str(evil) if word == "PATH" else word for word in verb))
+    assert terminal.num_commands == len(VERBS) - 1
+    assert not terminal.ran.exists()
 
 
 def test_the_python_api_runs_no_code(plain: Path, tmp_path: Path, terminal: Terminal) -> None:

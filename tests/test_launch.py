@@ -74,8 +74,9 @@ def test_the_first_that_fails_ends_all(played: Any, tmp_path: Path, code: str, l
 
 
 def test_a_signal_behind_the_last_stage_is_no_stop(played: Any, tmp_path: Path) -> None:
-    played("sys.exit(75 if rank else 0)")
-    launch(2, {}, tmp_path)
+    played("open(f\"{order['to']}/ended-{rank}\", 'w'); sys.exit(75 if rank else 0)")
+    launch(2, {"to": str(tmp_path)}, tmp_path)
+    assert {path.name for path in tmp_path.glob("ended-*")} == {"ended-0", "ended-1"}
 
 
 def test_a_signal_reaches_every_worker(played: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from distill.core import stop
 from distill.core.digest import digests
-from distill.core.errors import InputError, MachineError
+from distill.core.errors import InputError, MachineError, unwritable
 from distill.core.model_folder import check_folder
 from distill.core.outside import is_folder, read
 
@@ -137,6 +137,18 @@ def _disk_trouble(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return error.strerror or str(error)
     return str(error) if "(os error " in str(error) else None
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it, if they are missing.
+
+    Raises:
+        MachineError: it cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 def write_text(file: Path, text: str) -> None:

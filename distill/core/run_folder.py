@@ -173,17 +173,18 @@ class Run:
         self.check(name, file)
         return self.stage(name) / file
 
-    def check(self, name: str, within: str) -> None:
-        """Refuse a result of a finished stage that is not what it was; every byte of it is read, once per process.
+    def check(self, name: str, within: str, *, read: bool = True) -> None:
+        """Refuse a result of a finished stage that is not what it was.
 
         Args:
             name: of the stage.
             within: a file or folder in its folder.
+            read: whether to read every byte of it, once per process; else only what was written to since.
 
         Raises:
             InputError: with a line for each file that has changed, is gone, or was added.
         """
-        if lines := self.refusals(name, self.changes(name, within, read=True)):
+        if lines := self.refusals(name, self.changes(name, within, read=read)):
             raise InputError("\n".join(lines))
 
     def refusals(self, name: str, found: Iterable[Change]) -> list[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.core import stop
+from distill.core.artifact import make_folder
 from distill.core.errors import InputError
 from distill.core.stop import stoppable
 from distill.core.world import World
@@ -89,7 +90,7 @@ class SharedText:
         while (whole := read_tokens(self.path, quietly=True)) is None:
             stop.check()
             self._forget_what_is_damaged()
-            parts.open()
+            make_folder(parts.folder)
             try:
                 if parts.files() is None and not self.path.with_suffix(".json").is_file():
                     self._tokenize(parts)

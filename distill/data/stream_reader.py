@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from torch.utils.data import IterableDataset
 
 from distill.core import stop
+from distill.core.artifact import make_folder
 from distill.core.errors import DistillError, InputError, MachineError, unwritable
 from distill.core.forked import can_fork
 from distill.core.stored import read_checked, write_checked
@@ -44,7 +45,7 @@ class StreamReader:
 
     def __init__(self, stream: Stream):
         self.shards = StreamShards(stream)
-        self.shards.open()
+        make_folder(stream.folder)
         self._error = stream.folder / "error.json"
         self._error.unlink(missing_ok=True)  # left by an earlier run
         self._mark = Mark(stream.folder)

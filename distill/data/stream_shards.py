@@ -54,17 +54,6 @@ class StreamShards:
         self.stream, self.folder = stream, stream.folder
         self._reading: tuple[int, Iterator[tuple[np.ndarray, Position]]] | None = None
 
-    def open(self) -> None:
-        """Create the folder.
-
-        Raises:
-            MachineError: the folder cannot be written.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise unwritable(self.folder, error) from error
-
     def bounds(self) -> list[tuple[int, int]]:
         """(first row, row after the last) of all contiguous shards from the first row of the stream on."""
         found = sorted(tuple(map(int, file.stem.split("-"))) for file in self.folder.glob("*-*.json"))

@@ -41,17 +41,6 @@ class TokenShards:
         self.whole, self.folder = path, path.with_suffix(".shards")
         self._held: dict[int, IO[str]] = {}
 
-    def open(self) -> None:
-        """Create the folder.
-
-        Raises:
-            MachineError: the folder cannot be written.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise unwritable(self.folder, error) from error
-
     def path(self, number: int) -> Path:
         """The ``.bin`` file of a shard."""
         return self.folder / f"{number:05}.bin"
