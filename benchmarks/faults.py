@@ -289,6 +289,7 @@ def _restarted(bench: Bench, options: argparse.Namespace) -> Rows:
 def _resumed(bench: Bench, options: argparse.Namespace) -> Rows:
     """One row per combination of settings."""
     earlier = [row for row in _rows() if row["part"] == "resumed" and row["date"] >= options.since]
+    earlier = [row for row in earlier if row["lost"] == "nothing"]
     yield from earlier
     known = [row["cell"] for row in earlier]
     resumes = Resumes(bench.workers, Text(bench.folder / "text").make(bench.workers), bench.folder, LIMIT_S)

@@ -213,7 +213,7 @@ def compare(
     from distill.compare import answer_prompts
 
     try:
-        lines = read(prompts).decode("utf-8").split("\n") if prompts else []
+        lines = read(prompts).decode("utf-8").replace("\r\n", "\n").split("\n") if prompts else []
     except UnicodeDecodeError as error:
         raise InputError(f"--prompts {prompts}: cannot be read as text ({error})") from None
     texts = [*(prompt or []), *(line for line in lines if line.strip())]

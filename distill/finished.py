@@ -14,7 +14,7 @@ from typing import Any
 from distill.core.artifact import fingerprint, hash_of
 from distill.core.errors import InputError, RecipeError
 from distill.core.outside import is_file
-from distill.core.run_folder import DONE, Run
+from distill.core.run_folder import DONE, RECIPE, Run
 from distill.core.seal import Change
 from distill.data.files import fingerprint as fingerprint_of_files
 from distill.models.load import check_reachable
@@ -78,6 +78,7 @@ def standing(session: Session, only: str | None, start: str | None, *, read: boo
     for augment in (data_of(session.stages, session.data, name).augment for name in to_run):
         if augment is not None:
             check_reachable(session.artifact(augment.replace_words.model).location)
+            _check_other_run(session, augment.replace_words.model, read=read)
     found.awaited = to_run
     return found
 
@@ -143,8 +144,11 @@ def _check_other_run(session: Session, reference: str, *, read: bool) -> None:
     """
     model = Path(session.artifact(reference).location)
     stage = model.parent
-    if is_file(stage / DONE):
-        Run(stage.parent).check(stage.name, model.name, read=read)
+    if is_file(stage / DONE) and is_file(stage.parent / RECIPE):  # other programs leave a DONE too
+        try:
+            Run(stage.parent).check(stage.name, model.name, read=read)
+        except InputError as error:
+            raise InputError("\n".join(f"{line} in {stage.parent}" for line in str(error).splitlines())) from None
 
 
 def result_of(session: Session, name: str) -> tuple[str | None, bool]:

@@ -68,8 +68,8 @@ def sha256_of(file: Path, stop: Event | None = None, *, lasting: bool = False) -
                 return ""
             digest.update(piece)
         after = os.fstat(stream.fileno())
-        if not after.st_nlink:
-            raise InputError(f"{file}: was removed while it was read")
+        if before.st_nlink and not after.st_nlink:
+            raise InputError(f"{file}: was removed or replaced while it was read")
         if _stamp(after) != _stamp(before):
             raise MachineError(f"{file}: was written to while it was read; wait until it is whole, then run again")
     age_ns = started - max(before.st_mtime_ns, before.st_ctime_ns)

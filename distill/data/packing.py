@@ -5,10 +5,10 @@ The files of ``<name>-<hash>``, each a flat array:
     .bin        uint16 or uint32 [tokens]    the ids of all documents, end to end
     .bounds     int64 [documents + 1]        where each document begins in it, and the end of the last one
     .learned    uint8 [tokens]               1 where a token is learned from; absent when all of them are
-        .bytes      uint32 [tokens]              UTF-8 bytes of text per token; validation text only
+    .bytes      uint32 [tokens]              UTF-8 bytes of text per token; validation text only
     .digests    uint8 [16 * texts]           digests of the validation texts; training documents with these digests are
                                              left out
-        .json                                    written last: marks the others as complete
+    .json                                    written last: marks the others as complete
 """
 
 from __future__ import annotations

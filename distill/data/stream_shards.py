@@ -36,7 +36,7 @@ from distill.core.stored import read_checked, write_checked
 from distill.data.stream import TOKEN, Position, Stream
 from distill.data.stream_bounds import AHEAD, BEHIND, LARGEST, SMALLEST
 
-RULE = f"1: shards of {SMALLEST} to {LARGEST} tokens"
+RULE = f"2: shards of {SMALLEST} to {LARGEST} tokens"
 """Version of the sharding rule; part of what the folder's name hashes."""
 _DIGEST = "sha256"
 _POSITION: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
@@ -73,8 +73,8 @@ class StreamShards:
                     return rows
         except FileNotFoundError:
             return None
-        except InputError:  # the position file is damaged and is rebuilt together with the rows
-            self._file(first, stop, "json").unlink(missing_ok=True)
+        except InputError:  # damaged; the process that writes makes both files again
+            pass
         file.unlink(missing_ok=True)
         return None
 
@@ -132,8 +132,9 @@ class StreamShards:
         try:
             rows.tofile(temporary)
             sync(temporary)
-            temporary.replace(file)
+            # rows without a digest, or with that of others, would be taken for damaged
             write_checked(self._file(first, behind.row, "json"), {_DIGEST: _digest(rows), **behind.to_json()})
+            temporary.replace(file)
         except OSError as error:
             raise unwritable(self.folder, error) from error
         finally:

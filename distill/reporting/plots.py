@@ -84,7 +84,7 @@ def _finite(row: Row, key: str) -> float | None:
 def render(
     name: str,
     size: tuple[float, float],
-    draw: Callable[[Axes], None],
+    draw: Callable[[Axes], object],
     title: str = "",
     note: str = "",
 ) -> tuple[str, bytes]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +34,7 @@ from distill.stages.synthesize.writer_spec import ServerSpec
 from distill.stages.synthesize.writer_tokenizer import writer_tokenizer
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 REFUSALS = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, StrictDataclassError)
 """What transformers raises for a model that it does not save."""
@@ -192,19 +191,12 @@ def rehearse_plots(names: Iterable[str] = ()) -> None:
     Raises:
         MachineError: nothing can be drawn here.
     """
+    shown = "\n".join(names)
     try:
-        _draw("\n".join(names))
+        render("trial", (2.0, 2.0), lambda axes: axes.set_title(shown))
     except (OSError, ImportError, ValueError, RuntimeError) as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise MachineError(f"plots cannot be drawn here ({why}); is matplotlib whole?") from error
-
-
-@cache
-def _draw(shown: str) -> None:
-    def draw(axes: Axes) -> None:
-        axes.set_title(shown)
-
-    render("trial", (2.0, 2.0), draw)
 
 
 def check_room(context: StageContext, model: PreTrainedModel) -> None:

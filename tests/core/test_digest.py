@@ -148,7 +148,7 @@ def test_a_file_that_is_removed_while_it_is_read_is_gone(tmp_path: Path, monkeyp
             file.unlink()
 
     monkeypatch.setattr(digest.hashlib, "sha256", Removing)
-    with pytest.raises(InputError, match="weights: was removed while it was read"):
+    with pytest.raises(InputError, match="weights: was removed or replaced while it was read"):
         digests([file])
 
 

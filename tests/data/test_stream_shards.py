@@ -133,10 +133,13 @@ def test_going_on_reads_nothing_of_what_comes_before(stream, log):
 
 
 def test_all_processes_use_the_work_of_one(stream, log, tmp_path):
-    expected, file = first_rows(stream, 400), log()
+    expected, file, ready = first_rows(stream, 400), log(), FORK.Barrier(3)
 
     def reads(rank):
         reader = StreamReader(stream)
+        ready.wait(
+            60
+        )  # rows behind those that are far are deleted, and one that starts later would have them made again
         found = []
         for positions in itertools.islice(MicroBatches(4, 0, rank, 3), 30):
             found += reader.rows(positions).tolist()
@@ -160,7 +163,7 @@ def test_all_processes_use_the_work_of_one(stream, log, tmp_path):
     tokenized = [line.split()[1] for line in file.read_text().splitlines()]
     needed = next(at for _, at in stream.read(Position()) if at.row >= 360).source["num_rows"]
     for number in range(needed // 2):
-        assert tokenized.count(f"d{number}") <= 3  # by each process once, if one starts when the others are far
+        assert tokenized.count(f"d{number}") <= 2
     assert len(tokenized) < 2.5 * needed + 240
 
 

@@ -26,7 +26,7 @@ Outcome = Literal["made again", "refused", "told", "not read", "silent", "traceb
 COMMANDS = ("run", "run --from the next stage", "report", "compare")
 CHANGING = {
     *(DONE, INPUT, "distill.json", "metrics.jsonl", "metrics.csv"),
-    *("README.md", "report.md", "index.html", "table.csv", "load.png", "hardware.jsonl"),
+    *("README.md", "report.md", "index.html", "table.csv", "load.png"),
 }
 """Files that differ between two runs of one recipe: they hold dates, times, or what a run is called."""
 MEASURED = {"training_seconds", "seconds"}

@@ -39,6 +39,8 @@ VARIANTS = {file.stem for file in FILES if file.stem.endswith("-control")} | {
 }
 """Recipes that differ from another one in few keys, or whose stages others run too; ``make test-all`` runs them."""
 
+MARKS = dict.fromkeys(VARIANTS, pytest.mark.exhaustive) | {"quickstart": pytest.mark.plots}
+
 each = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 
@@ -145,7 +147,7 @@ def test_the_real_student_is_as_large_as_the_recipe_says(name: str, real_config:
 
 @pytest.mark.parametrize(
     "file",
-    [pytest.param(file, marks=pytest.mark.exhaustive) if file.stem in VARIANTS else file for file in FILES],
+    [pytest.param(file, marks=MARKS.get(file.stem, ())) for file in FILES],
     ids=lambda file: file.stem,
 )
 def test_runs_from_end_to_end(

@@ -19,7 +19,6 @@ from distill.core.errors import InputError, MachineError
 from distill.exporters import upload
 from distill.recipe import Recipe
 from distill.runner import run
-from distill.stages import rehearsal
 
 HEAD = """\
 name: tiny
@@ -312,7 +311,6 @@ def test_a_plot_that_cannot_be_drawn_is_found_before_the_training(
         raise OSError("no font can be found")
 
     monkeypatch.setattr(Figure, "savefig", broken)
-    rehearsal._draw.cache_clear()  # an earlier test may have drawn the same names
     line = refused(recipe(stages), tmp_path / "run", MachineError)
     assert line.endswith(": plots cannot be drawn here (no font can be found); is matplotlib whole?")
     assert steps == []
