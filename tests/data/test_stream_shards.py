@@ -137,9 +137,7 @@ def test_all_processes_use_the_work_of_one(stream, log, tmp_path):
 
     def reads(rank):
         reader = StreamReader(stream)
-        ready.wait(
-            60
-        )  # rows behind those that are far are deleted, and one that starts later would have them made again
+        ready.wait(60)  # one that starts late would have rows made again that the others have left behind
         found = []
         for positions in itertools.islice(MicroBatches(4, 0, rank, 3), 30):
             found += reader.rows(positions).tolist()
